@@ -1,0 +1,205 @@
+"""Granularity: which weights are kept or dropped together.
+
+Scores per weight come in; bundles of groups, with one score and one number of weights for each group, go out.
+A group's score is the sum of its weights' scores, its size the number of its weights that are not pruned yet.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch.nn.functional import pad
+
+from fxprune.sparsity.masks import Masks, kept
+
+NEVER = -math.inf
+"""Score of a group that cannot be chosen: pruned before, or ruled out by its pattern."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Groups that compete with one another, in the order that breaks ties.
+
+    ``names``: the parameters whose weights they hold. ``scores``: one per group, 1-D, ``NEVER`` where a group
+    cannot be chosen. ``sizes``: weights per group, one number where all groups hold equally many.
+    ``spread(chosen)``: the masks, per parameter, of the chosen groups (bool, 1-D).
+    """
+
+    names: tuple[str, ...]
+    scores: torch.Tensor
+    sizes: int | torch.Tensor
+    spread: Callable[[torch.Tensor], Masks]
+
+
+@runtime_checkable
+class Granularity(Protocol):
+    """What selection needs of a granularity."""
+
+    def bundles(self, scores: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> list[Bundle]:
+        """The groups of the weights that ``masks`` keep, with the scores of their weights summed."""
+
+    def room(self, masks: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """The largest number of weights that may be kept in each parameter."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Each weight on its own: any count is met exactly."""
+
+    def bundles(self, scores: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> list[Bundle]:
+        """One group per weight."""
+        return [_per_weight(name, score.where(masks[name], NEVER)) for name, score in scores.items()]
+
+    def room(self, masks: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """All that is left."""
+        return kept(masks)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tiles of ``rows`` x ``columns`` kernels, in the matrix of the parameter's first two dimensions.
+
+    All taps of a kernel belong to its tile; tiles at the lower and right edge may be smaller. ``None`` spans
+    the whole dimension. ``Block(1, 1)`` is a kernel, ``Block(1, None)`` a channel (a slice of the first
+    dimension). A count that whole groups cannot meet is approached from below: groups are taken by descending
+    score, each that still fits.
+    """
+
+    rows: int
+    columns: int | None
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or (self.columns is not None and self.columns < 1):
+            raise ValueError(f"block({self.rows},{self.columns}): expected two sizes of at least 1")
+
+    def bundles(self, scores: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> list[Bundle]:
+        """One group per tile."""
+        return [self._bundle(name, score, masks[name]) for name, score in scores.items()]
+
+    def room(self, masks: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """All that is left."""
+        return kept(masks)
+
+    def _bundle(self, name: str, score: torch.Tensor, mask: torch.Tensor) -> Bundle:
+        if self.rows == self.columns == 1 and mask.shape[2:].numel() == 1:
+            return _per_weight(name, score.where(mask, NEVER))
+        sizes = self._pool(mask, torch.int64)
+        # Summed in float64 and clamped: finite scores stay finite, and equal groups stay equal.
+        limit = torch.finfo(score.dtype).max
+        pooled = self._pool(score.where(mask, 0), torch.float64).clamp(-limit, limit).to(score.dtype)
+        pooled = pooled.where(sizes > 0, NEVER)
+
+        def spread(chosen: torch.Tensor) -> Masks:
+            return {name: self._tiles_to_weights(chosen.view_as(pooled), mask)}
+
+        return Bundle((name,), pooled.flatten(), sizes.flatten(), spread)
+
+    def _pool(self, values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        matrix = values.flatten(2).sum(-1, dtype=dtype) if values.dim() > 2 else values.to(dtype)
+        height, width = matrix.shape
+        rows, columns = self.rows, self.columns or width
+        if rows == columns == 1:
+            return matrix
+        padded = pad(matrix, (0, -width % columns, 0, -height % rows))
+        return padded.reshape(-(-height // rows), rows, -(-width // columns), columns).sum(dim=(1, 3))
+
+    def _tiles_to_weights(self, chosen: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        height, width = mask.shape[:2]
+        for dim, size in enumerate((self.rows, self.columns or width)):
+            if size > 1:
+                chosen = chosen.repeat_interleave(size, dim)
+        chosen = chosen[:height, :width]
+        return chosen.view(*chosen.shape, *[1] * (mask.dim() - 2)) & mask
+
+
+@dataclass(frozen=True)
+class NM:
+    """At most ``n`` of every ``m`` consecutive weights along the input dimension (dim 1), per output and tap.
+
+    A shorter group at the end of a row keeps at most ``n`` too. Within the pattern weights compete one by
+    one, so that any count the pattern has room for is met exactly; more than that is an error.
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= self.m:
+            raise ValueError(f"nm({self.n},{self.m}): expected 1 <= n <= m, as in nm(2,4)")
+
+    def bundles(self, scores: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> list[Bundle]:
+        """One group per weight; all but the best ``n`` of every ``m`` are ruled out."""
+        bundles = []
+        for name, score in scores.items():
+            alive = score.where(masks[name], NEVER)
+            best = self._rank(alive) < self.n
+            bundles.append(_per_weight(name, alive.where(best, NEVER)))
+        return bundles
+
+    def room(self, masks: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """What the pattern leaves of the weights that are left."""
+        sums = [self._columns(mask, False).sum(2).clamp(max=self.n).sum().cpu() for mask in masks.values()]
+        return dict(zip(masks, torch.stack(sums).tolist(), strict=True)) if sums else {}
+
+    def _columns(self, values: torch.Tensor, filler: float | bool) -> torch.Tensor:
+        """(out, groups, m, *taps), the last group filled up."""
+        missing = -values.shape[1] % self.m
+        padded = pad(values, (*[0, 0] * (values.dim() - 2), 0, missing), value=filler) if missing else values
+        return padded.reshape(values.shape[0], -1, self.m, *values.shape[2:])
+
+    def _rank(self, values: torch.Tensor) -> torch.Tensor:
+        """How many of its group go before each weight: larger values, and equal ones at lower indices.
+
+        m(m-1)/2 comparisons of slices, which for small m is many times faster than sorting rows of m.
+        """
+        columns = self._columns(values, NEVER)
+        rank = torch.zeros_like(columns, dtype=torch.int16)
+        for earlier in range(self.m):
+            for later in range(earlier + 1, self.m):
+                before = columns[:, :, earlier] >= columns[:, :, later]
+                rank[:, :, later] += before
+                rank[:, :, earlier] += ~before
+        return rank.flatten(1, 2)[:, : values.shape[1]]
+
+
+WEIGHT = Weight()
+KERNEL = Block(1, 1)
+CHANNEL = Block(1, None)
+
+_PATTERN = re.compile(r"(nm|block)\(\s*(\d+)\s*,\s*(\d+)\s*\)")
+
+
+def resolve(granularity: str | Granularity) -> Granularity:
+    """The granularity that a name means; an object of one's own is returned as it is.
+
+    Names: ``"weight"``, ``"kernel"`` (the taps between one input and one output channel), ``"channel"`` (a
+    slice of the first dimension), ``"nm(2,4)"``, ``"block(16,16)"``. Errors: ``ValueError``, ``TypeError``.
+
+    >>> resolve("nm(2,4)")
+    NM(n=2, m=4)
+    """
+    named: dict[str, Granularity] = {"weight": WEIGHT, "kernel": KERNEL, "channel": CHANNEL}
+    if isinstance(granularity, Granularity) and not isinstance(granularity, type):
+        return granularity
+    if not isinstance(granularity, str):
+        raise TypeError(
+            f"granularity={granularity!r}: expected a name such as 'weight', or a granularity object"
+        )
+    text = granularity.strip().lower()
+    if text in named:
+        return named[text]
+    match = _PATTERN.fullmatch(text)
+    if match is None:
+        names = ", ".join(repr(name) for name in (*named, "nm(2,4)", "block(16,16)"))
+        raise ValueError(f"granularity={granularity!r}: expected one of {names}")
+    kind, first, second = match.group(1), int(match.group(2)), int(match.group(3))
+    return NM(first, second) if kind == "nm" else Block(first, second)
+
+
+def _per_weight(name: str, scores: torch.Tensor) -> Bundle:
+    return Bundle((name,), scores.flatten(), 1, lambda chosen: {name: chosen.view(scores.shape)})

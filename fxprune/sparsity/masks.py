@@ -1,0 +1,82 @@
+"""Masks: one bool tensor per prunable parameter, ``True`` where the weight is kept.
+
+A mask set comes in as a plain dict; counts, densities and one-line errors about wrong masks go out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+Masks = dict[str, torch.Tensor]
+"""Parameter name in the original model -> bool tensor of the parameter's shape, ``True`` = kept."""
+
+
+def dense(weights: Mapping[str, torch.Tensor]) -> Masks:
+    """All-kept masks for ``weights``, in their order, shapes and devices.
+
+    >>> dense({"fc.weight": torch.zeros(1, 2)})
+    {'fc.weight': tensor([[True, True]])}
+    """
+    return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+
+
+def validate(
+    masks: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size], *, whole: bool = True
+) -> None:
+    """Raises unless ``masks`` fits ``shapes`` (name -> shape); with ``whole=False`` names may be missing.
+
+    Errors: ``TypeError`` for a value that is not a bool tensor, ``ValueError`` for a wrong name or shape.
+    """
+    for name, mask in masks.items():
+        if name not in shapes:
+            raise ValueError(f"masks: no prunable parameter {name!r}; there are {_some(shapes)}")
+        if not isinstance(mask, torch.Tensor):
+            raise TypeError(
+                f"masks[{name!r}] is a {type(mask).__name__}, expected a bool tensor (True = kept)"
+            )
+        if mask.dtype != torch.bool:
+            raise TypeError(f"masks[{name!r}] has dtype {mask.dtype}, expected torch.bool (True = kept)")
+        if tuple(mask.shape) != tuple(shapes[name]):
+            raise ValueError(
+                f"masks[{name!r}] has shape {tuple(mask.shape)}, the parameter has {tuple(shapes[name])}"
+            )
+    missing = [name for name in shapes if name not in masks]
+    if whole and missing:
+        raise ValueError(f"masks: nothing given for {_some(missing)}; every prunable parameter needs a mask")
+
+
+def kept(masks: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Number of weights kept in each parameter, with one synchronisation for all of them.
+
+    >>> kept({"a": torch.tensor([True, False]), "b": torch.tensor([[True]])})
+    {'a': 1, 'b': 1}
+    """
+    counts = [mask.count_nonzero().cpu() for mask in masks.values()]
+    return dict(zip(masks, torch.stack(counts).tolist(), strict=True)) if counts else {}
+
+
+def total(masks: Mapping[str, torch.Tensor]) -> int:
+    """Number of weights kept over all parameters."""
+    return sum(kept(masks).values())
+
+
+def density(masks: Mapping[str, torch.Tensor]) -> float:
+    """Fraction of the weights kept over all parameters (1.0 when there are none)."""
+    size = sum(mask.numel() for mask in masks.values())
+    return total(masks) / size if size else 1.0
+
+
+def is_subset(inner: Mapping[str, torch.Tensor], outer: Mapping[str, torch.Tensor]) -> bool:
+    """Whether every weight that ``inner`` keeps is kept by ``outer`` too (same names, same shapes)."""
+    return inner.keys() == outer.keys() and not any(
+        bool((mask & ~outer[name]).any()) for name, mask in inner.items()
+    )
+
+
+def _some(names: Mapping[str, object] | list[str], limit: int = 4) -> str:
+    """The first few names, for an error of one line."""
+    listed = ", ".join(repr(name) for name in list(names)[:limit])
+    rest = len(names) - limit
+    return f"{listed} and {rest} more" if rest > 0 else listed or "none"
