@@ -1,0 +1,150 @@
+"""The methods: this folder is the registry.
+
+A file ``<name>.py`` holds one public factory of that name, ``def <name>(*, option: type = default) -> Method``;
+a dash in the public name is an underscore in the file's. Its keyword arguments are the method's options, here
+and on the command line, and nothing has to be registered anywhere.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from fxprune.methods._contract import Method, Problem, Scores, from_scores, prune_in_rounds
+
+__all__ = [
+    "Method",
+    "Option",
+    "Problem",
+    "Scores",
+    "from_scores",
+    "get",
+    "names",
+    "options",
+    "prune_in_rounds",
+    "resolve",
+]
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a method: what its factory's signature and docstring say about one keyword argument.
+
+    ``types``: accepted classes. ``choices``: accepted values, empty where any value of the type will do.
+    """
+
+    name: str
+    types: tuple[type, ...]
+    default: Any
+    choices: tuple[Any, ...] = ()
+    help: str = ""
+
+    def check(self, method: str, value: object) -> None:
+        """``TypeError`` or ``ValueError`` unless ``value`` is of the option's type and among its choices."""
+        if self.choices and value not in self.choices:
+            accepted = ", ".join(repr(choice) for choice in self.choices)
+            raise ValueError(f"method {method!r}: {self.name}={value!r}, expected one of {accepted}")
+        fits = isinstance(value, self.types) or (float in self.types and isinstance(value, int))
+        if not fits or (isinstance(value, bool) and bool not in self.types):
+            accepted = " or ".join("None" if kind is NoneType else kind.__name__ for kind in self.types)
+            raise TypeError(f"method {method!r}: {self.name}={value!r}, expected {accepted}")
+
+
+def names() -> list[str]:
+    """Public names of all methods, sorted.
+
+    >>> {"magnitude", "random", "snip", "synflow"} <= set(names())
+    True
+    """
+    files = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name.replace("_", "-") for name in files if not name.startswith("_"))
+
+
+def get(name: str, **given: Any) -> Method:
+    """The method called ``name``, with the options ``given``.
+
+    Errors: ``ValueError`` for an unknown name (the nearest ones are named) or a value outside an option's
+    choices; ``TypeError`` for an option the method does not have, or one of the wrong type.
+
+    >>> get("magnitude").name
+    'magnitude'
+    """
+    factory = _factory(name)
+    accepted = options(name)
+    for option, value in given.items():
+        if option not in accepted:
+            known = ", ".join(accepted) or "none at all"
+            raise TypeError(f"method {name!r} has no option {option!r}; its options: {known}")
+        accepted[option].check(name, value)
+    return factory(**given)
+
+
+def resolve(method: str | Method, **given: Any) -> Method:
+    """``get`` for a name; a ``Method`` is returned as it is, and takes no options (``TypeError``)."""
+    if isinstance(method, str):
+        return get(method, **given)
+    if not isinstance(method, Method):
+        raise TypeError(f"method={method!r}: expected one of {', '.join(names())}, or a fxprune.Method")
+    if given:
+        raise TypeError(
+            f"method {method.name!r} is a Method already; set {next(iter(given))!r} where it is made"
+        )
+    return method
+
+
+def options(name: str) -> dict[str, Option]:
+    """The options of the method called ``name``, by name, in the order of its signature.
+
+    >>> options("synflow")["rounds"].default
+    100
+    """
+    factory = _factory(name)
+    hints = typing.get_type_hints(factory)
+    notes = _argument_notes(inspect.getdoc(factory) or "")
+    return {
+        parameter.name: _option(parameter, hints[parameter.name], notes.get(parameter.name, ""))
+        for parameter in inspect.signature(factory).parameters.values()
+    }
+
+
+def _factory(name: str) -> Callable[..., Method]:
+    known = names()
+    if name not in known:
+        near = difflib.get_close_matches(str(name).lower().replace("_", "-"), known, n=3, cutoff=0.5) or known
+        raise ValueError(
+            f"method={name!r} is unknown; did you mean {' or '.join(repr(other) for other in near)}?"
+        )
+    module = name.replace("-", "_")
+    factory: Callable[..., Method] = getattr(importlib.import_module(f"{__name__}.{module}"), module)
+    return factory
+
+
+def _option(parameter: inspect.Parameter, hint: Any, note: str) -> Option:
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        return Option(parameter.name, tuple({type(c) for c in choices}), parameter.default, choices, note)
+    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    classes = tuple(get_origin(kind) or kind for kind in types)
+    return Option(parameter.name, classes, parameter.default, (), note)
+
+
+def _argument_notes(doc: str) -> dict[str, str]:
+    """What the ``Options:`` paragraph of a factory's docstring says of each option."""
+    notes: dict[str, str] = {}
+    current = ""
+    for line in doc.partition("\nOptions:\n")[2].splitlines():
+        if not line.startswith("    "):
+            break
+        if line.startswith("     "):
+            notes[current] += " " + line.strip()
+        else:
+            current, _, text = line.strip().partition(": ")
+            notes[current] = text
+    return notes

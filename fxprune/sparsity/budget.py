@@ -63,6 +63,13 @@ class Budget:
         layers = {name: _between(kept, available[name], fraction) for name, kept in self.layers.items()}
         return Budget(sum(layers.values()), self.sizes, layers)
 
+    def capped(self, room: Mapping[str, int]) -> Budget:
+        """The same budget where there is room for it, else as much as there is room for."""
+        if self.layers is None:
+            return Budget(min(self.total, sum(room.values())), self.sizes)
+        layers = {name: min(number, room[name]) for name, number in self.layers.items()}
+        return Budget(sum(layers.values()), self.sizes, layers)
+
 
 def _between(target: int, start: int, fraction: Callable[[float], float]) -> int:
     if target >= start:

@@ -1,0 +1,159 @@
+"""The contract of a method: a ``Problem`` comes in, ``Masks`` that meet its budget go out.
+
+``Method.find`` is the wide door. ``from_scores`` is the narrow one, for methods that only have to say how much
+each weight is worth: it owns rounds, regrowth and selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from fxprune.graph.ir import ChannelGraph
+from fxprune.sparsity.budget import Budget
+from fxprune.sparsity.granularity import WEIGHT, Granularity
+from fxprune.sparsity.masks import Masks, kept
+from fxprune.sparsity.schedule import DensityFunction, OneShot, Schedule, resolve
+from fxprune.sparsity.select import select
+
+_T = TypeVar("_T")
+
+Scores = dict[str, torch.Tensor]
+"""Parameter name -> a finite score for each of its weights, higher = keep."""
+
+
+class Progress(Protocol):
+    """How a method shows that it moves: wraps an iterable of ``total`` steps, and may draw a bar."""
+
+    def __call__(self, steps: Iterable[_T], description: str, total: int) -> Iterable[_T]:
+        """``steps``, unchanged."""
+
+
+def silent(steps: Iterable[_T], description: str, total: int) -> Iterable[_T]:
+    """The progress that shows nothing."""
+    return steps
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method is asked: find masks within ``masks`` that keep exactly ``budget``.
+
+    ``model``: a private copy of the captured network, which a method may run and must leave as it found it.
+    ``graph``: its lowered form. ``weights``: the prunable parameters' values, detached, on ``device``.
+    ``masks``: where to start (all kept, unless the model was pruned before). ``data``: a pair (x, y), a
+    mapping, or an iterable of batches; ``loss_fn``: ``loss_fn(output, target)``, or ``loss_fn(model, batch)``
+    for mapping batches. ``generator``: the only source of randomness, on the CPU. ``schedule``: the caller's
+    wish, ``None`` for the method's own.
+    """
+
+    model: torch.fx.GraphModule
+    graph: ChannelGraph
+    weights: dict[str, torch.Tensor]
+    masks: Masks
+    budget: Budget
+    data: Any = None
+    loss_fn: Callable[..., torch.Tensor] | None = None
+    granularity: Granularity = WEIGHT
+    schedule: str | Schedule | DensityFunction | None = None
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    device: torch.device = torch.device("cpu")
+    progress: Progress = silent
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method: ``find`` is all it must have.
+
+    ``needs``: ``{"data"}`` for a method that cannot run without. ``summary``: one line. ``paper``: authors,
+    year and arXiv id. Methods outside the package are such objects too, passed as ``method=``.
+    """
+
+    name: str
+    find: Callable[[Problem], Masks]
+    needs: frozenset[str] = frozenset()
+    summary: str = ""
+    paper: str = ""
+
+    def check(self, *, data: object) -> None:
+        """``ValueError`` if the method needs ``data`` and there is none."""
+        if "data" in self.needs and data is None:
+            raise ValueError(f"method {self.name!r} needs data=..., a pair (x, y) or an iterable of batches")
+
+
+Criterion = Callable[[Problem, Masks], Scores]
+"""``criterion(problem, masks)``: the scores of all weights when ``masks`` are in place."""
+
+
+def from_scores(
+    criterion: Criterion, *, schedule: Schedule | None = None, regrow: bool = False, name: str = ""
+) -> Callable[[Problem], Masks]:
+    """A method's ``find`` that scores and selects, in the rounds of ``schedule`` (one by default).
+
+    With ``regrow`` a weight pruned in one round may come back in a later one (FORCE); without it, masks only
+    shrink. ``name`` is what errors call the method.
+
+    >>> smallest_first = Method("smallest", from_scores(lambda problem, masks: {
+    ...     name: -weight.abs() for name, weight in problem.weights.items()}))
+    """
+    own = OneShot() if schedule is None else schedule
+    label = name or getattr(criterion, "__name__", "method")
+
+    def find(problem: Problem) -> Masks:
+        return prune_in_rounds(problem, criterion, schedule=own, regrow=regrow, name=label)
+
+    return find
+
+
+def prune_in_rounds(
+    problem: Problem, criterion: Criterion, *, schedule: Schedule, regrow: bool, name: str
+) -> Masks:
+    """Scores and selects once per round, down to ``problem.budget``, and never beyond ``problem.masks``.
+
+    Rounds that would keep more than the granularity has room for (a pattern such as 2:4 keeps at most half)
+    keep as much as it has. Errors: ``ValueError`` for scores that do not fit or are not finite, for a budget
+    the granularity cannot meet, and for a schedule whose density rises although pruned weights stay pruned.
+    """
+    plan = resolve(problem.schedule, schedule)
+    start = kept(problem.masks)
+    _check_room(problem)
+    if problem.budget.total == sum(start.values()):
+        return dict(problem.masks)
+    masks, before = dict(problem.masks), sum(start.values())
+    for t in problem.progress(range(1, plan.rounds + 1), name, plan.rounds):
+        budget = _round_budget(problem.budget, plan, t, start)
+        if budget.total > before and not regrow:
+            raise ValueError(
+                f"schedule: {before} weights before round {t}, {budget.total} after; it must not rise"
+            )
+        before = budget.total
+        within = problem.masks if regrow else masks
+        masks = select(
+            criterion(problem, masks),
+            budget.capped(problem.granularity.room(within)),
+            within=within,
+            granularity=problem.granularity,
+            method=name,
+        )
+    return masks
+
+
+def _round_budget(final: Budget, plan: Schedule, t: int, start: dict[str, int]) -> Budget:
+    """What is kept after round ``t``; the last round is the budget itself, whatever the schedule says."""
+    if t == plan.rounds:
+        return final
+    return final.towards(lambda target: plan.density(t, target), start)
+
+
+def _check_room(problem: Problem) -> None:
+    room = problem.granularity.room(problem.masks)
+    asked = problem.budget.layers or {"the model": problem.budget.total}
+    left = room if problem.budget.layers else {"the model": sum(room.values())}
+    for where, number in asked.items():
+        if number > left[where]:
+            raise ValueError(
+                f"granularity {problem.granularity} has room for {left[where]} weights in {where}, "
+                f"{number} are to be kept: ask for a higher sparsity"
+            )

@@ -1,0 +1,25 @@
+"""Magnitude pruning: the smallest weights go. At initialisation a baseline, after training a strong method."""
+
+from __future__ import annotations
+
+from fxprune.methods._contract import Method, Problem, Scores, from_scores
+from fxprune.sparsity.masks import Masks
+
+
+def magnitude() -> Method:
+    """Keeps the largest weights.
+
+    Score: |w|, of the weights as they are given, so that more rounds give the same masks. Needs nothing.
+    Weights compete across layers under ``budget="global"``, which starves wide layers at initialisation;
+    ``"uniform"`` compares within layers (Han et al. 2015, arXiv 1506.02626).
+    """
+    return Method(
+        name="magnitude",
+        find=from_scores(_size, name="magnitude"),
+        summary="keeps the largest weights",
+        paper="Han et al. 2015, arXiv 1506.02626",
+    )
+
+
+def _size(problem: Problem, masks: Masks) -> Scores:
+    return {name: weight.abs() for name, weight in problem.weights.items()}

@@ -1,0 +1,30 @@
+"""Random pruning: independent uniform noise as score. The baseline that every method has to beat."""
+
+from __future__ import annotations
+
+import torch
+
+from fxprune.methods._contract import Method, Problem, Scores, from_scores
+from fxprune.sparsity.masks import Masks
+
+
+def random() -> Method:
+    """Independent noise for every weight; only the split of the budget over layers makes a difference.
+
+    Score: U(0, 1). Needs nothing. With ``budget="erk"`` it is the usual sparse baseline (Liu et al. 2022,
+    arXiv 2202.02643), with an exact number of weights in every layer.
+    """
+    return Method(
+        name="random",
+        find=from_scores(_noise, name="random"),
+        summary="independent noise for every weight",
+        paper="Liu et al. 2022, arXiv 2202.02643",
+    )
+
+
+def _noise(problem: Problem, masks: Masks) -> Scores:
+    # Drawn on the CPU, so that a seed means the same masks on every device.
+    return {
+        name: torch.rand(weight.shape, generator=problem.generator).to(weight.device)
+        for name, weight in problem.weights.items()
+    }
