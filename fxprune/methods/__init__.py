@@ -1,8 +1,8 @@
 """The methods: this folder is the registry.
 
-A file ``<name>.py`` holds one public factory of that name, ``def <name>(*, option: type = default) -> Method``;
-a dash in the public name is an underscore in the file's. Its keyword arguments are the method's options, here
-and on the command line, and nothing has to be registered anywhere.
+A file ``<name>.py`` holds one public factory of that name, ``def <name>(*, option: type = default) ->
+Method``; a dash in the public name is an underscore in the file's. Its keyword arguments are the method's
+options, here and on the command line, and nothing has to be registered anywhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The contract of a method: a ``Problem`` comes in, ``Masks`` that meet its budget go out.
 
-``Method.find`` is the wide door. ``from_scores`` is the narrow one, for methods that only have to say how much
-each weight is worth: it owns rounds, regrowth and selection.
+``Method.find`` is the wide door. ``from_scores`` is the narrow one, for methods that only have to say how
+much each weight is worth: it owns rounds, regrowth and selection.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Problem:
     granularity: Granularity = WEIGHT
     schedule: str | Schedule | DensityFunction | None = None
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = silent
 
 

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go. At initialisation a baseline, after training a strong method."""
+"""Magnitude pruning: the smallest weights go. A baseline at initialisation, strong after training."""
 
 from __future__ import annotations
 
