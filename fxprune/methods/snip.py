@@ -1,0 +1,51 @@
+"""SNIP: keeps the connections whose removal would change the loss most."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fxprune.methods._contract import Method, Problem, Scores, from_scores
+from fxprune.methods._data import batches as read_batches
+from fxprune.methods._gradients import Mode, masked, mean_gradients, scoring
+from fxprune.sparsity.masks import Masks
+
+
+def snip(
+    *, batches: int = 1, mode: Mode = "train", average: Literal["gradient", "saliency"] = "gradient"
+) -> Method:
+    """Connection sensitivity (Lee, Ajanthan, Torr 2019, arXiv 1810.02340).
+
+    Score: ``|w * mean_b dL/dw|``, which is |dL/dc| for weights c * w at c = 1. Needs data with labels; the
+    loss is the mean cross entropy unless ``loss_fn`` is given. One round; under a ``schedule`` it is
+    Iter-SNIP, which reads its batches anew in every round.
+
+    Options:
+        batches: number of batches that are averaged
+        mode: run the model in train mode (BatchNorm uses the batch, dropout drops) or in eval mode
+        average: average gradients over batches, or the saliencies |w * dL/dw| of single batches
+
+    In train mode, the default, the loss is the one that training starts from. Code that scores in eval mode
+    sees BatchNorm's initial statistics instead and keeps other weights.
+    """
+    if batches < 1:
+        raise ValueError(f"method 'snip': batches={batches!r}, expected an integer of at least 1")
+
+    def sensitivity(problem: Problem, masks: Masks) -> Scores:
+        some = read_batches(problem, batches, "snip")
+        weights = masked(problem, masks)
+        groups = [some] if average == "gradient" else [[batch] for batch in some]
+        scores: Scores = {}
+        with scoring(problem, mode):
+            for group in groups:
+                for name, gradient in mean_gradients(problem, weights, group, "snip").items():
+                    saliency = (gradient * weights[name].detach()).abs_()
+                    scores[name] = scores[name] + saliency if name in scores else saliency
+        return scores
+
+    return Method(
+        name="snip",
+        find=from_scores(sensitivity, name="snip"),
+        needs=frozenset({"data"}),
+        summary="keeps the weights whose removal changes the loss most",
+        paper="Lee et al. 2019, arXiv 1810.02340",
+    )
