@@ -55,7 +55,8 @@ def batches(problem: Problem, number: int, method: str) -> list[Batch]:
             if len(found) == number:
                 return found
     if not found:
-        raise ValueError(f"method {method!r}: data yields no batch")
+        used_up = " any more; an iterator can be read only once" if isinstance(data, Iterator) else ""
+        raise ValueError(f"method {method!r}: data yields no batch{used_up}")
     raise ValueError(
         f"method {method!r}: data ran dry after {len(found)} of {number} batches; give more, "
         f"or ask for batches={len(found)}"

@@ -116,7 +116,7 @@ def classification_loss(output: Any, target: Any, method: str) -> torch.Tensor:
     """
     if not isinstance(output, torch.Tensor) or not isinstance(target, torch.Tensor):
         raise TypeError(
-            f"method {method!r}: the model returns {_describe(output)} and the target is {_describe(target)}; "
+            f"method {method!r}: the model returns {_describe(output)}, the target is {_describe(target)}; "
             "cross entropy needs two tensors, pass loss_fn=... for anything else"
         )
     if target.is_floating_point():

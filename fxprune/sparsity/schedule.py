@@ -175,7 +175,7 @@ def resolve(schedule: str | Schedule | DensityFunction | None, default: Schedule
         return schedule
     if isinstance(schedule, str):
         return _named(schedule, rounds)
-    if callable(schedule):
+    if callable(schedule) and not isinstance(schedule, type):
         return Custom(schedule, rounds)
     raise TypeError(
         f"schedule={schedule!r}: expected a name, a schedule such as Exponential(100), or a function"

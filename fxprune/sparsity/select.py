@@ -97,11 +97,14 @@ def _take(bundles: Sequence[Bundle], room: int, granularity: Granularity) -> lis
     available = _mass([scores > NEVER for scores in candidates], sizes)
     if available < room:
         raise ValueError(f"only {available} weights can be kept under {granularity}, {room} are asked for")
+    spent = 0
     while room:
         # The longest run of candidates, in order, that fits. Only unequal groups can leave room after it,
         # and then the next run is made of what is small enough for that room.
         candidates = [
-            scores if isinstance(size, int) else scores.where(~done & (size <= room), NEVER)
+            scores
+            if not spent and isinstance(size, int) and size <= room
+            else scores.where(~done & (torch.as_tensor(size) <= room), NEVER)
             for scores, size, done in zip(candidates, sizes, taken, strict=True)
         ]
         run = _run(candidates, sizes, room)

@@ -1,0 +1,138 @@
+"""The house rules of the package, read off its source: who may import whom, and where.
+
+The ladder: capture <- graph <- sparsity <- { methods | rewrite | metrics } <- api <- cli. An arrow's right may
+import its left. The three in braces never import each other.
+"""
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fxprune"
+RANKS = {
+    "capture": 0, "graph": 1, "sparsity": 2, "methods": 3, "rewrite": 3, "metrics": 3, "api": 4,
+    "__init__": 5, "cli": 5, "__main__": 6,
+}  # fmt: skip
+OPTIONAL = {"matplotlib", "sklearn", "transformers", "lightning", "scipy"}
+VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    parts = ("fxprune", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {module_name(path): path for path in FILES}
+
+
+def room(module: str) -> str:
+    """The part of the package that a module belongs to: ``"methods"``, ``"api"``, ..."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[ast.stmt, str]]:
+    """Every import statement with the module, or the module and name, that it asks for."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield node, f"{node.module}.{alias.name}"
+
+
+def internal(tree: ast.AST) -> Iterator[str]:
+    """The modules of the package that a file imports."""
+    for _, name in imports(tree):
+        if name.split(".")[0] == "fxprune":
+            while name not in MODULES:
+                name = name.rpartition(".")[0]
+            yield name
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def each_file() -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(FILES) > 10
+    assert {"fxprune.sparsity.select", "fxprune.methods", "fxprune"} <= set(MODULES)
+
+
+@each_file()
+def test_imports_go_down_the_ladder(path: Path) -> None:
+    own = room(module_name(path))
+    assert own in RANKS, f"{own} has no place in the ladder"
+    for name in internal(parse(path)):
+        other = room(name)
+        down = other == own or RANKS[other] < RANKS[own]
+        assert down, f"{path.name} imports {name}: {own} may not import {other}"
+
+
+def test_there_are_no_cycles() -> None:
+    graph = {name: set(internal(parse(path))) - {name} for name, path in MODULES.items()}
+    # Importing a module runs its packages too; only a package that imports its own files counts here.
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
+
+
+@each_file()
+def test_imports_stand_at_the_top(path: Path) -> None:
+    tree = parse(path)
+    at_top = {id(node) for node in tree.body}
+    for node, name in imports(tree):
+        if id(node) not in at_top:
+            top = name.split(".")[0]
+            assert top in OPTIONAL, (
+                f"{path.name}:{node.lineno} imports {name} inside a function or a condition"
+            )
+
+
+@each_file()
+def test_imports_are_absolute_and_by_name(path: Path) -> None:
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name}:{node.lineno} is a relative import"
+            assert all(alias.name != "*" for alias in node.names), (
+                f"{path.name}:{node.lineno} is a star import"
+            )
+
+
+@each_file()
+def test_files_have_names_that_say_something(path: Path) -> None:
+    assert path.stem.strip("_") not in VAGUE
+
+
+@each_file()
+def test_files_and_functions_stay_readable(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+    for node in ast.walk(parse(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 60, f"{path.name}: {node.name} has {length} lines"
+
+
+@each_file()
+def test_nothing_is_swallowed_or_left_open(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert caught not in ("everything", "Exception", "BaseException"), (
+                f"{path.name}:{node.lineno} catches {caught}"
+            )
+    for word in ("NotImplemented" + "Error", "TO" + "DO", "FIX" + "ME"):
+        assert word not in text, f"{path.name} contains {word}"
