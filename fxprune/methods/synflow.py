@@ -29,14 +29,20 @@ def synflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] = "s
     schedule = Exponential(rounds)
 
     def find(problem: Problem) -> Masks:
-        sizes = {name: weight.abs() for name, weight in problem.weights.items()}
-        alive = {name: torch.empty_like(size) for name, size in sizes.items()}
+        sizes = {name: weight.abs().float() for name, weight in problem.weights.items()}
+        # Layers that are not to be pruned carry flow all the same.
+        others = {
+            name: problem.model.get_parameter(name).detach().abs().float().to(problem.device)
+            for name in problem.graph.kernels
+            if name not in sizes
+        }
+        alive = {name: torch.empty_like(size) for name, size in sizes.items()}  # reused in every round
 
         def carried(_: Problem, masks: Masks) -> Scores:
             for name, size in sizes.items():
                 torch.mul(size, masks[name], out=alive[name])
-            gradients = flow(problem.graph, alive, resolution=resolution, pool="mean").gradients
-            return {name: gradients[name].mul(size) for name, size in alive.items()}
+            gradients = flow(problem.graph, alive | others, resolution=resolution, pool="mean").gradients
+            return {name: gradients[name] * size for name, size in alive.items()}
 
         return prune_in_rounds(problem, carried, schedule=schedule, regrow=False, name="synflow")
 

@@ -53,7 +53,7 @@ class Weight:
 
     def bundles(self, scores: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> list[Bundle]:
         """One group per weight."""
-        return [_per_weight(name, score.where(masks[name], NEVER)) for name, score in scores.items()]
+        return [_per_weight(name, _alive(score, masks[name])) for name, score in scores.items()]
 
     def room(self, masks: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """All that is left."""
@@ -87,7 +87,7 @@ class Block:
 
     def _bundle(self, name: str, score: torch.Tensor, mask: torch.Tensor) -> Bundle:
         if self.rows == self.columns == 1 and mask.shape[2:].numel() == 1:
-            return _per_weight(name, score.where(mask, NEVER))
+            return _per_weight(name, _alive(score, mask))
         sizes = self._pool(mask, torch.int64)
         # Summed in float64 and clamped: finite scores stay finite, and equal groups stay equal.
         limit = torch.finfo(score.dtype).max
@@ -136,7 +136,7 @@ class NM:
         """One group per weight; all but the best ``n`` of every ``m`` are ruled out."""
         bundles = []
         for name, score in scores.items():
-            alive = score.where(masks[name], NEVER)
+            alive = _alive(score, masks[name])
             best = self._rank(alive) < self.n
             bundles.append(_per_weight(name, alive.where(best, NEVER)))
         return bundles
@@ -199,6 +199,11 @@ def resolve(granularity: str | Granularity) -> Granularity:
         raise ValueError(f"granularity={granularity!r}: expected one of {names}")
     kind, first, second = match.group(1), int(match.group(2)), int(match.group(3))
     return NM(first, second) if kind == "nm" else Block(first, second)
+
+
+def _alive(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The scores, ``NEVER`` where pruned; no copy where nothing is."""
+    return scores if bool(mask.all()) else scores.where(mask, NEVER)
 
 
 def _per_weight(name: str, scores: torch.Tensor) -> Bundle:

@@ -53,8 +53,9 @@ def kept(masks: Mapping[str, torch.Tensor]) -> dict[str, int]:
     >>> kept({"a": torch.tensor([True, False]), "b": torch.tensor([[True]])})
     {'a': 1, 'b': 1}
     """
-    counts = [mask.count_nonzero().cpu() for mask in masks.values()]
-    return dict(zip(masks, torch.stack(counts).tolist(), strict=True)) if counts else {}
+    counts = [mask.count_nonzero() for mask in masks.values()]
+    together = torch.stack([number.to(counts[0].device) for number in counts]).tolist() if counts else []
+    return dict(zip(masks, together, strict=True))
 
 
 def total(masks: Mapping[str, torch.Tensor]) -> int:

@@ -3,7 +3,7 @@
 Exact and stable: groups are taken by descending score, ties by ascending index (layers in the order of the
 scores, groups in the order of the flattened parameter), each that still fits, until the budget is spent. With
 groups of one weight that is precisely ``budget.total`` weights. Nothing is sorted but a small sample and the
-few scores near the threshold, and no copy of all the scores is made.
+few scores near the threshold; scores are copied once where some weights are pruned already, else not at all.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def check_scores(scores: Mapping[str, torch.Tensor], budget: Budget, method: str
                 f"{method}: {score.numel()} scores for the {budget.sizes[name]} weights of {name!r}"
             )
         low, high = score.detach().aminmax()  # one pass, and NaN comes through
-        extremes.append(torch.stack([low, high]).double().cpu())
+        extremes.append(torch.stack([low, high]).double())
+    extremes = [pair.to(extremes[0].device) for pair in extremes]
     for name, (low, high) in zip(scores, torch.stack(extremes).tolist(), strict=True):
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError(f"{method}: scores of {name!r} are not finite (from {low} to {high})")

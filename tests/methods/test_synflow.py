@@ -1,6 +1,7 @@
 """SynFlow against numbers computed by hand, and against the network itself run with |w|."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from fxprune import methods
 from fxprune.capture import capture
 from fxprune.graph.lower import lower
 from fxprune.methods import Problem
+from fxprune.sparsity.budget import plan
 from fxprune.sparsity.masks import Masks, dense, is_subset, total
 from methods.problems import problem, toy_a
 
@@ -136,7 +138,7 @@ def test_every_layer_of_a_chain_carries_the_whole_flow() -> None:
 
 
 def test_a_skip_takes_its_share() -> None:
-    # h = W1 x, y = W2 h + h, out = W3 y: R = 32.25, layer sums 32.25, 24.75, 32.25; 7.5 flow through the skip.
+    # d = 1/3 in two rounds: .57735 * 6 rounds to 3 kept (published code truncates the prunes: 4 kept).
     class Skip(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -194,3 +196,19 @@ def test_large_weights_stay_finite() -> None:
     question = asked(deep, torch.zeros(2, 16), 0.9)
     assert all(bool(torch.isfinite(found).all()) for found in scores(question).values())
     assert total(methods.get("synflow", rounds=3).find(question)) == question.budget.total
+
+
+def test_layers_that_are_not_pruned_carry_flow_too() -> None:
+    torch.manual_seed(0)
+    model = chain()
+    question = asked(model, EXAMPLE, 0.5)
+    weights = {name: weight for name, weight in question.weights.items() if name != "4.weight"}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    some = dataclasses.replace(
+        question, weights=weights, masks=dense(weights), budget=plan("global", 0.5, shapes)
+    )
+    masks = methods.get("synflow", rounds=1).find(some)
+    assert masks.keys() == weights.keys()
+    flat = torch.cat([scores(question)[name].flatten() for name in weights])
+    order = flat.argsort(descending=True, stable=True)[: some.budget.total]
+    assert bool(torch.cat([mask.flatten() for mask in masks.values()])[order].all())
