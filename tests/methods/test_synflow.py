@@ -138,7 +138,7 @@ def test_every_layer_of_a_chain_carries_the_whole_flow() -> None:
 
 
 def test_a_skip_takes_its_share() -> None:
-    # d = 1/3 in two rounds: .57735 * 6 rounds to 3 kept (published code truncates the prunes: 4 kept).
+    # h = W1 x, y = W2 h + h, out = W3 y: R = 32.25; 7.5 of it flow through the skip, past W2.
     class Skip(nn.Module):
         def __init__(self) -> None:
             super().__init__()
