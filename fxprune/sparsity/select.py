@@ -56,7 +56,7 @@ def select(
             f"a budget of {budget.total} weights is smaller than the smallest group of {granularity}: "
             "ask for a lower sparsity or a finer granularity"
         )
-    return {name: chosen[name] for name in scores}
+    return {name: chosen[name].contiguous() for name in scores}
 
 
 def check_scores(scores: Mapping[str, torch.Tensor], budget: Budget, method: str) -> None:

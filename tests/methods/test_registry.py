@@ -93,3 +93,26 @@ def test_resolve_takes_objects() -> None:
 @pytest.mark.parametrize("name", ["", "._contract", ".random", ".magnitude", ".snip"])
 def test_examples_in_docstrings(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"fxprune.methods{name}")).failed == 0
+
+
+def test_options_are_read_off_signature_and_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
+    def factory(*, lr: float = 0.1, chunk: int | None = None, alpha: float = 1) -> Method:
+        """A method.
+
+        Options:
+            lr: step size, which
+                goes on in the next line
+            chunk: how many at once
+
+        alpha: is no option's description here.
+        """
+        return Method("own", from_scores(lambda problem, masks: {}))
+
+    monkeypatch.setattr(methods, "_factory", lambda name: factory)
+    found = methods.options("own")
+    assert found["lr"].help == "step size, which goes on in the next line"
+    assert found["chunk"].types == (int, type(None))
+    assert found["alpha"].help == ""
+    assert methods.get("own", lr=1, chunk=None).name == "own"
+    with pytest.raises(TypeError, match=r"chunk=2\.5, expected int or None"):
+        methods.get("own", chunk=2.5)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fxprune.sparsity import select as module
 from fxprune.sparsity.budget import Budget
+from fxprune.sparsity.granularity import Bundle
 from fxprune.sparsity.masks import Masks, is_subset, kept, total
 from fxprune.sparsity.select import select
 
@@ -166,3 +167,26 @@ def test_nothing_near_the_whole_is_sorted(monkeypatch: pytest.MonkeyPatch) -> No
     scores = scores_of("normal", [1_000_000, 500_000], 0)
     assert total(select(scores, budget_for(scores, 300_000))) == 300_000
     assert largest <= 2 * module._SAMPLE
+
+
+class Tied:
+    """One group per row, over two parameters at once."""
+
+    def bundles(self, scores: Scores, masks: Masks) -> list[Bundle]:
+        rows = scores["a"].sum(1) + scores["b"].sum(1)
+
+        def spread(chosen: torch.Tensor) -> Masks:
+            return {name: chosen[:, None].expand(score.shape) for name, score in scores.items()}
+
+        return [Bundle(("a", "b"), rows, 5, spread)]
+
+    def room(self, masks: Masks) -> dict[str, int]:
+        return kept(masks)
+
+
+def test_groups_may_span_parameters() -> None:
+    scores = {"a": torch.tensor([[1.0, 1.0], [0.0, 0.0], [2.0, 2.0]]), "b": torch.zeros(3, 3)}
+    masks = select(scores, budget_for(scores, 13), granularity=Tied())
+    assert masks["a"][:, 0].tolist() == masks["b"][:, 2].tolist() == [True, False, True]
+    with pytest.raises(ValueError, match="'a' and 'b' are pruned together: use budget='global'"):
+        select(scores, budget_for(scores, 10, {"a": 4, "b": 6}), granularity=Tied())
