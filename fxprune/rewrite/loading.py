@@ -1,0 +1,73 @@
+"""Checkpoints of other tools, as a masked module wants them: keys come in, masks and zeroed weights go out.
+
+Understood: a masked model's own checkpoint, a dense one, one of ``torch.nn.utils.prune`` (``weight_orig``
+and a float ``weight_mask``), one of ``parametrize`` as torch.ao's sparsifiers write it
+(``parametrizations.weight.original`` and ``parametrizations.weight.0.mask``), and the research repositories'
+``weight`` with a float ``weight_mask``.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+DENSE_CHECKPOINT = (
+    "the checkpoint has no masks for this masked model: it is read as dense, and its masks become all ones"
+)
+_warned_for: list[Any] = [None]
+
+
+def adapt(module: nn.Module, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> None:
+    """Rewrites, in ``state_dict``, what concerns the masked parameters of ``module`` (not of its children).
+
+    ``error_msgs`` is the list that one ``load_state_dict`` call passes to all modules: it tells the calls
+    apart, so that a dense checkpoint warns once and not once per layer.
+    """
+    for attribute, parameter in module._parameters.items():
+        buffer = module._buffers.get(attribute + "_mask")
+        if buffer is None or parameter is None:
+            continue
+        key, mask_key = prefix + attribute, f"{prefix}{attribute}_mask"
+        _rename(state_dict, prefix, attribute)
+        if key not in state_dict:
+            continue
+        if mask_key in state_dict:
+            state_dict[mask_key] = state_dict[mask_key] != 0
+        else:
+            state_dict[mask_key] = torch.ones_like(buffer)
+            _warn_once(error_msgs)
+        state_dict[key] = _zeroed(state_dict[key], state_dict[mask_key])
+
+
+def _rename(state_dict: dict[str, Any], prefix: str, attribute: str) -> None:
+    """Turns the keys of ``prune`` and ``parametrize`` into plain ones."""
+    key = prefix + attribute
+    if key + "_orig" in state_dict:
+        state_dict[key] = state_dict.pop(key + "_orig")
+    original = f"{prefix}parametrizations.{attribute}.original"
+    if original in state_dict:
+        state_dict[key] = state_dict.pop(original)
+        pattern = re.compile(re.escape(f"{prefix}parametrizations.{attribute}.") + r"\d+\.mask")
+        for name in [name for name in state_dict if pattern.fullmatch(name)]:
+            mask = state_dict.pop(name) != 0
+            state_dict[key + "_mask"] = state_dict.get(key + "_mask", mask) & mask
+
+
+def _zeroed(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``weight`` with zeros where ``mask`` has them; the same object where it had them already."""
+    if isinstance(weight, DTensor) or weight.is_meta or mask.is_meta or weight.shape != mask.shape:
+        return weight  # a shard was written by a masked model; a wrong shape is load_state_dict's to report
+    dropped = mask.to(weight.device).logical_not()
+    with torch.no_grad():
+        return weight.masked_fill(dropped, 0.0) if weight[dropped].count_nonzero() else weight
+
+
+def _warn_once(error_msgs: list[str]) -> None:
+    if _warned_for[0] is not error_msgs:
+        _warned_for[0] = error_msgs
+        warnings.warn(DENSE_CHECKPOINT, UserWarning, stacklevel=2)
