@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from numbers import Real
 
 Allocation = str | Mapping[str, float]
 """``"global"``, ``"uniform"``, ``"erk"``, or sparsities by layer: ``{name or fnmatch pattern: sparsity}``."""
@@ -231,7 +232,7 @@ def _fits(name: str, pattern: str) -> bool:
 
 def _check_sparsity(argument: str, value: float, *, closed: bool) -> None:
     bounds = "[0, 1]" if closed else "[0, 1)"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(
             f"{argument}={value!r}: expected a number in {bounds}, the fraction of weights to remove"
         )

@@ -1,5 +1,7 @@
 import math
+from fractions import Fraction
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -210,6 +212,12 @@ def test_pruning_again_only_removes() -> None:
     with pytest.raises(ValueError, match=r"'a.weight' would keep 50 weights but has only 10 left"):
         plan({"a": 0.5}, 0.5, shapes, {"a.weight": 10})
     assert plan("global", 0.9, shapes, {"a.weight": 10}).total == 10
+
+
+def test_any_real_number_is_a_sparsity() -> None:
+    for half in (Fraction(1, 2), numpy.float32(0.5), 0.5):
+        assert plan("global", half, {"a": (4, 4)}).total == 8  # type: ignore[arg-type]
+    assert plan("global", 0, {"a": (4, 4)}).total == 16
 
 
 def test_no_prunable_weights() -> None:
