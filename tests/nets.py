@@ -35,6 +35,7 @@ from net_blocks import (
     Window,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Example = tuple[nn.Module, Any]
 
