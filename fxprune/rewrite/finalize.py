@@ -28,9 +28,9 @@ def finalize(model: Model) -> Model:
     """A copy of a masked model with its zeros baked in: plain modules, no masks, the same outputs to the bit.
 
     Every module gets back the class it had. One kind cannot: where a layer computes its kernel from its
-    weight so that zeros do not stay zeros (weight standardisation), the *standardised and masked* kernel becomes
-    the weight of a plain convolution, of torch's class above the layer's own; if that class does not compute the
-    same (dynamic "same" padding), the layer keeps its own forward with the kernel fixed.
+    weight so that zeros do not stay zeros (weight standardisation), the *standardised and masked* kernel
+    becomes the weight of a plain convolution, of torch's class above the layer's own; if that class does not
+    compute the same (dynamic "same" padding), the layer keeps its own forward with the kernel fixed.
 
     Args:
         model: a masked graph module or plain module; it is not changed.

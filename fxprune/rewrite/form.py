@@ -209,7 +209,9 @@ def _load_from_state_dict(
     self.masked_base._load_from_state_dict(self, state_dict, prefix, local_metadata, *rest)
 
 
-def _reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
+def _reduce_ex(self: Any, protocol: Any) -> Any:
+    if "masked_form" not in vars(type(self)):
+        return object.__reduce_ex__(self, protocol)  # somebody's subclass of a masked class
     # Classes made at run time have no address that pickle could look up: it gets the recipe instead.
     state = self.__getstate__() if "__getstate__" in dir(self) else self.__dict__
     return _revive, (self.masked_base, self.masked_form), state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 from fxprune.rewrite.form import SUFFIX, Form, form_of, owner_and_attribute
@@ -11,6 +12,7 @@ from fxprune.rewrite.kernels import KERNELS, weight_operand
 from fxprune.rewrite.names import Place, join, mask_at, masked_places, parameter_at, tied, unwrap
 from fxprune.rewrite.probing import FAILURES, example_input, private_twin, recorded
 from fxprune.rewrite.reads import attribute_at, constant_region, evaluate, is_mask_product, mask_of
+from fxprune.rewrite.zeroing import local_part
 
 
 def verify(model: nn.Module) -> None:
@@ -19,7 +21,8 @@ def verify(model: nn.Module) -> None:
     Mask and storage are compared. Then each layer runs, as a copy on a small random input: the weight that
     enters its convolution or linear map must be zero where the mask is, and so must the gradient of the
     parameter. In a graph, the operands computed from parameters are evaluated. A layer whose input cannot be
-    guessed from its weight's shape (a module of one's own) is checked for mask and storage alone.
+    guessed from its weight's shape (a module of one's own), and one that is sharded, is checked for mask and
+    storage alone.
 
     Args:
         model: a masked graph module or plain module. It is not changed.
@@ -45,6 +48,8 @@ def verify(model: nn.Module) -> None:
         form = form_of(module)
         if isinstance(module, GraphModule):
             _check_graph(path, module)
+        elif any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            continue  # a sharded layer cannot run by itself
         elif form is not None and form.kind in ("stock", "reads"):
             _check_module(path, module, form)
 
@@ -78,7 +83,7 @@ def _check_storage(place: Place, same: list[Place]) -> None:
             raise RuntimeError(f"{name} is tied to {join(other[0], other[2])}, which has no mask")
         if not torch.equal(mask_at(other), mask):
             raise RuntimeError(f"{name} and {join(other[0], other[2])} are tied, but their masks differ")
-    _demand_zeros(name, "in storage", parameter.detach(), mask)
+    _demand_zeros(name, "in storage; set its mask again", *local_part(parameter.detach(), mask))
 
 
 def _demand_zeros(name: str, where: str, tensor: torch.Tensor, mask: torch.Tensor) -> None:
@@ -86,7 +91,7 @@ def _demand_zeros(name: str, where: str, tensor: torch.Tensor, mask: torch.Tenso
         return
     alive = int((tensor.masked_fill(mask.to(tensor.device), 0) != 0).sum())
     if alive:
-        raise RuntimeError(f"{name}: {alive} pruned weights are not zero {where}; set its mask again")
+        raise RuntimeError(f"{name}: {alive} pruned weights are not zero {where}")
 
 
 def _check_module(path: str, module: nn.Module, form: Form) -> None:
@@ -108,8 +113,6 @@ def _check_module(path: str, module: nn.Module, form: Form) -> None:
         return
     for target, mask, seen, grad in zip(targets, masks, operands, grads, strict=True):
         name = join(path, target)
-        if grad is not None:
-            _demand_zeros(name, "in the gradient", grad, mask)
         # Square attention weights share a shape: each operand must be the kernel of one of the masks.
         rivals = [other for other in masks if other.shape == mask.shape]
         for operand in seen:
@@ -117,6 +120,8 @@ def _check_module(path: str, module: nn.Module, form: Form) -> None:
             moved = form.kind == "reads" and operand.count_nonzero() <= mask.count_nonzero()
             if not moved and not any((operand.masked_fill(other, 0) == 0).all() for other in rivals):
                 _demand_zeros(name, "in the kernel that data meets", operand, mask)
+        if grad is not None:
+            _demand_zeros(name, "in the gradient", grad, mask)
 
 
 def _check_graph(path: str, gm: GraphModule) -> None:

@@ -126,9 +126,8 @@ def _forms(module: nn.Module, targets: list[Place], direct: set[str]) -> list[tu
     forms: list[tuple[nn.Module, Form | None]] = []
     for path in {**owners, **reads}:
         owner = module.get_submodule(path)
-        forms.append(
-            (owner, _form(owner, owners[path][1] if path in owners else set(), reads.get(path, set())))
-        )
+        attributes = owners[path][1] if path in owners else set()
+        forms.append((owner, _form(path, owner, attributes, reads.get(path, set()))))
     return forms
 
 
@@ -150,7 +149,7 @@ def _reader(module: nn.Module, path: str) -> str | None:
     return None
 
 
-def _form(owner: nn.Module, attributes: set[str], reads: set[str]) -> Form | None:
+def _form(path: str, owner: nn.Module, attributes: set[str], reads: set[str]) -> Form | None:
     """How this module applies its masks: those it has, on ``attributes`` of its own, and on ``reads``."""
     if isinstance(owner, GraphModule):
         return None
@@ -166,7 +165,10 @@ def _form(owner: nn.Module, attributes: set[str], reads: set[str]) -> Form | Non
     if not reads and attributes <= {"weight"} and is_stock(base):
         return Form("stock")
     operands = set(present.operands) if present is not None else set()
-    for name in attributes - set(present.targets if present is not None else ()):
-        if not isinstance(owner, nn.MultiheadAttention) and not is_stock(base):
-            operands |= {name} if needs_operand_mask(owner, name) else set()
+    if not isinstance(owner, nn.MultiheadAttention) and not is_stock(base):
+        for name in attributes - set(present.targets if present is not None else ()):
+            try:
+                operands |= {name} if needs_operand_mask(owner, name) else set()
+            except ValueError as error:
+                raise ValueError(f"masks[{join(path, name)!r}]: {error}") from error
     return Form("reads", tuple(sorted(attributes | reads)), tuple(sorted(operands)))

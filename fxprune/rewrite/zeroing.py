@@ -37,13 +37,18 @@ def release(module: nn.Module) -> None:
 @torch.no_grad()
 def zero(tensor: torch.Tensor, mask: torch.Tensor) -> None:
     """Sets the entries of ``tensor`` that ``mask`` does not keep to zero, in place; also in a shard."""
-    if isinstance(tensor, DTensor):
-        mesh, places = tensor.device_mesh, tensor.placements
-        whole = DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        mask = whole.redistribute(mesh, places).to_local()
-        tensor = tensor.to_local()
+    tensor, mask = local_part(tensor, mask)
     # Not a multiplication: it would keep a NaN or an infinity that stands where the mask is zero.
     tensor.masked_fill_(mask.to(tensor.device).logical_not(), 0.0)
+
+
+def local_part(tensor: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What this process holds of a tensor that may be sharded, and its part of the (replicated) mask."""
+    if not isinstance(tensor, DTensor):
+        return tensor, mask
+    mesh, places = tensor.device_mesh, tensor.placements
+    whole = DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return tensor.to_local(), whole.redistribute(mesh, places).to_local()
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

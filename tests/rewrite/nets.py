@@ -16,7 +16,7 @@ class ScaledLinear(nn.Linear):
 
 
 class TransposedLinear(nn.Linear):
-    """A square linear layer that uses its weight transposed: a mask on the kernel's operand would be wrong."""
+    """A square linear layer that uses its weight transposed: no place for a mask on the operand."""
 
     def forward(self, input):
         return input @ self.weight + F.linear(input, self.weight.t())

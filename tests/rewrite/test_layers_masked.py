@@ -116,7 +116,7 @@ def test_a_frozen_layer_survives_copies():
 
 @every_layer
 def test_compiled_and_no_recompile_on_a_mask_change(name):
-    block, x, masks, _ = masked_layer(name)
+    block, x, _, _ = masked_layer(name)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend=counter)

@@ -1,0 +1,125 @@
+"""Checkpoints go in and out: our own, dense, prune's, parametrize's, the research repositories'."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils import parametrize, prune
+
+from fxprune.rewrite import read, set_masks, verify
+from rewrite import nets
+
+every_assign = pytest.mark.parametrize("assign", [True, False])
+
+
+@pytest.fixture
+def model():
+    made = nets.small_cnn()
+    set_masks(made, nets.masks_for(made))
+    return made
+
+
+def fresh(seed=9):
+    other = nets.small_cnn()
+    set_masks(other, nets.masks_for(other, seed=seed))
+    return other
+
+
+@every_assign
+def test_masked_to_masked(model, assign):
+    other = fresh()
+    x = torch.randn(2, 3, 8, 8)
+    result = other.load_state_dict(copy.deepcopy(model.state_dict()), assign=assign)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert torch.equal(other.eval()(x), model.eval()(x))
+    verify(other)
+    assert all(torch.equal(mask, read(other)[name]) for name, mask in read(model).items())
+
+
+@every_assign
+def test_dense_to_masked(model, assign):
+    dense = nets.small_cnn()
+    with torch.no_grad():
+        dense[0].weight.add_(1)
+    with pytest.warns(UserWarning, match="read as dense") as caught:
+        model.load_state_dict(dense.state_dict(), assign=assign)
+    assert len(caught) == 1, "one warning for one load"
+    assert all(mask.all() for mask in read(model).values())
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model.eval()(x), dense.eval()(x))
+    verify(model)
+    with pytest.warns(UserWarning, match="read as dense"):
+        model.load_state_dict(dense.state_dict())
+
+
+def test_masked_to_dense(model):
+    dense = nets.small_cnn()
+    result = dense.load_state_dict(model.state_dict(), strict=False)
+    assert set(result.unexpected_keys) == {name + "_mask" for name in read(model)}
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(dense.eval()(x), model.eval()(x))
+
+
+def foreign(kind, model, masks):
+    """A checkpoint as another tool writes it, with garbage where its mask is zero."""
+    if kind == "prune":
+        for name, mask in masks.items():
+            path, _, attribute = name.rpartition(".")
+            prune.custom_from_mask(model.get_submodule(path), attribute, mask)
+        return model.state_dict()
+    if kind == "parametrize":
+        for name, mask in masks.items():
+            path, _, attribute = name.rpartition(".")
+            sparsity = nn.Module()
+            sparsity.register_buffer("mask", mask.clone())
+            sparsity.forward = lambda weight, sparsity=sparsity: weight * sparsity.mask
+            parametrize.register_parametrization(model.get_submodule(path), attribute, sparsity)
+        return model.state_dict()
+    return {**model.state_dict(), **{name + "_mask": mask.float() for name, mask in masks.items()}}
+
+
+@every_assign
+@pytest.mark.parametrize("kind", ["prune", "parametrize", "research"])
+@pytest.mark.parametrize("net", [nets.small_cnn, nets.Attention])
+def test_other_tools(net, kind, assign):
+    torch.manual_seed(0)
+    target = net()
+    set_masks(target, nets.masks_for(target, seed=5))
+    source = net()
+    masks = {name: mask for name, mask in nets.masks_for(source).items() if name in read(target)}
+    dense = {key: value.clone() for key, value in source.state_dict().items()}
+    checkpoint = foreign(kind, source, masks)
+    before = {key: value.clone() for key, value in checkpoint.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        target.load_state_dict(checkpoint, strict=True, assign=assign)
+    assert all(torch.equal(read(target)[name], mask) for name, mask in masks.items())
+    for name, mask in masks.items():
+        assert torch.equal(target.get_parameter(name), dense[name] * mask)
+    verify(target)
+    assert all(torch.equal(checkpoint[key], value) for key, value in before.items()), "the caller's tensors"
+
+
+def test_compiled_code_sees_loaded_masks(model):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model.eval(), backend=counter, fullgraph=True)
+    x = torch.randn(2, 3, 8, 8)
+    compiled(x)
+    model.load_state_dict(fresh().state_dict())
+    assert torch.allclose(compiled(x), model(x), atol=1e-6)
+    assert counter.frame_count == 1
+
+
+def test_errors_are_torchs_own(model):
+    state = dict(model.state_dict())
+    state["0.weight"] = torch.zeros(1, 2)
+    with pytest.raises(RuntimeError, match=r"size mismatch for 0\.weight"):
+        fresh().load_state_dict(state)
+    del state["0.weight"], state["0.weight_mask"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*0\.weight"):
+        fresh().load_state_dict(state)
