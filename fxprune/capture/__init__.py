@@ -1,0 +1,8 @@
+"""Capture: a model goes in, a faithful ``torch.fx.GraphModule`` with shapes comes out."""
+
+from fxprune.capture.entry import capture, capture_leaf
+from fxprune.capture.errors import CaptureError
+from fxprune.capture.inputs import example_inputs_for
+from fxprune.capture.modes import ModeSwitch
+
+__all__ = ["CaptureError", "ModeSwitch", "capture", "capture_leaf", "example_inputs_for"]

@@ -1,0 +1,54 @@
+"""Which modules stay one node of the graph.
+
+In: a module. Out: whether the tracer enters it. torch.nn's own modules stay whole; so do those whose parameters must
+keep their owner (convolutions, linear layers and their subclasses), and those whose call does more than ``forward``.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from fxprune.capture.modes import ModeSwitch
+
+__all__ = ["has_hooks", "is_leaf"]
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+WHOLE = (
+    ModeSwitch,
+    _ConvNd,
+    _NormBase,
+    nn.Bilinear,
+    nn.Linear,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.Transformer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs more than its ``forward``."""
+    return any(getattr(module, name, None) for name in HOOKS)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether the module becomes one ``call_module`` node.
+
+    Example:
+        >>> is_leaf(nn.Conv2d(1, 1, 1)), is_leaf(nn.Sequential())
+        (True, False)
+    """
+    if isinstance(module, WHOLE) or has_hooks(module) or parametrize.is_parametrized(module):
+        return True
+    if isinstance(module, CONTAINERS):
+        return False
+    home = str(getattr(type(module).forward, "__module__", ""))
+    return home.startswith(("torch.nn.", "torch.ao.nn."))

@@ -1,0 +1,107 @@
+"""Numbers that remember where they came from.
+
+In: a Python number read off a shape, and the graph node that computes it. Out: an ``int`` or ``float`` that is the
+number for every purpose (``if``, ``range``, indexing, C code) and whose arithmetic goes on being recorded, so that the
+batch size stays free in the captured graph.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import fx
+
+__all__ = ["NumberRecorder", "TracedFloat", "TracedInt", "plain"]
+
+
+class NumberRecorder(Protocol):
+    """What a traced number needs of the recorder: a node for the result of ``function`` on ``args``."""
+
+    def number(self, function: Callable[..., Any], args: tuple[Any, ...], value: Any) -> Any: ...
+
+
+class TracedInt(int):
+    """An ``int`` with the fx node that computes it."""
+
+    node: fx.Node
+    recorder: NumberRecorder
+
+    def __copy__(self) -> TracedInt:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedInt:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, (int(self),)
+
+
+class TracedFloat(float):
+    """A ``float`` with the fx node that computes it."""
+
+    node: fx.Node
+    recorder: NumberRecorder
+
+    def __copy__(self) -> TracedFloat:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedFloat:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return float, (float(self),)
+
+
+def plain(value: Any) -> Any:
+    """The number without its history."""
+    if isinstance(value, TracedInt):
+        return int.__int__(value)
+    if isinstance(value, TracedFloat):
+        return float.__float__(value)
+    return value
+
+
+def _binary(function: Callable[[Any, Any], Any], reflected: bool) -> Callable[[Any, Any], Any]:
+    def method(self: Any, other: Any) -> Any:
+        if not isinstance(other, int | float):
+            return NotImplemented
+        args = (other, self) if reflected else (self, other)
+        return self.recorder.number(function, args, function(plain(args[0]), plain(args[1])))
+
+    return method
+
+
+def _unary(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: Any, *args: Any) -> Any:
+        return self.recorder.number(function, (self, *args), function(plain(self), *args))
+
+    return method
+
+
+BINARY: dict[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "truediv": operator.truediv,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+    "pow": operator.pow,
+}
+UNARY: dict[str, Callable[..., Any]] = {
+    "neg": operator.neg,
+    "abs": operator.abs,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "trunc": math.trunc,
+    "round": round,
+}
+
+for _class in (TracedInt, TracedFloat):
+    for _name, _function in BINARY.items():
+        setattr(_class, f"__{_name}__", _binary(_function, reflected=False))
+        setattr(_class, f"__r{_name}__", _binary(_function, reflected=True))
+    for _name, _function in UNARY.items():
+        setattr(_class, f"__{_name}__", _unary(_function))

@@ -1,0 +1,99 @@
+"""Shapes instead of numbers: runs a PyTorch function on the meta device.
+
+In: a function call with any mix of real and meta tensors. Out: its result on the meta device. Real tensors are read
+for their shape only; nothing is allocated, and nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.capture.numbers import plain
+from fxprune.capture.ops import CONSTRUCTORS
+
+__all__ = ["META", "Shadows", "map_structure"]
+
+META = torch.device("meta")
+MOVERS = frozenset(("cpu", "cuda", "xpu", "ipu", "hpu", "mtia", "pin_memory"))
+
+
+def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
+    """``value`` with ``function`` applied to whatever is not a tuple, list, dict or slice in it."""
+    if isinstance(value, torch.Size):
+        return tuple(function(item) for item in value)
+    if isinstance(value, tuple):
+        items = [map_structure(function, item) for item in value]
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
+        return tuple(items) if type(value) is tuple else type(value)(items)
+    if isinstance(value, list):
+        return [map_structure(function, item) for item in value]
+    if isinstance(value, dict):
+        return {key: map_structure(function, item) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(map_structure(function, item) for item in (value.start, value.stop, value.step)))
+    return function(value)
+
+
+class Shadows:
+    """Meta twins of real tensors, made when they are first read."""
+
+    def __init__(self) -> None:
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The meta tensor of the same shape, strides and type; a meta tensor stands for itself."""
+        if tensor.is_meta and type(tensor) is Tensor:
+            return tensor
+        found = self._twins.get(id(tensor))
+        if found is None:
+            found = tensor, meta_like(tensor)
+            self._twins[id(tensor)] = found
+        return found[1]
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.of(value)
+        if isinstance(value, torch.device):
+            return META
+        return plain(value)
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``function(*args, **kwargs)``, in shapes.
+
+        Example:
+            >>> Shadows().run(torch.mm, (torch.ones(2, 3), torch.ones(3, 4)), {}).shape
+            torch.Size([2, 4])
+        """
+        args = tuple([map_structure(self._argument, arg) for arg in args])
+        kwargs = {key: map_structure(self._argument, arg) for key, arg in kwargs.items()}
+        name = getattr(function, "__name__", "")
+        if kwargs.get("device") is not None or function in CONSTRUCTORS:
+            kwargs["device"] = META
+        elif name in MOVERS and args:
+            return args[0].detach()
+        elif name == "to" and isinstance(args[1] if len(args) > 1 else None, str):
+            args = (args[0], META, *args[2:])
+        with torch.no_grad():
+            try:
+                return function(*args, **kwargs)
+            except RuntimeError:
+                # A function that makes tensors inside makes them on the default device: try with meta as that.
+                with META:
+                    return function(*args, **kwargs)
+
+
+def meta_like(tensor: Tensor) -> Tensor:
+    """A meta tensor with the metadata of ``tensor``; packed or sparse ones count as dense."""
+    with torch.no_grad():
+        if tensor.layout is not torch.strided or type(tensor) not in (
+            Tensor,
+            torch.nn.Parameter,
+            torch.nn.Buffer,
+        ):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=META)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
