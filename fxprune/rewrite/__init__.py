@@ -3,10 +3,11 @@
 from fxprune.rewrite.files import load_masks, provenance, read_header, save, stamp
 from fxprune.rewrite.finalize import bare, finalize
 from fxprune.rewrite.names import read
+from fxprune.rewrite.reads import direct_reads
 from fxprune.rewrite.verify import verify
 from fxprune.rewrite.write import install, set_masks
 
 __all__ = [
-    "bare", "finalize", "install", "load_masks", "provenance", "read", "read_header", "save", "set_masks",
-    "stamp", "verify",
+    "bare", "direct_reads", "finalize", "install", "load_masks", "provenance", "read",
+    "read_header", "save", "set_masks", "stamp", "verify",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxprune.rewrite.copying import duplicate
 from fxprune.rewrite.form import SUFFIX, Form, form_of, is_stock, masked_class, original_class
 from fxprune.rewrite.names import masked_places, unwrap
 from fxprune.rewrite.probing import example_input, recorded
@@ -44,7 +45,7 @@ def finalize(model: Model) -> Model:
     >>> type(finalize(layer)).__name__
     'Linear'
     """
-    final = copy.deepcopy(unwrap(model))
+    final = duplicate(unwrap(model))
     for module in list(final.modules()):
         form = form_of(module)
         if form is not None and form.kind == "reads" and form.operands:
@@ -67,8 +68,7 @@ def bare(model: Model) -> Model:
     True
     """
     inside = unwrap(model)
-    shared = {id(tensor): tensor for tensor in [*inside.parameters(), *inside.buffers()]}
-    twin = copy.deepcopy(inside, dict(shared))
+    twin = duplicate(inside, [*inside.parameters(), *inside.buffers()])
     _strip(twin)
     return twin  # type: ignore[return-value]
 

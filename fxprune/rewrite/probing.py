@@ -6,7 +6,6 @@ is?), when zeros are baked in, and as the proof that :func:`fxprune.rewrite.veri
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,12 +14,17 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from fxprune.rewrite.copying import duplicate
 from fxprune.rewrite.kernels import KERNELS, weight_operand
 
 FAILURES = (
     RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ArithmeticError,
 )  # fmt: skip
 """What running somebody's forward on made-up data may raise."""
+
+
+class UnfollowableError(ValueError):
+    """A layer whose kernel is computed from its weight in a way that no mask can follow."""
 
 
 class OperandRecorder(TorchFunctionMode):
@@ -69,7 +73,7 @@ def moves_zeros(operand: Callable[[torch.Tensor], torch.Tensor | None], shape: t
     """Whether a layer's computation from weight to kernel operand turns pruned (zero) entries into others.
 
     ``operand`` maps a weight (float64, CPU) to the operand of the same shape, or None when there is none.
-    Weight standardisation: True. A scale, a cast, a transposition: False. Raises ``ValueError`` when zeros
+    Weight standardisation: True. A scale, a cast, a transposition: False. Raises UnfollowableError when zeros
     move so that there is no place for the mask: entry i of the operand is not about entry i of the weight.
     """
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +85,7 @@ def moves_zeros(operand: Callable[[torch.Tensor], torch.Tensor | None], shape: t
     for index in mask.flatten().nonzero().flatten()[:3].tolist():
         (slope,) = torch.autograd.grad(found.flatten()[index], weight, retain_graph=True)
         if slope.abs().max() > slope.flatten()[index].abs() * (1 + 1e-9):
-            raise ValueError("the kernel is computed from the weight in a way that no mask can follow")
+            raise UnfollowableError("the kernel is computed from the weight in a way that no mask can follow")
     return True
 
 
@@ -105,15 +109,16 @@ def needs_operand_mask(module: nn.Module, attribute: str) -> bool:
         return found[0] if found else None
 
     try:
-        operand(torch.ones(weight.shape, dtype=torch.float64))
+        return moves_zeros(operand, weight.shape)
+    except UnfollowableError:
+        raise
     except FAILURES:
         return False
-    return moves_zeros(operand, weight.shape)
 
 
 def private_twin(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy on the CPU in eval mode, to be run at will; its values are made up where the module has none."""
-    twin = copy.deepcopy(module)
+    twin = duplicate(module)
     if any(tensor.is_meta for tensor in [*twin.parameters(), *twin.buffers()]):
         twin = twin.to_empty(device="cpu")
         for tensor in [*twin.parameters(), *twin.buffers()]:

@@ -16,7 +16,7 @@ from torch.fx.graph import Graph
 
 from fxprune.rewrite.form import SUFFIX
 from fxprune.rewrite.kernels import KERNELS, weight_operand, with_weight_operand
-from fxprune.rewrite.probing import FAILURES, moves_zeros
+from fxprune.rewrite.probing import UnfollowableError, moves_zeros
 
 
 def mask_reads(gm: GraphModule) -> None:
@@ -38,6 +38,19 @@ def mask_reads(gm: GraphModule) -> None:
     if changed:
         gm.graph.lint()
         gm.recompile()
+
+
+def direct_reads(gm: GraphModule) -> list[str]:
+    """The parameters that a captured graph reads without calling their owner.
+
+    It is what :func:`fxprune.rewrite.install` must be told (``direct``) when masks go into the plain module
+    that the graph was captured from.
+
+    >>> direct_reads(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 1))))
+    []
+    """
+    found = {str(node.target): None for node in gm.graph.nodes if node.op == "get_attr"}
+    return [name for name in found if isinstance(attribute_at(gm, name), nn.Parameter)]
 
 
 def attribute_at(gm: nn.Module, target: str) -> Any:
@@ -94,7 +107,7 @@ def _mask_operand(gm: GraphModule, kernel: Node) -> bool:
 
             try:
                 moved = moves_zeros(compute, shape)
-            except FAILURES as error:
+            except UnfollowableError as error:
                 raise ValueError(f"masks[{node.target!r}]: {error}") from error
             if moved:
                 product = _mask_after(gm, operand, str(node.target))

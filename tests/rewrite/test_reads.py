@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
-from fxprune.rewrite import bare, finalize, install, read, set_masks, verify
+from fxprune.rewrite import bare, direct_reads, finalize, install, read, set_masks, verify
 from fxprune.rewrite.reads import is_mask_product
 from rewrite import nets
 
@@ -182,7 +182,7 @@ def test_plain_module_told_of_a_direct_read(told):
     model = nn.Sequential(nets.ReadsChild(), nn.ReLU())
     masks = nets.masks_for(model)
     x = torch.randn(4, 6)
-    install(model, masks, direct=["0.qkv.weight"] if told else [])
+    install(model, masks, direct=direct_reads(symbolic_trace(model)) if told else [])
     verify(model)
     expected = model(x)
     model(x).square().sum().backward()
@@ -267,3 +267,20 @@ def test_a_graph_inside_a_plain_module():
     outer(x).sum().backward()
     assert nets.pruned_gradients_are_zero(gm, masks)
     verify(outer)
+
+
+def test_results_kept_in_attributes_do_not_hinder_copies():
+    class Caches(nn.Linear):
+        def train(self, mode=True):
+            self.kept = None if mode else self.bias * 2
+            return super().train(mode)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.weight, self.bias * 2 if self.kept is None else self.kept)
+
+    model = Caches(3, 2).eval()
+    set_masks(model, nets.masks_for(model))
+    x = torch.randn(4, 3)
+    assert torch.equal(finalize(model)(x), model(x))
+    assert torch.equal(bare(model)(x), model(x))
+    verify(model)
