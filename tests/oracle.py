@@ -1,9 +1,9 @@
 """The oracle: which weights lie on an input-output path, found without fxprune.
 
 The *original eager model* runs once; nothing is traced and nothing of `fxprune` is imported. Each float
-tensor of that run is a `Dual` (oracle_rules.py): a 0/1 pattern of what is not zero, and the paths that have
-arrived there from the network's float inputs. A weight is effective where the sum of the outputs has a non-zero
-derivative with respect to it *along the paths*. All numbers are small non-negative integers in float64 (they
+tensor of that run is a `Dual` (oracle_rules): a 0/1 pattern of what is not zero, and the paths that have
+arrived there from the network's float inputs. A weight is effective where the sum of the outputs has a
+non-zero derivative with respect to it *along the paths*. All numbers are small non-negative integers (they
 are made 0/1 again after each operation, forward and backward), so nothing cancels, underflows or overflows.
 
 Counting (`log_paths`, `count_paths`, `path_gradients`) is the same run without the rounding to 0/1.
@@ -34,6 +34,7 @@ __all__ = [
     "random_masks",
 ]
 
+Masks = Mapping[str, Tensor]
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -51,27 +52,36 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
 def random_masks(model: nn.Module, density: float, seed: int) -> dict[str, Tensor]:
     """Independent coin flips: every prunable weight is kept with probability `density`."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(weight.shape, generator=generator) < density
-        for name, weight in prunable(model).items()
-    }
+    masks = {}
+    for name, weight in prunable(model).items():
+        masks[name] = torch.rand(weight.shape, generator=generator, device="cpu") < density
+    return masks
 
 
 def effective_parameters(
-    model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor], *, padding: str | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    masks: Masks,
+    *,
+    padding: str | None = None,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """The kept weights that lie on at least one live path, for every prunable parameter (a missing mask keeps all).
+    """The kept weights on at least one live path, for every prunable parameter (a missing mask keeps all).
 
-    `padding="circular"` runs every zero-padded convolution, pool and spatial pad as if the image were periodic.
+    `padding="circular"` runs zero-padded convolutions, pools and spatial pads as if images were periodic.
+    `dtype=torch.float32` halves time and memory; the answer is the same. The model may be on the meta device.
     Raises `UnknownOpError`, naming the operation, where the model uses one that has no rule.
     """
-    total, leaves = _run(model, example_inputs, masks, Setting(counting=False, circular=_circular(padding)))
+    if padding not in (None, "circular"):
+        raise ValueError(f"padding is None or 'circular', not {padding!r}")
+    setting = Setting(counting=False, circular=padding == "circular", dtype=dtype)
+    total, leaves = _run(model, example_inputs, masks, setting)
     gradients = _gradients(total, leaves)
     return {name: (gradients[name] > 0) & (leaf > 0) for name, leaf in leaves.items()}
 
 
-def log_paths(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor]) -> float:
-    """Natural log of the number of paths, R_P (pools sum, max-pools take the maximum); -inf where there is none."""
+def log_paths(model: nn.Module, example_inputs: Any, masks: Masks) -> float:
+    """Natural log of the number of paths, R_P (average pools sum, max-pools take the maximum), or -inf."""
     for exponent in (0, 1000):
         setting = Setting(counting=True, circular=False, start=2.0**-exponent)
         total = float(_run(model, example_inputs, masks, setting)[0].detach())
@@ -80,7 +90,7 @@ def log_paths(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor]
     raise OverflowError("more than 2**2024 paths: count a smaller network")
 
 
-def count_paths(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor]) -> int:
+def count_paths(model: nn.Module, example_inputs: Any, masks: Masks) -> int:
     """The exact number of paths; raises `OverflowError` from 2**53 on, where float64 is no longer exact."""
     total = float(_run(model, example_inputs, masks, Setting(counting=True, circular=False))[0].detach())
     if not total < 2**53:
@@ -88,17 +98,13 @@ def count_paths(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tenso
     return round(total)
 
 
-def path_gradients(model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """d ln R_P / d mask, also at pruned entries; zeros where there is no path at all."""
+def path_gradients(model: nn.Module, example_inputs: Any, masks: Masks) -> dict[str, Tensor]:
+    """d ln R_P / d mask, also at pruned entries. Where there is no path, d R_P / d mask."""
     total, leaves = _run(model, example_inputs, masks, Setting(counting=True, circular=False))
-    gradients = _gradients(total, leaves)
-    return {name: gradient / total.detach().clamp(min=1) for name, gradient in gradients.items()}
-
-
-def _circular(padding: str | None) -> bool:
-    if padding not in (None, "circular"):
-        raise ValueError(f"padding is None or 'circular', not {padding!r}")
-    return padding == "circular"
+    if not math.isfinite(float(total.detach())):
+        raise OverflowError("more than 2**1024 paths: differentiate a smaller network")
+    scale = total.detach().clamp(min=1)
+    return {name: gradient / scale for name, gradient in _gradients(total, leaves).items()}
 
 
 def _gradients(total: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,54 +118,54 @@ def _gradients(total: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _run(
-    model: nn.Module, example_inputs: Any, masks: Mapping[str, Tensor], setting: Setting
+    model: nn.Module, example_inputs: Any, masks: Masks, setting: Setting
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of all paths at the outputs, and the 0/1 weights it depends on."""
     model = copy.deepcopy(model).eval()
-    leaves: dict[str, Tensor] = {}
-    known: dict[int, Dual] = {}
-    weights = prunable(model)
-    unknown = set(masks) - set(weights)
-    if unknown:
-        raise ValueError(f"no prunable parameter is named {min(unknown)!r}")
-    for name, parameter in model.named_parameters():
-        pattern = torch.ones(parameter.shape, dtype=torch.float64)
-        if name in weights:
-            if name in masks:
-                pattern = masks[name].to("cpu", torch.float64)
-            leaves[name] = pattern.requires_grad_()
-        known[id(parameter)] = Dual.make(pattern)
-    for buffer in model.buffers():
-        if buffer.is_floating_point():
-            known[id(buffer)] = Dual.make(torch.ones(buffer.shape, dtype=torch.float64))
+    known, leaves = _parameters(model, masks, setting)
     inputs = tree_map(lambda leaf: _source(leaf, setting), example_inputs)
-    args, kwargs = _arguments(inputs)
-    setting.integers = {
-        id(leaf) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and type(leaf) is not Dual
-    }
+    setting.integers = {id(leaf) for leaf in tree_leaves(inputs) if type(leaf) is Tensor}
+    args: Any = inputs if isinstance(inputs, tuple | list) else (inputs,)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with Interpreter(known, setting):
-            outputs = model(*args, **kwargs)
+            outputs = model(**inputs) if isinstance(inputs, dict) else model(*args)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    paths = [dual.paths.sum() for dual in _duals(outputs) if dual.paths is not None]
-    return sum(paths, torch.zeros((), dtype=torch.float64)), leaves
+    paths = [dual.check().paths for dual in _duals(outputs)]
+    zero = torch.zeros((), dtype=setting.dtype)
+    return sum((path.sum() for path in paths if path is not None), zero), leaves
+
+
+def _parameters(
+    model: nn.Module, masks: Masks, setting: Setting
+) -> tuple[dict[int, Dual], dict[str, Tensor]]:
+    """Every parameter and float buffer by identity: its mask if it is prunable, else positive throughout."""
+    weights = prunable(model)
+    for name in set(masks) - set(weights):
+        raise ValueError(f"no prunable parameter is named {name!r}")
+    leaves: dict[str, Tensor] = {}
+    known: dict[int, Dual] = {}
+    for name, parameter in model.named_parameters():
+        pattern = torch.ones(parameter.shape, dtype=setting.dtype)
+        if name in weights:
+            if name in masks:
+                pattern = (masks[name] != 0).to("cpu", setting.dtype)
+            leaves[name] = pattern.requires_grad_()
+        known[id(parameter)] = Dual.make(pattern)
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            known[id(buffer)] = Dual.make(torch.ones(buffer.shape, dtype=setting.dtype))
+    return known, leaves
 
 
 def _source(leaf: Any, setting: Setting) -> Any:
-    """A float input starts one path in each entry; integers (token ids) start them where they are looked up."""
+    """One path starts in each entry of a float input; integers start them where they are looked up."""
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         return leaf
-    ones = torch.ones(leaf.shape, dtype=torch.float64)
+    ones = torch.ones(leaf.shape, dtype=setting.dtype)
     return Dual.make(ones, ones * setting.start)
-
-
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, dict):
-        return (), inputs
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
 def _duals(value: Any) -> Iterator[Dual]:
@@ -186,9 +192,9 @@ class Interpreter(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(self._lift, (args, kwargs or {}))
-        if not any(type(leaf) is Dual for leaf in tree_leaves((args, kwargs))):
-            if not self.setting.is_lookup(func, args):
-                return func(*args, **kwargs)
+        touched = any(type(leaf) is Dual for leaf in tree_leaves((args, kwargs)))
+        if not touched and not self.setting.is_lookup(func, args):
+            return func(*args, **kwargs)
         with torch.enable_grad():
             return perform(self.setting, func, args, kwargs)
 
