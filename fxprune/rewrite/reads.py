@@ -7,6 +7,7 @@ first, the kernel's operand is masked a second time, for standardisation moves z
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch.fx.graph import Graph
 from fxprune.rewrite.form import SUFFIX
 from fxprune.rewrite.kernels import KERNELS, weight_operand, with_weight_operand
 from fxprune.rewrite.probing import UnfollowableError, moves_zeros
+
+# The second is what capturing a masked plain module gives.
+_PRODUCTS = (torch.mul, operator.mul)
 
 
 def mask_reads(gm: GraphModule) -> None:
@@ -67,8 +71,8 @@ def mask_of(gm: GraphModule, target: str) -> torch.Tensor | None:
 
 
 def is_mask_product(gm: GraphModule, node: Node) -> bool:
-    """Whether this node is a multiplication that :func:`mask_reads` put in."""
-    if node.op != "call_function" or node.target is not torch.mul or len(node.args) != 2:
+    """Whether this node multiplies something with a mask, as :func:`mask_reads` puts it in."""
+    if node.op != "call_function" or node.target not in _PRODUCTS or len(node.args) != 2:
         return False
     mask = node.args[1]
     if not (isinstance(mask, Node) and mask.op == "get_attr"):
@@ -155,7 +159,7 @@ def evaluate(gm: GraphModule, region: list[Node], given: dict[Node, torch.Tensor
             values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
         else:
             module = gm.get_submodule(str(node.target))
-            values[node] = (copy.deepcopy(module).to("cpu").double() if given is not None else module)(
+            values[node] = (copy.deepcopy(module).to("cpu").double().eval() if given is not None else module)(
                 *args, **kwargs
             )
     return values[region[-1]]

@@ -77,7 +77,12 @@ def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     >>> layer.weight_mask
     tensor([[ True, False]])
     """
-    install(unwrap(model), masks)
+    inside = unwrap(model)
+    classes = [type(module) for module in inside.modules()]
+    install(inside, masks)
+    if inside is not model and classes != [type(module) for module in inside.modules()]:
+        # Code compiled for the dense model may not be guarded by the class of torch's layers (torch 2.9).
+        torch.compiler.reset()
 
 
 def _all_names(everywhere: dict[int, list[Place]]) -> set[str]:

@@ -75,7 +75,7 @@ def test_copies_finalize_verify(kind):
         verify(block)
 
 
-@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@pytest.mark.filterwarnings("ignore:While .*, we found certain side effects")
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported(strict):
     block, _, x, _ = pair("one")

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import shutil
 
 import pytest
 import torch
@@ -135,7 +136,23 @@ def test_compiled_and_no_recompile_on_a_mask_change(name):
     assert counter.frame_count == 1
 
 
-@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
+def test_inductor():
+    block, x, _, _ = masked_layer("linear")
+    counter = CompileCounterWithBackend("inductor")
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    for seed in (0, 1):
+        set_masks(block, {"layer.weight": nets.masks_for(block, seed=seed)["layer.weight"]})
+        found = compiled(x)
+        (gradient,) = torch.autograd.grad(found.square().sum(), block.layer.weight)
+        (expected,) = torch.autograd.grad(block(x).square().sum(), block.layer.weight)
+        assert torch.allclose(found, block(x), atol=1e-5)
+        assert torch.allclose(gradient, expected, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore:While .*, we found certain side effects")
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", ["linear", "conv2d", "transposed2d", "same", "std", "scaled_std_same"])
 def test_exported(name, strict):

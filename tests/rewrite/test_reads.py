@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
+from fxprune.capture import capture
 from fxprune.rewrite import bare, direct_reads, finalize, install, read, set_masks, verify
 from fxprune.rewrite.reads import is_mask_product
 from rewrite import nets
@@ -20,11 +21,19 @@ NETS = {
 every_net = pytest.mark.parametrize("name", NETS)
 
 
-def traced(name):
-    make, shape = NETS[name]
-    torch.manual_seed(0)
-    model = make()
-    return model, symbolic_trace(model), torch.randn(*shape), nets.masks_for(model)
+@pytest.fixture(params=["symbolic_trace", "capture"])
+def traced(request):
+    """A model, its graph by one of two tracers, an input, masks."""
+
+    def make(name):
+        make_model, shape = NETS[name]
+        torch.manual_seed(0)
+        model = make_model()
+        x = torch.randn(*shape)
+        gm = symbolic_trace(model) if request.param == "symbolic_trace" else capture(model, x)
+        return model, gm, x, nets.masks_for(model)
+
+    return make
 
 
 def garbage(model, masks):
@@ -36,7 +45,7 @@ def garbage(model, masks):
 
 
 @every_net
-def test_graph(name):
+def test_graph(name, traced):
     model, gm, x, masks = traced(name)
     keys = set(gm.state_dict())
     install(gm, masks)
@@ -56,7 +65,7 @@ def test_graph(name):
 
 
 @every_net
-def test_graph_computes_with_the_mask(name):
+def test_graph_computes_with_the_mask(name, traced):
     _, gm, x, masks = traced(name)
     install(gm, masks)
     expected = gm(x)
@@ -67,7 +76,7 @@ def test_graph_computes_with_the_mask(name):
 
 
 @every_net
-def test_graph_copies_and_bare(name):
+def test_graph_copies_and_bare(name, traced):
     model, gm, x, masks = traced(name)
     code = gm.code
     install(gm, masks)
@@ -87,7 +96,7 @@ def test_graph_copies_and_bare(name):
 
 
 @every_net
-def test_graph_finalized(name):
+def test_graph_finalized(name, traced):
     _, gm, x, masks = traced(name)
     install(gm, masks)
     code = gm.code
@@ -101,7 +110,7 @@ def test_graph_finalized(name):
 
 
 @every_net
-def test_graph_compiled_and_exported(name):
+def test_graph_compiled_and_exported(name, traced):
     model, gm, x, masks = traced(name)
     install(gm, masks)
     torch._dynamo.reset()
@@ -113,7 +122,7 @@ def test_graph_compiled_and_exported(name):
 
 
 @every_net
-def test_graph_keeps_pruned_weights_at_zero(name):
+def test_graph_keeps_pruned_weights_at_zero(name, traced):
     _, gm, x, masks = traced(name)
     optimizer = torch.optim.AdamW(gm.parameters(), lr=0.1, weight_decay=0.1)
     gm(x).square().sum().backward()
@@ -129,7 +138,7 @@ def test_graph_keeps_pruned_weights_at_zero(name):
             assert nets.raw_zero(model, masks)
 
 
-def test_graph_loads_dense_checkpoints():
+def test_graph_loads_dense_checkpoints(traced):
     model, gm, _, masks = traced("functional")
     dense = {key: value.clone() for key, value in model.state_dict().items()}
     install(gm, masks)
@@ -140,7 +149,7 @@ def test_graph_loads_dense_checkpoints():
         assert all(torch.equal(target.state_dict()[key], value) for key, value in dense.items())
 
 
-def test_the_mask_stands_after_standardisation():
+def test_the_mask_stands_after_standardisation(traced):
     _, gm, x, masks = traced("standardised")
     install(gm, masks)
     (kernel,) = [node for node in gm.graph.nodes if node.target is torch.conv2d]
@@ -259,7 +268,7 @@ def test_called_and_read():
         assert torch.equal(twin(x), expected)
 
 
-def test_a_graph_inside_a_plain_module():
+def test_a_graph_inside_a_plain_module(traced):
     model, gm, x, masks = traced("functional")
     outer = nn.Sequential(gm, nn.ReLU())
     set_masks(outer, {"0." + name: mask for name, mask in masks.items()})
@@ -284,3 +293,26 @@ def test_results_kept_in_attributes_do_not_hinder_copies():
     assert torch.equal(finalize(model)(x), model(x))
     assert torch.equal(bare(model)(x), model(x))
     verify(model)
+
+
+@every_net
+def test_a_masked_plain_module_is_captured_with_its_masks(name):
+    make, shape = NETS[name]
+    torch.manual_seed(0)
+    model = make()
+    x = torch.randn(*shape)
+    original = capture(model, x)
+    masks = nets.masks_for(model)
+    install(model, masks, direct=direct_reads(original))
+    gm = capture(model, x)
+    assert torch.equal(gm(x), model(x))
+    assert set(read(gm)) == set(masks)
+    verify(gm)
+    changed = nets.masks_for(model, seed=1)
+    set_masks(gm, changed)
+    assert torch.equal(gm(x), model(x)), "they share parameters and masks"
+    assert bare(model)(x).shape == bare(gm)(x).shape, "nothing that is left needs the masks"
+    assert sorted(str(node.target) for node in bare(gm).graph.nodes) == sorted(
+        str(node.target) for node in original.graph.nodes
+    )
+    assert torch.equal(finalize(gm)(x), gm(x))
