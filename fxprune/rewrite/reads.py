@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.fx.graph import Graph
 
 from fxprune.rewrite.form import SUFFIX
 from fxprune.rewrite.kernels import KERNELS, weight_operand, with_weight_operand
-from fxprune.rewrite.probing import UnfollowableError, moves_zeros
+from fxprune.rewrite.probing import FAILURES, UnfollowableError, moves_zeros
 
 # The second is what capturing a masked plain module gives.
 _PRODUCTS = (torch.mul, operator.mul)
@@ -37,8 +38,7 @@ def mask_reads(gm: GraphModule) -> None:
             )
             changed = True
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target in KERNELS:
-            changed |= _mask_operand(gm, node)
+        changed |= _mask_operand(gm, node)
     if changed:
         gm.graph.lint()
         gm.recompile()
@@ -94,31 +94,44 @@ def _mask_after(gm: GraphModule, value: Node, parameter: str) -> Node:
     return product
 
 
+def check_reads(gm: GraphModule, parameters: Collection[int]) -> None:
+    """Raises ``ValueError`` if masks on these parameters (by ``id``) could not be placed in the graph."""
+    for node in gm.graph.nodes:
+        _moved_parameter(gm, node, lambda target: id(attribute_at(gm, target)) in parameters)
+
+
 def _mask_operand(gm: GraphModule, kernel: Node) -> bool:
     """Masks the weight operand of a kernel, if more than movement made it from a masked parameter."""
-    operand = weight_operand(kernel.args, kernel.kwargs)
-    if not isinstance(operand, Node) or is_mask_product(gm, operand):
+    name = _moved_parameter(gm, kernel, lambda target: mask_of(gm, target) is not None)
+    if name is None:
         return False
-    region = constant_region(operand)
-    for node in region or ():
-        if node.op == "get_attr" and mask_of(gm, str(node.target)) is not None:
-            shape = attribute_at(gm, str(node.target)).shape
+    product = _mask_after(gm, weight_operand(kernel.args, kernel.kwargs), name)
+    kernel.args, kernel.kwargs = with_weight_operand(kernel.args, kernel.kwargs, product)
+    return True
 
-            def compute(weight: torch.Tensor, source: Node = node) -> torch.Tensor | None:
-                assert region is not None
-                value = evaluate(gm, region, {source: weight})
-                return value if isinstance(value, torch.Tensor) and value.shape == weight.shape else None
 
-            try:
-                moved = moves_zeros(compute, shape)
-            except UnfollowableError as error:
-                raise ValueError(f"masks[{node.target!r}]: {error}") from error
-            if moved:
-                product = _mask_after(gm, operand, str(node.target))
-                args, kwargs = with_weight_operand(kernel.args, kernel.kwargs, product)
-                kernel.args, kernel.kwargs = args, kwargs
-                return True
-    return False
+def _moved_parameter(gm: GraphModule, kernel: Node, concerned: Callable[[str], bool]) -> str | None:
+    """The parameter of which a kernel uses a re-centred form that no mask follows yet, if there is one."""
+    operand = weight_operand(kernel.args, kernel.kwargs) if kernel.target in KERNELS else None
+    if not isinstance(operand, Node) or is_mask_product(gm, operand):
+        return None
+    region = constant_region(operand) or []
+    for node in region:
+        if node.op != "get_attr" or not concerned(str(node.target)):
+            continue
+
+        def compute(weight: torch.Tensor, source: Node = node) -> torch.Tensor | None:
+            value = evaluate(gm, region, {source: weight})
+            return value if isinstance(value, torch.Tensor) and value.shape == weight.shape else None
+
+        try:
+            if moves_zeros(compute, attribute_at(gm, str(node.target)).shape):
+                return str(node.target)
+        except UnfollowableError as error:
+            raise ValueError(f"masks[{node.target!r}]: {error}") from error
+        except FAILURES:
+            continue  # verify computes the operand as the model does, and finds what is left
+    return None
 
 
 def constant_region(node: Node) -> list[Node] | None:

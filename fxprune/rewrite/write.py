@@ -13,7 +13,7 @@ from fxprune.rewrite.form import SUFFIX, Form, form_of, is_stock, masked_class, 
 from fxprune.rewrite.loading import adapt
 from fxprune.rewrite.names import CONTAINERS, Place, check, join, tied, unwrap
 from fxprune.rewrite.probing import needs_operand_mask
-from fxprune.rewrite.reads import mask_reads
+from fxprune.rewrite.reads import check_reads, mask_reads
 from fxprune.rewrite.zeroing import enrol, zero
 
 
@@ -50,14 +50,15 @@ def install(module: nn.Module, masks: Mapping[str, torch.Tensor], direct: Iterab
     if unknown:
         raise ValueError(f"direct: no parameter {unknown[0]!r} in the model")
     forms = _forms(module, [place for place, _ in targets], set(direct))
+    graphs = [part for part in module.modules() if isinstance(part, GraphModule)] if chosen else []
+    for graph in graphs:
+        check_reads(graph, chosen)
     for (_, owner, attribute), mask in targets:
         _put(owner, attribute, mask)
     for owner, form in forms:
         _reclass(owner, form)
-    if chosen:
-        for graph_module in module.modules():
-            if isinstance(graph_module, GraphModule):
-                mask_reads(graph_module)
+    for graph in graphs:
+        mask_reads(graph)
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:

@@ -71,6 +71,20 @@ def test_a_kernel_that_no_mask_can_follow():
 
     refused(nn.Sequential(Mixed(4, 4)), {"0.weight": kept(4, 4)}, ValueError, "0.weight", "kernel")
 
+    class Raw(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return nn.functional.linear(self.first(x), self.weight.flip(0) - self.weight.mean())
+
+    graph = torch.fx.symbolic_trace(Raw())
+    masks = {"first.weight": ~kept(4, 4), "weight": kept(4, 4)}
+    refused(graph, masks, ValueError, "'weight'", "kernel")
+    assert "_mask" not in graph.code
+
 
 def test_verify_without_masks():
     with pytest.raises(ValueError, match="no masks"):
