@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 Masks = Mapping[str, Tensor]
+Known = dict[int, tuple[Tensor, Dual]]  # by id; the tensor is kept, so that no other one can take its id
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -138,25 +139,23 @@ def _run(
     return sum((path.sum() for path in paths if path is not None), zero), leaves
 
 
-def _parameters(
-    model: nn.Module, masks: Masks, setting: Setting
-) -> tuple[dict[int, Dual], dict[str, Tensor]]:
+def _parameters(model: nn.Module, masks: Masks, setting: Setting) -> tuple[Known, dict[str, Tensor]]:
     """Every parameter and float buffer by identity: its mask if it is prunable, else positive throughout."""
     weights = prunable(model)
     for name in set(masks) - set(weights):
         raise ValueError(f"no prunable parameter is named {name!r}")
     leaves: dict[str, Tensor] = {}
-    known: dict[int, Dual] = {}
+    known: Known = {}
     for name, parameter in model.named_parameters():
         pattern = torch.ones(parameter.shape, dtype=setting.dtype)
         if name in weights:
             if name in masks:
                 pattern = (masks[name] != 0).to("cpu", setting.dtype)
             leaves[name] = pattern.requires_grad_()
-        known[id(parameter)] = Dual.make(pattern)
+        known[id(parameter)] = parameter, Dual.make(pattern)
     for buffer in model.buffers():
         if buffer.is_floating_point():
-            known[id(buffer)] = Dual.make(torch.ones(buffer.shape, dtype=setting.dtype))
+            known[id(buffer)] = buffer, Dual.make(torch.ones(buffer.shape, dtype=setting.dtype))
     return known, leaves
 
 
@@ -186,7 +185,7 @@ def _duals(value: Any) -> Iterator[Dual]:
 class Interpreter(TorchFunctionMode):
     """Carries out every torch function that touches a dual, a parameter or a float buffer on duals."""
 
-    def __init__(self, known: dict[int, Dual], setting: Setting) -> None:
+    def __init__(self, known: Known, setting: Setting) -> None:
         super().__init__()
         self.known, self.setting = known, setting
 
@@ -199,4 +198,6 @@ class Interpreter(TorchFunctionMode):
             return perform(self.setting, func, args, kwargs)
 
     def _lift(self, leaf: Any) -> Any:
-        return self.known.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf
+        if type(leaf) is Dual or not isinstance(leaf, Tensor):
+            return leaf
+        return self.known.get(id(leaf), (leaf, leaf))[1]

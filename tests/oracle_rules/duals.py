@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 
-class UnknownOpError(TypeError):
-    """The model used an operation that has no rule."""
+class UnknownOpError(RuntimeError):
+    """The model used an operation that has no rule. (No TypeError: Python's operators would swallow it.)"""
 
 
 @dataclass
@@ -194,11 +194,12 @@ def _setitem(setting: Setting, target: Any, index: Any, source: Any) -> None:
 
 
 def dual(setting: Setting, x: Any) -> Dual:
-    """A number or a plain tensor is a constant: non-zero where it is non-zero."""
+    """A constant made in the forward counts by existence, as a bias does; zero throughout, it is Zero."""
     if type(x) is Dual:
         return x
-    value = x if isinstance(x, Tensor) else torch.tensor(float(x))
-    return Dual.make((value != 0).to("cpu", setting.dtype))
+    if not isinstance(x, Tensor):
+        return constant(setting, (), float(x != 0))
+    return constant(setting, x.shape, float(bool((x != 0).any())))
 
 
 def constant(setting: Setting, shape: Sequence[int], value: float = 1.0) -> Dual:
