@@ -1,58 +1,143 @@
-"""Capture: any model as a ``torch.fx.GraphModule`` with shapes on every node."""
+"""The door: any model becomes a ``torch.fx.GraphModule`` with shapes on every node.
+
+In: a model and example inputs, of which only shapes and types are read. Out: a GraphModule that behaves
+like the model in training and in evaluation, at any batch size.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
+from fxprune.capture.compare import Differences
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError
+from fxprune.capture.fidelity import faithful_graph, settle_types
 from fxprune.capture.inputs import example_inputs_for
+from fxprune.capture.leaves import has_hooks
+from fxprune.capture.module import assemble
 from fxprune.capture.shadows import map_structure, meta_like
-from fxprune.capture.trace import Trace, remove_dead_code, trace
+from fxprune.capture.trace import remove_dead_code, shapes_only, trace, where
 
 __all__ = ["capture", "capture_leaf"]
 
 
 def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
+    """Capture a model as a graph that trains and evaluates as the model does.
+
+    Args:
+        model: any module; it is not changed, and need not hold weights (``torch.device("meta")`` will do).
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of
+        ``model.forward``. Only
+            their shapes and types count. Arguments that are no tensors become constants of the graph.
+            May be left out where :func:`example_inputs_for` knows the model.
+
+    Returns:
+        A ``GraphModule`` with the class name, the submodules, the parameters and the ``state_dict`` keys
+        of the model. Every node has ``node.meta["val"]``: a meta tensor, a number, or nested tuples,
+        lists and dicts of those.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: the model does not accept the example inputs (its own error is chained), or there are
+        none.
+        CaptureError: the model's own ``forward`` cannot be traced; the message names the line.
+
+    A submodule that cannot be traced stays one ``call_module`` node, with a warning that names it and
+    says why.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.1))
+        >>> gm = capture(net, torch.ones(2, 4))
+        >>> [str(node.target) for node in gm.graph.nodes]
+        ['input', '0', '1', '2', 'output']
+    """
+    _check(model)
     args, kwargs = example_inputs_for(model, example_inputs)
-    args, kwargs = _to_meta(args), _to_meta(kwargs)
-    found = trace(model, args, kwargs, training=False)
-    remove_dead_code(found.graph)
-    return _module(model, found)
+    args, kwargs = _shapes(args), _shapes(kwargs)
+    try:
+        found = faithful_graph(model, args, kwargs)
+    except TRACE_ERRORS as error:
+        raise _explained(model, args, kwargs, error) from error
+    for path, reason in found.notes.items():
+        name = (
+            f"{path} ({type(model.get_submodule(path)).__name__}) stays one node"
+            if path
+            else type(model).__name__
+        )
+        warnings.warn(f"capture: {name}: {reason}", stacklevel=2)
+    return assemble(model, found.graph, found.extra)
 
 
 def capture_leaf(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> fx.GraphModule:
+    """The inside of one module in evaluation mode, whether or not :func:`capture` would enter it.
+
+    Args:
+        module: the module to open. Those of torch.nn inside it stay whole.
+        args: its positional arguments; tensors count by their shape and type.
+        kwargs: its keyword arguments.
+
+    Raises:
+        CaptureError: it cannot be traced, or has hooks that may change what it returns.
+
+    Example:
+        >>> import torch
+        >>> gm = capture_leaf(nn.Linear(4, 8), (torch.ones(2, 4),), {})
+        >>> [node.op for node in gm.graph.nodes]
+        ['placeholder', 'get_attr', 'get_attr', 'call_function', 'output']
+    """
+    if has_hooks(module):
+        raise CaptureError(f"{type(module).__name__} has hooks, which may change what it returns")
     try:
-        found = trace(module, _to_meta(tuple(args)), _to_meta(dict(kwargs)), training=False)
+        found = trace(module, _shapes(tuple(args)), _shapes(dict(kwargs)), training=False)
     except TRACE_ERRORS as error:
-        raise CaptureError(f"{type(module).__qualname__}: {error}") from error
+        raise CaptureError(f"{type(module).__name__}: {error} ({where(error)})") from error
+    settle_types(found, Differences())
     remove_dead_code(found.graph)
-    return _module(module, found)
+    return assemble(module, found.graph, found.constants)
 
 
-def _to_meta(value: Any) -> Any:
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        raise ValueError(
+            f"model: got {type(model).__name__}; capture the module in it (model.module), then wrap"
+        )
+    if isinstance(model, OptimizedModule):
+        raise ValueError(
+            "model: got a compiled module; capture the one in it (model._orig_mod), then compile"
+        )
+    lazy = [name for name, tensor in model.named_parameters() if is_lazy(tensor)]
+    if lazy:
+        raise ValueError(f"model: {lazy[0]!r} has no shape yet; run the model once before capturing it")
+
+
+def _shapes(value: Any) -> Any:
     return map_structure(lambda x: meta_like(x) if isinstance(x, Tensor) else x, value)
 
 
-def _module(model: nn.Module, found: Trace) -> fx.GraphModule:
-    skeleton = nn.Module()
-    skeleton._parameters, skeleton._buffers, skeleton._modules = (
-        dict(model._parameters),
-        dict(model._buffers),
-        dict(model._modules),
+def _explained(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: BaseException
+) -> ValueError | CaptureError:
+    """Is it the inputs or the model? The inputs, if their shapes fail without a trace, too."""
+    name = type(model).__name__
+    if not isinstance(error, CaptureError):
+        try:
+            shapes_only(model, args, kwargs)
+        except TRACE_ERRORS as own:
+            shapes = map_structure(lambda x: list(x.shape) if isinstance(x, Tensor) else x, kwargs or args)
+            return ValueError(
+                f"example_inputs: {name} does not accept {shapes}: {own} ({where(own)}); "
+                "pass inputs that it runs on"
+            )
+    return CaptureError(
+        f"{name} cannot be captured: {error} ({where(error)}); move that part into a submodule, which then "
+        "stays whole"
     )
-    for name, value in vars(model).items():
-        if isinstance(value, Tensor):
-            object.__setattr__(skeleton, name, value)
-    skeleton._non_persistent_buffers_set = set(model._non_persistent_buffers_set)
-    skeleton.training = model.training
-    for name, value in found.constants.items():
-        skeleton.register_buffer(name, value, persistent=False)
-    gm = fx.GraphModule(skeleton, found.graph, type(model).__name__)
-    gm._parameters, gm._buffers, gm._modules = skeleton._parameters, skeleton._buffers, skeleton._modules
-    gm._non_persistent_buffers_set = skeleton._non_persistent_buffers_set
-    gm.graph.lint()
-    return gm

@@ -1,7 +1,8 @@
 """Which modules stay one node of the graph.
 
-In: a module. Out: whether the tracer enters it. torch.nn's own modules stay whole; so do those whose parameters must
-keep their owner (convolutions, linear layers and their subclasses), and those whose call does more than ``forward``.
+In: a module. Out: whether the tracer enters it. torch.nn's own modules stay whole; so do those whose
+parameters must keep their owner (convolutions, linear layers and their subclasses), and those whose call
+does more than ``forward``.
 """
 
 from __future__ import annotations

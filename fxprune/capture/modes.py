@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
-__all__ = ["ModeSwitch"]
+__all__ = ["ModeSwitch", "Switches"]
 
 
 class ModeSwitch(nn.Module):
@@ -20,3 +20,71 @@ class ModeSwitch(nn.Module):
 
     def forward(self, when_training: Any, when_evaluating: Any) -> Any:
         return when_training if self.training else when_evaluating
+
+
+class Switches:
+    """The mode switches of a graph: one for every module whose flag the model reads."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, ModeSwitch] = {}
+
+    def insert(
+        self, node: fx.Node, path: str, key: tuple[Any, ...], when_training: Any, otherwise: Any
+    ) -> None:
+        """Replace the constant argument of ``node`` that ``key`` leads to by a choice."""
+        chosen = self.earlier(node, when_training, otherwise)
+        if chosen is None:
+            with node.graph.inserting_before(node):
+                chosen = self.choose(node.graph, path, when_training, otherwise)
+        args, kwargs = _replaced((node.args, node.kwargs), key, chosen)
+        node.args, node.kwargs = args, kwargs
+
+    def choose(self, graph: fx.Graph, path: str, when_training: Any, otherwise: Any) -> fx.Node:
+        """A node for the choice, by the flag of the module at ``path``."""
+        name = "_".join(("mode_switch", *path.split("."))) if path else "mode_switch"
+        while name not in self.modules and hasattr(self.model, name):
+            name += "_"
+        if name not in self.modules:
+            self.modules[name] = ModeSwitch().train(self.model.get_submodule(path).training)
+        node = graph.create_node("call_module", name, (when_training, otherwise))
+        node.meta["val"] = fx.node.map_arg(otherwise, lambda x: x.meta["val"])
+        return node
+
+    def earlier(self, node: fx.Node, when_training: Any, otherwise: Any) -> fx.Node | None:
+        """The switch of an earlier capture that this constant came out of."""
+        before = node.prev
+        while before.op != "root":
+            if before.op == "call_module" and before.args == (when_training, otherwise):
+                module = (
+                    self.model.get_submodule(str(before.target))
+                    if before.target not in self.modules
+                    else None
+                )
+                if isinstance(module, ModeSwitch):
+                    return before
+            before = before.prev
+        return None
+
+    def drop_unused(self, graph: fx.Graph) -> None:
+        """Remove calls of switches whose choice nobody reads."""
+        for node in reversed(graph.nodes):
+            if node.op == "call_module" and not node.users and self._is_switch(str(node.target)):
+                graph.erase_node(node)
+
+    def _is_switch(self, name: str) -> bool:
+        return isinstance(self.modules.get(name) or self.model.get_submodule(name), ModeSwitch)
+
+
+def _replaced(value: Any, key: tuple[Any, ...], new: Any) -> Any:
+    if not key:
+        return new
+    if isinstance(value, slice):
+        parts = {part: getattr(value, part) for part in ("start", "stop", "step")}
+        parts[key[0]] = _replaced(parts[key[0]], key[1:], new)
+        return slice(*parts.values())
+    if isinstance(value, dict):
+        return {**value, key[0]: _replaced(value[key[0]], key[1:], new)}
+    items = list(value)
+    items[key[0]] = _replaced(items[key[0]], key[1:], new)
+    return tuple(items) if isinstance(value, tuple) else items

@@ -1,8 +1,8 @@
 """Numbers that remember where they came from.
 
-In: a Python number read off a shape, and the graph node that computes it. Out: an ``int`` or ``float`` that is the
-number for every purpose (``if``, ``range``, indexing, C code) and whose arithmetic goes on being recorded, so that the
-batch size stays free in the captured graph.
+In: a Python number read off a shape, and the graph node that computes it. Out: an ``int`` or ``float``
+that is the number for every purpose (``if``, ``range``, indexing, C code) and whose arithmetic goes on
+being recorded, so that the batch size stays free in the captured graph.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Names of operations: how what PyTorch reports becomes an fx node, and what a node may do besides its result.
+"""Names of operations: how what PyTorch reports becomes an fx node, and what a node may do besides its
+result.
 
-In: the functions that a ``TorchFunctionMode`` sees. Out: the op and target of the fx node for them, and whether a node
-may be removed when nobody reads it.
+In: the functions that a ``TorchFunctionMode`` sees. Out: the op and target of the fx node for them, and
+whether a node may be removed when nobody reads it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.utils._device import _device_constructors
 
@@ -113,10 +113,10 @@ IN_PLACE_OPERATORS = frozenset(
 
 RANDOM = frozenset(
     (
-        "alpha_dropout", "bernoulli", "dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout",
-        "gumbel_softmax", "multi_head_attention_forward", "multinomial", "native_dropout", "normal", "poisson", "rand",
-        "rand_like", "randint", "randint_like", "randn", "randn_like", "randperm", "rrelu",
-        "scaled_dot_product_attention",
+        "alpha_dropout", "bernoulli", "dropout", "dropout1d", "dropout2d", "dropout3d",
+        "feature_alpha_dropout", "gumbel_softmax", "multi_head_attention_forward", "multinomial",
+        "native_dropout", "normal", "poisson", "rand", "rand_like", "randint", "randint_like", "randn",
+        "randn_like", "randperm", "rrelu", "scaled_dot_product_attention",
     )
 )  # fmt: skip
 EFFECTFUL = frozenset(("_assert", "_assert_async", "_set_grad_enabled", "manual_seed", "set_rng_state"))
@@ -152,7 +152,7 @@ def changes_input(node: fx.Node) -> bool:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """Whether a call may go when nobody reads its result: no write, no random number, no module, nothing unknown."""
+    """Whether a call may go when nobody reads its result: it does not write, draw or call the unknown."""
     if node.op == "get_attr":
         return True
     if node.op not in ("call_function", "call_method") or changes_input(node):

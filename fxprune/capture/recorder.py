@@ -1,8 +1,9 @@
 """The tracer: user code runs on shape-only tensors, and everything PyTorch is asked to do becomes a node.
 
-In: the tensors of a model and the inputs' shapes. Out: an ``fx.Graph`` whose nodes carry ``meta["val"]``. Tensors in
-the traced code are ordinary meta tensors; a table says which node computes each. Parameters are real: they are
-swapped for shapes at the moment an operation reads them, so nothing is allocated and nothing is written.
+In: the tensors of a model and the inputs' shapes. Out: an ``fx.Graph`` whose nodes carry
+``meta["val"]``. Tensors in the traced code are ordinary meta tensors; a table says which node computes
+each. Parameters are real: they are swapped for shapes at the moment an operation reads them, so nothing
+is allocated and nothing is written.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.overrides import TorchFunctionMode
 
 from fxprune.capture.errors import CaptureError
@@ -24,7 +26,7 @@ from fxprune.capture.numbers import TracedFloat, TracedInt, plain
 from fxprune.capture.ops import RESHAPING, VALUE_READERS, changes_input, spelling
 from fxprune.capture.shadows import Shadows, map_structure
 
-__all__ = ["Recorder", "Scope"]
+__all__ = ["DtypeOf", "Recorder", "Scope"]
 
 TENSOR_VALUED = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
 ATOMS = (
@@ -48,6 +50,14 @@ DEVICE_KINDS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class DtypeOf:
+    """A type among a node's arguments that may have been read off the tensor which ``source`` computes."""
+
+    source: fx.Node
+    dtype: torch.dtype
+
+
 @dataclasses.dataclass(eq=False)
 class Scope:
     """One call of a module: where nodes were made. ``entries`` are its nodes and inner calls, in order."""
@@ -58,6 +68,11 @@ class Scope:
     entries: list[Any] = dataclasses.field(default_factory=list, repr=False)
 
     @property
+    def chain(self) -> list[str]:
+        """The paths of the modules around, outermost first."""
+        return [*(self.parent.chain if self.parent else ()), self.path]
+
+    @property
     def stack(self) -> dict[str, tuple[str, type]]:
         """The modules around, outermost first, as fx writes them into ``node.meta["nn_module_stack"]``."""
         outer = self.parent.stack if self.parent else {}
@@ -65,7 +80,8 @@ class Scope:
 
 
 class Recorder(TorchFunctionMode):
-    """Records what runs under it. ``names`` maps the ``id`` of the model's tensors to their qualified names."""
+    """Records what runs under it. ``names`` maps the ``id`` of the model's tensors to their qualified
+    names."""
 
     def __init__(self, names: dict[int, str], device: torch.device, root: type, shadows: Shadows) -> None:
         super().__init__()
@@ -82,7 +98,8 @@ class Recorder(TorchFunctionMode):
         self._devices: dict[int, Any] = {}
         self._alive: list[Any] = []
         self._live: set[fx.Node] = set()
-        self._sizes: dict[fx.Node, torch.Size] = {}
+        self._sizes: dict[tuple[Scope, fx.Node], torch.Size] = {}
+        self._dtypes: dict[torch.dtype, Tensor] = {}
         self._grad_modes: list[tuple[bool, fx.Node]] = []
 
     # -- what the mode sees ---------------------------------------------------------------------------------
@@ -101,6 +118,8 @@ class Recorder(TorchFunctionMode):
             return args[0].shape[0]
         if func is torch._C._set_grad_enabled:
             return self._grad_mode(args[0])
+        if func in (_enter_autocast, _exit_autocast):
+            return self.effect(func, args)
         op, target, operands = spelling(func, args, kwargs)
         return self.record(op, target, operands, kwargs, lambda: self.shadows.run(func, args, kwargs))
 
@@ -145,6 +164,10 @@ class Recorder(TorchFunctionMode):
             self._devices[id(device)] = tensor
             self._alive.append(device)
             return device
+        if attribute == "dtype":
+            dtype = func(self.shadows.of(tensor))
+            self._dtypes[dtype] = tensor
+            return dtype
         if attribute in TENSOR_VALUED:
             return self.record(
                 "call_function", getattr, (tensor, attribute), {}, lambda: func(self.shadows.of(tensor))
@@ -163,11 +186,14 @@ class Recorder(TorchFunctionMode):
         owner = self._nodes[id(tensor)]
         if owner not in self._live:
             return tensor.shape
-        if owner not in self._sizes:
+        # Once per module call: two traces read the same shapes in the same places, whatever other
+        # modules did.
+        key = (self.scope, owner)
+        if key not in self._sizes:
             node = self.node("call_function", getattr, (tensor, "shape"), {})
             node.meta["val"] = tensor.shape
-            self._sizes[owner] = self.wrap(tensor.shape, node, False)
-        return self._sizes[owner]
+            self._sizes[key] = self.wrap(tensor.shape, node, False)
+        return self._sizes[key]
 
     def _value(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensor = args[0]
@@ -188,6 +214,14 @@ class Recorder(TorchFunctionMode):
         self._place(node)
         node.meta["val"] = None
         setter(enabled)
+
+    def effect(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+        """A node for a call made for its effect alone."""
+        arguments = tuple([item if isinstance(item, fx.Node) else self.arg(item) for item in args])
+        node = self.graph.create_node("call_function", function, arguments)
+        node.meta["val"] = None
+        self._place(node)
+        return node
 
     # -- nodes ----------------------------------------------------------------------------------------------
     def node(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
@@ -213,7 +247,9 @@ class Recorder(TorchFunctionMode):
             node = self.node("call_function", getattr, (self._devices[id(value)], "device"), {})
             node.meta["val"] = value
             return node
-        if isinstance(value, ATOMS):
+        if isinstance(value, torch.dtype) and value in self._dtypes:
+            return DtypeOf(self._source(self._dtypes[value]), value)
+        if isinstance(value, (*ATOMS, fx.Node)):
             return value
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return self._construct(type(value), tuple(value), {}, value)
@@ -253,7 +289,7 @@ class Recorder(TorchFunctionMode):
             self.constants[name] = tensor
         node = self.graph.create_node("get_attr", name)
         node.meta["val"] = self.shadows.of(tensor)
-        self._place(node)
+        node.meta["nn_module_stack"] = self.scope.stack
         self._register(tensor, node)
         return node
 

@@ -1,12 +1,12 @@
 """Shapes instead of numbers: runs a PyTorch function on the meta device.
 
-In: a function call with any mix of real and meta tensors. Out: its result on the meta device. Real tensors are read
-for their shape only; nothing is allocated, and nothing is written.
+In: a function call with any mix of real and meta tensors. Out: its result on the meta device. Real
+tensors are read for their shape only; nothing is allocated, and nothing is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fxprune.capture.ops import CONSTRUCTORS
 __all__ = ["META", "Shadows", "map_structure"]
 
 META = torch.device("meta")
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 MOVERS = frozenset(("cpu", "cuda", "xpu", "ipu", "hpu", "mtia", "pin_memory"))
 
 
@@ -40,16 +41,20 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 class Shadows:
-    """Meta twins of real tensors, made when they are first read."""
+    """Meta twins of real tensors; those of ``model`` with other ``dtypes`` if told so."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, model: torch.nn.Module | None = None, dtypes: Mapping[Any, torch.dtype] | None = None
+    ) -> None:
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+        for tensor in (*model.parameters(), *model.buffers()) if model is not None else ():
+            self._twins[id(tensor)] = tensor, meta_like(tensor, dtypes)
 
     def of(self, tensor: Tensor) -> Tensor:
         """The meta tensor of the same shape, strides and type; a meta tensor stands for itself."""
-        if tensor.is_meta and type(tensor) is Tensor:
-            return tensor
         found = self._twins.get(id(tensor))
+        if found is None and tensor.is_meta and type(tensor) is Tensor:
+            return tensor
         if found is None:
             found = tensor, meta_like(tensor)
             self._twins[id(tensor)] = found
@@ -82,18 +87,16 @@ class Shadows:
             try:
                 return function(*args, **kwargs)
             except RuntimeError:
-                # A function that makes tensors inside makes them on the default device: try with meta as that.
+                # A function that makes tensors inside makes them on the default device: try with meta as
+                # that.
                 with META:
                     return function(*args, **kwargs)
 
 
-def meta_like(tensor: Tensor) -> Tensor:
+def meta_like(tensor: Tensor, dtypes: Mapping[Any, torch.dtype] | None = None) -> Tensor:
     """A meta tensor with the metadata of ``tensor``; packed or sparse ones count as dense."""
+    dtype = (dtypes or {}).get(tensor.dtype, tensor.dtype)
     with torch.no_grad():
-        if tensor.layout is not torch.strided or type(tensor) not in (
-            Tensor,
-            torch.nn.Parameter,
-            torch.nn.Buffer,
-        ):
-            return torch.empty(tensor.shape, dtype=tensor.dtype, device=META)
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
+        if tensor.layout is not torch.strided or type(tensor) not in PLAIN:
+            return torch.empty(tensor.shape, dtype=dtype, device=META)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=META)

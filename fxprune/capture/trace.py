@@ -1,38 +1,51 @@
 """One run of a model under the recorder.
 
-In: a model, its arguments (meta tensors), the mode to trace in and the modules to keep whole. Out: a :class:`Trace`.
-The model is left as it was: flags, attributes, random number generators, caches.
+In: a model, its arguments (meta tensors), the mode to trace in and the modules to keep whole. Out: a
+:class:`Trace`. The model is left as it was.
 """
 
 from __future__ import annotations
 
 import inspect
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import itertools
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.capture.errors import TRACE_ERRORS, CaptureError
+from fxprune.capture.errors import TRACE_ERRORS
 from fxprune.capture.leaves import is_leaf
 from fxprune.capture.ops import is_pure
+from fxprune.capture.patches import patched_functions, replaced
 from fxprune.capture.recorder import Recorder, Scope
 from fxprune.capture.shadows import Shadows
+from fxprune.capture.state import untouched
 
-__all__ = ["Trace", "remove_dead_code", "trace"]
+__all__ = ["Trace", "remove_dead_code", "shapes_only", "trace", "where"]
+
+LIBRARY = str(Path(torch.__file__).parent)
+PACKAGE = str(Path(__file__).parent)
 
 
 @dataclass
 class Trace:
-    """What one run left: the graph, tensors that belong to no module, where nodes were made, what stayed whole."""
+    """What one run left behind.
+
+    ``constants`` are tensors that belong to no module, ``scope`` says which module call made which node,
+    ``reasons`` why a module had to stay whole, ``changed`` which entered modules wrote which attribute
+    of themselves.
+    """
 
     graph: fx.Graph
     constants: dict[str, Any]
     scope: Scope
     reasons: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
 
 
 def trace(
@@ -45,29 +58,46 @@ def trace(
     shadows: Shadows | None = None,
 ) -> Trace:
     """Record ``model(*args, **kwargs)``; ``whole`` names modules that are not entered."""
-    paths: dict[int, str] = {}
-    for path, module in model.named_modules():
-        paths.setdefault(id(module), path)
-    recorder = Recorder(
-        tensor_names(model), device_of(model, args, kwargs), type(model), shadows or Shadows()
-    )
+    recorder = _recorder(model, shadows)
     result = Trace(recorder.graph, recorder.constants, recorder.scope)
-    call = _caller(recorder, model, paths, whole, result.reasons)
+    changed: dict[str, str] = {}
     with ExitStack() as stack:
-        stack.enter_context(_untouched(model))
+        stack.enter_context(untouched(model, changed))
         for module in model.modules():
             module.training = training
         arguments, options = _inputs(recorder, model, args, kwargs)
-        stack.enter_context(_patched(nn.Module, "__call__", call))
+        stack.enter_context(replaced(nn.Module, "__call__", _caller(recorder, model, whole, result.reasons)))
+        stack.enter_context(patched_functions(recorder, model))
         stack.enter_context(torch.enable_grad())
         with recorder:
             out = model.forward(*arguments, **options)
         recorder.output(out)
+    leaves = {str(node.target) for node in recorder.graph.nodes if node.op == "call_module"}
+    for path, name in changed.items():
+        atoms = path.split(".")
+        if not any(".".join(atoms[:i]) in leaves for i in range(1, len(atoms) + 1)):
+            result.changed[path] = name
     return result
 
 
-def tensor_names(model: nn.Module) -> dict[int, str]:
-    """The qualified name of every tensor that an attribute of a module holds; the first one if there are several."""
+def shapes_only(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run the model in shapes without recording: raises what the model itself says to these inputs."""
+    recorder = _recorder(model, None)
+    with ExitStack() as stack:
+        stack.enter_context(untouched(model, {}))
+        stack.enter_context(replaced(nn.Module, "__call__", _caller(recorder, model, frozenset(), {})))
+        stack.enter_context(patched_functions(recorder, model))
+        with recorder, recorder.paused():
+            model.forward(*args, **kwargs)
+
+
+def _recorder(model: nn.Module, shadows: Shadows | None) -> Recorder:
+    return Recorder(_tensor_names(model), _device_of(model), type(model), shadows or Shadows(model))
+
+
+def _tensor_names(model: nn.Module) -> dict[int, str]:
+    """The qualified name of every tensor that an attribute of a module holds; the first one if there are
+    several."""
     names: dict[int, str] = {}
     for path, module in model.named_modules():
         for table in (module._parameters, module._buffers, vars(module)):
@@ -77,20 +107,19 @@ def tensor_names(model: nn.Module) -> dict[int, str]:
     return names
 
 
-def device_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device:
-    """Where the traced code believes to run: on the device of the parameters, else of the first input."""
-    for tensor in model.parameters():
-        return tensor.device
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return value.device
-    return torch.device("cpu")
+def _device_of(model: nn.Module) -> torch.device:
+    """Where the traced code believes to run."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _caller(
-    recorder: Recorder, root: nn.Module, paths: dict[int, str], whole: frozenset[str], reasons: dict[str, str]
+    recorder: Recorder, root: nn.Module, whole: frozenset[str], reasons: dict[str, str]
 ) -> Callable[..., Any]:
     """What stands in for ``nn.Module.__call__`` while tracing."""
+    paths: dict[int, str] = {}
+    for path, module in root.named_modules():
+        paths.setdefault(id(module), path)
 
     def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         path = paths.get(id(module))
@@ -110,10 +139,19 @@ def _caller(
                 result = recorder.leaf(path, module, args, kwargs)
             except TRACE_ERRORS:
                 raise error from None
-            reasons[path] = f"{type(error).__name__}: {error}"
+            reasons[path] = f"{error} ({where(error)})"
             return result
 
     return call
+
+
+def where(error: BaseException) -> str:
+    """File and line of the model's own code that an error came from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        if not frame.filename.startswith((LIBRARY, PACKAGE)):
+            return f"{frame.filename}:{frame.lineno}, in {frame.name}"
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown line"
 
 
 def _inputs(
@@ -139,46 +177,6 @@ def _inputs(
             else:
                 arguments.append(made)
     return arguments, options
-
-
-@contextmanager
-def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Whatever tracing does to attributes, flags and random number generators is undone."""
-    saved = [(vars(module), dict(vars(module)), _copies(vars(module))) for module in model.modules()]
-    state, numbers = torch.get_rng_state(), random.getstate()
-    try:
-        yield
-    finally:
-        for attributes, before, copies in saved:
-            if attributes != before:
-                attributes.clear()
-                attributes.update(before)
-            for container, copy in copies:
-                if isinstance(container, list):
-                    container[:] = copy
-                else:
-                    container.clear()
-                    container.update(copy)
-        torch.set_rng_state(state)
-        random.setstate(numbers)
-
-
-def _copies(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
-    return [
-        (value, value.copy())
-        for value in attributes.values()
-        if isinstance(value, list | dict | set) and value
-    ]
 
 
 def remove_dead_code(graph: fx.Graph) -> None:

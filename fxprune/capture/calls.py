@@ -1,0 +1,56 @@
+"""Targets of call_function nodes for what Python cannot name: custom autograd functions and scripted
+functions."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["AutogradCall", "ScriptedCall"]
+
+
+class AutogradCall:
+    """Calls ``function_class.apply``. Equal to another one of the same class; pickled by the class."""
+
+    def __init__(self, function_class: Any) -> None:
+        self.function_class = function_class
+        self.__name__ = "apply"
+        self.__qualname__ = f"{function_class.__qualname__}.apply"
+        self.__module__ = function_class.__module__
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function_class.apply(*args)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AutogradCall) and self.function_class is other.function_class
+
+    def __hash__(self) -> int:
+        return hash(self.function_class)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return AutogradCall, (self.function_class,)
+
+
+class ScriptedCall:
+    """Calls a ``torch.jit.script`` function, which knows its own name no longer; pickled by where it was
+    found."""
+
+    def __init__(self, module: str, name: str, function: Any = None) -> None:
+        self.function = function or getattr(importlib.import_module(module), name)
+        self.__name__ = self.__qualname__ = name
+        self.__module__ = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ScriptedCall) and self.function is other.function
+
+    def __hash__(self) -> int:
+        return hash(self.__qualname__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScriptedCall:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ScriptedCall, (self.__module__, self.__name__)

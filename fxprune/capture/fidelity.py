@@ -1,0 +1,215 @@
+"""One graph for training and evaluation, for every batch size and precision: checked, not assumed.
+
+In: a model and its inputs. Out: a graph that does what the model does in either mode. The model is traced in
+evaluation, and once more in training, with a larger batch and in another precision. Where the two traces
+agree, they hold for all of that. Where they do not, each change is tried alone, and the place that
+depends on it is settled: a constant is chosen by a :class:`ModeSwitch`, a module stays whole, two
+branches of the model itself are merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from fxprune.capture.compare import Differences, compare
+from fxprune.capture.errors import TRACE_ERRORS
+from fxprune.capture.merge import merge
+from fxprune.capture.modes import Switches
+from fxprune.capture.recorder import DtypeOf
+from fxprune.capture.shadows import Shadows, map_structure
+from fxprune.capture.trace import Trace, remove_dead_code, trace
+
+__all__ = ["Faithful", "faithful_graph", "settle_types"]
+
+OTHER_TYPE = {
+    torch.float32: torch.float64,
+    torch.float64: torch.float32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.complex64: torch.complex128,
+    torch.complex128: torch.complex64,
+}
+
+
+@dataclass
+class Faithful:
+    """The graph, the modules and constants it needs besides the model's own, and what the user should
+    know."""
+
+    graph: fx.Graph
+    extra: dict[str, Any]
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def faithful_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Faithful:
+    """A graph of ``model`` that is right in both modes, at any batch size and in any precision."""
+    return _Search(model, args, kwargs).run()
+
+
+@dataclass
+class _Search:
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    whole: set[str] = field(default_factory=set)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> Faithful:
+        while True:
+            base = self.attempt(strict=True)
+            assert base is not None
+            if self.keep_whole({**base.reasons, **_writers(base)}):
+                continue
+            probe = self.attempt(training=True, batch=True, types=True)
+            found = compare(base, probe) if probe else Differences({""})
+            if not found:
+                settle_types(base, found)
+                return self.finish(base, Switches(self.model))
+            result = self.settle(base, found)
+            if result is not None:
+                return result
+
+    def settle(self, base: Trace, together: Differences) -> Faithful | None:
+        """Each change alone; None if another module has to stay whole and all starts again."""
+        training = self.attempt(training=True)
+        modes = compare(base, training) if training else Differences()
+        if training is None:
+            self.notes[""] = (
+                "its forward fails in training mode with these inputs; the graph is that of evaluation"
+            )
+        elif self.keep_whole({**training.reasons, **_writers(training)}):
+            return None
+        elif self.keep_whole(dict.fromkeys(modes.modules - {""}, "")):
+            return None
+        if not modes.modules and modes.constants == together.constants and not together.modules:
+            # The mode alone explains all of it: the other changes changed nothing.
+            settle_types(base, together)
+        else:
+            if self.fixed_batch(base):
+                return None
+            other = self.attempt(types=True)
+            settle_types(base, compare(base, other) if other else Differences())
+        switches = Switches(self.model)
+        if training and modes.modules:
+            merge(self.model, base, training, switches)
+        else:
+            for constant in modes.constants:
+                switches.insert(constant.node, constant.path, constant.key, constant.second, constant.first)
+        return self.finish(base, switches)
+
+    def fixed_batch(self, base: Trace) -> bool:
+        """Modules that turn the batch size into a constant stay whole; of the model itself one is told."""
+        larger = self.attempt(batch=True)
+        if larger is None:
+            return False
+        found = compare(base, larger)
+        places = found.modules | {constant.path for constant in found.constants}
+        reason = "it makes a Python number of the batch size (int, len, range or iteration)"
+        if places & {""}:
+            self.notes.setdefault("", f"{reason}; the graph holds for the batch size of example_inputs")
+        return self.keep_whole(dict.fromkeys(places - {""}, reason))
+
+    def keep_whole(self, reasons: Mapping[str, str]) -> bool:
+        """Whether there is a module among them that was entered so far."""
+        new = {path: reason for path, reason in reasons.items() if path and path not in self.whole}
+        self.whole.update(new)
+        self.notes.update(
+            {path: reason for path, reason in reasons.items() if reason and path not in self.notes}
+        )
+        return bool(new)
+
+    def attempt(
+        self, *, training: bool = False, batch: bool = False, types: bool = False, strict: bool = False
+    ) -> Trace | None:
+        """A trace under the given changes, or None if the model does not accept them."""
+        dtypes = OTHER_TYPE if types else {}
+        size = _batch_size((self.args, dict(self.kwargs))) if batch else None
+
+        def changed(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            shape = list(value.shape)
+            if shape and shape[0] == size:
+                shape[0] += 1
+            return torch.empty(shape, dtype=dtypes.get(value.dtype, value.dtype), device="meta")
+
+        args, kwargs = self.args, dict(self.kwargs)
+        if batch or types:
+            args, kwargs = map_structure(changed, args), map_structure(changed, kwargs)
+        try:
+            result = trace(
+                self.model, args, kwargs, training=training, whole=frozenset(self.whole),
+                shadows=Shadows(self.model, dtypes),
+            )  # fmt: skip
+        except TRACE_ERRORS:
+            if strict:
+                raise
+            return None
+        return None if (batch or types) and not training and result.reasons.keys() - self.whole else result
+
+    def finish(self, base: Trace, switches: Switches) -> Faithful:
+        remove_dead_code(base.graph)
+        switches.drop_unused(base.graph)
+        used = {str(node.target) for node in base.graph.nodes if node.op == "get_attr"}
+        constants = {name: value for name, value in base.constants.items() if name in used}
+        return Faithful(base.graph, {**switches.modules, **constants}, self.notes)
+
+
+def _writers(found: Trace) -> dict[str, str]:
+    return {path: f"its forward writes its attribute {name!r}" for path, name in found.changed.items()}
+
+
+def _batch_size(inputs: Any) -> int | None:
+    sizes: list[int] = []
+    map_structure(lambda x: sizes.append(x.shape[0]) if isinstance(x, Tensor) and x.dim() else None, inputs)
+    return sizes[0] if sizes else None
+
+
+def settle_types(base: Trace, found: Differences) -> None:
+    """Types among the arguments become nodes where they follow the inputs' precision, constants elsewhere.
+
+    ``found`` compares ``base`` with a trace in another precision: what is a constant there is one here.
+    """
+    followers: dict[fx.Node, list[bool]] = {}
+    for other, node in found.pairs.items():
+        mine, theirs = _types(node), _types(other)
+        if len(mine) == len(theirs):
+            followers[node] = [
+                isinstance(a, DtypeOf) and isinstance(b, DtypeOf) and a.dtype != b.dtype
+                for a, b in zip(mine, theirs, strict=True)
+            ]
+    for node in list(base.graph.nodes):
+        if not any(isinstance(item, DtypeOf) for item in _types(node)):
+            continue
+        follows = iter(followers.get(node, ()))
+
+        def settled(item: Any, node: fx.Node = node, follows: Any = follows) -> Any:
+            follow = next(follows, False) if isinstance(item, DtypeOf | torch.dtype) else False
+            if not isinstance(item, DtypeOf):
+                return item
+            if not follow:
+                return item.dtype
+            with base.graph.inserting_before(node):
+                made = base.graph.call_function(getattr, (item.source, "dtype"))
+            made.meta["val"] = item.dtype
+            return made
+
+        node.args, node.kwargs = map_aggregate(node.args, settled), map_aggregate(node.kwargs, settled)
+
+
+def _types(node: fx.Node) -> list[Any]:
+    found: list[Any] = []
+
+    def look(item: Any) -> Any:
+        if isinstance(item, DtypeOf | torch.dtype):
+            found.append(item)
+        return item
+
+    map_aggregate((node.args, node.kwargs), look)
+    return found

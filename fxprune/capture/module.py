@@ -1,0 +1,166 @@
+"""The GraphModule that capture returns: it copies and pickles with its graph, its shapes and all of its
+parts.
+
+``torch.fx.GraphModule`` re-traces its own code when it is unpickled, which runs factory functions and loses
+``meta["val"]``, and keeps only what its nodes refer to when it is copied. This subclass writes its nodes
+down instead.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.node import _get_qualified_name, map_arg
+
+__all__ = ["CapturedModule", "assemble"]
+
+# What a module does around its forward, and with its state dict: the graph does the same.
+HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+class CapturedModule(fx.GraphModule):
+    """A captured model: an ``fx.GraphModule`` with the model's own submodules, parameters and keys.
+
+    Copying and pickling keep the graph, ``node.meta["val"]``, tied weights, hooks and non-persistent buffers.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        result = CapturedModule.__new__(CapturedModule)
+        memo[id(self)] = result
+        state = {key: value for key, value in vars(self).items() if key != "_graph"}
+        return _fill(result, type(self).__name__, copy.deepcopy(state, memo), copy.deepcopy(self.graph))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {key: value for key, value in vars(self).items() if key != "_graph"}
+        return _restore, (type(self).__name__, _written(self.graph)), state, None, None, _set_state
+
+
+def assemble(model: nn.Module, graph: fx.Graph, extra: dict[str, Any]) -> CapturedModule:
+    """A GraphModule that runs ``graph`` on the very submodules, parameters and buffers of ``model``.
+
+    ``extra`` holds what the graph needs besides: modules, and constants, which become non-persistent buffers.
+    """
+    root = nn.Module()
+    for table in ("_parameters", "_buffers", "_modules", *HOOK_TABLES):
+        vars(root)[table] = copy.copy(vars(model)[table])
+    vars(root)["_non_persistent_buffers_set"] = set(model._non_persistent_buffers_set)
+    for name, value in extra.items():
+        if isinstance(value, nn.Module):
+            root.add_module(name, value)
+        elif isinstance(value, nn.Parameter):
+            # One that the model never registered: it is used, but is no part of the state.
+            object.__setattr__(root, name, value)
+        else:
+            root.register_buffer(name, value, persistent=False)
+    loose = {key: value for key, value in vars(model).items() if isinstance(value, Tensor)}
+    vars(root).update(loose)
+    root.training = model.training
+    result = CapturedModule(root, graph, type(model).__name__)
+    vars(result).update(vars(root))
+    graph.lint()
+    return result
+
+
+def _fill(result: CapturedModule, name: str, state: dict[str, Any], graph: fx.Graph) -> CapturedModule:
+    vars(result).update(state)
+    type(result).__name__ = name
+    result.graph = graph
+    return result
+
+
+# -- pickling
+# -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class _NodeIndex:
+    index: int
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A function by the place where it can be imported from."""
+
+    module: str
+    path: str
+
+
+def _written(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """The nodes as plain tuples, references as indices."""
+    index = {node: _NodeIndex(i) for i, node in enumerate(graph.nodes)}
+
+    def refer(args: Any) -> Any:
+        replace: Any = index.__getitem__
+        return map_arg(args, replace)
+
+    return [
+        (n.op, _name(n.target), refer(n.args), refer(n.kwargs), n.name, n.meta.get("val"))
+        for n in graph.nodes
+    ]
+
+
+def _name(target: Any) -> Any:
+    if isinstance(target, str):
+        return target
+    places = [(getattr(target, "__module__", None), getattr(target, "__qualname__", ""))]
+    if getattr(target, "__name__", None):
+        places.append(_get_qualified_name(target).rpartition(".")[::2])
+    for module, path in places:
+        if module and path and _find(_Name(module, path)) is target:
+            return _Name(module, path)
+    return target
+
+
+def _find(name: _Name) -> Any:
+    try:
+        found: Any = importlib.import_module(name.module)
+        for atom in name.path.split("."):
+            found = getattr(found, atom)
+    except (ImportError, AttributeError):
+        return None
+    return found
+
+
+def _restore(name: str, written: list[tuple[Any, ...]]) -> CapturedModule:
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
+    for op, target, args, kwargs, label, val in written:
+        function: str | Callable[..., Any] = _find(target) if isinstance(target, _Name) else target
+        node = graph.create_node(op, function, _resolved(args, nodes), _resolved(kwargs, nodes), label)
+        node.meta["val"] = val
+        nodes.append(node)
+    result = CapturedModule.__new__(CapturedModule)
+    type(result).__name__ = name
+    vars(result)["_graph"] = graph
+    return result
+
+
+def _set_state(result: CapturedModule, state: dict[str, Any]) -> None:
+    _fill(result, type(result).__name__, state, vars(result)["_graph"])
+
+
+def _resolved(value: Any, nodes: list[fx.Node]) -> Any:
+    if isinstance(value, _NodeIndex):
+        return nodes[value.index]
+    if isinstance(value, tuple | list):
+        return type(value)([_resolved(item, nodes) for item in value])
+    if isinstance(value, dict):
+        return {key: _resolved(item, nodes) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(_resolved(item, nodes) for item in (value.start, value.stop, value.step)))
+    return value
