@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class UnknownOpError(RuntimeError):
@@ -65,6 +65,8 @@ class Dual(Tensor):
 
     @staticmethod
     def make(value: Tensor, paths: Tensor | None = None) -> Dual:
+        if value.is_meta:
+            raise UnknownOpError("a pattern needs values of a tensor on the meta device: give real ones")
         dual: Dual = Tensor._make_wrapper_subclass(Dual, value.shape, dtype=torch.float32)
         dual.value, dual.paths = value, paths
         dual.square, dual.mean_of, dual.blocked, dual.base, dual.stale = False, None, None, None, None
@@ -162,6 +164,8 @@ def perform(setting: Setting, func: Any, args: tuple[Any, ...], kwargs: dict[str
     for leaf in tree_leaves((args, kwargs)):
         if type(leaf) is Dual:
             leaf.check()
+        elif isinstance(leaf, Tensor) and leaf.is_meta:
+            return _without_values(setting, func, args, kwargs)
     in_place = in_place or kwargs.get("inplace") is True
     kwargs = {key: value for key, value in kwargs.items() if key not in ("inplace", "out")}
     if name in RULES:
@@ -177,6 +181,22 @@ def perform(setting: Setting, func: Any, args: tuple[Any, ...], kwargs: dict[str
         raise UnknownOpError(f"{name!r} writes a dual into a plain tensor")
     same = result.value is args[0].value and result.paths is args[0].paths
     return args[0] if same else args[0].become(result)
+
+
+def _without_values(setting: Setting, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An index on the meta device: into a constant that is not Zero anywhere, only shapes matter."""
+    duals = [leaf for leaf in tree_leaves((args, kwargs)) if type(leaf) is Dual]
+    constant_table = all(leaf.paths is None and bool(leaf.value.all()) for leaf in duals)
+    if spelling(func)[0] not in ("__getitem__", "index_select", "gather") or not constant_table:
+        raise UnknownOpError(
+            f"{spelling(func)[0]!r} needs values of a tensor on the meta device: give real ones"
+        )
+
+    def shape_only(leaf: Any) -> Any:
+        return torch.empty(leaf.shape, device="meta") if type(leaf) is Dual else leaf
+
+    args, kwargs = tree_map(shape_only, (args, kwargs))
+    return constant(setting, func(*args, **kwargs).shape)
 
 
 def _setitem(setting: Setting, target: Any, index: Any, source: Any) -> None:
