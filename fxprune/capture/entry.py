@@ -65,13 +65,8 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         found = faithful_graph(model, args, kwargs)
     except TRACE_ERRORS as error:
         raise _explained(model, args, kwargs, error) from error
-    for path, reason in found.notes.items():
-        name = (
-            f"{path} ({type(model.get_submodule(path)).__name__}) stays one node"
-            if path
-            else type(model).__name__
-        )
-        warnings.warn(f"capture: {name}: {reason}", stacklevel=2)
+    for note in _notes(model, found.notes):
+        warnings.warn(f"capture: {note}", stacklevel=2)
     return assemble(model, found.graph, found.extra)
 
 
@@ -101,6 +96,18 @@ def capture_leaf(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     settle_types(found, Differences())
     remove_dead_code(found.graph)
     return assemble(module, found.graph, found.constants)
+
+
+def _notes(model: nn.Module, notes: Mapping[str, str]) -> list[str]:
+    """One line for every class of modules and reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for path, reason in notes.items():
+        groups.setdefault((type(model.get_submodule(path)).__name__, reason), []).append(path)
+    lines = []
+    for (kind, reason), paths in groups.items():
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        lines.append(f"{paths[0]}{more} ({kind}) kept whole: {reason}" if paths[0] else f"{kind}: {reason}")
+    return lines
 
 
 def _check(model: Any) -> None:

@@ -59,6 +59,7 @@ class _Search:
     kwargs: Mapping[str, Any]
     whole: set[str] = field(default_factory=set)
     notes: dict[str, str] = field(default_factory=dict)
+    known: dict[Any, Any] = field(default_factory=dict)
 
     def run(self) -> Faithful:
         while True:
@@ -145,7 +146,7 @@ class _Search:
         try:
             result = trace(
                 self.model, args, kwargs, training=training, whole=frozenset(self.whole),
-                shadows=Shadows(self.model, dtypes),
+                shadows=Shadows(self.model, dtypes, self.known),
             )  # fmt: skip
         except TRACE_ERRORS:
             if strict:

@@ -1,4 +1,4 @@
-"""The one module that capture adds: a choice between two values by the training flag."""
+"""The modules that capture adds: a choice between two values, or two pieces of code, by the training flag."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-__all__ = ["ModeSwitch", "Switches"]
+__all__ = ["ModeBranch", "ModeSwitch", "Switches"]
 
 
 class ModeSwitch(nn.Module):
@@ -22,12 +22,37 @@ class ModeSwitch(nn.Module):
         return when_training if self.training else when_evaluating
 
 
+class ModeBranch(nn.Module):
+    """Runs its first part in training, its second in evaluation, on the same inputs. It has no state.
+
+    Example:
+        >>> ModeBranch(nn.ReLU(), nn.Identity()).eval()("as it was")
+        'as it was'
+    """
+
+    def __init__(self, when_training: nn.Module, when_evaluating: nn.Module) -> None:
+        super().__init__()
+        self.when_training = when_training
+        self.when_evaluating = when_evaluating
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.when_training(*inputs) if self.training else self.when_evaluating(*inputs)
+
+
 class Switches:
-    """The mode switches of a graph: one for every module whose flag the model reads."""
+    """The modules that a graph needs besides the model's own: one switch for every flag the model reads."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.modules: dict[str, ModeSwitch] = {}
+        self.modules: dict[str, nn.Module] = {}
+
+    def add(self, branch: ModeBranch) -> str:
+        """The name under which the graph calls ``branch``."""
+        name = f"mode_branch{len(self.modules)}"
+        while hasattr(self.model, name):
+            name += "_"
+        self.modules[name] = branch
+        return name
 
     def insert(
         self, node: fx.Node, path: str, key: tuple[Any, ...], when_training: Any, otherwise: Any

@@ -127,9 +127,8 @@ def spelling(
 ) -> tuple[str, Any, Any]:
     """The op, target and positional arguments of the fx node for a call that a mode saw."""
     name = getattr(function, "__name__", "")
-    own = getattr(Tensor, name, None)
-    method = own is not None and (own is function or own == function)
-    if not method:
+    home = getattr(function, "__qualname__", "").partition(".")[0]
+    if home not in ("Tensor", "TensorBase") or not hasattr(Tensor, name):
         return "call_function", function, args
     if not kwargs:
         if len(args) == (1 if name in UNARY else 3 if name == "__setitem__" else 2):
@@ -161,6 +160,8 @@ def is_pure(node: fx.Node) -> bool:
     if name in RANDOM or name in EFFECTFUL:
         return False
     if node.op == "call_method":
+        return True
+    if isinstance(node.target, type):
         return True
     module = str(getattr(node.target, "__module__", None) or "torch")
     return module.split(".")[0] in (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -72,7 +73,7 @@ class Scope:
         """The paths of the modules around, outermost first."""
         return [*(self.parent.chain if self.parent else ()), self.path]
 
-    @property
+    @functools.cached_property
     def stack(self) -> dict[str, tuple[str, type]]:
         """The modules around, outermost first, as fx writes them into ``node.meta["nn_module_stack"]``."""
         outer = self.parent.stack if self.parent else {}

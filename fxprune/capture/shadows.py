@@ -6,7 +6,8 @@ tensors are read for their shape only; nothing is allocated, and nothing is writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,14 @@ __all__ = ["META", "Shadows", "map_structure"]
 
 META = torch.device("meta")
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+# Underscores at the end of these names do not mean that they write.
+PURE_DUNDERS = frozenset(
+    (
+        "__and__", "__eq__", "__floordiv__", "__ge__", "__getitem__", "__gt__", "__invert__", "__le__",
+        "__lshift__", "__lt__", "__ne__", "__or__", "__pow__", "__rdiv__", "__rfloordiv__", "__rpow__",
+        "__rshift__", "__rsub__", "__xor__",
+    )
+)  # fmt: skip
 MOVERS = frozenset(("cpu", "cuda", "xpu", "ipu", "hpu", "mtia", "pin_memory"))
 
 
@@ -41,11 +50,18 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 class Shadows:
-    """Meta twins of real tensors; those of ``model`` with other ``dtypes`` if told so."""
+    """Meta twins of real tensors; those of ``model`` with other ``dtypes`` if told so.
+
+    ``known`` keeps the shapes of results: networks repeat themselves, and so do traces.
+    """
 
     def __init__(
-        self, model: torch.nn.Module | None = None, dtypes: Mapping[Any, torch.dtype] | None = None
+        self,
+        model: torch.nn.Module | None = None,
+        dtypes: Mapping[Any, torch.dtype] | None = None,
+        known: dict[Any, Any] | None = None,
     ) -> None:
+        self._known = {} if known is None else known
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
         for tensor in (*model.parameters(), *model.buffers()) if model is not None else ():
             self._twins[id(tensor)] = tensor, meta_like(tensor, dtypes)
@@ -83,6 +99,15 @@ class Shadows:
             return args[0].detach()
         elif name == "to" and isinstance(args[1] if len(args) > 1 else None, str):
             args = (args[0], META, *args[2:])
+        key = None if name.endswith("_") and name not in PURE_DUNDERS else _frozen((function, args, kwargs))
+        if key in self._known:
+            return map_structure(_made, self._known[key])
+        result = self._computed(function, args, kwargs)
+        if key is not None and _storable(result):
+            self._known[key] = map_structure(_Spec.of, result)
+        return result
+
+    def _computed(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad():
             try:
                 return function(*args, **kwargs)
@@ -91,6 +116,45 @@ class Shadows:
                 # that.
                 with META:
                     return function(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """All that a meta tensor is."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Spec:
+        return cls(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _made(spec: _Spec) -> Tensor:
+    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=META)
+
+
+def _storable(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_storable(item) for item in value)
+    return type(value) is Tensor and value.layout is torch.strided
+
+
+def _frozen(value: Any) -> Any:
+    """A hashable stand-in for the arguments of a call, or None if there is none."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.stride(), value.dtype) if value.layout is torch.strided else None
+    if isinstance(value, tuple | list):
+        items = tuple([_frozen(item) for item in value])
+        return None if None in items else (type(value), items)
+    if isinstance(value, dict):
+        items = tuple([_frozen(item) for item in value.values()])
+        return None if None in items else (tuple(value), items)
+    if isinstance(value, slice):
+        return _frozen((value.start, value.stop, value.step))
+    # 1, 1.0 and True are equal, but do not give equal results.
+    return (type(value), value) if isinstance(value, Hashable) else None
 
 
 def meta_like(tensor: Tensor, dtypes: Mapping[Any, torch.dtype] | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -28,8 +29,8 @@ from fxprune.capture.state import untouched
 
 __all__ = ["Trace", "remove_dead_code", "shapes_only", "trace", "where"]
 
-LIBRARY = str(Path(torch.__file__).parent)
-PACKAGE = str(Path(__file__).parent)
+LIBRARY = str(Path(torch.__file__).parent) + os.sep
+PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 @dataclass
