@@ -365,3 +365,20 @@ def test_meta_device() -> None:
     assert bool(effective_parameters(table, torch.ones(1, 4), {})["linear.weight"].all())
     with pytest.raises(UnknownOpError, match="meta"):
         effective_parameters(live, torch.ones(1, 4), {})
+
+
+def test_constants_made_in_the_forward() -> None:
+    """Elementwise they count by existence; zeros throughout are Zero; in a contraction they select."""
+
+    def scale(x: Tensor) -> Tensor:
+        return x * torch.arange(4.0)
+
+    def erase(x: Tensor) -> Tensor:
+        return x * torch.zeros(4)
+
+    def select(x: Tensor) -> Tensor:
+        return x @ torch.eye(4, dtype=torch.int)[:, :1].to(x)
+
+    for function, rows in [(scale, [True] * 4), (erase, [False] * 4), (select, [True, False, False, False])]:
+        found = effective_parameters(Applied(function), torch.ones(1, 4), {})
+        assert found["linear.weight"].any(1).tolist() == rows

@@ -213,12 +213,17 @@ def _setitem(setting: Setting, target: Any, index: Any, source: Any) -> None:
     target.check().become(Dual.make(value, paths))
 
 
-def dual(setting: Setting, x: Any) -> Dual:
-    """A constant made in the forward counts by existence, as a bias does; zero throughout, it is Zero."""
+def dual(setting: Setting, x: Any, *, exact: bool = False) -> Dual:
+    """A constant made in the forward counts by existence, as a bias does; zero throughout, it is Zero.
+
+    `exact` keeps its zeros: in a contraction a constant is a matrix that selects (a one-hot, a pooling).
+    """
     if type(x) is Dual:
         return x
     if not isinstance(x, Tensor):
         return constant(setting, (), float(x != 0))
+    if exact:
+        return Dual.make((x != 0).to("cpu", setting.dtype))
     return constant(setting, x.shape, float(bool((x != 0).any())))
 
 
@@ -265,7 +270,7 @@ def total(setting: Setting, *terms: Any) -> Dual:
 
 def product(setting: Setting, function: Callable[..., Tensor], *factors: Any) -> Dual:
     """A multilinear map: paths through each factor, where the others are not Zero."""
-    duals = [dual(setting, factor) for factor in factors]
+    duals = [dual(setting, factor, exact=True) for factor in factors]
     values = [factor.value for factor in duals]
     derived = all(value.requires_grad for value in values)  # a product of weights is a weight
     paths: Tensor | None = None

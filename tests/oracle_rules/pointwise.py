@@ -34,9 +34,11 @@ from oracle_rules.moves import move
     feature_alpha_dropout contiguous clone detach alias data real conj nan_to_num to float double half
     bfloat16 type type_as cuda cpu normalize local_response_norm""".split()
 )
-def _same(setting: Setting, x: Any, *args: Any, **kwargs: Any) -> Dual:
+def _same(setting: Setting, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Zero stays Zero: activations that vanish at zero, casts, dropout in eval, division by a statistic."""
-    result = dual(setting, x).copy()
+    if type(x) is not Dual:
+        return x.to(setting.dtype)  # a plain tensor cast to the type of a dual
+    result = x.copy()
     return result if x.base is None else result.seen_through(x)
 
 
