@@ -14,6 +14,7 @@ import timm
 import torch
 from nets import NETS
 from oracle import (
+    UnknownOpError,
     count_paths,
     effective_parameters,
     log_paths,
@@ -340,6 +341,28 @@ def test_recurrence_reaches_forward_in_time() -> None:
     for bidirectional in (False, True):
         found = effective_parameters(Last(bidirectional), torch.ones(1, 3, 2), {})
         assert found["mix.weight"].any(1).tolist() == [True, True, bidirectional]
+
+
+def test_meta_device() -> None:
+    """A table of biases may be looked up by an index without values; live values may not."""
+
+    class Lookup(nn.Module):
+        index: Tensor
+
+        def __init__(self, live: bool) -> None:
+            super().__init__()
+            self.linear, self.table, self.live = nn.Linear(4, 4), nn.Parameter(torch.ones(9)), live
+            self.register_buffer("index", torch.arange(4), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.linear(x)
+            return x[:, self.index] if self.live else x + self.table[self.index]
+
+    with torch.device("meta"):
+        table, live = Lookup(live=False), Lookup(live=True)
+    assert bool(effective_parameters(table, torch.ones(1, 4), {})["linear.weight"].all())
+    with pytest.raises(UnknownOpError, match="meta"):
+        effective_parameters(live, torch.ones(1, 4), {})
 
 
 # ---------------------------------------------------------------- networks at large

@@ -345,28 +345,6 @@ def test_a_buffer_replaced_in_the_forward() -> None:
     assert bool(found["linear.weight"].all())
 
 
-def test_meta_device() -> None:
-    """A table of biases may be looked up by an index without values; live values may not."""
-
-    class Lookup(nn.Module):
-        index: Tensor
-
-        def __init__(self, live: bool) -> None:
-            super().__init__()
-            self.linear, self.table, self.live = nn.Linear(4, 4), nn.Parameter(torch.ones(9)), live
-            self.register_buffer("index", torch.arange(4), persistent=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.linear(x)
-            return x[:, self.index] if self.live else x + self.table[self.index]
-
-    with torch.device("meta"):
-        table, live = Lookup(live=False), Lookup(live=True)
-    assert bool(effective_parameters(table, torch.ones(1, 4), {})["linear.weight"].all())
-    with pytest.raises(UnknownOpError, match="meta"):
-        effective_parameters(live, torch.ones(1, 4), {})
-
-
 def test_constants_made_in_the_forward() -> None:
     """Elementwise they count by existence; zeros throughout are Zero; in a contraction they select."""
 
@@ -382,3 +360,21 @@ def test_constants_made_in_the_forward() -> None:
     for function, rows in [(scale, [True] * 4), (erase, [False] * 4), (select, [True, False, False, False])]:
         found = effective_parameters(Applied(function), torch.ones(1, 4), {})
         assert found["linear.weight"].any(1).tolist() == rows
+
+
+def test_masks_computed_from_fresh_constants() -> None:
+    """`x.new_zeros` may be filled with numbers and compared, or filled with live values."""
+
+    def compared(x: Tensor) -> Tensor:
+        regions = x.new_zeros(4)
+        regions[2:] = 1
+        return x.masked_fill((regions - regions[:1]) != 0, 0.0)
+
+    def filled(x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        out[:, 2:] = x[:, :2]
+        return out
+
+    for function in (compared, filled):
+        found = effective_parameters(Applied(function), torch.ones(1, 4), {})
+        assert found["linear.weight"].any(1).tolist() == [True, True, False, False]

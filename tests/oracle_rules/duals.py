@@ -61,6 +61,7 @@ class Dual(Tensor):
     base: Any  # the dual this is a view of, and the version of it that was seen
     seen: int
     version: int
+    plain: Tensor | None  # a fresh constant (x.new_zeros): its numbers, for masks computed from them
     stale: Any  # the view through which this was changed, until it is written back
 
     @staticmethod
@@ -70,6 +71,7 @@ class Dual(Tensor):
         dual: Dual = Tensor._make_wrapper_subclass(Dual, value.shape, dtype=torch.float32)
         dual.value, dual.paths = value, paths
         dual.square, dual.mean_of, dual.blocked, dual.base, dual.stale = False, None, None, None, None
+        dual.plain = None
         dual.version = dual.seen = 0
         return dual
 
@@ -91,7 +93,7 @@ class Dual(Tensor):
         if self.base is not None:
             self.base.stale = self
         self.value, self.paths, self.square, self.mean_of = other.value, other.paths, other.square, None
-        self.blocked = other.blocked
+        self.blocked, self.plain = other.blocked, other.plain
         self.version += 1
         return self
 
@@ -159,6 +161,8 @@ def perform(setting: Setting, func: Any, args: tuple[Any, ...], kwargs: dict[str
     if name in _PLAIN:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
+    if all(leaf.plain is not None for leaf in tree_leaves((args, kwargs)) if type(leaf) is Dual):
+        return _on_numbers(setting, func, args, kwargs)
     if name == "__setitem__":
         return _setitem(setting, *args)
     for leaf in tree_leaves((args, kwargs)):
@@ -181,6 +185,19 @@ def perform(setting: Setting, func: Any, args: tuple[Any, ...], kwargs: dict[str
         raise UnknownOpError(f"{name!r} writes a dual into a plain tensor")
     same = result.value is args[0].value and result.paths is args[0].paths
     return args[0] if same else args[0].become(result)
+
+
+def _on_numbers(setting: Setting, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Fresh constants among themselves are numbers."""
+    name, in_place = spelling(func)
+    plain_args, plain_kwargs = tree_map(
+        lambda leaf: leaf.plain if type(leaf) is Dual else leaf, (args, kwargs)
+    )
+    result = func(*plain_args, **plain_kwargs)
+    if (in_place or name == "__setitem__") and type(args[0]) is Dual:
+        args[0].value = dual(setting, args[0].plain).value
+        return args[0]
+    return result
 
 
 def _without_values(setting: Setting, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -226,4 +226,6 @@ def _filled(setting: Setting, x: Dual, size: tuple[Any, ...], value: float, kwar
     dtype = kwargs.get("dtype")
     if dtype is not None and not dtype.is_floating_point:
         return torch.full(tuple(shape), value, dtype=dtype)
-    return constant(setting, shape, value)
+    result = constant(setting, shape, value)
+    result.plain = result.value.clone()
+    return result
