@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.capture.ops import is_pure
-from fxprune.capture.recorder import DtypeOf, Scope
+from fxprune.capture.tape import DtypeOf, Scope
 from fxprune.capture.trace import Trace
 
 __all__ = ["Constant", "Differences", "aligned", "compare", "equal_tensors"]

@@ -21,8 +21,8 @@ from fxprune.capture.compare import Differences, compare
 from fxprune.capture.errors import TRACE_ERRORS
 from fxprune.capture.merge import merge
 from fxprune.capture.modes import Switches
-from fxprune.capture.recorder import DtypeOf
 from fxprune.capture.shadows import Shadows, map_structure
+from fxprune.capture.tape import DtypeOf
 from fxprune.capture.trace import Trace, remove_dead_code, trace
 
 __all__ = ["Faithful", "faithful_graph", "settle_types"]
@@ -163,7 +163,8 @@ class _Search:
 
 
 def _writers(found: Trace) -> dict[str, str]:
-    return {path: f"its forward writes its attribute {name!r}" for path, name in found.changed.items()}
+    reasons = {path: f"its forward writes its attribute {name!r}" for path, name in found.changed.items()}
+    return {path: reason if path else f"{reason}; the graph does not" for path, reason in reasons.items()}
 
 
 def _batch_size(inputs: Any) -> int | None:

@@ -21,7 +21,7 @@ from fxprune.capture.errors import CaptureError
 from fxprune.capture.modes import ModeBranch, Switches
 from fxprune.capture.module import assemble
 from fxprune.capture.ops import changes_input, is_pure
-from fxprune.capture.recorder import DtypeOf, Scope
+from fxprune.capture.tape import DtypeOf, Scope
 from fxprune.capture.trace import Trace
 
 __all__ = ["merge"]
@@ -221,7 +221,7 @@ def _still(module: nn.Module) -> bool:
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    return _shapes_of(a.meta.get("val")) == _shapes_of(b.meta.get("val"))
+    return bool(_shapes_of(a.meta.get("val")) == _shapes_of(b.meta.get("val")))
 
 
 def _shapes_of(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils._device import _device_constructors
 
-__all__ = ["CONSTRUCTORS", "RESHAPING", "VALUE_READERS", "changes_input", "is_pure", "spelling"]
+__all__ = ["CONSTRUCTORS", "RANDOM", "RESHAPING", "VALUE_READERS", "changes_input", "is_pure", "spelling"]
 
 # Functions that make tensors from nothing: they get the meta device while shapes are worked out.
 CONSTRUCTORS: frozenset[Any] = frozenset(_device_constructors())

@@ -66,7 +66,7 @@ def _apply(recorder: Recorder) -> Any:
         with recorder.paused(), torch.no_grad():
             out = target(*args, **kwargs)
         with torch._C.DisableTorchFunction():
-            return recorder.record("call_function", AutogradCall(cls), args, kwargs, lambda: out)
+            return recorder.tape.record("call_function", AutogradCall(cls), args, kwargs, out)
 
     return classmethod(apply)
 
@@ -76,13 +76,12 @@ def _scripted(recorder: Recorder, owner: Any, name: str, function: Any) -> Calla
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch._C.DisableTorchFunction():
-
-            def compute() -> Any:
-                return recorder.shadows.run(function, args, kwargs)
-
-            if not recorder.recording:
-                return compute()
-            return recorder.record("call_function", target, args, kwargs, compute)
+            out = recorder.tape.shadows.run(function, args, kwargs)
+            return (
+                recorder.tape.record("call_function", target, args, kwargs, out)
+                if recorder.recording
+                else out
+            )
 
     return call
 
@@ -92,7 +91,7 @@ def _enter(recorder: Recorder) -> Callable[[Any], Any]:
         if recorder.recording:
             device: Any = region.device
             options = (device, region.fast_dtype, region._enabled, region._cache_enabled)
-            region.fxprune_node = recorder.effect(_enter_autocast, options)
+            region.fxprune_node = recorder.tape.effect(_enter_autocast, options)
         return region
 
     return enter
@@ -102,7 +101,7 @@ def _exit(recorder: Recorder) -> Callable[..., Any]:
     def leave(region: Any, *error: Any) -> None:
         node = vars(region).pop("fxprune_node", None)
         if node is not None:
-            recorder.effect(_exit_autocast, (node,))
+            recorder.tape.effect(_exit_autocast, (node,))
 
     return leave
 

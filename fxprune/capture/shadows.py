@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxprune.capture.errors import CaptureError
 from fxprune.capture.numbers import plain
-from fxprune.capture.ops import CONSTRUCTORS
+from fxprune.capture.ops import CONSTRUCTORS, RANDOM
 
 __all__ = ["META", "Shadows", "map_structure"]
 
@@ -28,6 +29,15 @@ PURE_DUNDERS = frozenset(
         "__rshift__", "__rsub__", "__xor__",
     )
 )  # fmt: skip
+# Their results are not determined by their arguments.
+UNSETTLED = RANDOM | {
+    "empty",
+    "empty_like",
+    "empty_permuted",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+}
 MOVERS = frozenset(("cpu", "cuda", "xpu", "ipu", "hpu", "mtia", "pin_memory"))
 
 
@@ -65,6 +75,8 @@ class Shadows:
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
         for tensor in (*model.parameters(), *model.buffers()) if model is not None else ():
             self._twins[id(tensor)] = tensor, meta_like(tensor, dtypes)
+        self._state = set(self._twins)
+        self._recipes: dict[int, tuple[_Recipe, int | None, Tensor]] = {}
 
     def of(self, tensor: Tensor) -> Tensor:
         """The meta tensor of the same shape, strides and type; a meta tensor stands for itself."""
@@ -76,13 +88,6 @@ class Shadows:
             self._twins[id(tensor)] = found
         return found[1]
 
-    def _argument(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self.of(value)
-        if isinstance(value, torch.device):
-            return META
-        return plain(value)
-
     def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``function(*args, **kwargs)``, in shapes.
 
@@ -90,8 +95,17 @@ class Shadows:
             >>> Shadows().run(torch.mm, (torch.ones(2, 3), torch.ones(3, 4)), {}).shape
             torch.Size([2, 4])
         """
-        args = tuple([map_structure(self._argument, arg) for arg in args])
-        kwargs = {key: map_structure(self._argument, arg) for key, arg in kwargs.items()}
+        operands: list[Tensor] = []
+
+        def argument(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                operands.append(value)
+                return self.of(value)
+            return META if isinstance(value, torch.device) else plain(value)
+
+        given, options = args, kwargs
+        args = tuple([map_structure(argument, arg) for arg in args])
+        kwargs = {key: map_structure(argument, arg) for key, arg in kwargs.items()}
         name = getattr(function, "__name__", "")
         if kwargs.get("device") is not None or function in CONSTRUCTORS:
             kwargs["device"] = META
@@ -99,13 +113,62 @@ class Shadows:
             return args[0].detach()
         elif name == "to" and isinstance(args[1] if len(args) > 1 else None, str):
             args = (args[0], META, *args[2:])
-        key = None if name.endswith("_") and name not in PURE_DUNDERS else _frozen((function, args, kwargs))
+        if name.endswith("_") and name not in PURE_DUNDERS:
+            for tensor in operands[:1]:
+                self._recipes.pop(id(tensor), None)
+            return self._computed(function, args, kwargs)
+        key = _frozen((function, args, kwargs))
         if key in self._known:
-            return map_structure(_made, self._known[key])
-        result = self._computed(function, args, kwargs)
-        if key is not None and _storable(result):
-            self._known[key] = map_structure(_Spec.of, result)
+            result = map_structure(_made, self._known[key])
+        else:
+            result = _recurrent(name, args) or self._computed(function, args, kwargs)
+            if key is not None and _storable(result):
+                self._known[key] = map_structure(_Spec.of, result)
+        if (operands or function in CONSTRUCTORS) and name not in UNSETTLED:
+            if all(id(tensor) in self._recipes or self._fixed(tensor) for tensor in operands):
+                self._remember(result, _Recipe(function, given, options))
         return result
+
+    def value(self, tensor: Tensor, name: str = "item") -> Tensor:
+        """The numbers in a tensor that depends on neither inputs nor parameters.
+
+        Raises:
+            CaptureError: it does.
+        """
+        if self._fixed(tensor):
+            return tensor
+        found = self._recipes.get(id(tensor))
+        if found is None:
+            raise CaptureError(f"{name.strip('_')}() asks for the numbers in a tensor")
+
+        def argument(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                return self.value(item)
+            return torch.device("cpu") if isinstance(item, torch.device) else plain(item)
+
+        recipe, index, _ = found
+        args = [map_structure(argument, arg) for arg in recipe.args]
+        kwargs = {key: map_structure(argument, arg) for key, arg in recipe.kwargs.items()}
+        with torch.no_grad():
+            result: Any = recipe.function(*args, **kwargs)
+        numbers: Tensor = result if index is None else result[index]
+        return numbers
+
+    def written(self, before: Any, after: Any) -> bool:
+        """Whether ``after`` is ``before`` with an in-place operation done to it."""
+        found = self._twins.get(id(before))
+        return found is not None and found[1] is after
+
+    def _fixed(self, tensor: Tensor) -> bool:
+        return not tensor.is_meta and id(tensor) not in self._state
+
+    def _remember(self, result: Any, recipe: _Recipe) -> None:
+        if isinstance(result, Tensor):
+            self._recipes[id(result)] = recipe, None, result
+        elif isinstance(result, tuple | list):
+            self._recipes.update(
+                {id(x): (recipe, i, x) for i, x in enumerate(result) if isinstance(x, Tensor)}
+            )
 
     def _computed(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad():
@@ -116,6 +179,24 @@ class Shadows:
                 # that.
                 with META:
                     return function(*args, **kwargs)
+
+
+def _recurrent(name: str, args: tuple[Any, ...]) -> Any:
+    """Shapes of a recurrent layer's results: worked out by PyTorch they would cost one pass per time step."""
+    if name not in ("lstm", "gru", "rnn_tanh", "rnn_relu") or len(args) != 9 or not isinstance(args[2], list):
+        return None
+    data, state = args[0], args[1][0] if name == "lstm" else args[1]
+    out = data.new_empty(*data.shape[:-1], state.shape[-1] * (2 if args[7] else 1))
+    return (out, *(torch.empty_like(x) for x in (args[1] if name == "lstm" else (state,))))
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a constant tensor was made."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)

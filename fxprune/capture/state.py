@@ -6,8 +6,10 @@ are what they were before, and the names of the modules whose ``forward`` had ch
 
 from __future__ import annotations
 
+import operator
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,55 +20,61 @@ __all__ = ["untouched"]
 
 
 @contextmanager
-def untouched(model: nn.Module, changed: dict[str, str]) -> Iterator[None]:
-    """Undo what happens to ``model`` inside; ``changed`` gets what each changed module wrote."""
-    saved = [
-        (path, vars(module), dict(vars(module)), _copies(vars(module)))
-        for path, module in model.named_modules()
-    ]
+def untouched(
+    model: nn.Module, changed: dict[str, str], allowed: Callable[[Any, Any], bool] = operator.is_
+) -> Iterator[None]:
+    """Undo what happens to ``model`` inside.
+
+    ``changed`` gets, for every module that wrote an attribute of itself, the name of it. ``allowed`` says
+    of an old and a new value that this is no such change.
+    """
+    saved = [(path, vars(module), _copies(vars(module))) for path, module in model.named_modules()]
     state, numbers = torch.get_rng_state(), random.getstate()
+    numpy = sys.modules.get("numpy")
+    draws = numpy.random.get_state() if numpy else None
     try:
         yield
     finally:
-        for path, attributes, before, copies in saved:
-            name = _restore(attributes, before, copies)
-            if name is not None:
-                changed.setdefault(path, name)
+        for path, _, copies in saved:
+            for container, copy in copies:
+                name = _difference(container, copy, allowed)
+                if name is not None:
+                    changed.setdefault(path, name)
+                _restore(container, copy)
         torch.set_rng_state(state)
         random.setstate(numbers)
+        if numpy:
+            numpy.random.set_state(draws)
 
 
-def _copies(attributes: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    kinds = (list, dict, set)
-    return [(key, value, value.copy()) for key, value in attributes.items() if isinstance(value, kinds)]
+def _copies(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """The attributes and the containers among them, with copies. The attributes are put back first."""
+    containers = [value for value in attributes.values() if isinstance(value, list | dict | set)]
+    return [(container, container.copy()) for container in (attributes, *containers)]
 
 
-def _restore(
-    attributes: dict[str, Any], before: dict[str, Any], copies: list[tuple[str, Any, Any]]
-) -> str | None:
-    found = None
-    if len(attributes) != len(before) or any(attributes[key] is not value for key, value in before.items()):
-        differing = [key for key in {**attributes, **before} if attributes.get(key) is not before.get(key)]
-        found = next((key for key in differing if key != "training"), None)
-        attributes.clear()
-        attributes.update(before)
-    for key, container, copy in copies:
-        if _same(container, copy):
-            continue
-        found = found or key
-        container.clear()
-        if isinstance(container, list):
-            container.extend(copy)
-        else:
-            container.update(copy)
-    return found
-
-
-def _same(container: Any, copy: Any) -> bool:
-    if len(container) != len(copy):
-        return False
+def _difference(container: Any, copy: Any, allowed: Callable[[Any, Any], bool]) -> str | None:
     if isinstance(container, dict):
-        return all(key in container and container[key] is value for key, value in copy.items())
+        for key in {**copy, **container}:
+            before, after = copy.get(key), container.get(key)
+            if before is not after and key != "training" and not allowed(before, after):
+                return str(key)
+        return None
     if isinstance(container, list):
-        return all(a is b for a, b in zip(container, copy, strict=True))
-    return bool(container == copy)
+        same = len(container) == len(copy) and all(map(operator.is_, container, copy))
+    else:
+        same = container == copy
+    return None if same else type(container).__name__
+
+
+def _restore(container: Any, copy: Any) -> None:
+    if isinstance(container, dict):
+        if len(container) == len(copy) and all(map(operator.is_, container.values(), copy.values())):
+            return
+        container.clear()
+        container.update(copy)
+    elif isinstance(container, list):
+        container[:] = copy
+    elif container != copy:
+        container.clear()
+        container.update(copy)

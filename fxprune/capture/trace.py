@@ -23,9 +23,10 @@ from fxprune.capture.errors import TRACE_ERRORS
 from fxprune.capture.leaves import is_leaf
 from fxprune.capture.ops import is_pure
 from fxprune.capture.patches import patched_functions, replaced
-from fxprune.capture.recorder import Recorder, Scope
+from fxprune.capture.recorder import Recorder
 from fxprune.capture.shadows import Shadows
 from fxprune.capture.state import untouched
+from fxprune.capture.tape import Scope, Tape
 
 __all__ = ["Trace", "remove_dead_code", "shapes_only", "trace", "where"]
 
@@ -60,20 +61,21 @@ def trace(
 ) -> Trace:
     """Record ``model(*args, **kwargs)``; ``whole`` names modules that are not entered."""
     recorder = _recorder(model, shadows)
-    result = Trace(recorder.graph, recorder.constants, recorder.scope)
+    tape = recorder.tape
+    result = Trace(tape.graph, tape.constants, tape.scope)
     changed: dict[str, str] = {}
     with ExitStack() as stack:
-        stack.enter_context(untouched(model, changed))
+        stack.enter_context(untouched(model, changed, tape.shadows.written))
         for module in model.modules():
             module.training = training
-        arguments, options = _inputs(recorder, model, args, kwargs)
+        arguments, options = _inputs(tape, model, args, kwargs)
         stack.enter_context(replaced(nn.Module, "__call__", _caller(recorder, model, whole, result.reasons)))
         stack.enter_context(patched_functions(recorder, model))
         stack.enter_context(torch.enable_grad())
         with recorder:
             out = model.forward(*arguments, **options)
-        recorder.output(out)
-    leaves = {str(node.target) for node in recorder.graph.nodes if node.op == "call_module"}
+        tape.output(out)
+    leaves = {str(node.target) for node in tape.graph.nodes if node.op == "call_module"}
     for path, name in changed.items():
         atoms = path.split(".")
         if not any(".".join(atoms[:i]) in leaves for i in range(1, len(atoms) + 1)):
@@ -93,7 +95,8 @@ def shapes_only(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 def _recorder(model: nn.Module, shadows: Shadows | None) -> Recorder:
-    return Recorder(_tensor_names(model), _device_of(model), type(model), shadows or Shadows(model))
+    tape = Tape(_tensor_names(model), type(model), shadows or Shadows(model))
+    return Recorder(tape, _device_of(model))
 
 
 def _tensor_names(model: nn.Module) -> dict[int, str]:
@@ -128,12 +131,12 @@ def _caller(
             return module.forward(*args, **kwargs)
         if module is not root and (path in whole or is_leaf(module)):
             return recorder.leaf(path, module, args, kwargs)
-        mark = recorder.checkpoint()
+        mark = recorder.tape.checkpoint()
         try:
-            with recorder.inside(path, module):
+            with recorder.tape.inside(path, module):
                 return module.forward(*args, **kwargs)
         except TRACE_ERRORS as error:
-            recorder.rollback(mark)
+            recorder.tape.rollback(mark)
             if module is root:
                 raise
             try:
@@ -156,7 +159,7 @@ def where(error: BaseException) -> str:
 
 
 def _inputs(
-    recorder: Recorder, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    tape: Tape, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
     """Placeholders for the arguments of ``forward``: those given and those with a default."""
     signature = inspect.signature(model.forward)
@@ -167,16 +170,17 @@ def _inputs(
     for name, parameter in signature.parameters.items():
         value = bound.arguments[name]
         if parameter.kind is parameter.VAR_POSITIONAL:
-            arguments += [recorder.placeholder(f"{name}_{i}", (), item) for i, item in enumerate(value)]
+            arguments += [tape.placeholder(f"{name}_{i}", (), item) for i, item in enumerate(value)]
         elif parameter.kind is parameter.VAR_KEYWORD:
-            options |= {key: recorder.placeholder(key, (), item) for key, item in value.items()}
+            options |= {key: tape.placeholder(key, (), item) for key, item in value.items()}
         else:
             default = () if parameter.default is parameter.empty else (parameter.default,)
-            made = recorder.placeholder(name, default, value)
+            made = tape.placeholder(name, default, value)
             if parameter.kind is parameter.KEYWORD_ONLY:
                 options[name] = made
             else:
                 arguments.append(made)
+    tape.guard_constants(type(model).__name__)
     return arguments, options
 
 
