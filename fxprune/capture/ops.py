@@ -119,7 +119,12 @@ RANDOM = frozenset(
         "randn_like", "randperm", "rrelu", "scaled_dot_product_attention",
     )
 )  # fmt: skip
-EFFECTFUL = frozenset(("_assert", "_assert_async", "_set_grad_enabled", "manual_seed", "set_rng_state"))
+EFFECTFUL = frozenset(
+    (
+        "_assert", "_assert_async", "_enter_autocast", "_exit_autocast", "_set_grad_enabled", "manual_seed",
+        "set_rng_state",
+    )
+)  # fmt: skip
 
 
 def spelling(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.amp.autocast_mode import _exit_autocast
 
 from fxprune.capture.calls import AutogradCall, ScriptedCall
 from fxprune.capture.recorder import Recorder
@@ -89,9 +89,8 @@ def _scripted(recorder: Recorder, owner: Any, name: str, function: Any) -> Calla
 def _enter(recorder: Recorder) -> Callable[[Any], Any]:
     def enter(region: Any) -> Any:
         if recorder.recording:
-            device: Any = region.device
-            options = (device, region.fast_dtype, region._enabled, region._cache_enabled)
-            region.fxprune_node = recorder.tape.effect(_enter_autocast, options)
+            options = (region.fast_dtype, region._enabled, region._cache_enabled)
+            region.fxprune_node = recorder.enter_autocast(region.device, *options)
         return region
 
     return enter

@@ -16,7 +16,9 @@ from torch import Tensor, fx, nn
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.overrides import TorchFunctionMode
 
+from fxprune.capture.errors import TRACE_ERRORS
 from fxprune.capture.numbers import plain
+from fxprune.capture.numeric import MadeUp, needs_numbers
 from fxprune.capture.ops import RESHAPING, VALUE_READERS, spelling
 from fxprune.capture.shadows import map_structure
 from fxprune.capture.tape import Tape
@@ -55,7 +57,9 @@ class Recorder(TorchFunctionMode):
             return plain(args[0].shape[0])
         if func is torch._C._set_grad_enabled:
             return self._grad_mode(args[0])
-        if func in (_enter_autocast, _exit_autocast):
+        if func is _enter_autocast:
+            return self.enter_autocast(*args)
+        if func is _exit_autocast:
             return self.tape.effect(func, args)
         op, target, operands = spelling(func, args, kwargs)
         if target in RESHAPING:
@@ -68,7 +72,7 @@ class Recorder(TorchFunctionMode):
         if not self.recording:
             return func(tensor)
         if attribute == "device":
-            device = torch.device(str(self.device if node else tensor.device))
+            device = torch.device(str(self.device if node or tensor.is_meta else tensor.device))
             self.tape.note_device(device, tensor)
             return device
         if attribute == "dtype":
@@ -101,6 +105,11 @@ class Recorder(TorchFunctionMode):
             self.tape.effect(setter, (enabled,))
         setter(enabled)
 
+    def enter_autocast(self, device: str, *options: Any) -> fx.Node:
+        """A region for the kind of device that the model runs on follows the model to another one."""
+        kind = self.tape.device_kind(device) if device == self.device.type else device
+        return self.tape.effect(_enter_autocast, (kind, *options))
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Operations run in shapes but leave no node."""
@@ -112,10 +121,30 @@ class Recorder(TorchFunctionMode):
 
     def leaf(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A ``call_module`` node. Hooks of the module run with the graph, not here."""
-        bare = [map_structure(plain, item) for item in args]
-        options = {key: map_structure(plain, item) for key, item in kwargs.items()}
         with self.paused():
-            out = module.forward(*bare, **options)
+            try:
+                options = {key: map_structure(plain, item) for key, item in kwargs.items()}
+                out = module.forward(*[map_structure(plain, item) for item in args], **options)
+            except TRACE_ERRORS as error:
+                if not needs_numbers(error):
+                    raise
+                out = self._on_numbers(module, args, kwargs)
         writes = bool(getattr(module, "inplace", False))
         with torch._C.DisableTorchFunction():
             return self.tape.record("call_module", path, args, kwargs, out, writes)
+
+    def _on_numbers(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The result for made-up data; only its shapes matter."""
+        shadows, numbers = self.tape.shadows, MadeUp()
+
+        def argument(value: Any) -> Any:
+            return numbers.of(value) if isinstance(value, Tensor) else plain(value)
+
+        self.tape.shadows = numbers
+        try:
+            with torch._C.DisableTorchFunction():
+                given = [map_structure(argument, item) for item in args]
+                options = {key: map_structure(argument, item) for key, item in kwargs.items()}
+            return module.forward(*given, **options)
+        finally:
+            self.tape.shadows = shadows

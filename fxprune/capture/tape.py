@@ -135,6 +135,17 @@ class Tape:
         self.devices[id(device)] = tensor
         self._alive.append(device)
 
+    def device_kind(self, name: str) -> Any:
+        """A node for the kind of device that the first input is on; ``name`` if there is no input."""
+        for tensor in self._alive:
+            node = self._nodes.get(id(tensor)) if isinstance(tensor, Tensor) else None
+            if node in self._live:
+                device = self.node("call_function", getattr, (node, "device"), {})
+                kind = self.node("call_function", getattr, (device, "type"), {})
+                device.meta["val"], kind.meta["val"] = torch.device(name), name
+                return kind
+        return name
+
     # -- nodes ----------------------------------------------------------------------------------------------
     def node(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         arguments = tuple([self.arg(item) for item in args])

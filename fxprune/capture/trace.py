@@ -114,7 +114,7 @@ def _tensor_names(model: nn.Module) -> dict[int, str]:
 def _device_of(model: nn.Module) -> torch.device:
     """Where the traced code believes to run."""
     tensors = itertools.chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
 def _caller(
@@ -143,19 +143,24 @@ def _caller(
                 result = recorder.leaf(path, module, args, kwargs)
             except TRACE_ERRORS:
                 raise error from None
-            reasons[path] = f"{error} ({where(error)})"
+            reasons[path] = f"{error} ({where(error, root)})"
             return result
 
     return call
 
 
-def where(error: BaseException) -> str:
-    """File and line of the model's own code that an error came from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    for frame in reversed(frames):
-        if not frame.filename.startswith((LIBRARY, PACKAGE)):
-            return f"{frame.filename}:{frame.lineno}, in {frame.name}"
-    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "unknown line"
+def where(error: BaseException, model: nn.Module) -> str:
+    """The module of ``model`` whose code an error came from, and the line."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    module, line = "", ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module) and paths.get(id(owner)):
+            module = f"module {paths[id(owner)]!r}"
+        if not code.co_filename.startswith((LIBRARY, PACKAGE)):
+            line = f"{code.co_filename}:{number}"
+    return ", ".join(part for part in (module, line) if part) or "in the model itself"
 
 
 def _inputs(
