@@ -16,7 +16,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from fxprune.capture.compare import Differences
-from fxprune.capture.errors import TRACE_ERRORS, CaptureError
+from fxprune.capture.errors import TRACE_ERRORS, CaptureError, first_line
 from fxprune.capture.fidelity import faithful_graph, settle_types
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaves import has_hooks
@@ -92,7 +92,9 @@ def capture_leaf(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     try:
         found = trace(module, _shapes(tuple(args)), _shapes(dict(kwargs)), training=False)
     except TRACE_ERRORS as error:
-        raise CaptureError(f"{type(module).__name__}: {error} ({where(error, module)})") from error
+        raise CaptureError(
+            f"{type(module).__name__}: {first_line(error)} ({where(error, module)})"
+        ) from error
     settle_types(found, Differences())
     remove_dead_code(found.graph)
     return assemble(module, found.graph, found.constants)
@@ -141,10 +143,10 @@ def _explained(
         except TRACE_ERRORS as own:
             shapes = map_structure(lambda x: list(x.shape) if isinstance(x, Tensor) else x, kwargs or args)
             return ValueError(
-                f"example_inputs: {name} does not accept {shapes}: {own} ({where(own, model)}); "
+                f"example_inputs: {name} does not accept {shapes}: {first_line(own)} ({where(own, model)}); "
                 "pass inputs that it runs on"
             )
     return CaptureError(
-        f"{name} cannot be captured: {error} ({where(error, model)}); move that part into a submodule, "
+        f"{name} cannot be captured: {first_line(error)} ({where(error, model)}); move that part into a submodule, "
         "which then stays whole"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["TRACE_ERRORS", "CaptureError"]
+__all__ = ["TRACE_ERRORS", "CaptureError", "first_line"]
 
 
 class CaptureError(RuntimeError):
@@ -20,3 +20,9 @@ TRACE_ERRORS = (
     TypeError,
     ValueError,
 )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the page that some of PyTorch's append."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

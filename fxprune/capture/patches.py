@@ -19,6 +19,8 @@ from torch import nn
 from torch.amp.autocast_mode import _exit_autocast
 
 from fxprune.capture.calls import AutogradCall, ScriptedCall
+from fxprune.capture.errors import TRACE_ERRORS
+from fxprune.capture.numeric import MadeUp, needs_numbers
 from fxprune.capture.recorder import Recorder
 
 __all__ = ["patched_functions", "replaced"]
@@ -76,7 +78,12 @@ def _scripted(recorder: Recorder, owner: Any, name: str, function: Any) -> Calla
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch._C.DisableTorchFunction():
-            out = recorder.tape.shadows.run(function, args, kwargs)
+            try:
+                out = recorder.tape.shadows.run(function, args, kwargs)
+            except TRACE_ERRORS as error:
+                if not needs_numbers(error):
+                    raise
+                out = MadeUp().run(function, args, kwargs)
             return (
                 recorder.tape.record("call_function", target, args, kwargs, out)
                 if recorder.recording

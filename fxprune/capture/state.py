@@ -18,6 +18,8 @@ from torch import nn
 
 __all__ = ["untouched"]
 
+TABLES = ("_parameters", "_buffers", "_modules")
+
 
 @contextmanager
 def untouched(
@@ -28,18 +30,18 @@ def untouched(
     ``changed`` gets, for every module that wrote an attribute of itself, the name of it. ``allowed`` says
     of an old and a new value that this is no such change.
     """
-    saved = [(path, vars(module), _copies(vars(module))) for path, module in model.named_modules()]
+    saved = [(path, _copies(vars(module))) for path, module in model.named_modules()]
     state, numbers = torch.get_rng_state(), random.getstate()
     numpy = sys.modules.get("numpy")
     draws = numpy.random.get_state() if numpy else None
     try:
         yield
     finally:
-        for path, _, copies in saved:
-            for container, copy in copies:
+        for path, copies in saved:
+            for owner, container, copy in copies:
                 name = _difference(container, copy, allowed)
                 if name is not None:
-                    changed.setdefault(path, name)
+                    changed.setdefault(path, owner or name)
                 _restore(container, copy)
         torch.set_rng_state(state)
         random.setstate(numbers)
@@ -47,10 +49,16 @@ def untouched(
             numpy.random.set_state(draws)
 
 
-def _copies(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """The attributes and the containers among them, with copies. The attributes are put back first."""
-    containers = [value for value in attributes.values() if isinstance(value, list | dict | set)]
-    return [(container, container.copy()) for container in (attributes, *containers)]
+def _copies(attributes: dict[str, Any]) -> list[tuple[str | None, Any, Any]]:
+    """The attributes and the containers among them, with copies. The attributes are put back first.
+
+    A container goes by its own name, the tables of torch (``_buffers``) by that of the entry that changed.
+    """
+    found: list[tuple[str | None, Any, Any]] = [(None, attributes, attributes.copy())]
+    for name, value in attributes.items():
+        if isinstance(value, list | dict | set):
+            found.append((None if name in TABLES else name, value, value.copy()))
+    return found
 
 
 def _difference(container: Any, copy: Any, allowed: Callable[[Any, Any], bool]) -> str | None:

@@ -272,6 +272,9 @@ class Tape:
         if default and not isinstance(default[0], LITERALS):
             # No code can be written for such a default: the argument is a constant of the graph.
             return value
+        if not default and any(node.op == "placeholder" and node.args for node in self.graph.nodes):
+            # Python wants a default after a default; this one was a keyword, or one of a variable number.
+            default = (None,)
         node = self.graph.create_node("placeholder", name, default)
         self.place(node)
         node.meta["val"] = value

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.capture.errors import TRACE_ERRORS
+from fxprune.capture.errors import TRACE_ERRORS, first_line
 from fxprune.capture.leaves import is_leaf
 from fxprune.capture.ops import is_pure
 from fxprune.capture.patches import patched_functions, replaced
@@ -143,7 +143,7 @@ def _caller(
                 result = recorder.leaf(path, module, args, kwargs)
             except TRACE_ERRORS:
                 raise error from None
-            reasons[path] = f"{error} ({where(error, root)})"
+            reasons[path] = f"{first_line(error)} ({where(error, root)})"
             return result
 
     return call

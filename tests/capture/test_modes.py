@@ -1,0 +1,149 @@
+"""Training and evaluation from one graph."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from capture.faithful import assert_faithful
+from fxprune.capture import CaptureError, ModeSwitch, capture
+
+
+def kinds(gm: nn.Module) -> list[str]:
+    return [type(gm.get_submodule(n.target)).__name__ for n in gm.graph.nodes if n.op == "call_module"]
+
+
+class FunctionalDropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(self.fc(x), 0.5, training=self.training)
+        q = x[:, None]
+        return F.scaled_dot_product_attention(q, q, q, dropout_p=0.3 if self.training else 0.0)[:, 0]
+
+
+def test_constants_that_depend_on_the_mode_are_switched() -> None:
+    gm = assert_faithful(nn.Sequential(FunctionalDropout(), nn.Linear(4, 2)), (4,))
+    assert kinds(gm) == ["Linear", "ModeSwitch", "ModeSwitch", "Linear"]
+    assert len([m for m in gm.modules() if isinstance(m, ModeSwitch)]) == 1
+
+
+def test_switches_follow_the_flag_of_their_module() -> None:
+    model = nn.Sequential(FunctionalDropout(), nn.Linear(4, 2)).train()
+    model[0].eval()
+    gm = capture(model, torch.empty(2, 4))
+    x = torch.ones(2, 4)
+    assert gm.training
+    assert torch.equal(gm(x), model(x))
+
+
+class DropPath(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        keep = x.new_empty(x.shape[0], 1).bernoulli_(0.5)
+        return x * keep / 0.5
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop = nn.Linear(4, 4), DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.fc(x)) * x.shape[0]
+
+
+def test_the_innermost_module_that_depends_on_the_mode_stays_whole() -> None:
+    gm = assert_faithful(nn.Sequential(Block(), Block()), (4,))
+    assert kinds(gm) == ["Linear", "DropPath"] * 2
+
+
+class WithAuxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+        self.aux_norm, self.aux = nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.norm(self.stem(x))
+        extra = self.aux(F.relu(self.aux_norm(x), inplace=True)) if self.training else None
+        x = self.head(x)
+        return (x, extra) if self.training else x
+
+
+def test_auxiliary_heads_of_the_model_itself() -> None:
+    gm = assert_faithful(WithAuxiliary(), (4,))
+    assert kinds(gm).count("ModeSwitch") == 1
+    statistics = gm.aux_norm.running_mean.clone()
+    gm.eval()(torch.randn(3, 4))
+    assert torch.equal(gm.aux_norm.running_mean, statistics)
+
+
+class DropsTokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        position = torch.arange(x.shape[1], device=x.device)
+        if self.training:
+            keep = torch.randperm(x.shape[1])[:2]
+            x, position = x[:, keep], position[keep]
+        else:
+            x = x.clone().add_(1)
+        return (self.fc(x) + position[:, None]).mean(1)
+
+
+def test_branches_that_the_other_mode_cannot_run() -> None:
+    gm = assert_faithful(DropsTokens(), (5, 4))
+    assert "ModeBranch" in kinds(gm)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(gm))).train()
+    torch.manual_seed(0)
+    expected = gm.train()(torch.ones(2, 5, 4))
+    torch.manual_seed(0)
+    assert torch.equal(again(torch.ones(2, 5, 4)), expected)
+
+
+class TrainsAnotherPath(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training else self.norm(x)
+
+
+def test_a_branch_that_would_do_harm_is_refused() -> None:
+    with pytest.raises(CaptureError, match="calls norm in evaluation only"):
+        capture(TrainsAnotherPath(), torch.empty(2, 4))
+    gm = assert_faithful(nn.Sequential(nn.Linear(4, 4), TrainsAnotherPath()), (4,))
+    assert kinds(gm) == ["Linear", "TrainsAnotherPath"]
+
+
+class NeedsTargets(nn.Module):
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if self.training:
+            return (x - targets).square().mean()
+        return x * 2
+
+
+def test_a_model_that_cannot_train_on_these_inputs_is_captured_for_evaluation() -> None:
+    with pytest.warns(UserWarning, match="fails in training mode with these inputs"):
+        gm = capture(NeedsTargets(), torch.empty(2, 4))
+    assert torch.equal(gm.eval()(torch.ones(1, 4)), torch.full((1, 4), 2.0))
+
+
+def test_flags_are_the_models() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), Block()).eval()
+    model[1].train()
+    gm = capture(model, torch.empty(2, 4))
+    assert not gm.training
+    assert [m.training for m in model.modules()] == [False, False, True, True, True]
+    gm.train()
+    assert all(module.training for module in gm.modules())

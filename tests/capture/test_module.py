@@ -1,0 +1,157 @@
+"""The GraphModule as a module: keys, sharing, copies, files, compilers; and the model it was made from."""
+
+import copy
+import io
+import pickle
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxprune.capture import ModeSwitch, capture
+
+
+class Everything(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.unused = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(2, 2)
+        self.b.weight = self.a.weight
+        self.norm = nn.BatchNorm1d(4)
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Dropout(0.5)])
+        self.scale = nn.Parameter(torch.full((4,), 2.0))
+        self.spare = nn.Parameter(torch.ones(3))
+        self.register_buffer("offset", torch.ones(4), persistent=False)
+        self.table = torch.ones(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.b(self.a(self.a(x))))
+        for block in self.blocks:
+            x = block(x)
+        x = F.dropout(x, 0.1, self.training)
+        return F.linear(x, self.a.weight) * self.scale + self.offset + self.table
+
+
+X = torch.randn(5, 4)
+
+
+@pytest.fixture
+def model() -> Everything:
+    return Everything().eval()
+
+
+def test_parameters_submodules_and_keys_are_the_models(model: Everything) -> None:
+    gm = capture(model, X)
+    assert type(gm).__name__ == "Everything"
+    assert list(gm.state_dict()) == list(model.state_dict())
+    assert all(gm.get_parameter(name) is parameter for name, parameter in model.named_parameters())
+    assert [name for name, _ in gm.named_buffers()] == [name for name, _ in model.named_buffers()]
+    assert gm.norm is model.norm
+    assert isinstance(gm.blocks, nn.ModuleList)
+    gm.graph.lint()
+
+
+def test_copies_and_pickles_are_complete(model: Everything) -> None:
+    gm = capture(model, X)
+    file = io.BytesIO()
+    torch.save(gm, file)
+    file.seek(0)
+    pickled = pickle.loads(pickle.dumps(gm))
+    twice = pickle.loads(pickle.dumps(copy.deepcopy(pickled)))
+    result = model(X)
+    for other in (copy.deepcopy(gm), pickled, twice, torch.load(file, weights_only=False)):
+        assert torch.equal(other(X), result)
+        assert list(other.state_dict()) == list(gm.state_dict())
+        assert other.a.weight is other.b.weight
+        assert other.a.weight is not gm.a.weight
+        assert "offset" in dict(other.named_buffers())
+        assert type(other).__name__ == "Everything"
+        for mine, its in zip(gm.graph.nodes, other.graph.nodes, strict=True):
+            assert (mine.op, mine.name, str(mine.args)) == (its.op, its.name, str(its.args))
+            assert type(its.meta["val"]) is type(mine.meta["val"])
+        torch.manual_seed(0)
+        expected = gm.train()(X)
+        torch.manual_seed(0)
+        assert torch.equal(other.train()(X), expected)
+        gm.eval()
+
+
+def test_hooks_are_copied(model: Everything) -> None:
+    model.register_forward_hook(lambda module, args, out: out + 1)
+    gm = capture(model, X)
+    assert torch.equal(copy.deepcopy(gm)(X), model(X))
+
+
+def test_capturing_again_gives_the_same_graph() -> None:
+    model = timm.create_model("test_vit", attn_drop_rate=0.2, drop_path_rate=0.2)
+    once = capture(model)
+    twice = capture(once)
+    thrice = capture(twice, torch.empty(2, 3, 160, 160))
+    assert list(once.state_dict()) == list(thrice.state_dict())
+    assert thrice.code == twice.code
+    count = [sum(isinstance(module, ModeSwitch) for module in gm.modules()) for gm in (once, twice, thrice)]
+    assert count[0] == count[1] == count[2] > 0
+    x = torch.randn(1, 3, 160, 160)
+    results = []
+    for network in (model.train(), once.train(), thrice.train()):
+        torch.manual_seed(0)
+        results.append(network(x))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_the_model_is_untouched(model: Everything) -> None:
+    model.train()
+    model.blocks.eval()
+    calls = []
+    model.a.register_forward_hook(lambda *args: calls.append(args))
+    before = copy.deepcopy(model)
+    attributes = {name: dict(vars(module)) for name, module in model.named_modules()}
+    draws = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    capture(model, X)
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == attributes
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not calls
+    assert torch.equal(torch.get_rng_state(), draws[0])
+    assert random.getstate() == draws[1]
+    assert np.random.get_state()[1].tolist() == draws[2]
+    assert "__call__" in vars(nn.Module)
+
+
+def test_a_failing_capture_leaves_everything_as_it_was(model: Everything) -> None:
+    call = nn.Module.__call__
+    with pytest.raises(ValueError, match="does not accept"):
+        capture(model, torch.ones(2, 9))
+    assert nn.Module.__call__ is call
+    assert not any(module.training for module in model.modules())
+    assert model(X).shape == (5, 4)
+
+
+def test_compiles_and_exports_whole() -> None:
+    model = timm.create_model("test_vit", attn_drop_rate=0.2, drop_path_rate=0.2).eval()
+    gm = capture(model)
+    x = torch.randn(2, 3, 160, 160)
+    compiled = torch.compile(gm, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+        assert torch.allclose(torch.export.export(gm, (x,)).module()(x), model(x), atol=1e-5)
+    gm.train()
+    compiled(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in gm.parameters())
+
+
+def test_other_precisions_of_the_whole_network() -> None:
+    model = timm.create_model("test_vit").eval()
+    gm = capture(model)
+    x = torch.randn(1, 3, 160, 160)
+    for network in (gm, model):
+        network.double()
+    assert torch.equal(gm(x.double()), model(x.double()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gm.float()(x), model.float()(x))
