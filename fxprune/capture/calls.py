@@ -1,12 +1,11 @@
-"""Targets of call_function nodes for what Python cannot name: custom autograd functions and scripted
-functions."""
+"""Targets of call_function nodes for what has no name of its own: autograd functions, scripts, objects."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-__all__ = ["AutogradCall", "ScriptedCall"]
+__all__ = ["AutogradCall", "ObjectOf", "ScriptedCall"]
 
 
 class AutogradCall:
@@ -29,6 +28,29 @@ class AutogradCall:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AutogradCall, (self.function_class,)
+
+
+class ObjectOf:
+    """Makes an object of ``kind`` with the given attributes, without calling its constructor."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+        self.__name__ = self.__qualname__ = kind.__qualname__
+        self.__module__ = kind.__module__
+
+    def __call__(self, **attributes: Any) -> Any:
+        made: Any = object.__new__(self.kind)
+        vars(made).update(attributes)
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectOf) and self.kind is other.kind
+
+    def __hash__(self) -> int:
+        return hash(self.kind)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ObjectOf, (self.kind,)
 
 
 class ScriptedCall:

@@ -47,6 +47,11 @@ class Differences:
     def __bool__(self) -> bool:
         return bool(self.modules or self.constants)
 
+    @property
+    def places(self) -> set[str]:
+        """The modules in which anything differs."""
+        return self.modules | {constant.path for constant in self.constants}
+
 
 def compare(first: Trace, second: Trace) -> Differences:
     """What ``second`` did differently from ``first``.

@@ -21,6 +21,7 @@ from fxprune.capture.fidelity import faithful_graph, settle_types
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaves import has_hooks
 from fxprune.capture.module import assemble
+from fxprune.capture.numeric import needs_numbers
 from fxprune.capture.shadows import map_structure, meta_like
 from fxprune.capture.trace import remove_dead_code, shapes_only, trace, where
 
@@ -65,7 +66,8 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         found = faithful_graph(model, args, kwargs)
     except TRACE_ERRORS as error:
         raise _explained(model, args, kwargs, error) from error
-    for note in _notes(model, found.notes):
+    whole = {str(node.target) for node in found.graph.nodes if node.op == "call_module"}
+    for note in _notes(model, found.notes, whole):
         warnings.warn(f"capture: {note}", stacklevel=2)
     return assemble(model, found.graph, found.extra)
 
@@ -100,7 +102,7 @@ def capture_leaf(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     return assemble(module, found.graph, found.constants)
 
 
-def _notes(model: nn.Module, notes: Mapping[str, str]) -> list[str]:
+def _notes(model: nn.Module, notes: Mapping[str, str], whole: set[str]) -> list[str]:
     """One line for every class of modules and reason."""
     groups: dict[tuple[str, str], list[str]] = {}
     for path, reason in notes.items():
@@ -108,7 +110,8 @@ def _notes(model: nn.Module, notes: Mapping[str, str]) -> list[str]:
     lines = []
     for (kind, reason), paths in groups.items():
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        lines.append(f"{paths[0]}{more} ({kind}) kept whole: {reason}" if paths[0] else f"{kind}: {reason}")
+        kept = " kept whole" if set(paths) <= whole else ""
+        lines.append(f"{paths[0]}{more} ({kind}){kept}: {reason}" if paths[0] else f"{kind}: {reason}")
     return lines
 
 
@@ -141,12 +144,18 @@ def _explained(
         try:
             shapes_only(model, args, kwargs)
         except TRACE_ERRORS as own:
+            if needs_numbers(own):
+                return _refusal(model, error)
             shapes = map_structure(lambda x: list(x.shape) if isinstance(x, Tensor) else x, kwargs or args)
             return ValueError(
                 f"example_inputs: {name} does not accept {shapes}: {first_line(own)} ({where(own, model)}); "
                 "pass inputs that it runs on"
             )
+    return _refusal(model, error)
+
+
+def _refusal(model: nn.Module, error: BaseException) -> CaptureError:
     return CaptureError(
-        f"{name} cannot be captured: {first_line(error)} ({where(error, model)}); move that part into a submodule, "
-        "which then stays whole"
+        f"{type(model).__name__} cannot be captured: {first_line(error)} ({where(error, model)}); "
+        "move that part into a submodule, which then stays whole"
     )

@@ -19,8 +19,10 @@ from torch.fx.node import map_aggregate
 
 from fxprune.capture.compare import Differences, compare
 from fxprune.capture.errors import TRACE_ERRORS
+from fxprune.capture.guards import guard_constants, guard_sizes, guarded_sizes
 from fxprune.capture.merge import merge
 from fxprune.capture.modes import Switches
+from fxprune.capture.module import CapturedModule
 from fxprune.capture.shadows import Shadows, map_structure
 from fxprune.capture.tape import DtypeOf
 from fxprune.capture.trace import Trace, remove_dead_code, trace
@@ -39,8 +41,7 @@ OTHER_TYPE = {
 
 @dataclass
 class Faithful:
-    """The graph, the modules and constants it needs besides the model's own, and what the user should
-    know."""
+    """The graph, what it needs besides the model's own modules, and what the user should know."""
 
     graph: fx.Graph
     extra: dict[str, Any]
@@ -60,6 +61,8 @@ class _Search:
     whole: set[str] = field(default_factory=set)
     notes: dict[str, str] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict)
+    one_image_size: bool = False
+    one_batch_size: bool = False
 
     def run(self) -> Faithful:
         while True:
@@ -67,6 +70,7 @@ class _Search:
             assert base is not None
             if self.keep_whole({**base.reasons, **_writers(base)}):
                 continue
+            self.one_image_size = self.fixed_images(base)
             probe = self.attempt(training=True, batch=True, types=True)
             found = compare(base, probe) if probe else Differences({""})
             if not found:
@@ -104,16 +108,28 @@ class _Search:
                 switches.insert(constant.node, constant.path, constant.key, constant.second, constant.first)
         return self.finish(base, switches)
 
+    def fixed_dims(self, name: str, value: Tensor) -> list[int]:
+        """The dimensions of an argument that the graph holds for one size of."""
+        earlier = guarded_sizes(self.model.graph) if isinstance(self.model, CapturedModule) else set()
+        fixed = {dim for argument, dim in earlier if argument == name}
+        fixed |= set(_extent(value)) if self.one_image_size else set()
+        return sorted(fixed | ({0} if self.one_batch_size and value.dim() else set()))
+
+    def fixed_images(self, base: Trace) -> bool:
+        """Whether the graph holds for one size of image only though the model takes others."""
+        larger = self.attempt(images=True)
+        return larger is not None and bool(compare(base, larger))
+
     def fixed_batch(self, base: Trace) -> bool:
         """Modules that turn the batch size into a constant stay whole; of the model itself one is told."""
         larger = self.attempt(batch=True)
         if larger is None:
             return False
-        found = compare(base, larger)
-        places = found.modules | {constant.path for constant in found.constants}
+        places = compare(base, larger).places
         reason = "it makes a Python number of the batch size (int, len, range or iteration)"
-        if places & {""}:
+        if "" in places:
             self.notes.setdefault("", f"{reason}; the graph holds for the batch size of example_inputs")
+            self.one_batch_size = True
         return self.keep_whole(dict.fromkeys(places - {""}, reason))
 
     def keep_whole(self, reasons: Mapping[str, str]) -> bool:
@@ -126,7 +142,13 @@ class _Search:
         return bool(new)
 
     def attempt(
-        self, *, training: bool = False, batch: bool = False, types: bool = False, strict: bool = False
+        self,
+        *,
+        training: bool = False,
+        batch: bool = False,
+        types: bool = False,
+        images: bool = False,
+        strict: bool = False,
     ) -> Trace | None:
         """A trace under the given changes, or None if the model does not accept them."""
         dtypes = OTHER_TYPE if types else {}
@@ -138,10 +160,13 @@ class _Search:
             shape = list(value.shape)
             if shape and shape[0] == size:
                 shape[0] += 1
+            for dim in _extent(value) if images else ():
+                shape[dim] *= 2
             return torch.empty(shape, dtype=dtypes.get(value.dtype, value.dtype), device="meta")
 
         args, kwargs = self.args, dict(self.kwargs)
-        if batch or types:
+        other = batch or types or images
+        if other:
             args, kwargs = map_structure(changed, args), map_structure(changed, kwargs)
         try:
             result = trace(
@@ -152,19 +177,38 @@ class _Search:
             if strict:
                 raise
             return None
-        return None if (batch or types) and not training and result.reasons.keys() - self.whole else result
+        return None if other and not training and result.reasons.keys() - self.whole else result
 
     def finish(self, base: Trace, switches: Switches) -> Faithful:
         remove_dead_code(base.graph)
         switches.drop_unused(base.graph)
+        name = type(self.model).__name__
+        guard_constants(base.graph, name)
+        guard_sizes(base.graph, self.fixed_dims, name)
         used = {str(node.target) for node in base.graph.nodes if node.op == "get_attr"}
         constants = {name: value for name, value in base.constants.items() if name in used}
-        return Faithful(base.graph, {**switches.modules, **constants}, self.notes)
+        called = {str(node.target) for node in base.graph.nodes if node.op == "call_module"}
+        for path in base.changed.keys() - called:
+            written = f"its attribute {base.changed[path]!r} is written by the model"
+            self.notes[path] = f"{written}; the graph does not"
+        notes = {path: reason for path, reason in self.notes.items() if not _inside(path, called)}
+        return Faithful(base.graph, {**switches.modules, **constants}, notes)
+
+
+def _inside(path: str, called: set[str]) -> bool:
+    atoms = path.split(".")
+    return any(".".join(atoms[:i]) in called for i in range(1, len(atoms)))
+
+
+def _extent(tensor: Tensor) -> range:
+    """The dimensions of an image or a clip, or the length of a sequence of indices."""
+    if tensor.is_floating_point():
+        return range(2, tensor.dim()) if tensor.dim() >= 4 else range(0)
+    return range(1, 2) if tensor.dim() == 2 else range(0)
 
 
 def _writers(found: Trace) -> dict[str, str]:
-    reasons = {path: f"its forward writes its attribute {name!r}" for path, name in found.changed.items()}
-    return {path: reason if path else f"{reason}; the graph does not" for path, reason in reasons.items()}
+    return {path: f"its forward writes its attribute {name!r}" for path, name in found.changed.items()}
 
 
 def _batch_size(inputs: Any) -> int | None:

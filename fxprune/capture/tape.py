@@ -13,11 +13,13 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.capture.calls import ObjectOf
 from fxprune.capture.errors import CaptureError
 from fxprune.capture.numbers import TracedFloat, TracedInt, plain
 from fxprune.capture.ops import changes_input
@@ -166,11 +168,11 @@ class Tape:
             return self._source(value)
         if isinstance(value, TracedInt | TracedFloat):
             return value.node
-        if isinstance(value, torch.device) and id(value) in self.devices:
+        if isinstance(value, torch.device) and self._known(self.devices.get(id(value))):
             node = self.node("call_function", getattr, (self.devices[id(value)], "device"), {})
             node.meta["val"] = value
             return node
-        if isinstance(value, torch.dtype) and value in self.dtypes:
+        if isinstance(value, torch.dtype) and self._known(self.dtypes.get(value)):
             return DtypeOf(self._source(self.dtypes[value]), value)
         if isinstance(value, ATOMS):
             return value
@@ -196,12 +198,20 @@ class Tape:
             return list(value)
         if hasattr(value, "__index__"):
             return operator.index(value)
+        if _is_record(value):
+            return self._construct(ObjectOf(type(value)), (), vars(value), value)
         raise CaptureError(f"an argument of type {type(value).__qualname__} has no place in a graph")
 
-    def _construct(self, kind: type, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> fx.Node:
+    def _construct(
+        self, kind: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> fx.Node:
         node = self.node("call_function", kind, args, kwargs)
         node.meta["val"] = map_structure(plain, value)
         return node
+
+    def _known(self, tensor: Tensor | None) -> bool:
+        """Whether there is a node for a tensor, or could be: not if the part that made it was forgotten."""
+        return tensor is not None and (id(tensor) in self._nodes or id(tensor) in self.names)
 
     def _source(self, tensor: Tensor) -> fx.Node:
         node = self._nodes.get(id(tensor))
@@ -256,6 +266,10 @@ class Tape:
         if isinstance(value, dict):
             parts = {key: self._part(operator.getitem, node, key, item) for key, item in value.items()}
             return type(value)(parts) if isinstance(value, OrderedDict) else parts
+        if _is_record(value):
+            return ObjectOf(type(value))(
+                **{k: self._part(getattr, node, k, v) for k, v in vars(value).items()}
+            )
         return value
 
     def _part(self, function: Callable[..., Any], owner: fx.Node, key: Any, item: Any) -> Any:
@@ -284,21 +298,6 @@ class Tape:
         result = self.wrap(value, node, False)
         node.meta["val"] = map_structure(plain, result)
         return result
-
-    def guard_constants(self, model: str) -> None:
-        """Inputs that are no tensors are constants of the graph: another value raises."""
-        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
-        for node in placeholders:
-            value = node.meta["val"]
-            if node in self._live or not isinstance(value, LITERALS):
-                continue
-            alike = operator.is_ if value is None or isinstance(value, bool) else operator.eq
-            message = (
-                f"{node.target}: {model} was captured with {value!r}; capture it again for another value"
-            )
-            check = self.effect(alike, (node, value))
-            check.meta["val"] = True
-            self.effect(torch._assert, (check, message))
 
     def output(self, value: Any) -> None:
         node = self.graph.create_node("output", "output", (self.arg(value),))
@@ -337,6 +336,13 @@ class Tape:
         self._sizes.clear()
 
 
+def _is_record(value: Any) -> bool:
+    """Whether a value is an object that merely holds others, as an image list does."""
+    reduces: Any = type(value).__reduce_ex__
+    plain_object = reduces is object.__reduce_ex__ and hasattr(value, "__dict__")
+    return plain_object and not callable(value) and not isinstance(value, ModuleType)
+
+
 def _has_content(value: Any) -> bool:
     """Whether there is a tensor or a number in a result."""
     if isinstance(value, int | float):
@@ -345,7 +351,7 @@ def _has_content(value: Any) -> bool:
         return any(_has_content(item) for item in value)
     if isinstance(value, dict):
         return any(_has_content(item) for item in value.values())
-    return isinstance(value, Tensor) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+    return isinstance(value, Tensor) or _is_record(value)
 
 
 def _has_tensor(value: Any) -> bool:

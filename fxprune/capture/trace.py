@@ -66,8 +66,7 @@ def trace(
     changed: dict[str, str] = {}
     with ExitStack() as stack:
         stack.enter_context(untouched(model, changed, tape.shadows.written))
-        for module in model.modules():
-            module.training = training
+        _set_training(model, training)
         arguments, options = _inputs(tape, model, args, kwargs)
         stack.enter_context(replaced(nn.Module, "__call__", _caller(recorder, model, whole, result.reasons)))
         stack.enter_context(patched_functions(recorder, model))
@@ -84,14 +83,21 @@ def trace(
 
 
 def shapes_only(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Run the model in shapes without recording: raises what the model itself says to these inputs."""
+    """Evaluate the model in shapes, unrecorded: raises what it says itself to these inputs."""
     recorder = _recorder(model, None)
     with ExitStack() as stack:
         stack.enter_context(untouched(model, {}))
+        _set_training(model, False)
         stack.enter_context(replaced(nn.Module, "__call__", _caller(recorder, model, frozenset(), {})))
         stack.enter_context(patched_functions(recorder, model))
         with recorder, recorder.paused():
             model.forward(*args, **kwargs)
+
+
+def _set_training(model: nn.Module, training: bool) -> None:
+    """As ``model.train`` would, but without calling what a model may make of that."""
+    for module in model.modules():
+        module.training = training
 
 
 def _recorder(model: nn.Module, shadows: Shadows | None) -> Recorder:
@@ -185,7 +191,6 @@ def _inputs(
                 options[name] = made
             else:
                 arguments.append(made)
-    tape.guard_constants(type(model).__name__)
     return arguments, options
 
 

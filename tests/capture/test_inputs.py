@@ -107,7 +107,7 @@ def test_defaults_stay_python_values() -> None:
     gm = capture(Options(), torch.empty(2))
     assert gm(torch.ones(3))["out"].tolist() == [2, 2, 2]
     assert gm(x=torch.ones(1), mask=None, scale=2.0)["out"].tolist() == [2]
-    with pytest.raises(AssertionError, match=r"scale: Options was captured with 2\.0; capture it again"):
+    with pytest.raises(AssertionError, match=r"scale: Options was captured with 2\.0, .*; capture it again"):
         gm(torch.ones(1), scale=3.0)
     with pytest.raises(AssertionError, match="mask: Options was captured with None"):
         gm(torch.ones(1), mask=torch.ones(1))

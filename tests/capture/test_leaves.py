@@ -106,7 +106,7 @@ def test_a_module_that_writes_itself_stays_whole_with_a_warning() -> None:
     assert not model[0].seen
     assert [float(gm(torch.ones(1))) for _ in range(3)] == [1, 2, 3]
     with pytest.warns(
-        UserWarning, match="Counts: its forward writes its attribute 'calls'; the graph does not"
+        UserWarning, match="Counts: its attribute 'calls' is written by the model; the graph does not"
     ):
         capture(Counts(), torch.empty(2, 3))
 
