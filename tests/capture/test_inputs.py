@@ -139,3 +139,66 @@ def test_images_of_other_sizes() -> None:
     for size in (96, 130):
         x = torch.randn(1, 3, size, size)
         assert torch.equal(gm(x), model(x))
+
+
+class BakesSize(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        half = int(x.shape[-1] / 2)
+        return x[..., :half]
+
+
+def test_a_size_that_became_constant_is_checked() -> None:
+    gm = capture(BakesSize(), torch.empty(2, 3, 8, 8))
+    for network in (gm, capture(gm)):
+        assert network(torch.ones(5, 3, 8, 8)).shape == (5, 3, 8, 4)
+        with pytest.raises(AssertionError, match="x: BakesSize was captured with size 8 in dimension 3"):
+            network(torch.ones(5, 3, 8, 6))
+
+
+class Batch:
+    def __init__(self, images: Tensor, sizes: list[int]) -> None:
+        self.images, self.sizes = images, sizes
+
+
+class Gathers(nn.Module):
+    def forward(self, images: list[Tensor]) -> Batch:
+        return Batch(torch.stack(images), [image.shape[0] for image in images])
+
+
+class Scatters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gather = Gathers()
+
+    def forward(self, images: list[Tensor]) -> list[Tensor]:
+        batch = self.gather(images)
+        return [image * size for image, size in zip(batch.images, batch.sizes, strict=True)]
+
+
+def test_objects_pass_between_modules_and_lists_have_a_length() -> None:
+    images = [torch.ones(3), torch.zeros(3)]
+    gm = capture(Scatters(), (images,))
+    assert [image.tolist() for image in gm(images)] == [[3, 3, 3], [0, 0, 0]]
+    with pytest.raises(AssertionError, match="images: Scatters was captured with 2 entries"):
+        gm([*images, images[0]])
+
+
+class Pools(nn.Module):
+    def forward(self, batch: Batch) -> Batch:
+        mean = batch.images.mean()
+        return Batch(batch.images * 2 if mean > 0 else batch.images, batch.sizes)
+
+
+def test_objects_go_into_and_out_of_leaves() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gather, self.pool = Gathers(), Pools()
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return self.pool(self.gather(images)).images + 1
+
+    images = [torch.ones(3), torch.zeros(3)]
+    with pytest.warns(UserWarning, match=r"pool \(Pools\) kept whole"):
+        gm = capture(Net(), (images,))
+    assert torch.equal(gm(images), Net()(images))
