@@ -16,14 +16,14 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from fxprune.capture.compare import Differences
-from fxprune.capture.errors import TRACE_ERRORS, CaptureError, first_line
+from fxprune.capture.errors import TRACE_ERRORS, CaptureError, first_line, where
 from fxprune.capture.fidelity import faithful_graph, settle_types
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaves import has_hooks
 from fxprune.capture.module import assemble
 from fxprune.capture.numeric import needs_numbers
 from fxprune.capture.shadows import map_structure, meta_like
-from fxprune.capture.trace import remove_dead_code, shapes_only, trace, where
+from fxprune.capture.trace import remove_dead_code, shapes_only, trace
 
 __all__ = ["capture", "capture_leaf"]
 

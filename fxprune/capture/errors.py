@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["TRACE_ERRORS", "CaptureError", "first_line"]
+import os
+import traceback
+from pathlib import Path
+
+import torch
+from torch import nn
+
+__all__ = ["TRACE_ERRORS", "CaptureError", "first_line", "where"]
+
+LIBRARY = str(Path(torch.__file__).parent) + os.sep
+PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 class CaptureError(RuntimeError):
@@ -26,3 +36,17 @@ def first_line(error: BaseException) -> str:
     """What an error says, without the page that some of PyTorch's append."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def where(error: BaseException, model: nn.Module) -> str:
+    """The module of ``model`` whose code an error came from, and the line."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    module, line = "", ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module) and paths.get(id(owner)):
+            module = f"module {paths[id(owner)]!r}"
+        if not code.co_filename.startswith((LIBRARY, PACKAGE)):
+            line = f"{code.co_filename}:{number}"
+    return ", ".join(part for part in (module, line) if part) or "in the model itself"

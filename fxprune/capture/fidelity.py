@@ -68,6 +68,7 @@ class _Search:
         while True:
             base = self.attempt(strict=True)
             assert base is not None
+            self.forget_memos(base)
             if self.keep_whole({**base.reasons, **_writers(base)}):
                 continue
             self.one_image_size = self.fixed_images(base)
@@ -83,6 +84,8 @@ class _Search:
     def settle(self, base: Trace, together: Differences) -> Faithful | None:
         """Each change alone; None if another module has to stay whole and all starts again."""
         training = self.attempt(training=True)
+        if training:
+            self.forget_memos(training, training=True)
         modes = compare(base, training) if training else Differences()
         if training is None:
             self.notes[""] = (
@@ -107,6 +110,16 @@ class _Search:
             for constant in modes.constants:
                 switches.insert(constant.node, constant.path, constant.key, constant.second, constant.first)
         return self.finish(base, switches)
+
+    def forget_memos(self, base: Trace, *, training: bool = False) -> None:
+        """Attributes that a module writes do not matter if a second run, which finds them, does the same."""
+        if not base.changed:
+            return
+        again = self.attempt(training=training, rehearsed=True)
+        places = compare(base, again).places | again.reasons.keys() if again else {""}
+        for path in list(base.changed):
+            if not any(_related(place, path) for place in places):
+                del base.changed[path]
 
     def fixed_dims(self, name: str, value: Tensor) -> list[int]:
         """The dimensions of an argument that the graph holds for one size of."""
@@ -149,6 +162,7 @@ class _Search:
         types: bool = False,
         images: bool = False,
         strict: bool = False,
+        rehearsed: bool = False,
     ) -> Trace | None:
         """A trace under the given changes, or None if the model does not accept them."""
         dtypes = OTHER_TYPE if types else {}
@@ -171,7 +185,7 @@ class _Search:
         try:
             result = trace(
                 self.model, args, kwargs, training=training, whole=frozenset(self.whole),
-                shadows=Shadows(self.model, dtypes, self.known),
+                shadows=Shadows(self.model, dtypes, self.known), rehearsed=rehearsed,
             )  # fmt: skip
         except TRACE_ERRORS:
             if strict:
@@ -193,6 +207,11 @@ class _Search:
             self.notes[path] = f"{written}; the graph does not"
         notes = {path: reason for path, reason in self.notes.items() if not _inside(path, called)}
         return Faithful(base.graph, {**switches.modules, **constants}, notes)
+
+
+def _related(a: str, b: str) -> bool:
+    """Whether one of two modules contains the other."""
+    return not a or not b or f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
 
 
 def _inside(path: str, called: set[str]) -> bool:

@@ -47,7 +47,7 @@ def is_leaf(module: nn.Module) -> bool:
         >>> is_leaf(nn.Conv2d(1, 1, 1)), is_leaf(nn.Sequential())
         (True, False)
     """
-    if isinstance(module, WHOLE) or has_hooks(module) or parametrize.is_parametrized(module):
+    if isinstance(module, WHOLE) or parametrize.is_parametrized(module):
         return True
     if isinstance(module, CONTAINERS):
         return False

@@ -18,6 +18,14 @@ from torch import nn
 
 __all__ = ["untouched"]
 
+# Hooks that the model hangs up while it runs are called while it is traced.
+HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -40,7 +48,7 @@ def untouched(
         for path, copies in saved:
             for owner, container, copy in copies:
                 name = _difference(container, copy, allowed)
-                if name is not None:
+                if name is not None and owner not in HOOK_TABLES:
                     changed.setdefault(path, owner or name)
                 _restore(container, copy)
         torch.set_rng_state(state)

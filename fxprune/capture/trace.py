@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import os
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.capture.errors import TRACE_ERRORS, first_line
-from fxprune.capture.leaves import is_leaf
+from fxprune.capture.calling import Caller, Setting
+from fxprune.capture.leaves import has_hooks
 from fxprune.capture.ops import is_pure
 from fxprune.capture.patches import patched_functions, replaced
 from fxprune.capture.recorder import Recorder
@@ -28,10 +25,7 @@ from fxprune.capture.shadows import Shadows
 from fxprune.capture.state import untouched
 from fxprune.capture.tape import Scope, Tape
 
-__all__ = ["Trace", "remove_dead_code", "shapes_only", "trace", "where"]
-
-LIBRARY = str(Path(torch.__file__).parent) + os.sep
-PACKAGE = str(Path(__file__).parent) + os.sep
+__all__ = ["Trace", "remove_dead_code", "shapes_only", "trace"]
 
 
 @dataclass
@@ -58,23 +52,21 @@ def trace(
     training: bool,
     whole: frozenset[str] = frozenset(),
     shadows: Shadows | None = None,
+    rehearsed: bool = False,
 ) -> Trace:
-    """Record ``model(*args, **kwargs)``; ``whole`` names modules that are not entered."""
-    recorder = _recorder(model, shadows)
-    tape = recorder.tape
-    result = Trace(tape.graph, tape.constants, tape.scope)
+    """Record ``model(*args, **kwargs)``; ``whole`` names modules that are not entered.
+
+    ``rehearsed``: a run before this one has left its traces in the model's attributes.
+    """
+    shadows = shadows or Shadows(model)
+    hooked = frozenset(id(module) for module in model.modules() if has_hooks(module))
     changed: dict[str, str] = {}
-    with ExitStack() as stack:
-        stack.enter_context(untouched(model, changed, tape.shadows.written))
+    with untouched(model, changed, shadows.written):
         _set_training(model, training)
-        arguments, options = _inputs(tape, model, args, kwargs)
-        stack.enter_context(replaced(nn.Module, "__call__", _caller(recorder, model, whole, result.reasons)))
-        stack.enter_context(patched_functions(recorder, model))
-        stack.enter_context(torch.enable_grad())
-        with recorder:
-            out = model.forward(*arguments, **options)
-        tape.output(out)
-    leaves = {str(node.target) for node in tape.graph.nodes if node.op == "call_module"}
+        if rehearsed:
+            _run(model, args, kwargs, Setting(whole, hooked), shadows)
+        result = _run(model, args, kwargs, Setting(whole, hooked), shadows)
+    leaves = {str(node.target) for node in result.graph.nodes if node.op == "call_module"}
     for path, name in changed.items():
         atoms = path.split(".")
         if not any(".".join(atoms[:i]) in leaves for i in range(1, len(atoms) + 1)):
@@ -82,13 +74,32 @@ def trace(
     return result
 
 
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], setting: Setting, shadows: Shadows
+) -> Trace:
+    recorder = _recorder(model, shadows)
+    tape = recorder.tape
+    result = Trace(tape.graph, tape.constants, tape.scope, setting.reasons)
+    arguments, options = _inputs(tape, model, args, kwargs)
+    caller = Caller(recorder, model, setting)
+    with ExitStack() as stack:
+        stack.enter_context(replaced(nn.Module, "__call__", caller.replacement()))
+        stack.enter_context(patched_functions(recorder, model))
+        stack.enter_context(torch.enable_grad())
+        with recorder:
+            out = caller.enter("", model, arguments, options)
+        tape.output(out)
+    return result
+
+
 def shapes_only(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Evaluate the model in shapes, unrecorded: raises what it says itself to these inputs."""
-    recorder = _recorder(model, None)
+    recorder = _recorder(model, Shadows(model))
     with ExitStack() as stack:
         stack.enter_context(untouched(model, {}))
         _set_training(model, False)
-        stack.enter_context(replaced(nn.Module, "__call__", _caller(recorder, model, frozenset(), {})))
+        caller = Caller(recorder, model, Setting())
+        stack.enter_context(replaced(nn.Module, "__call__", caller.replacement()))
         stack.enter_context(patched_functions(recorder, model))
         with recorder, recorder.paused():
             model.forward(*args, **kwargs)
@@ -100,8 +111,8 @@ def _set_training(model: nn.Module, training: bool) -> None:
         module.training = training
 
 
-def _recorder(model: nn.Module, shadows: Shadows | None) -> Recorder:
-    tape = Tape(_tensor_names(model), type(model), shadows or Shadows(model))
+def _recorder(model: nn.Module, shadows: Shadows) -> Recorder:
+    tape = Tape(_tensor_names(model), type(model), shadows)
     return Recorder(tape, _device_of(model))
 
 
@@ -123,75 +134,30 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 
 
-def _caller(
-    recorder: Recorder, root: nn.Module, whole: frozenset[str], reasons: dict[str, str]
-) -> Callable[..., Any]:
-    """What stands in for ``nn.Module.__call__`` while tracing."""
-    paths: dict[int, str] = {}
-    for path, module in root.named_modules():
-        paths.setdefault(id(module), path)
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        path = paths.get(id(module))
-        if not recorder.recording or path is None:
-            return module.forward(*args, **kwargs)
-        if module is not root and (path in whole or is_leaf(module)):
-            return recorder.leaf(path, module, args, kwargs)
-        mark = recorder.tape.checkpoint()
-        try:
-            with recorder.tape.inside(path, module):
-                return module.forward(*args, **kwargs)
-        except TRACE_ERRORS as error:
-            recorder.tape.rollback(mark)
-            if module is root:
-                raise
-            try:
-                result = recorder.leaf(path, module, args, kwargs)
-            except TRACE_ERRORS:
-                raise error from None
-            reasons[path] = f"{first_line(error)} ({where(error, root)})"
-            return result
-
-    return call
-
-
-def where(error: BaseException, model: nn.Module) -> str:
-    """The module of ``model`` whose code an error came from, and the line."""
-    paths = {id(module): path for path, module in model.named_modules()}
-    module, line = "", ""
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        code = frame.f_code
-        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        if isinstance(owner, nn.Module) and paths.get(id(owner)):
-            module = f"module {paths[id(owner)]!r}"
-        if not code.co_filename.startswith((LIBRARY, PACKAGE)):
-            line = f"{code.co_filename}:{number}"
-    return ", ".join(part for part in (module, line) if part) or "in the model itself"
-
-
 def _inputs(
     tape: Tape, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[list[Any], dict[str, Any]]:
-    """Placeholders for the arguments of ``forward``: those given and those with a default."""
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Placeholders for the arguments of ``forward``, and those given as the model is to see them.
+
+    Arguments left to their default have a placeholder, too, but are not passed: what wraps ``forward`` may
+    tell the two apart.
+    """
     signature = inspect.signature(model.forward)
     bound = signature.bind(*args, **kwargs)
-    bound.apply_defaults()
-    arguments: list[Any] = []
-    options: dict[str, Any] = {}
     for name, parameter in signature.parameters.items():
-        value = bound.arguments[name]
         if parameter.kind is parameter.VAR_POSITIONAL:
-            arguments += [tape.placeholder(f"{name}_{i}", (), item) for i, item in enumerate(value)]
+            items = bound.arguments.get(name, ())
+            bound.arguments[name] = tuple(tape.placeholder(f"{name}_{i}", (), x) for i, x in enumerate(items))
         elif parameter.kind is parameter.VAR_KEYWORD:
-            options |= {key: tape.placeholder(key, (), item) for key, item in value.items()}
-        else:
+            items = bound.arguments.get(name, {})
+            bound.arguments[name] = {key: tape.placeholder(key, (), x) for key, x in items.items()}
+        elif name in bound.arguments:
             default = () if parameter.default is parameter.empty else (parameter.default,)
-            made = tape.placeholder(name, default, value)
-            if parameter.kind is parameter.KEYWORD_ONLY:
-                options[name] = made
-            else:
-                arguments.append(made)
-    return arguments, options
+            bound.arguments[name] = tape.placeholder(name, default, bound.arguments[name])
+        else:
+            tape.placeholder(name, (parameter.default,), parameter.default)
+    named = {name: bound.arguments.pop(name) for name in kwargs if name in bound.arguments}
+    return bound.args, {**bound.kwargs, **named}
 
 
 def remove_dead_code(graph: fx.Graph) -> None:

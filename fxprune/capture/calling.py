@@ -1,0 +1,121 @@
+"""What happens when the traced code calls a module: it is entered, or becomes one node.
+
+In: calls of ``nn.Module.__call__``. Out: their results, with everything inside on the tape. A module that
+cannot be traced becomes a node by itself, with the reason noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.capture.errors import TRACE_ERRORS, first_line, where
+from fxprune.capture.leaves import has_hooks, is_leaf
+from fxprune.capture.numeric import needs_numbers
+from fxprune.capture.patches import replaced
+from fxprune.capture.recorder import Recorder
+
+__all__ = ["Caller", "Setting"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the calls of one trace go by.
+
+    ``whole`` names the modules not to enter; ``hooked`` are the ids of those that had hooks before, which run
+    with the graph (those that the model hangs up as it runs are part of its code); ``reasons`` gets the
+    modules that could not be entered.
+    """
+
+    whole: frozenset[str] = frozenset()
+    hooked: frozenset[int] = frozenset()
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+class Caller:
+    """Calls the modules of ``root``."""
+
+    def __init__(self, recorder: Recorder, root: nn.Module, setting: Setting) -> None:
+        self.recorder, self.root, self.setting = recorder, root, setting
+        self.paths: dict[int, str] = {}
+        for path, module in root.named_modules():
+            self.paths.setdefault(id(module), path)
+        self.compiling = False
+
+    def replacement(self) -> Callable[..., Any]:
+        """What stands in for ``nn.Module.__call__``."""
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if id(module) in self.setting.hooked or not has_hooks(module):
+                return self.call(module, args, kwargs)
+            return self.call_with_hooks(module, args, kwargs)
+
+        return call
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = self.paths.get(id(module))
+        if not self.recorder.recording or path is None:
+            return module.forward(*args, **kwargs)
+        hooked = id(module) in self.setting.hooked
+        if module is not self.root and (path in self.setting.whole or hooked or is_leaf(module)):
+            return self.recorder.leaf(path, module, args, kwargs)
+        return self.enter(path, module, args, kwargs)
+
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Trace the inside; if that fails, take the module as a whole."""
+        try:
+            return self.inside(path, module, args, kwargs)
+        except TRACE_ERRORS as error:
+            reason = error
+        if needs_numbers(reason) and not self.compiling:
+            # Code that looks at its data often has another way for compilers, which does not.
+            with suppress(*TRACE_ERRORS):
+                return self.as_compiler(path, module, args, kwargs)
+        if module is self.root:
+            raise reason
+        try:
+            result = self.recorder.leaf(path, module, args, kwargs)
+        except TRACE_ERRORS:
+            raise reason from None
+        self.setting.reasons[path] = f"{first_line(reason)} ({where(reason, self.root)})"
+        return result
+
+    def inside(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tape = self.recorder.tape
+        mark = tape.checkpoint()
+        try:
+            with ExitStack() as stack:
+                if module is not self.root:
+                    stack.enter_context(tape.inside(path, module))
+                return module.forward(*args, **kwargs)
+        except TRACE_ERRORS:
+            tape.rollback(mark)
+            raise
+
+    def as_compiler(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.compiling = True
+        try:
+            with replaced(torch.compiler, "is_compiling", lambda: True):
+                return self.inside(path, module, args, kwargs)
+        finally:
+            self.compiling = False
+
+    def call_with_hooks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if key in module._forward_pre_hooks_with_kwargs:
+                changed = hook(module, args, kwargs)
+                args, kwargs = changed if changed is not None else (args, kwargs)
+            else:
+                changed = hook(module, args)
+                args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
+        result = self.call(module, args, kwargs)
+        for key, hook in list(module._forward_hooks.items()):
+            named = key in module._forward_hooks_with_kwargs
+            changed = hook(module, args, kwargs, result) if named else hook(module, args, result)
+            result = result if changed is None else changed
+        return result

@@ -1,0 +1,257 @@
+"""What an op rule writes with: one method per op kind, plus the parameters seen on the way.
+
+In: values and constants. Out: ops appended to the graph under construction and kernel sets recorded for parameters.
+Rules never build ops by hand, so liveness and provenance are right by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.graph import ir
+
+__all__ = ["Builder", "Constant", "Parameters"]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that does not depend on the input: its shape, the parameter it is a view of, and how to compute it.
+
+    ``weight`` is set while the constant is one prunable-looking parameter, moved about or re-parameterised;
+    ``evaluate`` gives the actual numbers (index tensors need them) and raises if they live on the meta device.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    evaluate: Callable[[], Any]
+    weight: ir.WeightRef | None = None
+    zero: bool = False
+
+
+@dataclass
+class Parameters:
+    """Names of the network's parameters: tied ones share the first name; ``owners`` maps a name to its module."""
+
+    names: dict[int, str] = field(default_factory=dict)
+    aliases: dict[str, list[str]] = field(default_factory=dict)
+    owners: dict[str, tuple[str, nn.Module]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, root: nn.Module) -> Parameters:
+        table = cls()
+        for path, module in root.named_modules(remove_duplicate=False):
+            for leaf, tensor in module._parameters.items():
+                if tensor is None:
+                    continue
+                name = f"{path}.{leaf}" if path else leaf
+                first = table.names.setdefault(id(tensor), name)
+                table.aliases.setdefault(first, [])
+                if first == name:
+                    table.owners[name] = (path, module)
+                    table.tensors[name] = tensor
+                elif name not in table.aliases[first]:
+                    table.aliases[first].append(name)
+        return table
+
+
+class Builder:
+    """Appends ops. ``origin`` and ``layer`` name the fx node being lowered; they go into every op."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.ops: list[ir.Op] = []
+        self.parameters = parameters
+        self.kernels: dict[str, ir.KernelSet] = {}
+        self.origin = ""
+        self.layer = ""
+        self.samples = 1
+        # Per value: the part of each axis that is data, where an op before has padded it with zeros.
+        self.data_range: dict[int, dict[int, tuple[int, int]]] = {}
+        self._spaces: dict[int, str] = {}
+        self._count = 0
+
+    # -- values ---------------------------------------------------------------------------------------------
+    def value(self, shape: Sequence[int], live: bool) -> ir.Value:
+        self._count += 1
+        return ir.Value(self._count - 1, tuple(int(s) for s in shape), live)
+
+    def _emit(
+        self, kind: type[ir.Op], inputs: Sequence[ir.Value], shape: Sequence[int], **fields: Any
+    ) -> ir.Value:
+        live = any(value.live for value in inputs) or (kind is ir.Source and fields.pop("live"))
+        output = self.value(shape, live)
+        self.ops.append(kind(output, tuple(inputs), self.origin, self.layer, **fields))
+        space = next((self._spaces[v.index] for v in inputs if v.index in self._spaces), None)
+        if space is not None:
+            self._spaces[output.index] = space
+        return output
+
+    def source(self, shape: Sequence[int], *, live: bool = True) -> ir.Value:
+        return self._emit(ir.Source, (), shape, live=live)
+
+    def materialise(self, x: ir.Value | Constant) -> ir.Value:
+        """A constant as a value: present everywhere, on no path."""
+        return self.source(x.shape, live=False) if isinstance(x, Constant) else x
+
+    # -- ops ------------------------------------------------------------------------------------------------
+    def sum(self, inputs: Sequence[ir.Value], shape: Sequence[int]) -> ir.Value:
+        return self._emit(ir.Sum, inputs, shape)
+
+    def gate(self, a: ir.Value, b: ir.Value, shape: Sequence[int]) -> ir.Value:
+        return self._emit(ir.Gate, (a, b), shape)
+
+    def mix(self, equation: str, a: ir.Value, b: ir.Value, shape: Sequence[int]) -> ir.Value:
+        return self._emit(ir.Mix, (a, b), shape, equation=equation)
+
+    def affine(self, x: ir.Value, shape: Sequence[int] | None = None, *, bias: bool = False) -> ir.Value:
+        """Scale by a constant, add a constant if ``bias``, broadcast to ``shape``."""
+        shape = x.shape if shape is None else tuple(shape)
+        if not bias and shape == x.shape:
+            return x
+        return self._keep_range(x, self._emit(ir.Affine, (x,), shape, bias=bias))
+
+    def map(self, x: ir.Value, *, floor: bool = False) -> ir.Value:
+        return self._keep_range(x, self._emit(ir.Map, (x,), x.shape, floor=floor)) if floor else x
+
+    def gather(
+        self,
+        move: Callable[[Sequence[Tensor]], Tensor],
+        inputs: Sequence[ir.Value],
+        shape: Sequence[int],
+        pads: dict[int, tuple[int, int]] | None = None,
+    ) -> ir.Value:
+        output = self._emit(ir.Gather, inputs, shape, move=move, pads=tuple(pads or ()))
+        if pads:
+            size = output.shape
+            self.data_range[output.index] = {d: (lo, size[d] - hi) for d, (lo, hi) in pads.items()}
+        return output
+
+    def reduce(
+        self, x: ir.Value, how: str, dims: Sequence[int], keepdim: bool, shape: Sequence[int]
+    ) -> ir.Value:
+        dims = tuple(sorted(d % len(x.shape) for d in dims)) if x.shape else ()
+        return self._emit(ir.Pool, (x,), shape, how=how, dims=dims, keepdim=keepdim)
+
+    def pool(
+        self, x: ir.Value, how: str, dims: Sequence[int], window: ir.WindowPool, shape: Sequence[int]
+    ) -> ir.Value:
+        dims = tuple(sorted(d % len(x.shape) for d in dims))
+        return self._emit(ir.Pool, (x,), shape, how=how, dims=dims, keepdim=True, window=window)
+
+    def opaque(self, inputs: Sequence[ir.Value], shape: Sequence[int], reason: str) -> ir.Value:
+        return self._emit(ir.Opaque, inputs, shape, reason=reason)
+
+    # -- kernels --------------------------------------------------------------------------------------------
+    def linear(self, x: ir.Value, weight: ir.WeightRef, *, bias: bool) -> ir.Value:
+        """Contraction of the last axis with an operand of shape ``(out, in)``."""
+        shape = (*x.shape[:-1], weight.shape[0])
+        positions = max(1, torch.Size(shape[:-1]).numel() // self.samples)
+        taps = torch.ones((), dtype=torch.bool)
+        output = self._emit(ir.Kernel, (x,), shape, weight=weight, bias=bias)
+        self._record(weight, x, output, positions, taps, 1, transposed=False)
+        return output
+
+    def conv(  # noqa: PLR0913
+        self,
+        x: ir.Value,
+        weight: ir.WeightRef,
+        shape: Sequence[int],
+        *,
+        window: ir.Window,
+        groups: int,
+        bias: bool,
+    ) -> ir.Value:
+        rank = len(window.kernel)
+        taps = live_taps(window, x.shape[-rank:], tuple(shape)[-rank:], self._ranges(x, rank))
+        output = self._emit(
+            ir.Kernel,
+            (x,),
+            shape,
+            weight=weight,
+            bias=bias,
+            groups=groups,
+            window=window,
+            live_taps=None if bool(taps.all()) else taps,
+        )
+        places = x.shape[-rank:] if window.transposed else output.shape[-rank:]
+        positions = torch.Size(places).numel()
+        self._record(weight, x, output, positions, taps, groups, transposed=window.transposed)
+        return output
+
+    def _record(  # noqa: PLR0913
+        self,
+        weight: ir.WeightRef,
+        x: ir.Value,
+        output: ir.Value,
+        positions: int,
+        taps: Tensor,
+        groups: int,
+        *,
+        transposed: bool,
+    ) -> None:
+        name = weight.name
+        if name is None:
+            return
+        shape = self.parameters.tensors[name].shape
+        axis = 1 if transposed else 0
+        self._spaces[output.index] = name.rpartition(".")[0] or name
+        old = self.kernels.get(name)
+        if old is not None and old.live_taps.shape == taps.shape:
+            taps = taps | old.live_taps
+        self.kernels[name] = ir.KernelSet(
+            name=name,
+            shape=shape,
+            in_space=self._space_of(x, shape, groups, axis) if old is None else old.in_space,
+            out_space=ir.Space(name.rpartition(".")[0] or name, shape[axis] * (groups if transposed else 1)),
+            live_taps=taps,
+            groups=groups,
+            owner=self.parameters.owners[name][0],
+            uses=1 if old is None else old.uses + 1,
+            macs=positions * torch.Size(weight.shape).numel() + (0 if old is None else old.macs),
+            transposed=transposed,
+            direct=weight.direct or (old is not None and old.direct),
+            aliases=tuple(self.parameters.aliases[name]),
+        )
+
+    def _space_of(self, x: ir.Value, shape: torch.Size, groups: int, out_axis: int) -> ir.Space:
+        size = shape[0] if out_axis == 1 else shape[1] * groups
+        return ir.Space(self._spaces.get(x.index, f"%{x.index}"), size)
+
+    def _ranges(self, x: ir.Value, rank: int) -> list[tuple[int, int]]:
+        known = self.data_range.get(x.index, {})
+        first = len(x.shape) - rank
+        return [known.get(first + d, (0, x.shape[first + d])) for d in range(rank)]
+
+    def _keep_range(self, x: ir.Value, output: ir.Value) -> ir.Value:
+        if x.index in self.data_range and x.shape == output.shape:
+            self.data_range[output.index] = self.data_range[x.index]
+        return output
+
+
+def live_taps(
+    window: ir.Window, size: Sequence[int], out: Sequence[int], ranges: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Taps that meet at least one entry that is not padding: bool, of the taps' shape.
+
+    Along each axis tap ``t`` of output ``p`` reads input ``p * stride - before + t * dilation`` (for a transposed
+    convolution input ``p`` writes to output ``p * stride - before + t * dilation``).
+    """
+    grid = torch.ones(window.kernel, dtype=torch.bool)
+    if window.mode != "zeros":
+        return grid
+    for axis, kernel in enumerate(window.kernel):
+        before = window.padding[axis][0]
+        places = torch.arange(size[axis] if window.transposed else out[axis])
+        taps = torch.arange(kernel)
+        seen = places[:, None] * window.stride[axis] - before + taps * window.dilation[axis]
+        low, high = (0, out[axis]) if window.transposed else ranges[axis]
+        live = ((seen >= low) & (seen < high)).any(0)
+        view = [1] * len(window.kernel)
+        view[axis] = kernel
+        grid = grid & live.reshape(view)
+    return grid

@@ -1,0 +1,176 @@
+"""Layouts: which entries of a tensor are known to be equal, axis by axis.
+
+In: a tensor's full shape and what was done to it. Out: one :class:`AxisMap` per axis, which sends each of the
+``size`` entries of that axis to one of ``count`` classes. A value is then carried as its *reduced* tensor, of shape
+``(count_0, count_1, ...)``. A map with one class is a collapsed axis (a batch, or positions that are all alike);
+the identity map is an explicit axis (channels). Everything between, such as *class token | patches*, is a partition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["AxisMap", "Layout", "broadcast", "collapsed", "explicit", "full_labels", "join", "layout_of_labels"]
+
+
+@dataclass(frozen=True, eq=False)
+class AxisMap:
+    """The partition of one axis: ``labels[i]`` is the class of entry ``i``; ``None`` if it follows from the counts.
+
+    ``count == 1`` is a collapsed axis and ``count == size`` an explicit one (the identity); both need no labels.
+    """
+
+    size: int
+    count: int
+    labels: Tensor | None = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AxisMap) or (self.size, self.count) != (other.size, other.count):
+            return False
+        if self.labels is None or other.labels is None:
+            return self.labels is other.labels
+        return torch.equal(self.labels, other.labels)
+
+    def __hash__(self) -> int:
+        return hash((self.size, self.count))
+
+    @property
+    def is_collapsed(self) -> bool:
+        return self.count == 1
+
+    @property
+    def is_explicit(self) -> bool:
+        return self.count == self.size
+
+    def index(self) -> Tensor:
+        """Class of every entry, an int64 tensor of length ``size``."""
+        if self.labels is not None:
+            return self.labels
+        if self.is_collapsed:
+            return torch.zeros(self.size, dtype=torch.int64)
+        return torch.arange(self.size)
+
+    def multiplicity(self) -> Tensor:
+        """Number of entries in every class, an int64 tensor of length ``count``."""
+        return torch.bincount(self.index(), minlength=self.count)
+
+    def representatives(self) -> Tensor:
+        """One entry of every class (its first), an int64 tensor of length ``count``."""
+        first = torch.full((self.count,), self.size, dtype=torch.int64)
+        return first.scatter_reduce(0, self.index(), torch.arange(self.size), "amin")
+
+
+Layout = tuple[AxisMap, ...]
+
+
+def collapsed(size: int) -> AxisMap:
+    """An axis whose entries are all alike."""
+    return AxisMap(size, 1)
+
+
+def explicit(size: int) -> AxisMap:
+    """An axis whose entries are all told apart."""
+    return AxisMap(size, size)
+
+
+def from_classes(classes: Tensor) -> AxisMap:
+    """The map with these class numbers (any integers), classes renumbered in the order of their first entry."""
+    size = classes.numel()
+    _, inverse = torch.unique(classes, return_inverse=True)
+    count = int(inverse.max()) + 1 if size else 0
+    if count in (1, size):
+        return AxisMap(size, count)
+    order = torch.argsort(AxisMap(size, count, inverse).representatives())
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(count)
+    return AxisMap(size, count, rank[inverse])
+
+
+def join_axes(a: AxisMap, b: AxisMap) -> AxisMap:
+    """Coarsest map that refines both."""
+    if a.is_collapsed or b.is_explicit:
+        return b
+    if b.is_collapsed or a.is_explicit or a == b:
+        return a
+    return from_classes(a.index() * b.count + b.index())
+
+
+def broadcast(layout: Layout, shape: Sequence[int]) -> Layout:
+    """``layout`` as it looks after broadcasting to ``shape``: axes that are new or repeated are collapsed."""
+    missing = len(shape) - len(layout)
+    padded = tuple(collapsed(1) for _ in range(missing)) + layout
+    return tuple(
+        axis if axis.size == size else collapsed(size) for axis, size in zip(padded, shape, strict=True)
+    )
+
+
+def join(layouts: Sequence[Layout], shape: Sequence[int]) -> Layout:
+    """Coarsest layout of ``shape`` that refines every one of ``layouts`` (broadcast first)."""
+    result = tuple(collapsed(size) for size in shape)
+    for layout in layouts:
+        result = tuple(
+            join_axes(a, b) for a, b in zip(result, broadcast(layout, shape), strict=True)
+        )
+    return result
+
+
+def reduced_shape(layout: Layout) -> tuple[int, ...]:
+    return tuple(axis.count for axis in layout)
+
+
+def full_labels(layout: Layout, offset: int = 0) -> Tensor:
+    """A tensor of the full shape: at each place the flat index of its entry in the reduced tensor, plus ``offset``."""
+    shape = reduced_shape(layout)
+    labels = torch.arange(offset, offset + int(torch.tensor(shape).prod()) if shape else offset + 1)
+    labels = labels.reshape(shape)
+    for dim, axis in enumerate(layout):
+        if axis.is_collapsed:
+            labels = labels.expand(*labels.shape[:dim], axis.size, *labels.shape[dim + 1 :])
+        elif axis.labels is not None:
+            labels = labels.index_select(dim, axis.labels)
+    return labels
+
+
+def layout_of_labels(labels: Tensor) -> tuple[Layout, Tensor]:
+    """The coarsest layout under which ``labels`` is constant on classes, and the labels of its reduced tensor.
+
+    Two entries of an axis are alike if their slices are equal. Slices are compared by a random linear hash modulo
+    2^64, so that the cost is one pass over ``labels`` per axis.
+    """
+    axes: list[AxisMap] = []
+    reduced = labels
+    generator = torch.Generator().manual_seed(0x5EED)
+    for dim in range(labels.dim()):
+        size = reduced.shape[dim]
+        if size == 1:
+            axes.append(collapsed(1))
+            continue
+        rows = reduced.movedim(dim, 0).reshape(size, -1)
+        if bool((rows == rows[:1]).all()):
+            axes.append(collapsed(size))
+            reduced = reduced.narrow(dim, 0, 1)
+            continue
+        salt = torch.randint(-(2**62), 2**62, (rows.shape[1],), generator=generator)
+        axis = from_classes((rows * salt).sum(1))
+        axes.append(axis)
+        if not axis.is_explicit:
+            reduced = reduced.index_select(dim, axis.representatives())
+    return tuple(axes), reduced.contiguous()
+
+
+def refine(x: Tensor, old: Layout, new: Layout) -> Tensor:
+    """The reduced tensor ``x`` of layout ``old``, read at the finer layout ``new`` (of a broadcast shape)."""
+    padded = broadcast(old, [axis.size for axis in new])
+    x = x.reshape((1,) * (len(new) - x.dim()) + tuple(x.shape))
+    for dim, (a, b) in enumerate(zip(padded, new, strict=True)):
+        if a.count == b.count:
+            continue
+        if a.count == 1:
+            x = x.expand(*x.shape[:dim], b.count, *x.shape[dim + 1 :])
+        else:
+            x = x.index_select(dim, a.index()[b.representatives()].to(x.device))
+    return x

@@ -1,0 +1,307 @@
+"""Lowering: from the captured network to the channel/kernel dataflow graph.
+
+In: a captured :class:`torch.fx.GraphModule` (every node with ``meta["val"]``). Out: a :class:`ChannelGraph`. One walk
+over the nodes asks the rule table; leaves without a rule are captured on their own and lowered in place; what nobody
+knows becomes an opaque op, never a guess.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.capture import CaptureError, capture_leaf
+from fxprune.graph import ir
+from fxprune.graph.builder import Builder, Constant, Parameters
+from fxprune.graph.rules import KERNEL_TARGETS, RULES
+from fxprune.graph.rules.movement import MOVES
+from fxprune.graph.rules.table import Context, Unknown, substitute, tensors_in
+
+__all__ = ["lower"]
+
+SHAPED_LIKE = ("reshape_as", "view_as", "expand_as")
+IN_PLACE = {
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.ifloordiv,
+    operator.ipow,
+    operator.imatmul,
+    operator.setitem,
+}
+
+
+def lower(gm: fx.GraphModule) -> ir.ChannelGraph:
+    """Lower a captured network to its channel/kernel dataflow graph.
+
+    Args:
+        gm: what :func:`fxprune.capture` returned, masked or not. It is not changed.
+
+    Returns:
+        The :class:`ChannelGraph`: ops in execution order, ``kernels`` by parameter name, ``opaque`` for ops that no
+        rule knew.
+
+    Raises:
+        TypeError: ``gm`` is not a GraphModule.
+        ValueError: its nodes carry no shapes (it was not made by ``fxprune.capture``).
+
+    Example:
+        >>> import torch, fxprune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = fxprune.lower(fxprune.capture(net, torch.ones(2, 4)))
+        >>> [kernels.name for kernels in graph.kernels.values()]
+        ['0.weight', '2.weight']
+    """
+    if not isinstance(gm, fx.GraphModule):
+        raise TypeError(
+            f"gm: expected a torch.fx.GraphModule from fxprune.capture, got {type(gm).__name__}"
+        )
+    for node in gm.graph.nodes:
+        if "val" not in node.meta:
+            raise ValueError(
+                f"gm: node {node.name!r} carries no shape; capture the model with fxprune.capture first"
+            )
+    build = Builder(Parameters.of(gm))
+    build.samples = _samples(gm)
+    _Walk(gm, build).run(None)
+    return ir.ChannelGraph(tuple(build.ops), build.kernels, build.samples, type(gm).__name__)
+
+
+def _samples(gm: fx.GraphModule) -> int:
+    """Batch size of the example inputs: the first axis of the first tensor that is no mere vector."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            for val in _leaves(node.meta["val"]):
+                if isinstance(val, Tensor) and val.dim() >= 2:
+                    return max(1, val.shape[0])
+    return 1
+
+
+def _leaves(x: Any) -> list[Any]:
+    if isinstance(x, (list, tuple)):
+        return [leaf for item in x for leaf in _leaves(item)]
+    if isinstance(x, dict):
+        return [leaf for item in x.values() for leaf in _leaves(item)]
+    return [x]
+
+
+class _Walk:
+    """One graph being lowered: the network's own, or a leaf's inside (``leaf`` is then that module)."""
+
+    def __init__(
+        self, gm: fx.GraphModule, build: Builder, path: str = "", leaf: nn.Module | None = None
+    ) -> None:
+        self.gm, self.build, self.path, self.leaf = gm, build, path, leaf
+        self.env: dict[fx.Node, Any] = {}
+
+    def run(self, inputs: list[Any] | None) -> Any:
+        pending = iter(inputs) if inputs is not None else None
+        for node in self.gm.graph.nodes:
+            self.build.origin = node.name
+            self.build.layer = self.path
+            if node.op == "placeholder":
+                val = node.meta["val"]
+                self.env[node] = self._input(val) if pending is None else next(pending, val)
+            elif node.op == "get_attr":
+                self.env[node] = self._attribute(node)
+            elif node.op == "output":
+                return self._output(self._read(node.args[0]))
+            else:
+                self.env[node] = self._call(node)
+                self._write_back(node)
+        return None
+
+    def _input(self, val: Any) -> Any:
+        if isinstance(val, Tensor):
+            return self.build.source(val.shape)
+        if isinstance(val, (list, tuple)):
+            return type(val)(self._input(item) for item in val)
+        if isinstance(val, dict):
+            return {key: self._input(item) for key, item in val.items()}
+        return val
+
+    def _output(self, result: Any) -> Any:
+        if self.leaf is None:
+            outputs = [x for x in tensors_in(result) if isinstance(x, ir.Value)]
+            self.build.ops.append(
+                ir.Sink(self.build.value((), True), tuple(outputs), "output", "")
+            )
+        return result
+
+    def _attribute(self, node: fx.Node) -> Any:
+        thing: Any = self.gm
+        for atom in str(node.target).split("."):
+            thing = getattr(thing, atom)
+        if not isinstance(thing, Tensor):
+            return thing
+        name = self.build.parameters.names.get(id(thing)) if isinstance(thing, nn.Parameter) else None
+        ref = None
+        if name is not None:
+            owner = self.build.parameters.owners[name][1]
+            ref = ir.WeightRef(name, tuple(thing.shape), direct=owner is not self.leaf)
+        return Constant(tuple(thing.shape), thing.dtype, lambda: thing, ref)
+
+    def _read(self, args: Any) -> Any:
+        return fx.node.map_arg(args, lambda node: self.env[node])
+
+    def _write_back(self, node: fx.Node) -> None:
+        """An in-place op changes what later readers of its first argument see."""
+        named = node.op == "call_method" and str(node.target).endswith("_")
+        if (named and not str(node.target).endswith("__")) or node.target in IN_PLACE:
+            first = node.args[0] if node.args else None
+            if isinstance(first, fx.Node):
+                self.env[first] = self.env[node]
+
+    # -- calls ----------------------------------------------------------------------------------------------
+    def _call(self, node: fx.Node) -> Any:
+        val = node.meta["val"]
+        in_place = node.target is operator.setitem
+        if not in_place and not any(isinstance(leaf, Tensor) for leaf in _leaves_any(val)):
+            return val
+        args, kwargs = self._read(node.args), self._read(node.kwargs)
+        module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        target: Any = node.target
+        if module is not None:
+            self.build.layer = f"{self.path}.{node.target}" if self.path else str(node.target)
+            target = getattr(module, "dense_class", type(module))
+        operands = list(tensors_in((args, kwargs)))
+        result = self.env[node.args[0]] if in_place else val  # type: ignore[index]
+        if not any(isinstance(x, ir.Value) for x in operands) and not self._has_kernels(target, module):
+            return self._fold(node, args, kwargs, result)
+        rule = RULES.get(target)
+        if rule is None and module is not None:
+            return self._inline(node, module, args, kwargs)
+        reason = f"no rule for {_describe(target)}"
+        if rule is not None:
+            if in_place:
+                result = torch.empty(result.shape, device="meta")
+            try:
+                return rule(Context(self.build, node, target, result, module), *args, **kwargs)
+            except Unknown as error:
+                reason = str(error)
+        return self._opaque(operands, val, reason)
+
+    def _has_kernels(self, target: Any, module: nn.Module | None) -> bool:
+        if module is not None:
+            return next(module.parameters(), None) is not None
+        return target in KERNEL_TARGETS
+
+    def _fold(self, node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
+        """A constant of constants, computed only if somebody needs its numbers."""
+        operands = list(tensors_in((args, kwargs)))
+        run = _runner(node, self.gm)
+
+        def evaluate() -> Any:
+            def numbers(x: ir.Value | Constant) -> Any:
+                return x.evaluate() if isinstance(x, Constant) else x
+
+            return run(substitute(args, numbers), substitute(kwargs, numbers))
+
+        if isinstance(result, Constant):  # setitem: the changed first argument
+            return Constant(result.shape, result.dtype, result.evaluate)
+        zero = node.target in (torch.zeros, torch.zeros_like, "new_zeros")
+        return _constants(result, evaluate, lambda val: _provenance(operands, val, node, args, kwargs, run), zero)
+
+    def _inline(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Lower the inside of a leaf in place."""
+        layer = self.build.layer
+        operands = list(tensors_in((args, kwargs)))
+        meta_args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+        meta_kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
+        try:
+            inner = capture_leaf(module, meta_args, meta_kwargs)
+        except CaptureError as error:
+            return self._opaque(operands, node.meta["val"], f"inside of {layer}: {error}")
+        inputs = _bind(inner, args, kwargs)
+        return _Walk(inner, self.build, layer, module).run(inputs)
+
+    def _opaque(self, operands: list[Any], val: Any, reason: str) -> Any:
+        values = [x for x in operands if isinstance(x, ir.Value)]
+
+        def build(leaf: Any) -> Any:
+            return self.build.opaque(values, leaf.shape, reason) if isinstance(leaf, Tensor) else leaf
+
+        return _map_structure(build, val)
+
+
+def _describe(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__qualname__", repr(target))
+
+
+def _leaves_any(x: Any) -> list[Any]:
+    if hasattr(x, "__dataclass_fields__") and not isinstance(x, type):
+        return _leaves(list(vars(x).values()))
+    return _leaves(x)
+
+
+def _map_structure(f: Callable[[Any], Any], x: Any) -> Any:
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(_map_structure(f, item) for item in x))
+    if isinstance(x, (list, tuple)):
+        return type(x)(_map_structure(f, item) for item in x)
+    if isinstance(x, dict):
+        return {key: _map_structure(f, item) for key, item in x.items()}
+    return f(x)
+
+
+def _runner(node: fx.Node, gm: fx.GraphModule) -> Callable[[Any, Any], Any]:
+    target: Any = node.target
+    if node.op == "call_function":
+        return lambda args, kwargs: target(*args, **kwargs)
+    if node.op == "call_method":
+        return lambda args, kwargs: getattr(args[0], target)(*args[1:], **kwargs)
+    module = gm.get_submodule(target)
+    return lambda args, kwargs: module(*args, **kwargs)
+
+
+def _constants(
+    result: Any, evaluate: Callable[[], Any], weight: Callable[[Tensor], ir.WeightRef | None], zero: bool
+) -> Any:
+    if isinstance(result, Tensor):
+        return Constant(tuple(result.shape), result.dtype, evaluate, weight(result), zero)
+    if isinstance(result, (list, tuple)):
+        return type(result)(
+            _constants(item, lambda i=i: evaluate()[i], lambda _: None, zero)  # type: ignore[misc]
+            for i, item in enumerate(result)
+        )
+    return result
+
+
+def _provenance(
+    operands: list[Any], val: Tensor, node: fx.Node, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]
+) -> ir.WeightRef | None:
+    """The parameter that a constant is a view of, or a re-parameterisation of in its own shape."""
+    refs = [x for x in operands if isinstance(x, Constant) and x.weight is not None]
+    shape = tuple(val.shape)
+    moved = node.target in MOVES and (len(operands) == 1 or node.target in SHAPED_LIKE)
+    old = operands[0].weight if moved and isinstance(operands[0], Constant) else None
+    if old is not None:
+        like = {id(x): torch.empty(x.shape) for x in operands[1:]}
+
+        def view(weight: Tensor) -> Tensor:
+            operand = weight if old.view is None else old.view(weight)
+
+            def number(x: ir.Value | Constant) -> Tensor:
+                return like.get(id(x), operand)
+
+            result: Tensor = run(substitute(args, number), substitute(kwargs, number))
+            return result
+
+        return ir.WeightRef(old.name, shape, view, old.direct)
+    same = [x.weight for x in refs if x.shape == shape]
+    return same[0] if len(same) == 1 else None
+
+
+def _bind(inner: fx.GraphModule, args: Any, kwargs: Any) -> list[Any]:
+    """Arguments in the order of the inner graph's placeholders; defaults (their captured values) where not given."""
+    placeholders = [node for node in inner.graph.nodes if node.op == "placeholder"]
+    inputs = list(args)
+    for node in placeholders[len(inputs) :]:
+        name = str(node.target).lstrip("*")
+        inputs.append(kwargs.get(name, node.meta["val"]))
+    return inputs
