@@ -145,11 +145,16 @@ def _inputs(
     signature = inspect.signature(model.forward)
     bound = signature.bind(*args, **kwargs)
     for name, parameter in signature.parameters.items():
+        if (
+            parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            and name not in bound.arguments
+        ):
+            continue
         if parameter.kind is parameter.VAR_POSITIONAL:
-            items = bound.arguments.get(name, ())
+            items = bound.arguments[name]
             bound.arguments[name] = tuple(tape.placeholder(f"{name}_{i}", (), x) for i, x in enumerate(items))
         elif parameter.kind is parameter.VAR_KEYWORD:
-            items = bound.arguments.get(name, {})
+            items = bound.arguments[name]
             bound.arguments[name] = {key: tape.placeholder(key, (), x) for key, x in items.items()}
         elif name in bound.arguments:
             default = () if parameter.default is parameter.empty else (parameter.default,)
