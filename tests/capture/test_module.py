@@ -2,6 +2,7 @@
 
 import copy
 import io
+import operator
 import pickle
 import random
 
@@ -77,6 +78,31 @@ def test_copies_and_pickles_are_complete(model: Everything) -> None:
         torch.manual_seed(0)
         assert torch.equal(other.train()(X), expected)
         gm.eval()
+
+
+class Rolls(nn.Module):
+    """Writes by index: ``torch.fx`` would re-trace these on unpickling, and its proxies refuse them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x.new_zeros(x.shape[1:])
+        for count, part in enumerate((slice(0, 2), slice(2, None))):
+            mask[part] = count
+        y = x.clone()
+        y[:, mask > 0] = 3.0
+        return y + mask
+
+
+def test_writes_by_index_are_pickled_and_copied() -> None:
+    gm = capture(Rolls(), X)
+    file = io.BytesIO()
+    torch.save({"model": [gm]}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=False)["model"][0]
+    assert operator.setitem in [node.target for node in gm.graph.nodes]
+    for other in (saved, copy.deepcopy(saved), pickle.loads(pickle.dumps(copy.deepcopy(gm)))):
+        assert [node.target for node in other.graph.nodes] == [node.target for node in gm.graph.nodes]
+        assert other.code == gm.code
+        assert torch.equal(other(X), Rolls()(X))
 
 
 def test_hooks_are_copied(model: Everything) -> None:
