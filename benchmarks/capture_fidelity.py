@@ -62,18 +62,17 @@ def built(make: Maker, options: dict[str, Any]) -> tuple[nn.Module, dict[str, An
         try:
             return make(**options), options
         except TypeError as error:
-            found = re.search(r"argument '(\w+)'|values for keyword argument '?(\w+)", str(error))
-            refused = (found.group(1) or found.group(2)) if found else ""
-            if refused not in options:
+            refused = set(re.findall(r"'(\w+)'", str(error))) & options.keys()
+            if not refused:
                 raise
-            del options[refused]
+            options = {key: value for key, value in options.items() if key not in refused}
 
 
 def reduced(make: Maker) -> tuple[nn.Module, int]:
     """The model for the smallest image that it runs on in both modes, with real weights."""
     problem: BaseException = ValueError("no size fits")
     for size in SIZES:
-        for sized in ({"img_size": size}, {"image_size": size}, {}):
+        for sized in ({"img_size": size}, {"image_size": size}, {}, {"patch_drop_rate": 0.0}):
             try:
                 model, options = built(make, {**DROPS, "num_classes": 10, **sized})
                 if sized and not sized.keys() & options.keys():

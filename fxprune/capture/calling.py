@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo import OptimizedModule
 
-from fxprune.capture.errors import TRACE_ERRORS, first_line, where
+from fxprune.capture.errors import TRACE_ERRORS, CaptureError, first_line, where
 from fxprune.capture.leaves import has_hooks, is_leaf
 from fxprune.capture.numeric import needs_numbers
 from fxprune.capture.patches import replaced
 from fxprune.capture.recorder import Recorder
+from fxprune.capture.state import dice, throw_back
 
 __all__ = ["Caller", "Setting"]
 
@@ -29,12 +31,13 @@ class Setting:
 
     ``whole`` names the modules not to enter; ``hooked`` are the ids of those that had hooks before, which run
     with the graph (those that the model hangs up as it runs are part of its code); ``reasons`` gets the
-    modules that could not be entered.
+    modules that could not be entered. ``watching``: look which modules draw random numbers outside PyTorch.
     """
 
     whole: frozenset[str] = frozenset()
     hooked: frozenset[int] = frozenset()
     reasons: dict[str, str] = field(default_factory=dict)
+    watching: bool = False
 
 
 class Caller:
@@ -58,13 +61,26 @@ class Caller:
         return call
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(module, OptimizedModule):
+            module = module._orig_mod
         path = self.paths.get(id(module))
         if not self.recorder.recording or path is None:
             return module.forward(*args, **kwargs)
-        hooked = id(module) in self.setting.hooked
-        if module is not self.root and (path in self.setting.whole or hooked or is_leaf(module)):
-            return self.recorder.leaf(path, module, args, kwargs)
-        return self.enter(path, module, args, kwargs)
+        if module is self.root:
+            return self.enter(path, module, args, kwargs)
+        closed = path in self.setting.whole or id(module) in self.setting.hooked
+        if not closed and not is_leaf(module):
+            return self.enter(path, module, args, kwargs)
+        if not self.lent(module):
+            return self.leaf(path, module, args, kwargs)
+        if closed:
+            raise CaptureError(f"it lends {path} other parameters, but that has to stay whole")
+        return self.inside(path, module, args, kwargs)
+
+    def lent(self, module: nn.Module) -> bool:
+        """Whether a module runs on parameters that are not its own, as under ``functional_call``."""
+        own = self.recorder.tape.names
+        return any(id(parameter) not in own for parameter in module.parameters())
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Trace the inside; if that fails, take the module as a whole."""
@@ -79,7 +95,7 @@ class Caller:
         if module is self.root:
             raise reason
         try:
-            result = self.recorder.leaf(path, module, args, kwargs)
+            result = self.leaf(path, module, args, kwargs)
         except TRACE_ERRORS:
             raise reason from None
         self.setting.reasons[path] = f"{first_line(reason)} ({where(reason, self.root)})"
@@ -87,15 +103,31 @@ class Caller:
 
     def inside(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tape = self.recorder.tape
-        mark = tape.checkpoint()
+        mark, before = tape.checkpoint(), self.dice()
         try:
             with ExitStack() as stack:
                 if module is not self.root:
                     stack.enter_context(tape.inside(path, module))
-                return module.forward(*args, **kwargs)
+                result = module.forward(*args, **kwargs)
+            if self.dice() != before:
+                throw_back(before)
+                raise CaptureError("its forward draws random numbers outside PyTorch, which a graph cannot")
+            return result
         except TRACE_ERRORS:
             tape.rollback(mark)
             raise
+
+    def dice(self) -> tuple[Any, ...]:
+        return dice() if self.setting.watching else ()
+
+    def leaf(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One node for a module, which may draw what it likes."""
+        before = self.dice()
+        try:
+            return self.recorder.leaf(path, module, args, kwargs)
+        finally:
+            if self.setting.watching:
+                throw_back(before)
 
     def as_compiler(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.compiling = True

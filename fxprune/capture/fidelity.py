@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from fxprune.capture.compare import Differences, compare
-from fxprune.capture.errors import TRACE_ERRORS
+from fxprune.capture.errors import TRACE_ERRORS, first_line, where
 from fxprune.capture.guards import guard_constants, guard_sizes, guarded_sizes
 from fxprune.capture.merge import merge
 from fxprune.capture.modes import Switches
@@ -61,6 +61,7 @@ class _Search:
     whole: set[str] = field(default_factory=set)
     notes: dict[str, str] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict)
+    refusal: str = ""
     one_image_size: bool = False
     one_batch_size: bool = False
 
@@ -89,7 +90,8 @@ class _Search:
         modes = compare(base, training) if training else Differences()
         if training is None:
             self.notes[""] = (
-                "its forward fails in training mode with these inputs; the graph is that of evaluation"
+                f"its forward fails in training mode with these inputs ({self.refusal}); "
+                "the graph is that of evaluation"
             )
         elif self.keep_whole({**training.reasons, **_writers(training)}):
             return None
@@ -187,9 +189,10 @@ class _Search:
                 self.model, args, kwargs, training=training, whole=frozenset(self.whole),
                 shadows=Shadows(self.model, dtypes, self.known), rehearsed=rehearsed,
             )  # fmt: skip
-        except TRACE_ERRORS:
+        except TRACE_ERRORS as error:
             if strict:
                 raise
+            self.refusal = f"{first_line(error)}, {where(error, self.model)}"
             return None
         return None if other and not training and result.reasons.keys() - self.whole else result
 

@@ -7,6 +7,7 @@ does more than ``forward``.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -31,6 +32,7 @@ WHOLE = (
     nn.TransformerDecoderLayer,
     nn.TransformerEncoder,
     nn.TransformerEncoderLayer,
+    torch.jit.ScriptModule,
 )
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -94,11 +94,15 @@ class _Merge:
             known = [key for key, value in self.base.constants.items() if equal_tensors(value, constant)]
             name = known[0] if known else f"{name}_training"
             self.base.constants[name] = constant
+        first = next(iter(self.graph.nodes))
         if name not in self.attributes:
-            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+            with self.graph.inserting_before(first):
                 made = self.graph.get_attr(name)
             made.meta.update(node.meta)
             self.attributes[name] = made
+        elif self.attributes[name] is not first:
+            # Training may need it earlier than evaluation does.
+            first.prepend(self.attributes[name])
         return self.attributes[name]
 
     # -- what one of them does ------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import _get_qualified_name, map_arg
 
+from fxprune.capture.leaves import has_hooks
+
 __all__ = ["CapturedModule", "assemble"]
 
 # What a module does around its forward, and with its state dict: the graph does the same.
@@ -74,6 +76,10 @@ def assemble(model: nn.Module, graph: fx.Graph, extra: dict[str, Any]) -> Captur
     root.training = model.training
     result = CapturedModule(root, graph, type(model).__name__)
     vars(result).update(vars(root))
+    if has_hooks(model):
+        # Its hooks may read any attribute of the model.
+        others = {key: value for key, value in vars(model).items() if key not in ("forward", "_graph")}
+        vars(result).update({key: value for key, value in others.items() if key not in vars(result)})
     graph.lint()
     return result
 

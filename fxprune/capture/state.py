@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["untouched"]
+__all__ = ["dice", "throw_back", "untouched"]
 
 # Hooks that the model hangs up while it runs are called while it is traced.
 HOOK_TABLES = (
@@ -39,9 +39,7 @@ def untouched(
     of an old and a new value that this is no such change.
     """
     saved = [(path, _copies(vars(module))) for path, module in model.named_modules()]
-    state, numbers = torch.get_rng_state(), random.getstate()
-    numpy = sys.modules.get("numpy")
-    draws = numpy.random.get_state() if numpy else None
+    state, others = torch.get_rng_state(), dice()
     try:
         yield
     finally:
@@ -52,9 +50,25 @@ def untouched(
                     changed.setdefault(path, owner or name)
                 _restore(container, copy)
         torch.set_rng_state(state)
-        random.setstate(numbers)
-        if numpy:
-            numpy.random.set_state(draws)
+        throw_back(others)
+
+
+def dice() -> tuple[Any, ...]:
+    """The state of the random generators of Python and numpy: comparable, and equal while nobody draws."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return (random.getstate(),)
+    kind, key, *rest = numpy.random.get_state()
+    return random.getstate(), (kind, key.tobytes(), *rest)
+
+
+def throw_back(state: tuple[Any, ...]) -> None:
+    """Undo draws: back to what :func:`dice` gave."""
+    random.setstate(state[0])
+    if len(state) > 1:
+        numpy = sys.modules["numpy"]
+        kind, key, *rest = state[1]
+        numpy.random.set_state((kind, numpy.frombuffer(key, dtype=numpy.uint32), *rest))
 
 
 def _copies(attributes: dict[str, Any]) -> list[tuple[str | None, Any, Any]]:

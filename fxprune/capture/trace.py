@@ -22,7 +22,7 @@ from fxprune.capture.ops import is_pure
 from fxprune.capture.patches import patched_functions, replaced
 from fxprune.capture.recorder import Recorder
 from fxprune.capture.shadows import Shadows
-from fxprune.capture.state import untouched
+from fxprune.capture.state import dice, untouched
 from fxprune.capture.tape import Scope, Tape
 
 __all__ = ["Trace", "remove_dead_code", "shapes_only", "trace"]
@@ -65,7 +65,10 @@ def trace(
         _set_training(model, training)
         if rehearsed:
             _run(model, args, kwargs, Setting(whole, hooked), shadows)
+        before = dice()
         result = _run(model, args, kwargs, Setting(whole, hooked), shadows)
+        if dice() != before:
+            result = _run(model, args, kwargs, Setting(whole, hooked, watching=True), shadows)
     leaves = {str(node.target) for node in result.graph.nodes if node.op == "call_module"}
     for path, name in changed.items():
         atoms = path.split(".")
