@@ -1,0 +1,270 @@
+"""The hall: apply = capture, lower, score, select, rewrite. The only file that knows the order of the rooms.
+
+A model comes in, a masked copy of it goes out. Everything the caller says is checked at the door.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, cast
+
+import torch
+from torch import fx, nn
+
+from fxprune.capture import capture
+from fxprune.graph import ChannelGraph, lower
+from fxprune.graph.traverse import reach
+from fxprune.methods import Method, Problem
+from fxprune.methods import resolve as resolve_method
+from fxprune.metrics import Report, measure
+from fxprune.progress import Display
+from fxprune.request import Exclusion, Request, listed, resolve_device
+from fxprune.rewrite import bare, direct_reads, install, read, stamp
+from fxprune.rewrite.copying import duplicate
+from fxprune.rewrite.names import check as check_places
+from fxprune.sparsity.budget import Allocation, plan
+from fxprune.sparsity.collapse import dead_layers, repair
+from fxprune.sparsity.granularity import WEIGHT, Granularity
+from fxprune.sparsity.granularity import resolve as resolve_granularity
+from fxprune.sparsity.masks import Masks, is_subset, kept, validate
+from fxprune.sparsity.schedule import DensityFunction, Schedule
+
+Returns = Literal["graph", "module"]
+OnCollapse = Literal["warn", "raise", "repair"]
+
+LISTED = 20
+"""Collapsed layers that a message names; the report names them all."""
+
+
+def apply(
+    model: nn.Module,
+    method: str | Method = "synflow",
+    sparsity: float = 0.9,
+    *,
+    example_inputs: Any = None,
+    data: Any = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    budget: Allocation | None = None,
+    granularity: str | Granularity = "weight",
+    schedule: str | Schedule | DensityFunction | None = None,
+    exclude: Exclusion | Iterable[Exclusion] = (),
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    returns: Returns = "graph",
+    on_collapse: OnCollapse = "warn",
+    **method_options: Any,
+) -> fx.GraphModule:
+    """A pruned copy of ``model``: masked modules in a graph that trains, evaluates, compiles and exports.
+
+    Args:
+        model: any module. If it was pruned before, more is removed; what is pruned stays pruned.
+        method: a name of ``list_methods()`` or a :class:`Method`; ``method_options`` are its own.
+        sparsity: fraction of the prunable weights to remove, in [0, 1); met to one weight.
+        example_inputs: tensor, tuple or dict; timm and torchvision models say it themselves.
+        data, loss_fn: for methods that look at data: (x, y), or an iterable of batches; a loss of (out, y).
+        budget: "global" (default), "uniform", "erk", or {layer or pattern: sparsity}.
+        granularity: "weight", "kernel", "channel", "nm(2,4)", "block(16,16)".
+        schedule: "oneshot", "linear", "exponential", "cubic", "sigmoid", also "cubic(20)"; the method's own.
+        exclude: names or patterns of modules or parameters, or module types, that are never pruned.
+        seed: decides all randomness, here and on any device.
+        device: where to score. The result is on the model's own device.
+        progress: bars on stderr for what takes over a second.
+        returns: "graph", a ``torch.fx.GraphModule``; "module", the model's own class, masked alike.
+        on_collapse: what to do when a layer lies on no path any more: "warn", "raise", or "repair".
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, named, before anything is scored.
+        RuntimeError: layers collapsed under ``on_collapse="raise"``, or could not be repaired.
+
+    The caller's model, its modes and the global random state are left alone.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> pruned = apply(net, "magnitude", 0.75, example_inputs=torch.ones(2, 4))
+    >>> sum(int(mask.sum()) for mask in read(pruned).values())
+    12
+    """
+    wish = Request(
+        resolve_method(method, **method_options),
+        sparsity,
+        data,
+        loss_fn,
+        "global" if budget is None else budget,
+        resolve_granularity(granularity),
+        schedule,
+        listed(exclude),
+        seed,
+        device,
+        returns,
+        on_collapse,
+    )
+    wish.check(model)
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        return _prune(model, example_inputs, wish, Display(enabled=progress))
+
+
+def analyze(
+    gm: nn.Module, resolution: Literal["spatial", "channel"] = "spatial", *, example_inputs: Any = None
+) -> Report:
+    """What is left of a network under its masks, and how much of that has any effect.
+
+    Args:
+        gm: what :func:`apply` or :func:`capture` returned, or any other model; it is not changed.
+        resolution: "spatial" tells positions apart and is exact; "channel" takes all positions for one,
+            which is exact for periodic images, never below the truth otherwise, and faster.
+        example_inputs: for models that are not captured yet, as in :func:`apply`.
+
+    Returns:
+        A :class:`fxprune.metrics.Report`; ``print`` shows it as a table, ``to_json()`` writes it down.
+
+    Raises:
+        TypeError, ValueError: ``gm`` is no module, its inputs are not known, or the resolution is.
+
+    >>> net = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 2, bias=False))
+    >>> report = analyze(net, example_inputs=torch.ones(1, 4))
+    >>> report.effective_nodes, round(torch.tensor(report.log_paths).exp().item())
+    (5, 24)
+    """
+    if resolution not in ("spatial", "channel"):
+        raise ValueError(f"resolution={resolution!r}: expected 'spatial' or 'channel'")
+    if not isinstance(gm, nn.Module):
+        raise TypeError(f"gm: expected a torch.nn.Module, got a {type(gm).__name__}")
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        masks = read(gm)
+        source = bare(gm) if masks else gm
+        if example_inputs is None and _has_shapes(source):
+            graph = lower(cast(fx.GraphModule, source))
+        else:
+            graph = lower(capture(source, example_inputs))
+        return measure(
+            graph, {name: mask for name, mask in masks.items() if name in graph.kernels}, resolution
+        )
+
+
+def _has_shapes(model: nn.Module) -> bool:
+    return isinstance(model, fx.GraphModule) and all("val" in node.meta for node in model.graph.nodes)
+
+
+def _prune(model: nn.Module, example_inputs: Any, wish: Request, display: Display) -> fx.GraphModule:
+    before = read(model)
+    source = bare(model) if before else model
+    with display.step("capture"):
+        gm = capture(source, example_inputs)
+    with display.step("lower"):
+        graph = lower(gm)
+    problem = _problem(source, gm, graph, before, wish, display)
+    masks = _checked(wish.method, wish.method.find(problem), problem)
+    masks = _settled(problem, masks, before, wish)
+    if wish.returns == "module":
+        # The caller's own class: typed as a graph, for that is what apply gives unless asked for this.
+        pruned = cast(fx.GraphModule, duplicate(source))
+        everywhere = [name for name in direct_reads(gm) if name in before or name in masks]
+        install(pruned, {**before, **masks}, direct=everywhere)
+    else:
+        pruned = problem.model if wish.device is None else duplicate(gm)
+        install(pruned, {**before, **masks})
+    stamp(pruned, method=wish.method.name, sparsity=wish.sparsity, seed=wish.seed)
+    return pruned
+
+
+def _problem(
+    source: nn.Module, gm: fx.GraphModule, graph: ChannelGraph, before: Masks, wish: Request, display: Display
+) -> Problem:
+    """The question that the method is asked, with a private copy of the network."""
+    prunable = {
+        name: kernels
+        for name, kernels in graph.kernels.items()
+        if not wish.excludes(source, (name, *kernels.aliases))
+    }
+    parameters = {name: gm.get_parameter(name) for name in prunable}
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: {name!r} has no values (it is on the meta device); load the weights first"
+            )
+    home = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
+    device = resolve_device(wish.device) or home
+    masks = {
+        name: before[name] if name in before else torch.ones_like(parameter, dtype=torch.bool)
+        for name, parameter in parameters.items()
+    }
+    shapes = {name: tuple(kernels.shape) for name, kernels in prunable.items()}
+    budget = plan(wish.budget, wish.sparsity, shapes, kept(masks))
+    check_places(gm, masks)
+    copy = duplicate(gm)
+    return Problem(
+        model=copy if device == home else copy.to(device),
+        graph=graph,
+        weights={name: copy.get_parameter(name).detach().to(device) for name in prunable},
+        masks={name: mask.to(device) for name, mask in masks.items()},
+        budget=budget,
+        data=wish.data,
+        loss_fn=wish.loss_fn,
+        granularity=wish.granularity,
+        schedule=wish.schedule,
+        generator=torch.Generator().manual_seed(wish.seed),
+        device=device,
+        progress=display,
+    )
+
+
+def _checked(method: Method, found: Any, problem: Problem) -> Masks:
+    """The masks that a method returned, if they are what it was asked for."""
+    if not isinstance(found, Mapping):
+        raise TypeError(f"method {method.name!r} returned a {type(found).__name__}, expected a dict of masks")
+    try:
+        validate(found, {name: weight.shape for name, weight in problem.weights.items()})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"method {method.name!r} returned wrong {error}") from error
+    masks = {name: found[name].to(problem.device) for name in problem.weights}
+    if not is_subset(masks, problem.masks):
+        raise ValueError(f"method {method.name!r} keeps weights that were pruned before")
+    numbers, budget = kept(masks), problem.budget
+    asked = {"the model": budget.total} if budget.layers is None else budget.layers
+    given = {"the model": sum(numbers.values())} if budget.layers is None else numbers
+    for where, number in asked.items():
+        # Whole groups may have to stay below the budget; single weights need not.
+        if given[where] > number or (given[where] < number and problem.granularity == WEIGHT):
+            raise ValueError(f"method {method.name!r} keeps {given[where]} weights in {where}, not {number}")
+    return masks
+
+
+def _settled(problem: Problem, masks: Masks, before: Masks, wish: Request) -> Masks:
+    """Masks without collapsed layers, or an error or a warning that names them."""
+    if all(bool(mask.all()) for mask in masks.values()):
+        return masks
+    others = {name: mask.to(problem.device) for name, mask in before.items() if name not in masks}
+    dead = _dead(problem.graph, {**others, **masks})
+    if dead and wish.on_collapse == "repair":
+        masks = repair(
+            problem.graph,
+            masks,
+            problem.weights,
+            problem.budget,
+            within=problem.masks,
+            fixed=others,
+            granularity=problem.granularity,
+        )
+        dead = _dead(problem.graph, {**others, **masks})
+    if not dead:
+        return masks
+    where = ", ".join(dead[:LISTED]) + (f" and {len(dead) - LISTED} more" if len(dead) > LISTED else "")
+    lost = "no path is left at all" if len(dead) == len(problem.graph.kernels) else "no path is left through"
+    message = (
+        f"layer collapse: method {wish.method.name!r} at sparsity {wish.sparsity}: {lost}: {where}; "
+        "lower the sparsity, take another method or budget, or on_collapse='repair'"
+    )
+    if wish.on_collapse == "raise":
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=4)  # the line that called apply
+    return masks
+
+
+def _dead(graph: ChannelGraph, masks: Masks) -> tuple[str, ...]:
+    return dead_layers(graph, reach(graph, _known(graph, masks)))
+
+
+def _known(graph: ChannelGraph, masks: Masks) -> Masks:
+    """The masks of parameters that the graph has kernels of; users may mask others, and they stay masked."""
+    return {name: mask for name, mask in masks.items() if name in graph.kernels}

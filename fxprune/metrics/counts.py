@@ -1,0 +1,40 @@
+"""Counts over the weights of one layer: a bool tensor of its shape comes in, an integer goes out.
+
+The definitions are those of the DPaI paper: a *kernel* is the slice of weights between one input and one
+output channel; a *node* is an output channel of a layer, and it counts if any of its incoming kernels does.
+Nodes are counted in every layer by itself, shortcuts and logits included, the network's inputs not.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fxprune.graph import KernelSet
+
+
+def count_kernels(weights: torch.Tensor) -> int:
+    """Number of kernels with any weight marked in ``weights`` (bool, of the parameter's shape).
+
+    >>> count_kernels(torch.tensor([[[True, False]], [[False, False]]]))  # 2 kernels of 2 taps
+    1
+    """
+    return int(weights.flatten(2).any(-1).sum() if weights.dim() > 2 else weights.sum())
+
+
+def count_nodes(kernels: KernelSet, weights: torch.Tensor) -> int:
+    """Number of output channels with any incoming weight marked in ``weights`` (bool, of the shape)."""
+    matrix = weights.flatten(2).any(-1) if weights.dim() > 2 else weights
+    if not kernels.transposed:
+        return int(matrix.any(1).sum())
+    # (in, out / groups, *taps): the rows of one group lead to the channels of that group alone.
+    rows, columns = matrix.shape
+    grouped = matrix.reshape(kernels.groups, rows // kernels.groups, columns)
+    return int(grouped.any(1).sum())
+
+
+def masked_macs(kernels: KernelSet, kept: int) -> int:
+    """Multiply-adds per sample that ``kept`` weights of a layer take: positions x kept weights.
+
+    An upper bound of what sparse arithmetic would spend, not of what dense hardware does.
+    """
+    return round(kernels.macs * kept / kernels.shape.numel())

@@ -1,0 +1,262 @@
+"""The report: a lowered network and its masks come in; how much is left, and how much of it has any effect.
+
+*Effective* is what lies on a path from the network's input to its output. A kept weight that does not is
+counted in the density, does nothing, and gets no gradient.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fxprune.graph import ChannelGraph, KernelSet
+from fxprune.graph.traverse import flow, reach
+from fxprune.metrics.counts import count_kernels, count_nodes, masked_macs
+from fxprune.sparsity.collapse import dead_layers
+from fxprune.sparsity.masks import Masks, kept
+
+Resolution = Literal["spatial", "channel"]
+HEADINGS = ("layer", "shape", "kept", "density", "effective", "kernels", "nodes", "MACs")
+WIDTH = 200  # columns are as wide as they have to be; this only bounds them
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One prunable parameter: what it has (``params``, ``kernels``, ``nodes``, ``macs``) and what is left."""
+
+    shape: tuple[int, ...]
+    params: int
+    kept_params: int
+    effective_params: int
+    kernels: int
+    effective_kernels: int
+    nodes: int
+    effective_nodes: int
+    macs: int
+    masked_macs: int
+
+    @property
+    def density(self) -> float:
+        """Fraction of the weights that is kept."""
+        return self.kept_params / self.params
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`fxprune.analyze` found.
+
+    ``layers``: one :class:`LayerReport` per prunable parameter, by name, in the order of the network.
+    ``log_paths``: natural logarithm of the number of effective paths (DPaI, appendix I), ``-inf`` for none.
+    ``dead_layers``: parameters on some path of the dense network and on none of this one. ``opaque``: number
+    of operations that no rule knew; where it is not 0, effective means "perhaps effective" behind them.
+    ``resolution``: ``"spatial"`` tells positions apart, ``"channel"`` does not.
+    Nodes, kernels and multiply-adds are counted as :mod:`fxprune.metrics.counts` says.
+    """
+
+    network: str
+    resolution: str
+    layers: dict[str, LayerReport]
+    log_paths: float
+    dead_layers: tuple[str, ...]
+    opaque: int
+    effective: Masks = field(repr=False, compare=False)
+
+    @property
+    def params(self) -> int:
+        """Number of prunable weights."""
+        return sum(layer.params for layer in self.layers.values())
+
+    @property
+    def kept_params(self) -> int:
+        """Number of weights that are kept."""
+        return sum(layer.kept_params for layer in self.layers.values())
+
+    @property
+    def density(self) -> float:
+        """Fraction of the prunable weights that is kept (1.0 when there are none)."""
+        return self.kept_params / self.params if self.params else 1.0
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the prunable weights that is removed."""
+        return 1 - self.density
+
+    @property
+    def layer_density(self) -> dict[str, float]:
+        """Fraction of the weights that is kept, per parameter."""
+        return {name: layer.density for name, layer in self.layers.items()}
+
+    @property
+    def effective_params(self) -> int:
+        """Number of kept weights on at least one path."""
+        return sum(layer.effective_params for layer in self.layers.values())
+
+    @property
+    def effective_kernels(self) -> int:
+        """Number of kernels with an effective weight."""
+        return sum(layer.effective_kernels for layer in self.layers.values())
+
+    @property
+    def effective_nodes(self) -> int:
+        """Number of output channels with an effective incoming kernel, over all layers."""
+        return sum(layer.effective_nodes for layer in self.layers.values())
+
+    @property
+    def kernels(self) -> int:
+        """Number of kernels."""
+        return sum(layer.kernels for layer in self.layers.values())
+
+    @property
+    def nodes(self) -> int:
+        """Number of output channels, over all layers."""
+        return sum(layer.nodes for layer in self.layers.values())
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the dense prunable layers, per sample."""
+        return sum(layer.macs for layer in self.layers.values())
+
+    @property
+    def masked_macs(self) -> int:
+        """Multiply-adds of the kept weights, per sample."""
+        return sum(layer.masked_macs for layer in self.layers.values())
+
+    def effective_param_masks(self) -> Masks:
+        """Parameter name -> bool tensor of its shape, ``True`` = kept and on at least one path. Copies."""
+        return {name: mask.clone() for name, mask in self.effective.items()}
+
+    def to_json(self) -> str:
+        """The numbers as JSON; ``log_paths`` is null where there is no path."""
+        totals = (
+            "density", "sparsity", "params", "kept_params", "effective_params", "kernels",
+            "effective_kernels", "nodes", "effective_nodes", "macs", "masked_macs",
+        )  # fmt: skip
+        found = {
+            "network": self.network,
+            "resolution": self.resolution,
+            **{name: getattr(self, name) for name in totals},
+            "log_paths": self.log_paths if math.isfinite(self.log_paths) else None,
+            "dead_layers": list(self.dead_layers),
+            "opaque": self.opaque,
+            "layers": {
+                name: {**asdict(layer), "density": layer.density} for name, layer in self.layers.items()
+            },
+        }
+        return json.dumps(found, indent=2)
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        console = Console(file=text, width=WIDTH, force_terminal=False, color_system=None)
+        console.print(_table(self))
+        console.print("\n".join(_remarks(self)), markup=False, highlight=False)
+        return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines())
+
+
+def measure(
+    graph: ChannelGraph, masks: Mapping[str, torch.Tensor], resolution: Resolution = "spatial"
+) -> Report:
+    """The report on a lowered network under ``masks`` (parameters without a mask count as dense).
+
+    Raises ``ValueError`` for a resolution that is neither ``"spatial"`` nor ``"channel"``.
+    """
+    if resolution not in ("spatial", "channel"):
+        raise ValueError(f"resolution={resolution!r}: expected 'spatial' or 'channel'")
+    whole = {
+        name: masks[name] if name in masks else torch.ones(kernels.shape, dtype=torch.bool)
+        for name, kernels in graph.kernels.items()
+    }
+    effective = {
+        name: mask & whole[name].to(mask.device)
+        for name, mask in reach(graph, whole, resolution=resolution).items()
+    }
+    ones = {name: mask.double() for name, mask in whole.items()}
+    paths = flow(graph, ones, resolution=resolution, pool="sum", dtype=torch.float64)
+    numbers = kept(whole)
+    return Report(
+        network=graph.name,
+        resolution=resolution,
+        layers={
+            name: _layer(kernels, numbers[name], effective[name]) for name, kernels in graph.kernels.items()
+        },
+        log_paths=paths.log_total,
+        dead_layers=dead_layers(graph, effective, resolution),
+        opaque=len(graph.opaque),
+        effective=effective,
+    )
+
+
+def _layer(kernels: KernelSet, number: int, effective: torch.Tensor) -> LayerReport:
+    return LayerReport(
+        shape=tuple(kernels.shape),
+        params=kernels.shape.numel(),
+        kept_params=number,
+        effective_params=int(effective.sum()),
+        kernels=kernels.shape[0] * kernels.shape[1],
+        effective_kernels=count_kernels(effective),
+        nodes=kernels.out_space.size,
+        effective_nodes=count_nodes(kernels, effective),
+        macs=kernels.macs,
+        masked_macs=masked_macs(kernels, number),
+    )
+
+
+def _table(report: Report) -> Table:
+    title = f"{report.network}, {report.resolution} resolution"
+    table = Table(title=title, title_justify="left", box=SIMPLE, show_footer=True, pad_edge=False)
+    rows = [_cells(name, "x".join(map(str, layer.shape)), layer) for name, layer in report.layers.items()]
+    for heading, total in zip(HEADINGS, _cells("total", "", report), strict=True):
+        left = heading == HEADINGS[0]
+        table.add_column(heading, total, justify="left" if left else "right", no_wrap=True, overflow="ignore")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _cells(name: str, shape: str, counts: LayerReport | Report) -> tuple[str, ...]:
+    return (
+        escape(name),
+        shape,
+        f"{counts.kept_params:,}",
+        f"{counts.density:.2%}",
+        f"{counts.effective_params:,}",
+        f"{counts.effective_kernels:,} / {counts.kernels:,}",
+        f"{counts.effective_nodes:,} / {counts.nodes:,}",
+        f"{_short(counts.masked_macs)} / {_short(counts.macs)}",
+    )
+
+
+def _remarks(report: Report) -> list[str]:
+    """The lines under the table."""
+    count = f"e^{report.log_paths:.2f}" if math.isfinite(report.log_paths) else "none"
+    lines = [
+        f"kept {report.kept_params:,} of {report.params:,} weights: sparsity {report.sparsity:.4%}",
+        f"effective paths: {count}; effective weights: {report.effective_params:,}",
+    ]
+    if report.dead_layers:
+        lines.append(f"dead layers: {', '.join(report.dead_layers)}")
+    if report.opaque:
+        lines.append(f"opaque operations: {report.opaque}; behind them, effective is an upper bound")
+    return lines
+
+
+def _short(number: float) -> str:
+    """Three digits and a unit.
+
+    >>> _short(4089184256), _short(12)
+    ('4.09G', '12')
+    """
+    for unit in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"

@@ -1,0 +1,121 @@
+"""What the caller of ``fxprune.apply`` asks for: arguments come in, a checked ``Request`` goes out.
+
+Everything that can be said of an argument without looking into the network is said here, before any work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fxprune.methods import Method
+from fxprune.sparsity.budget import Allocation, plan
+from fxprune.sparsity.granularity import Granularity
+from fxprune.sparsity.schedule import DensityFunction, OneShot, Schedule, resolve
+
+Exclusion = str | type[nn.Module]
+"""The name of a module or parameter, a pattern of ``fnmatch``, or a module type."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller of :func:`apply` wants, by the names of its arguments."""
+
+    method: Method
+    sparsity: float
+    data: Any
+    loss_fn: Callable[..., torch.Tensor] | None
+    budget: Allocation
+    granularity: Granularity
+    schedule: str | Schedule | DensityFunction | None
+    exclude: tuple[Exclusion, ...]
+    seed: int
+    device: str | torch.device | None
+    returns: str
+    on_collapse: str
+
+    def check(self, model: nn.Module) -> None:
+        """Everything that can be said without looking into the network; raises what :func:`apply` says."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
+        if self.returns not in ("graph", "module"):
+            raise ValueError(f"returns={self.returns!r}: expected 'graph' or 'module'")
+        if self.on_collapse not in ("warn", "raise", "repair"):
+            raise ValueError(f"on_collapse={self.on_collapse!r}: expected 'warn', 'raise' or 'repair'")
+        if self.loss_fn is not None and not callable(self.loss_fn):
+            raise TypeError(f"loss_fn={self.loss_fn!r}: expected a function of (output, target)")
+        _check_seed(self.seed)
+        resolve(self.schedule, OneShot())
+        self.method.check(data=self.data)
+        resolve_device(self.device)
+        _plan_ahead(self.budget, self.sparsity, model)
+        for entry in self.exclude:
+            if not any(_covers(entry, model, name) for name, _ in _parameters(model)):
+                label = entry if isinstance(entry, str) else entry.__name__
+                example = next((name for name, _ in _parameters(model)), "nothing")
+                raise ValueError(
+                    f"exclude: {label!r} fits nothing in the model; parameters are called like {example!r}"
+                )
+
+    def excludes(self, model: nn.Module, names: Iterable[str]) -> bool:
+        """Whether a parameter, known by any of ``names``, is not to be pruned."""
+        return any(_covers(entry, model, name) for entry in self.exclude for name in names)
+
+
+def _parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    return model.named_parameters(remove_duplicate=False)
+
+
+def _covers(entry: Exclusion, model: nn.Module, name: str) -> bool:
+    """Whether an entry of ``exclude`` means this parameter, or a module around it."""
+    path, above = "", []
+    for atom in name.split(".")[:-1]:
+        path = f"{path}.{atom}" if path else atom
+        above.append(path)
+    if isinstance(entry, str):
+        return any(fnmatchcase(part, entry) for part in (name, *above))
+    return any(isinstance(model.get_submodule(part), entry) for part in ("", *above))
+
+
+def listed(exclude: Exclusion | Iterable[Exclusion]) -> tuple[Exclusion, ...]:
+    single = isinstance(exclude, (str, type))
+    if not single and not isinstance(exclude, Iterable):
+        raise TypeError(f"exclude={exclude!r}: expected module names, patterns or module types")
+    entries = (exclude,) if single else tuple(exclude)  # type: ignore[arg-type]
+    for entry in entries:
+        if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
+            raise TypeError(f"exclude: {entry!r}: expected a module's name, a pattern or a module type")
+    return cast(tuple[Exclusion, ...], entries)
+
+
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed={seed!r}: expected an integer")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed!r}: expected 0 <= seed < 2**63")
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ValueError(f"device={device!r}: not to be had here ({str(error).splitlines()[0]})") from error
+    if found.type == "meta":
+        raise ValueError("device='meta': nothing can be computed there; expected one such as 'cpu' or 'cuda'")
+    return found
+
+
+def _plan_ahead(budget: Allocation, sparsity: float, model: nn.Module) -> None:
+    """Raises for a budget that no set of layers of this model could meet; the exact plan needs the graph."""
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        return  # capture says what to do about those
+    plan(budget, sparsity, {n: tuple(p.shape) for n, p in _parameters(model) if p.dim() > 1})
