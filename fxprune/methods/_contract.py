@@ -42,7 +42,9 @@ class Problem:
     """What a method is asked: find masks within ``masks`` that keep exactly ``budget``.
 
     ``model``: a private copy of the captured network, which a method may run and must leave as it found it.
-    ``graph``: its lowered form. ``weights``: the prunable parameters' values, detached, on ``device``.
+    ``graph``: its lowered form. ``device``: where the model runs. ``weights``: the prunable parameters'
+    values, detached, on ``device``, or on the host, to keep gradients, scores and masks there and leave the
+    device to the model. ``micro_batch``: at most so many samples run at a time, gradients add up.
     ``masks``: where to start (all kept, unless the model was pruned before). ``data``: a pair (x, y), a
     mapping, or an iterable of batches; ``loss_fn``: ``loss_fn(output, target)``, or ``loss_fn(model, batch)``
     for mapping batches. ``generator``: the only source of randomness, on the CPU. ``schedule``: the caller's
@@ -61,6 +63,11 @@ class Problem:
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = silent
+    micro_batch: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch={self.micro_batch!r}: expected a number of samples, at least 1")
 
 
 @dataclass(frozen=True)

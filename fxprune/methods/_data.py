@@ -63,6 +63,43 @@ def batches(problem: Problem, number: int, method: str) -> list[Batch]:
     )
 
 
+def pieces(problem: Problem, batch: Batch) -> Iterator[tuple[Batch, float]]:
+    """``batch`` in pieces of ``problem.micro_batch`` samples, each with its share in the mean over samples.
+
+    Every tensor with as many rows as there are samples is cut. Labels of -100, which cross entropy leaves out
+    of its mean, are left out here too. A share is exact for any loss that is a mean over samples.
+    """
+    size = _samples(batch)
+    if problem.micro_batch is None or size <= problem.micro_batch:
+        yield batch, 1.0
+        return
+    counted = None
+    labels = batch.target
+    if problem.loss_fn is None and isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+        counted = labels != -100
+    for start in range(0, size, problem.micro_batch):
+        rows = slice(start, start + problem.micro_batch)
+        part = Batch(_rows(batch.inputs, rows, size), _rows(batch.target, rows, size), batch.mapping)
+        if counted is None:
+            yield part, (min(rows.stop, size) - start) / size
+        elif bool(counted[rows].any()):
+            yield part, int(counted[rows].sum()) / int(counted.sum())
+
+
+def _samples(batch: Batch) -> int:
+    return next((tensor.shape[0] for tensor in _tensors(batch.inputs) if tensor.dim()), 1)
+
+
+def _rows(value: Any, rows: slice, size: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[rows] if value.dim() and value.shape[0] == size else value
+    if isinstance(value, dict):
+        return {key: _rows(part, rows, size) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_rows(part, rows, size) for part in value)
+    return value
+
+
 def _iterate(data: Any, method: str) -> Iterator[Any]:
     if isinstance(data, (torch.Tensor, str)) or not hasattr(type(data), "__iter__"):
         raise TypeError(

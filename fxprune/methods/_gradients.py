@@ -8,22 +8,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map_only
 
 from fxprune.methods._contract import Problem
-from fxprune.methods._data import Batch, seeded
+from fxprune.methods._data import Batch, pieces, seeded
+from fxprune.methods._data import batches as read_batches
 from fxprune.sparsity.masks import Masks
 
 Mode = Literal["train", "eval"]
 
 
 def masked(problem: Problem, masks: Masks) -> dict[str, torch.Tensor]:
-    """The effective weights ``w * m``, fresh leaves that a gradient can be asked for."""
-    return {name: (weight * masks[name]).requires_grad_() for name, weight in problem.weights.items()}
+    """The effective weights ``w * m`` on the model's device, leaves that a gradient can be asked for.
+
+    Layers of which nothing is pruned share memory with ``problem.weights``.
+    """
+    return {
+        name: (weight if bool(masks[name].all()) else weight * masks[name])
+        .to(problem.device)
+        .detach()
+        .requires_grad_()
+        for name, weight in problem.weights.items()
+    }
 
 
 @contextmanager
@@ -39,13 +51,27 @@ def scoring(problem: Problem, mode: Mode) -> Iterator[None]:
             module.training = training
 
 
-def loss_at(problem: Problem, weights: Mapping[str, torch.Tensor], batch: Batch, method: str) -> torch.Tensor:
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Attention in its plain form inside: the fused kernels have no second derivative."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def loss_at(
+    problem: Problem,
+    weights: Mapping[str, torch.Tensor],
+    batch: Batch,
+    method: str,
+    temperature: float = 1.0,
+) -> torch.Tensor:
     """The loss of ``batch`` with ``weights`` in place: a scalar that can be differentiated.
 
+    The model's outputs are divided by ``temperature`` before the loss sees them.
     Raises ``ValueError`` for a loss that is no finite scalar or does not depend on the model, and for labels
     that do not fit the output; ``TypeError`` where the default loss has no tensor to work on.
     """
-    objective = _Objective(problem.model, problem.loss_fn, method)
+    objective = _Objective(problem.model, problem.loss_fn, method, temperature)
     buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
     state = {f"model.{name}": tensor for name, tensor in (buffers | dict(weights)).items()}
     loss = torch.func.functional_call(objective, state, (batch,))
@@ -60,32 +86,87 @@ def loss_at(problem: Problem, weights: Mapping[str, torch.Tensor], batch: Batch,
     return loss.reshape(())
 
 
-def loss_gradients(
-    problem: Problem, weights: Mapping[str, torch.Tensor], batch: Batch, method: str
-) -> dict[str, torch.Tensor]:
-    """d loss / d weights for one batch; zeros for weights that the loss does not depend on."""
-    loss = loss_at(problem, weights, batch, method)
-    found = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
-    return dict(zip(weights, found, strict=True))
-
-
 def mean_gradients(
-    problem: Problem, weights: Mapping[str, torch.Tensor], some: Sequence[Batch], method: str
+    problem: Problem,
+    weights: Mapping[str, torch.Tensor],
+    some: Sequence[Batch],
+    method: str,
+    *,
+    of: Callable[[Batch], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The mean over batches of ``loss_gradients``."""
-    first, *others = some
-    total = loss_gradients(problem, weights, first, method)
-    for batch in others:
-        for name, gradient in loss_gradients(problem, weights, batch, method).items():
-            total[name] = total[name] + gradient  # not in place: gradients may share storage
-    return {name: gradient / len(some) for name, gradient in total.items()} if others else total
+    """The mean over batches of d loss / d weights, ``of`` the loss or of another scalar for each batch.
+
+    Weights that it does not depend on get zeros.
+
+    They come on the device of ``problem.weights``: where that is not the model's, each layer's gradient moves
+    as soon as it is there, so that no two of them need room on the model's device at a time.
+    """
+    leaves = list(weights.values())
+    with _gradients_at_home(problem, weights) as found:
+        for batch in some:
+            for piece, share in pieces(problem, batch):
+                value = loss_at(problem, weights, piece, method) if of is None else of(piece)
+                if value.requires_grad:
+                    torch.autograd.backward(value if share == 1 else value * share, inputs=leaves)
+    for name, weight in problem.weights.items():
+        if name not in found:
+            found[name] = torch.zeros_like(weight)
+        if len(some) > 1:
+            found[name].div_(len(some))
+    return {name: found[name] for name in weights}
+
+
+def gradients_of(
+    problem: Problem, masks: Masks, *, batches: int, mode: Mode, method: str
+) -> dict[str, torch.Tensor]:
+    """The mean gradient over the first ``batches`` batches, read anew, at the weights that ``masks`` keep."""
+    some = read_batches(problem, batches, method)
+    with scoring(problem, mode):
+        return mean_gradients(problem, masked(problem, masks), some, method)
+
+
+def count_of(method: str, option: str, value: int) -> int:
+    """``value``, if it is at least 1; ``ValueError`` otherwise."""
+    if value < 1:
+        raise ValueError(f"method {method!r}: {option}={value!r}, expected an integer of at least 1")
+    return value
+
+
+@contextmanager
+def _gradients_at_home(
+    problem: Problem, weights: Mapping[str, torch.Tensor]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """What backward passes inside accumulate, by name, on the device of the problem's own weights."""
+    found: dict[str, torch.Tensor] = {}
+
+    def mover(name: str) -> Callable[[torch.Tensor], None]:
+        def move(leaf: torch.Tensor) -> None:
+            assert leaf.grad is not None
+            new = leaf.grad.to(problem.weights[name].device)
+            found[name] = found[name].add_(new) if name in found else new
+            leaf.grad = None
+
+        return move
+
+    with ExitStack() as hooks:
+        for name, leaf in weights.items():
+            leaf.grad = None
+            if leaf.device != problem.weights[name].device:
+                hooks.enter_context(leaf.register_post_accumulate_grad_hook(mover(name)))  # type: ignore[no-untyped-call]
+        yield found
+    for name, leaf in weights.items():
+        if leaf.grad is not None:
+            found[name], leaf.grad = leaf.grad, None
 
 
 class _Objective(torch.nn.Module):
     """The model and its loss as one module, so that the loss sees the weights that are swapped in."""
 
-    def __init__(self, model: torch.nn.Module, loss_fn: Callable[..., Any] | None, method: str) -> None:
+    def __init__(
+        self, model: torch.nn.Module, loss_fn: Callable[..., Any] | None, method: str, temperature: float
+    ) -> None:
         super().__init__()
+        self.temperature = temperature
         self.model = model
         self.loss_fn = loss_fn
         self.method = method
@@ -96,14 +177,25 @@ class _Objective(torch.nn.Module):
                 raise ValueError(
                     f"method {self.method!r}: mapping batches need loss_fn=..., of (model, batch)"
                 )
+            if self.temperature != 1:
+                raise ValueError(
+                    f"method {self.method!r}: temperature={self.temperature} cannot reach the outputs inside "
+                    "loss_fn(model, batch); divide them there, and leave temperature out"
+                )
             return self.loss_fn(self.model, batch.inputs)
-        output = _run(self.model, batch.inputs)
+        output = run(self.model, batch.inputs)
+        if self.temperature != 1:
+            output = tree_map_only(torch.Tensor, self._divide, output)
         if self.loss_fn is not None:
             return self.loss_fn(output, batch.target)
         return classification_loss(output, batch.target, self.method)
 
+    def _divide(self, part: torch.Tensor) -> torch.Tensor:
+        return part / self.temperature if part.is_floating_point() else part
 
-def _run(model: torch.nn.Module, inputs: Any) -> Any:
+
+def run(model: Callable[..., Any], inputs: Any) -> Any:
+    """The output for a batch's inputs: one tensor, a tuple of several, or a mapping of keyword inputs."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)

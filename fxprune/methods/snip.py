@@ -6,7 +6,7 @@ from typing import Literal
 
 from fxprune.methods._contract import Method, Problem, Scores, from_scores
 from fxprune.methods._data import batches as read_batches
-from fxprune.methods._gradients import Mode, masked, mean_gradients, scoring
+from fxprune.methods._gradients import Mode, count_of, masked, mean_gradients, scoring
 from fxprune.sparsity.masks import Masks
 
 
@@ -27,8 +27,7 @@ def snip(
     In train mode, the default, the loss is the one that training starts from. Code that scores in eval mode
     sees BatchNorm's initial statistics instead and keeps other weights.
     """
-    if batches < 1:
-        raise ValueError(f"method 'snip': batches={batches!r}, expected an integer of at least 1")
+    count_of("snip", "batches", batches)
 
     def sensitivity(problem: Problem, masks: Masks) -> Scores:
         some = read_batches(problem, batches, "snip")
@@ -38,8 +37,8 @@ def snip(
         with scoring(problem, mode):
             for group in groups:
                 for name, gradient in mean_gradients(problem, weights, group, "snip").items():
-                    saliency = (gradient * weights[name].detach()).abs_()
-                    scores[name] = scores[name] + saliency if name in scores else saliency
+                    saliency = gradient.mul_(problem.weights[name]).abs_()
+                    scores[name] = scores[name].add_(saliency) if name in scores else saliency
         return scores
 
     return Method(

@@ -24,6 +24,15 @@ def toy_a() -> nn.Sequential:
     return net
 
 
+def toy_f() -> nn.Sequential:
+    """The same network with W1 = [[-1, 1], [1, 1]], W2 = [[-1, -2]]."""
+    net = toy_a()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[-1.0, 1.0], [1.0, 1.0]]))
+        net[2].weight.copy_(torch.tensor([[-1.0, -2.0]]))
+    return net
+
+
 def half_square(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """L = (f - y)^2 / 2, summed over the batch."""
     return (output - target).square().sum() / 2
@@ -38,12 +47,13 @@ def problem(
     *,
     budget: Any = "global",
     masks: dict[str, torch.Tensor] | None = None,
+    only: dict[str, torch.Tensor] | None = None,
     seed: int = 0,
     **fields: Any,
 ) -> Problem:
-    """A problem over all parameters of ``model`` that have two dimensions or more."""
-    gm = torch.fx.symbolic_trace(model)
-    weights = {name: p.detach() for name, p in gm.named_parameters() if p.dim() > 1}
+    """A problem over all parameters of ``model`` that have two dimensions or more, or ``only`` these."""
+    gm = model if isinstance(model, torch.fx.GraphModule) else torch.fx.symbolic_trace(model)
+    weights = only or {name: p.detach() for name, p in gm.named_parameters() if p.dim() > 1}
     start = dense(weights) if masks is None else masks
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     return Problem(

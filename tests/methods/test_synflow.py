@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from fxprune.graph.traverse import flow
 from torch import nn
 
 from fxprune import methods
 from fxprune.capture import capture
 from fxprune.graph.lower import lower
+from fxprune.graph.traverse import flow
 from fxprune.methods import Problem
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.masks import Masks, dense, is_subset, total
