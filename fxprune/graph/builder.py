@@ -12,18 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from fxprune.graph import ir
 
 __all__ = ["Builder", "Constant", "Parameters"]
+
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 @dataclass(frozen=True)
 class Constant:
     """A tensor that does not depend on the input: its shape, the parameter it is a view of, and how to compute it.
 
-    ``weight`` is set while the constant is one prunable-looking parameter, moved about or re-parameterised;
-    ``evaluate`` gives the actual numbers (index tensors need them) and raises if they live on the meta device.
+    ``weight`` is set while the constant is one prunable parameter, moved about or re-parameterised; ``evaluate``
+    gives the actual numbers. ``is_learnt`` marks what comes from parameters or buffers: its zeros are accidents of
+    the present values. ``zero`` marks what is zero throughout.
     """
 
     shape: tuple[int, ...]
@@ -31,16 +35,29 @@ class Constant:
     evaluate: Callable[[], Any]
     weight: ir.WeightRef | None = None
     zero: bool = False
+    is_learnt: bool = False
+
+    def numbers(self) -> Tensor | None:
+        """The numbers, or ``None`` where they cannot be had (on the meta device)."""
+        try:
+            result = self.evaluate()
+        except RuntimeError:
+            return None
+        return None if not isinstance(result, Tensor) or result.device.type == "meta" else result.cpu()
 
 
 @dataclass
 class Parameters:
-    """Names of the network's parameters: tied ones share the first name; ``owners`` maps a name to its module."""
+    """Names of the network's parameters: tied ones share the first name; ``owners`` maps a name to its module.
+
+    ``prunable`` holds the names of the weights of convolutions, linear layers and ``nn.MultiheadAttention``.
+    """
 
     names: dict[int, str] = field(default_factory=dict)
     aliases: dict[str, list[str]] = field(default_factory=dict)
     owners: dict[str, tuple[str, nn.Module]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    prunable: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, root: nn.Module) -> Parameters:
@@ -57,7 +74,22 @@ class Parameters:
                     table.tensors[name] = tensor
                 elif name not in table.aliases[first]:
                     table.aliases[first].append(name)
+                if _is_kernel(module, leaf):
+                    table.prunable.add(first)
         return table
+
+    def reference(self, tensor: Tensor, reader: nn.Module | None) -> ir.WeightRef | None:
+        """The tensor as a weight operand, if it is a prunable parameter; ``reader`` is the module that reads it."""
+        name = self.names.get(id(tensor))
+        if name is None or name not in self.prunable:
+            return None
+        return ir.WeightRef(name, tuple(tensor.shape), direct=self.owners[name][1] is not reader)
+
+
+def _is_kernel(module: nn.Module, leaf: str) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return leaf in PROJECTIONS
+    return leaf == "weight" and isinstance(module, (nn.Linear, _ConvNd))
 
 
 class Builder:
@@ -72,6 +104,10 @@ class Builder:
         self.samples = 1
         # Per value: the part of each axis that is data, where an op before has padded it with zeros.
         self.data_range: dict[int, dict[int, tuple[int, int]]] = {}
+        # What later rules need to know of a value: a square; the mean of which value; pairs set to -inf.
+        self.squares: set[int] = set()
+        self.mean_of: dict[int, int] = {}
+        self.blocked: dict[int, Tensor] = {}
         self._spaces: dict[int, str] = {}
         self._count = 0
 
@@ -91,12 +127,24 @@ class Builder:
             self._spaces[output.index] = space
         return output
 
-    def source(self, shape: Sequence[int], *, live: bool = True) -> ir.Value:
-        return self._emit(ir.Source, (), shape, live=live)
+    def source(self, shape: Sequence[int], *, live: bool = True, pattern: Tensor | None = None) -> ir.Value:
+        return self._emit(ir.Source, (), shape, live=live, pattern=pattern)
 
-    def materialise(self, x: ir.Value | Constant) -> ir.Value:
-        """A constant as a value: present everywhere, on no path."""
-        return self.source(x.shape, live=False) if isinstance(x, Constant) else x
+    def materialise(self, x: ir.Value | Constant, *, exact: bool = False) -> ir.Value:
+        """A constant as a value, on no path: present everywhere, or nowhere if it is made of zeros.
+
+        ``exact`` keeps the zeros of a tensor made in the forward: in a contraction it is a matrix that selects.
+        """
+        if isinstance(x, ir.Value):
+            return x
+        numbers = None if x.weight is not None or x.is_learnt else x.numbers()
+        if numbers is None:
+            pattern = torch.zeros(x.shape, dtype=torch.bool) if x.zero else None
+        elif exact:
+            pattern = None if bool((numbers != 0).all()) else numbers != 0
+        else:
+            pattern = None if bool((numbers != 0).any()) else torch.zeros(x.shape, dtype=torch.bool)
+        return self.source(x.shape, live=False, pattern=pattern)
 
     # -- ops ------------------------------------------------------------------------------------------------
     def sum(self, inputs: Sequence[ir.Value], shape: Sequence[int]) -> ir.Value:
@@ -105,8 +153,19 @@ class Builder:
     def gate(self, a: ir.Value, b: ir.Value, shape: Sequence[int]) -> ir.Value:
         return self._emit(ir.Gate, (a, b), shape)
 
-    def mix(self, equation: str, a: ir.Value, b: ir.Value, shape: Sequence[int]) -> ir.Value:
-        return self._emit(ir.Mix, (a, b), shape, equation=equation)
+    def mix(  # noqa: PLR0913
+        self,
+        equation: str,
+        a: ir.Value,
+        b: ir.Value,
+        shape: Sequence[int],
+        product: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> ir.Value:
+        return self._emit(ir.Mix, (a, b), shape, equation=equation, product=product)
+
+    def select(self, x: ir.Value, pattern: Tensor, shape: Sequence[int]) -> ir.Value:
+        """``x`` where ``pattern`` (bool) holds, Zero elsewhere."""
+        return self.gate(x, self.source(pattern.shape, live=False, pattern=pattern), shape)
 
     def affine(self, x: ir.Value, shape: Sequence[int] | None = None, *, bias: bool = False) -> ir.Value:
         """Scale by a constant, add a constant if ``bias``, broadcast to ``shape``."""
@@ -118,6 +177,10 @@ class Builder:
     def map(self, x: ir.Value, *, floor: bool = False) -> ir.Value:
         return self._keep_range(x, self._emit(ir.Map, (x,), x.shape, floor=floor)) if floor else x
 
+    def map_anew(self, x: ir.Value) -> ir.Value:
+        """``x`` again, as a value of its own, so that something can be said of it alone."""
+        return self._keep_range(x, self._emit(ir.Map, (x,), x.shape))
+
     def gather(
         self,
         move: Callable[[Sequence[Tensor]], Tensor],
@@ -125,7 +188,8 @@ class Builder:
         shape: Sequence[int],
         pads: dict[int, tuple[int, int]] | None = None,
     ) -> ir.Value:
-        output = self._emit(ir.Gather, inputs, shape, move=move, pads=tuple(pads or ()))
+        sides = tuple((dim, *pair) for dim, pair in (pads or {}).items())
+        output = self._emit(ir.Gather, inputs, shape, move=move, pads=sides)
         if pads:
             size = output.shape
             self.data_range[output.index] = {d: (lo, size[d] - hi) for d, (lo, hi) in pads.items()}

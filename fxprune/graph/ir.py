@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,9 +108,7 @@ class WeightRef:
     direct: bool = False
 
     def operand(self, weights: Callable[[str], Tensor]) -> Tensor:
-        if self.name is None:
-            return torch.ones(self.shape)
-        weight = weights(self.name)
+        weight = torch.ones(self.shape) if self.name is None else weights(self.name)
         return weight if self.view is None else self.view(weight)
 
 
@@ -133,12 +132,12 @@ class Window:
 
 @dataclass(frozen=True)
 class WindowPool:
-    """A pooling window: ``own`` is the network's operation, ``total`` the sum over the same windows, ``area`` the
-    number of entries in a window (for an image without borders)."""
+    """A pooling window: ``own`` is the network's operation, ``total`` the sum over the same windows, ``periodic`` that
+    sum on a periodic image, where it differs. All work on the last axes of a tensor of any rank."""
 
     own: Callable[[Tensor], Tensor]
     total: Callable[[Tensor], Tensor]
-    area: float
+    periodic: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,9 @@ class Op:
 
 @dataclass(frozen=True)
 class Source(Op):
-    pass
+    """``pattern`` says where a constant is not Zero (bool, of the value's shape); ``None``: everywhere."""
+
+    pattern: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -183,18 +184,20 @@ class Gate(Op):
 class Gather(Op):
     """``move`` maps the input tensors to the output tensor by copying entries (zeros may be filled in).
 
-    ``pads`` lists the axes that only grow by zeros on their borders: on a periodic image they stay collapsed.
+    ``pads`` lists ``(axis, before, after)`` where image axes grow by zeros on their borders: a periodic image grows by
+    itself there.
     """
 
     move: Callable[[Sequence[Tensor]], Tensor] = lambda tensors: tensors[0]
-    pads: tuple[int, ...] = ()
+    pads: tuple[tuple[int, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
 class Mix(Op):
-    """``einsum(equation, a, b)`` of two values."""
+    """``einsum(equation, a, b)`` of two values, or any other bilinear ``product`` of the full tensors."""
 
     equation: str = ""
+    product: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,8 @@ class ChannelGraph:
     kernels: dict[str, KernelSet]
     samples: int
     name: str = "network"
+    # Compiled traversals by resolution; see fxprune.graph.program.
+    programs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def opaque(self) -> tuple[Opaque, ...]:

@@ -8,13 +8,24 @@ the identity map is an explicit axis (channels). Everything between, such as *cl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["AxisMap", "Layout", "broadcast", "collapsed", "explicit", "full_labels", "join", "layout_of_labels"]
+__all__ = [
+    "AxisMap",
+    "Layout",
+    "broadcast",
+    "collapsed",
+    "explicit",
+    "full_labels",
+    "join",
+    "layout_of_labels",
+    "reader",
+    "reduced_shape",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,15 +173,22 @@ def layout_of_labels(labels: Tensor) -> tuple[Layout, Tensor]:
     return tuple(axes), reduced.contiguous()
 
 
-def refine(x: Tensor, old: Layout, new: Layout) -> Tensor:
-    """The reduced tensor ``x`` of layout ``old``, read at the finer layout ``new`` (of a broadcast shape)."""
+def reader(old: Layout, new: Layout) -> Callable[[Tensor], Tensor]:
+    """Function that reads a reduced tensor of layout ``old`` at the finer layout ``new`` (of a broadcast shape)."""
     padded = broadcast(old, [axis.size for axis in new])
-    x = x.reshape((1,) * (len(new) - x.dim()) + tuple(x.shape))
-    for dim, (a, b) in enumerate(zip(padded, new, strict=True)):
-        if a.count == b.count:
-            continue
-        if a.count == 1:
-            x = x.expand(*x.shape[:dim], b.count, *x.shape[dim + 1 :])
-        else:
-            x = x.index_select(dim, a.index()[b.representatives()].to(x.device))
-    return x
+    shape = (1,) * (len(new) - len(old)) + reduced_shape(old)
+    repeats = [b.count if a.count == 1 != b.count else -1 for a, b in zip(padded, new, strict=True)]
+    picks = [
+        (dim, a.index()[b.representatives()])
+        for dim, (a, b) in enumerate(zip(padded, new, strict=True))
+        if a.count not in (1, b.count)
+    ]
+    is_repeated = any(repeat != -1 for repeat in repeats)
+
+    def read(x: Tensor) -> Tensor:
+        x = x.reshape(shape)
+        for dim, index in picks:
+            x = x.index_select(dim, index.to(x.device))
+        return x.expand(repeats) if is_repeated else x
+
+    return read

@@ -7,6 +7,7 @@ knows becomes an opaque op, never a guess.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -139,12 +140,9 @@ class _Walk:
             thing = getattr(thing, atom)
         if not isinstance(thing, Tensor):
             return thing
-        name = self.build.parameters.names.get(id(thing)) if isinstance(thing, nn.Parameter) else None
-        ref = None
-        if name is not None:
-            owner = self.build.parameters.owners[name][1]
-            ref = ir.WeightRef(name, tuple(thing.shape), direct=owner is not self.leaf)
-        return Constant(tuple(thing.shape), thing.dtype, lambda: thing, ref)
+        ref = self.build.parameters.reference(thing, self.leaf)
+        learnt = isinstance(thing, nn.Parameter) or thing.is_floating_point()
+        return Constant(tuple(thing.shape), thing.dtype, lambda: thing, ref, is_learnt=learnt)
 
     def _read(self, args: Any) -> Any:
         return fx.node.map_arg(args, lambda node: self.env[node])
@@ -196,6 +194,7 @@ class _Walk:
         operands = list(tensors_in((args, kwargs)))
         run = _runner(node, self.gm)
 
+        @functools.cache
         def evaluate() -> Any:
             def numbers(x: ir.Value | Constant) -> Any:
                 return x.evaluate() if isinstance(x, Constant) else x
@@ -203,9 +202,20 @@ class _Walk:
             return run(substitute(args, numbers), substitute(kwargs, numbers))
 
         if isinstance(result, Constant):  # setitem: the changed first argument
-            return Constant(result.shape, result.dtype, result.evaluate)
-        zero = node.target in (torch.zeros, torch.zeros_like, "new_zeros")
-        return _constants(result, evaluate, lambda val: _provenance(operands, val, node, args, kwargs, run), zero)
+            return Constant(result.shape, result.dtype, _changed(result.evaluate, *args[1:]))
+
+        def constant(val: Tensor, read: Callable[[], Any]) -> Constant:
+            ref = _provenance(operands, val, node, args, kwargs, run)
+            return Constant(
+                tuple(val.shape),
+                val.dtype,
+                read,
+                ref,
+                zero=node.target in (torch.zeros, torch.zeros_like, "new_zeros"),
+                is_learnt=any(x.is_learnt for x in operands),
+            )
+
+        return _constants(result, evaluate, constant)
 
     def _inline(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Lower the inside of a leaf in place."""
@@ -213,10 +223,14 @@ class _Walk:
         operands = list(tensors_in((args, kwargs)))
         meta_args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
         meta_kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # the fused path of nn.TransformerEncoderLayer hides its layers
         try:
             inner = capture_leaf(module, meta_args, meta_kwargs)
         except CaptureError as error:
             return self._opaque(operands, node.meta["val"], f"inside of {layer}: {error}")
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
         inputs = _bind(inner, args, kwargs)
         return _Walk(inner, self.build, layer, module).run(inputs)
 
@@ -259,16 +273,32 @@ def _runner(node: fx.Node, gm: fx.GraphModule) -> Callable[[Any, Any], Any]:
     return lambda args, kwargs: module(*args, **kwargs)
 
 
+def _changed(evaluate: Callable[[], Any], index: Any, new: Any) -> Callable[[], Any]:
+    """What ``x[index] = new`` leaves in a constant."""
+
+    @functools.cache
+    def changed() -> Any:
+        def numbers(x: ir.Value | Constant) -> Any:
+            return x.evaluate() if isinstance(x, Constant) else x
+
+        result = evaluate().clone()
+        result[substitute(index, numbers)] = substitute(new, numbers)
+        return result
+
+    return changed
+
+
 def _constants(
-    result: Any, evaluate: Callable[[], Any], weight: Callable[[Tensor], ir.WeightRef | None], zero: bool
+    result: Any, evaluate: Callable[[], Any], constant: Callable[[Tensor, Callable[[], Any]], Constant]
 ) -> Any:
     if isinstance(result, Tensor):
-        return Constant(tuple(result.shape), result.dtype, evaluate, weight(result), zero)
+        return constant(result, evaluate)
     if isinstance(result, (list, tuple)):
-        return type(result)(
-            _constants(item, lambda i=i: evaluate()[i], lambda _: None, zero)  # type: ignore[misc]
+        items = [
+            _constants(item, lambda i=i: evaluate()[i], constant)  # type: ignore[misc]
             for i, item in enumerate(result)
-        )
+        ]
+        return type(result)(items) if type(result) in (list, tuple) else tuple(items)
     return result
 
 

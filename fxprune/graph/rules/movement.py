@@ -56,7 +56,6 @@ _MODULES = [
     nn.CircularPad1d,
     nn.CircularPad2d,
     nn.CircularPad3d,
-    nn.Unfold,
 ]
 _PADS = (F.pad, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
 
@@ -67,7 +66,6 @@ MOVES: set[Any] = {
     F.pad,
     F.pixel_shuffle,
     F.pixel_unshuffle,
-    F.unfold,
     operator.getitem,
     operator.setitem,
 }
@@ -79,13 +77,10 @@ def _is_data(x: ir.Value | Constant) -> bool:
 
 
 def _numbers(x: Constant) -> Tensor:
-    try:
-        number: Tensor = x.evaluate()
-    except (RuntimeError, NotImplementedError) as error:
-        raise Unknown(f"index tensor cannot be computed: {error}") from error
-    if number.device.type == "meta":
-        raise Unknown("index tensor is on the meta device: its numbers are not known")
-    return number.cpu()
+    number = x.numbers()
+    if number is None:
+        raise Unknown("the numbers of an index tensor are not known (on the meta device?)")
+    return number
 
 
 def _runner(context: Context, args: Any, kwargs: Any) -> Callable[[Sequence[Tensor]], Any]:
@@ -117,21 +112,30 @@ def _runner(context: Context, args: Any, kwargs: Any) -> Callable[[Sequence[Tens
     return run
 
 
-def _zero_pads(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, tuple[int, int]]:
-    """Axes of a zero padding, with (before, after); empty for anything else."""
+def _padding(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[int], bool] | None:
+    """Amounts of a constant padding (as F.pad takes them) and whether it fills in zeros; ``None`` for others."""
     if context.target not in _PADS:
-        return {}
+        return None
     if context.module is None:
         amounts = args[1] if len(args) > 1 else kwargs["pad"]
         mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
         value = args[3] if len(args) > 3 else kwargs.get("value")
     else:
         amounts, mode, value = context.module.padding, "constant", getattr(context.module, "value", 0)
-    if mode != "constant" or value not in (None, 0, 0.0):
+    return ([int(amount) for amount in amounts], value in (None, 0, 0.0)) if mode == "constant" else None
+
+
+def _image_pads(rank: int, amounts: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Image axes that grow by zeros, with (before, after).
+
+    Images are (batch, channel, positions...), or (batch, rows, columns, channel) if rows and columns both grow.
+    """
+    pairs = {rank - 1 - i // 2: (amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)}
+    grown = {dim: pair for dim, pair in pairs.items() if pair != (0, 0)}
+    if not grown or min(amounts) < 0:
         return {}
-    rank = len(args[0].shape)
-    pairs = [(int(amounts[i]), int(amounts[i + 1])) for i in range(0, len(amounts), 2)]
-    return {rank - 1 - i: pair for i, pair in enumerate(pairs) if pair != (0, 0)}
+    channels_last = rank >= 4 and {1, 2} <= set(grown) and rank - 1 not in grown
+    return grown if channels_last or not set(grown) & {0, 1} else {}
 
 
 @table.rule(*MOVES)
@@ -146,9 +150,17 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
     if any(isinstance(x, ir.Value) and not _is_moved(context, x, args) for x in operands):
         raise Unknown("an index tensor depends on the input")
     values = [build.materialise(x) for x in operands]
-    run = _runner(context, args, kwargs)
-    pads = _zero_pads(context, args, kwargs)
-    return _outputs(context, run, values, context.result, pads)
+    run, pads = _runner(context, args, kwargs), {}
+    padding = _padding(context, args, kwargs)
+    if padding is not None:
+        amounts, zeros = padding
+        pads = _image_pads(len(values[0].shape), amounts) if zeros else {}
+        fill = 0.0 if zeros else 1.0  # the label of a constant
+        run = lambda tensors: F.pad(tensors[0], amounts, value=fill)  # noqa: E731
+    moved = _outputs(context, run, values, context.result, pads)
+    if values and values[0].index in build.squares:
+        build.squares.update(x.index for x in tensors_in(moved) if isinstance(x, ir.Value))
+    return moved
 
 
 def _is_moved(context: Context, x: ir.Value, args: tuple[Any, ...]) -> bool:
@@ -179,30 +191,52 @@ def _outputs(
     raise Unknown(f"data movement returns {type(result).__name__}")
 
 
-@table.rule("new_zeros", "zero_", torch.zeros_like)
+@table.rule(F.unfold, nn.Unfold)
+def unfold(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
+    """Patches of an image, side by side: zeros around it first."""
+    names = ("kernel_size", "dilation", "padding", "stride")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if context.module is not None:
+        given = {name: getattr(context.module, name) for name in names}
+    value, padding = context.build.materialise(x), given.pop("padding", 0)
+    rows, columns = (padding, padding) if isinstance(padding, int) else padding
+    if rows or columns:
+        *outer, height, width = value.shape
+        shape = (*outer, height + 2 * rows, width + 2 * columns)
+        pads = {len(shape) - 2: (rows, rows), len(shape) - 1: (columns, columns)}
+        amounts = [columns, columns, rows, rows]
+        value = context.build.gather(lambda tensors: F.pad(tensors[0], amounts), [value], shape, pads)
+    return context.build.gather(lambda tensors: F.unfold(tensors[0], **given), [value], context.shape)
+
+
+@table.rule("new_zeros", "zero_", torch.zeros_like, "new_empty", torch.empty_like)
 def zeros(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
     """A tensor of zeros: present nowhere until something is written into it."""
-    shape = context.shape
-    return Constant(shape, torch.float32, lambda: torch.zeros(shape), zero=True)
+    shape, dtype = context.shape, context.result.dtype
+    return Constant(shape, dtype, lambda: torch.zeros(shape, dtype=dtype), zero=True)
 
 
-@table.rule("new_ones", "new_full", "new_empty", "new_tensor", torch.ones_like, torch.full_like, torch.empty_like)
+@table.rule("new_ones", "new_full", "new_tensor", torch.ones_like, torch.full_like)
 @table.rule(torch.rand_like, torch.randn_like, "fill_")
 def constants(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
     """Present everywhere, on no path."""
-    shape = context.shape
-    return Constant(shape, torch.float32, lambda: torch.ones(shape))
+    shape, dtype = context.shape, context.result.dtype
+    return Constant(shape, dtype, lambda: torch.ones(shape, dtype=dtype))
 
 
-@table.rule(F.fold, nn.Fold)
-def fold(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
-    """Overlapping patches added up: every output entry reaches back to all patches of its channel."""
-    raise Unknown("fold adds overlapping patches")
-
-
-@table.rule(torch.where)
+@table.rule(torch.where, "where")
 def where(context: Context, condition: Any, a: Any, b: Any) -> ir.Value:
-    """Either side may pass: paths of both."""
-    values = [x for x in (a, b) if isinstance(x, ir.Value)]
-    summed = context.build.sum(values, context.shape) if values else context.build.source(context.shape, live=False)
-    return summed
+    """Each side where it is chosen; both, where the choice depends on the input."""
+    build, shape = context.build, context.shape
+    sides = []
+    chosen = condition.numbers() if isinstance(condition, Constant) else None
+    for side, pick in ((a, True), (b, False)):
+        if not isinstance(side, (ir.Value, Constant)):
+            if side == 0:
+                continue
+            side = Constant((), torch.float32, lambda: torch.ones(()))
+        value = build.materialise(side)
+        if chosen is not None:
+            value = build.select(value, chosen.bool() == pick, shape)
+        sides.append(value)
+    return build.sum(sides, shape)

@@ -52,7 +52,7 @@ def layer_norm(
     return context.build.affine(context.build.materialise(x), bias=bias is not None)
 
 
-@table.rule(F.rms_norm, torch.rms_norm, F.local_response_norm)
+@table.rule(F.rms_norm, torch.rms_norm)
 def rms_norm(context: Context, x: Any, *_: Any, **__: Any) -> ir.Value:
     return context.build.materialise(x)
 

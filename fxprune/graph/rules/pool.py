@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 
 from fxprune.graph import ir
 from fxprune.graph.builder import Constant
+from fxprune.graph.rules.pointwise import present
 from fxprune.graph.rules.table import Context, RuleTable, Unknown
+from fxprune.graph.steps import folded
 
 __all__ = ["table"]
 
@@ -31,22 +35,53 @@ def _reduce(context: Context, x: Any, how: str, dim: Any, keepdim: bool) -> ir.V
     return context.build.reduce(value, how, _dims(value, dim), keepdim, context.shape)
 
 
-@table.rule(torch.mean, "mean", torch.sum, "sum", torch.nansum, torch.amax, "amax", torch.amin, "amin")
-@table.rule(torch.std, "std", torch.var, "var", torch.logsumexp, "logsumexp", torch.any, "any", torch.all, "all")
-def reduce(context: Context, x: Any, dim: Any = None, *args: Any, keepdim: bool = False, **kwargs: Any) -> ir.Value:
-    """``y = pool of x over dim``."""
-    if isinstance(x, ir.Value) and not isinstance(context.result, Tensor):
-        raise Unknown("a reduction with several results")
-    keepdim = kwargs.get("keepdims", keepdim) or any(a is True for a in args[:1])
-    name = context.target if isinstance(context.target, str) else context.target.__name__
-    how = {"mean": "mean", "amax": "max", "amin": "max", "std": "mean", "var": "mean"}.get(name, "sum")
-    return _reduce(context, x, how, kwargs.get("axis", dim), keepdim)
+def _axes(args: tuple[Any, ...], keepdim: bool, kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    """``x.sum(1, 2)``, ``x.sum((1, 2), True)``, ``x.sum(dim=1)``, ``x.sum(axis=1)``: the axes, and keepdim."""
+    keepdim = kwargs.get("keepdims", keepdim)
+    if args and isinstance(args[-1], bool):
+        args, keepdim = args[:-1], args[-1]
+    dims = args[0] if len(args) == 1 else args or kwargs.get("dim", kwargs.get("axis"))
+    return dims, keepdim
 
 
-@table.rule(torch.norm, "norm", torch.linalg.norm, torch.linalg.vector_norm)
-def norm(context: Context, x: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> ir.Value:
-    """A length: every entry along ``dim`` reaches it."""
-    return _reduce(context, x, "mean", kwargs.get("axis", dim), kwargs.get("keepdims", keepdim))
+_SUMS = (torch.sum, "sum", torch.nansum, "nansum", torch.logsumexp, "logsumexp", torch.any, "any", torch.all, "all")
+
+
+@table.rule(*_SUMS)
+def add_up(context: Context, x: Any, *args: Any, keepdim: bool = False, **kwargs: Any) -> ir.Value:
+    """``y = sum of x over some axes``."""
+    dims, keepdim = _axes(args, keepdim, kwargs)
+    return _reduce(context, x, "sum", dims, keepdim)
+
+
+@table.rule(torch.mean, "mean")
+def mean(context: Context, x: Any, *args: Any, keepdim: bool = False, **kwargs: Any) -> ir.Value | Constant:
+    """A mean; that of a square is a second moment, a statistic: a scale, no path."""
+    dims, keepdim = _axes(args, keepdim, kwargs)
+    if x.index in context.build.squares:
+        return present(context.shape)
+    result = _reduce(context, x, "mean", dims, keepdim)
+    context.build.mean_of[result.index] = x.index
+    return result
+
+
+@table.rule(torch.amax, "amax", torch.amin, "amin")
+def extremum(context: Context, x: Any, *args: Any, keepdim: bool = False, **kwargs: Any) -> ir.Value:
+    dims, keepdim = _axes(args, keepdim, kwargs)
+    return _reduce(context, x, "max", dims, keepdim)
+
+
+@table.rule(torch.std, "std", torch.var, "var", torch.norm, "norm", torch.linalg.norm, torch.linalg.vector_norm)
+def statistic(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
+    """A spread or a length is what norms divide by: a scale, no path."""
+    return present(context.shape)
+
+
+@table.rule(torch.var_mean, torch.std_mean)
+def moments(context: Context, x: Any, *args: Any, **kwargs: Any) -> tuple[Constant, Constant]:
+    """Both are statistics: the mean that a norm subtracts is no path and no bias."""
+    shape = tuple(context.result[0].shape)
+    return present(shape), Constant(shape, torch.float32, lambda: torch.zeros(shape), zero=True)
 
 
 @table.rule(torch.max, "max", torch.min, "min", torch.median, "median")
@@ -65,12 +100,16 @@ def extreme(context: Context, x: Any, dim: Any = None, keepdim: bool = False) ->
 @table.rule(torch.cumsum, "cumsum")
 def cumsum(context: Context, x: Any, dim: int, **kwargs: Any) -> ir.Value:
     """Every entry reaches those after it on the axis."""
+    return running_sum(context, context.build.materialise(x), dim)
+
+
+def running_sum(context: Context, x: ir.Value, dim: int, *, backwards: bool = False) -> ir.Value:
+    """Every entry reaches itself and those after it on the axis (``backwards``: before it)."""
 
     def run(t: Tensor) -> Tensor:
-        return torch.cumsum(t, dim)
+        return t.flip(dim).cumsum(dim).flip(dim) if backwards else t.cumsum(dim)
 
-    size = x.shape[dim]
-    return context.build.pool(x, "mean", (dim,), ir.WindowPool(run, run, (size + 1) / 2), context.shape)
+    return context.build.pool(x, "sum", (dim,), ir.WindowPool(run, run), x.shape)
 
 
 # -- windows ------------------------------------------------------------------------------------------------------
@@ -78,27 +117,34 @@ def _tuple(value: Any, rank: int) -> tuple[int, ...]:
     return (int(value),) * rank if isinstance(value, int) else tuple(int(v) for v in value)
 
 
-def window_total(
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    out: Sequence[int],
-) -> Tensor:
-    """Sum over windows of the last axes, of output size ``out`` (windows may hang over the end): zeros outside."""
-    rank = len(kernel)
-    flat = x.reshape(-1, 1, *x.shape[-rank:])
-    amounts: list[int] = []
-    for d in reversed(range(rank)):
-        need = (out[d] - 1) * stride[d] + dilation[d] * (kernel[d] - 1) + 1
-        amounts += [padding[d], max(0, need - padding[d] - flat.shape[2 + d])]
-    flat = F.pad(flat, amounts)
-    ones = torch.ones((1, 1, *kernel), dtype=x.dtype, device=x.device)
-    conv = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
-    total = conv(flat, ones, stride=tuple(stride), dilation=tuple(dilation))
-    total = total[(..., *(slice(0, n) for n in out))]
-    return total.reshape(*x.shape[:-rank], *out)
+@dataclass(frozen=True)
+class Geometry:
+    """A pooling window over the last axes; ``out`` is the output's size, the last windows may hang over the end."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    out: tuple[int, ...]
+
+    def total(self, x: Tensor, *, periodic: bool = False) -> Tensor:
+        """Sum over every window; beyond the image there are zeros, or the image again."""
+        rank = len(self.kernel)
+        flat = x.reshape(-1, 1, *x.shape[-rank:])
+        for d in range(rank):
+            size, before = x.shape[d - rank], self.padding[d]
+            span = (self.out[d] - 1) * self.stride[d] + self.dilation[d] * (self.kernel[d] - 1) + 1
+            index = torch.arange(-before, span - before, device=x.device)
+            if periodic:
+                flat = flat.index_select(2 + d, index % size)
+            else:
+                amounts = [0, 0] * (rank - 1 - d) + [before, max(0, span - before - size)]
+                flat = F.pad(flat, amounts)
+        ones = torch.ones((1, 1, *self.kernel), dtype=x.dtype, device=x.device)
+        conv = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+        total = conv(flat, ones, stride=self.stride, dilation=self.dilation)
+        total = total[(..., *(slice(0, n) for n in self.out))]
+        return total.reshape(*x.shape[:-rank], *self.out)
 
 
 def _windowed(  # noqa: PLR0913
@@ -114,13 +160,8 @@ def _windowed(  # noqa: PLR0913
 ) -> ir.Value:
     kernel = _tuple(kernel, rank)
     stride = kernel if stride is None or stride == [] else _tuple(stride, rank)
-    padding, dilation = _tuple(padding, rank), _tuple(dilation, rank)
-    out = context.shape[-rank:]
-
-    def total(t: Tensor) -> Tensor:
-        return window_total(t, kernel, stride, padding, dilation, out)
-
-    window = ir.WindowPool(own, total, float(math.prod(kernel)))
+    geometry = Geometry(kernel, stride, _tuple(padding, rank), _tuple(dilation, rank), context.shape[-rank:])
+    window = ir.WindowPool(own, geometry.total, functools.partial(geometry.total, periodic=True))
     dims = tuple(range(-rank, 0))
     return context.build.pool(context.build.materialise(x), how, dims, window, context.shape)
 
@@ -206,7 +247,7 @@ def _adaptive(context: Context, x: Any, how: str, rank: int) -> ir.Value:
         pooled: Tensor = average(t, out)
         return pooled * counts.to(t)
 
-    window = ir.WindowPool(_own(function, out), total, float(counts.mean()))
+    window = ir.WindowPool(_own(function, out), total)
     return context.build.pool(value, how, tuple(range(-rank, 0)), window, shape)
 
 
@@ -239,18 +280,54 @@ def lp_pool(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
 
 @table.rule(F.interpolate, nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)
 def interpolate(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
-    """Resampling: every output entry is a mean of neighbours (cubic weights may be negative: read as linear)."""
+    """Resampling: an output entry is a mean of the entries that it reads (cubic reads what linear reads)."""
     value, shape = context.build.materialise(x), context.shape
     rank = len(shape) - 2
-    mode = kwargs.get("mode", args[2] if len(args) > 2 else getattr(context.module, "mode", "nearest"))
-    mode = "bilinear" if mode == "bicubic" else mode
-    align = None if mode.startswith("nearest") or mode == "area" else False
+    names = ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    for name in ("mode", "align_corners"):
+        given.setdefault(name, getattr(context.module, name, None))
+    mode = given["mode"] or "nearest"
+    options: dict[str, Any] = {}
+    if mode in ("linear", "bilinear", "trilinear", "bicubic"):
+        options = {"align_corners": given["align_corners"], "antialias": given.get("antialias") or False}
+        mode = "bilinear"
 
-    def own(t: Tensor) -> Tensor:
-        flat = t.reshape(-1, 1, *t.shape[-rank:])
-        resized: Tensor = F.interpolate(flat, shape[-rank:], mode=mode, align_corners=align)
-        return resized.reshape(*t.shape[:-rank], *shape[-rank:])
+    def weights(n: int, m: int) -> Tensor:
+        eye = torch.eye(n, dtype=torch.float64)[None, :, :, None]
+        return F.interpolate(eye, size=(m, 1), mode=mode, **options)[0, :, :, 0]
 
-    return context.build.pool(value, "mean", tuple(range(-rank, 0)), ir.WindowPool(own, own, 1.0), shape)
+    matrices = [weights(n, m) for n, m in zip(value.shape[-rank:], shape[-rank:], strict=True)]
+    reads = [(matrix > 1e-9).double() for matrix in matrices]
+
+    def resample(t: Tensor, by: Sequence[Tensor]) -> Tensor:
+        for axis, matrix in enumerate(by):
+            t = (t.movedim(axis - rank, -1) @ matrix.to(t)).movedim(-1, axis - rank)
+        return t
+
+    window = ir.WindowPool(lambda t: resample(t, matrices), lambda t: resample(t, reads))
+    return context.build.pool(value, "mean", tuple(range(-rank, 0)), window, shape)
 
 
+@table.rule(F.fold, nn.Fold)
+def fold(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
+    """Patches put back in place, overlaps added."""
+    names = ("output_size", "kernel_size", "dilation", "padding", "stride")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if context.module is not None:
+        given = {name: getattr(context.module, name) for name in names}
+    value = context.build.materialise(x)
+    if len(value.shape) != 3:
+        raise Unknown("fold of a single sample")
+    sizes, pads = _tuple(given["output_size"], 2), _tuple(given.get("padding", 0), 2)
+    wide = tuple(size + 2 * pad for size, pad in zip(sizes, pads, strict=True))
+    whole = given | {"output_size": wide, "padding": 0}
+
+    def periodic(t: Tensor) -> Tensor:
+        t = F.fold(t, **whole)
+        for dim, pad, size in zip((-2, -1), pads, sizes, strict=True):
+            t = folded(t, dim, pad, size)
+        return t
+
+    window = ir.WindowPool(lambda t: F.fold(t, **given), lambda t: F.fold(t, **given), periodic)
+    return context.build.pool(value, "sum", (1, 2), window, context.shape)

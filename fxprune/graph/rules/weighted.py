@@ -17,20 +17,26 @@ __all__ = ["table"]
 table = RuleTable()
 
 
-def module_weight(context: Context, name: str = "weight", owner: nn.Module | None = None) -> ir.WeightRef:
+def module_weight(context: Context, name: str = "weight") -> ir.WeightRef:
     """The parameter ``name`` of the module at hand."""
-    module = context.module if owner is None else owner
-    tensor = getattr(module, "_parameters", {}).get(name)
+    tensor = getattr(context.module, "_parameters", {}).get(name)
     if tensor is None:
         raise Unknown(f"{context.build.layer} has no parameter {name!r}")
-    return ir.WeightRef(context.build.parameters.names.get(id(tensor)), tuple(tensor.shape))
+    ref = context.build.parameters.reference(tensor, context.module)
+    return ref or ir.WeightRef(None, tuple(tensor.shape))
 
 
 def operand(weight: Any) -> ir.WeightRef:
-    """The weight operand of a functional call; anything without a parameter behind it is dense."""
+    """The weight operand of a functional call: a prunable parameter, or dense; zeros made in the forward stay."""
     if not isinstance(weight, Constant):
         raise Unknown("the weight depends on the input")
-    return weight.weight or ir.WeightRef(None, weight.shape)
+    if weight.weight is not None:
+        return weight.weight
+    numbers = None if weight.is_learnt else weight.numbers()
+    if numbers is None or bool((numbers != 0).all()):
+        return ir.WeightRef(None, weight.shape)
+    pattern = (numbers != 0).float()
+    return ir.WeightRef(None, weight.shape, lambda ones: ones * pattern.to(ones))
 
 
 def _pairs(value: Any, rank: int) -> tuple[int, ...]:
@@ -47,13 +53,18 @@ def linear_module(context: Context, x: Any) -> ir.Value:
 
 @table.rule(F.linear)
 def linear(context: Context, x: Any, weight: Any, bias: Any = None) -> ir.Value:
+    build = context.build
+    value = build.materialise(x)
     if isinstance(weight, ir.Value):
-        raise Unknown("the weight of a linear layer depends on the input")
-    value = context.build.materialise(x)
+        if len(weight.shape) != 2:
+            raise Unknown("linear with a vector as weight")
+        letters = "abcdefgh"[: len(value.shape) - 1]
+        result = build.mix(f"{letters}i,oi->{letters}o", value, weight, context.shape)
+        return build.affine(result, bias=True) if bias is not None else result
     ref = operand(weight)
     if len(ref.shape) == 1:
         raise Unknown("linear with a vector as weight")
-    return context.build.linear(value, ref, bias=bias is not None)
+    return build.linear(value, ref, bias=bias is not None)
 
 
 def _window(  # noqa: PLR0913
@@ -97,10 +108,18 @@ def conv(  # noqa: PLR0913
     dilation: Any = 1,
     groups: int = 1,
 ) -> ir.Value:
+    build, value = context.build, context.build.materialise(input)
+    if isinstance(weight, ir.Value):  # a dynamic convolution
+
+        def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = context.target(x, w, None, stride, padding, dilation, groups)
+            return result
+
+        result = build.mix("", value, weight, context.shape, product)
+        return build.affine(result, bias=True) if bias is not None else result
     ref = operand(weight)
     rank = len(ref.shape) - 2
     window = _window(ref.shape[2:], stride, padding, dilation, rank=rank)
-    value = context.build.materialise(input)
     return context.build.conv(value, ref, context.shape, window=window, groups=groups, bias=bias is not None)
 
 
