@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from fxprune.methods._ablations import ablated, redraw
 from fxprune.methods._contract import Method, Problem, Scores, from_scores, prune_in_rounds
 
 __all__ = [
@@ -24,11 +25,14 @@ __all__ = [
     "Option",
     "Problem",
     "Scores",
+    "ablated",
+    "common_options",
     "from_scores",
     "get",
     "names",
     "options",
     "prune_in_rounds",
+    "redraw",
     "resolve",
 ]
 
@@ -68,7 +72,7 @@ def names() -> list[str]:
 
 
 def get(name: str, **given: Any) -> Method:
-    """The method called ``name``, with the options ``given``.
+    """The method called ``name``, with the options ``given``: its own, and those of ``common_options``.
 
     Errors: ``ValueError`` for an unknown name (the nearest ones are named) or a value outside an option's
     choices; ``TypeError`` for an option the method does not have, or one of the wrong type.
@@ -77,26 +81,29 @@ def get(name: str, **given: Any) -> Method:
     'magnitude'
     """
     factory = _factory(name)
-    accepted = options(name)
+    common = common_options()
+    accepted = options(name) | common
     for option, value in given.items():
         if option not in accepted:
-            known = ", ".join(accepted) or "none at all"
+            known = ", ".join(options(name)) or "none at all"
             raise TypeError(f"method {name!r} has no option {option!r}; its options: {known}")
         accepted[option].check(name, value)
-    return factory(**given)
+    own = {option: value for option, value in given.items() if option not in common}
+    return ablated(factory(**own), **{option: given[option] for option in common if option in given})
 
 
 def resolve(method: str | Method, **given: Any) -> Method:
-    """``get`` for a name; a ``Method`` is returned as it is, and takes no options (``TypeError``)."""
+    """``get`` for a name; a ``Method`` is returned as it is, and takes the common options only."""
     if isinstance(method, str):
         return get(method, **given)
     if not isinstance(method, Method):
         raise TypeError(f"method={method!r}: expected one of {', '.join(names())}, or a fxprune.Method")
-    if given:
-        raise TypeError(
-            f"method {method.name!r} is a Method already; set {next(iter(given))!r} where it is made"
-        )
-    return method
+    common = common_options()
+    for option, value in given.items():
+        if option not in common:
+            raise TypeError(f"method {method.name!r} is a Method already; set {option!r} where it is made")
+        common[option].check(method.name, value)
+    return ablated(method, **given)
 
 
 def options(name: str) -> dict[str, Option]:
@@ -105,12 +112,25 @@ def options(name: str) -> dict[str, Option]:
     >>> options("synflow")["rounds"].default
     100
     """
-    factory = _factory(name)
-    hints = typing.get_type_hints(factory)
-    notes = _argument_notes(inspect.getdoc(factory) or "")
+    return _keywords(_factory(name))
+
+
+def common_options() -> dict[str, Option]:
+    """The options that every method takes besides its own: the sanity checks of ``ablated``.
+
+    >>> list(common_options())
+    ['shuffle', 'invert']
+    """
+    return _keywords(ablated)
+
+
+def _keywords(function: Callable[..., Method]) -> dict[str, Option]:
+    hints = typing.get_type_hints(function)
+    notes = _argument_notes(inspect.getdoc(function) or "")
     return {
         parameter.name: _option(parameter, hints[parameter.name], notes.get(parameter.name, ""))
-        for parameter in inspect.signature(factory).parameters.values()
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
 
 
@@ -127,10 +147,11 @@ def _factory(name: str) -> Callable[..., Method]:
 
 
 def _option(parameter: inspect.Parameter, hint: Any, note: str) -> Option:
-    if get_origin(hint) is Literal:
-        choices = get_args(hint)
-        return Option(parameter.name, tuple({type(c) for c in choices}), parameter.default, choices, note)
     types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    literal = next((kind for kind in types if get_origin(kind) is Literal), None)
+    if literal is not None:
+        choices = (*get_args(literal), *[None for kind in types if kind is NoneType])
+        return Option(parameter.name, tuple({type(c) for c in choices}), parameter.default, choices, note)
     classes = tuple(get_origin(kind) or kind for kind in types)
     return Option(parameter.name, classes, parameter.default, (), note)
 

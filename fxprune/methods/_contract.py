@@ -44,11 +44,11 @@ class Problem:
     ``model``: a private copy of the captured network, which a method may run and must leave as it found it.
     ``graph``: its lowered form. ``device``: where the model runs. ``weights``: the prunable parameters'
     values, detached, on ``device``, or on the host, to keep gradients, scores and masks there and leave the
-    device to the model. ``micro_batch``: at most so many samples run at a time, gradients add up.
-    ``masks``: where to start (all kept, unless the model was pruned before). ``data``: a pair (x, y), a
-    mapping, or an iterable of batches; ``loss_fn``: ``loss_fn(output, target)``, or ``loss_fn(model, batch)``
-    for mapping batches. ``generator``: the only source of randomness, on the CPU. ``schedule``: the caller's
-    wish, ``None`` for the method's own.
+    device to the model. ``masks``: where to start (all kept, unless the model was pruned before). ``data``: a
+    pair (x, y), a mapping, or an iterable of batches; ``loss_fn``: ``loss_fn(output, target)``, or
+    ``loss_fn(model, batch)`` for mapping batches. ``generator``: the only source of randomness, on the CPU.
+    ``schedule``: the caller's wish, ``None`` for the method's own. ``micro_batch``: at most so many samples
+    run at a time, gradients add up. ``invert``: keep the lowest scores instead of the highest.
     """
 
     model: torch.fx.GraphModule
@@ -64,6 +64,7 @@ class Problem:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = silent
     micro_batch: int | None = None
+    invert: bool = False
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -74,8 +75,10 @@ class Problem:
 class Method:
     """A pruning method: ``find`` is all it must have.
 
-    ``needs``: ``{"data"}`` for a method that cannot run without. ``summary``: one line. ``paper``: authors,
-    year and arXiv id. Methods outside the package are such objects too, passed as ``method=``.
+    ``needs``: ``{"data"}`` for a method that cannot run without. ``scored``: whether it ranks scores by
+    ``from_scores`` or ``prune_in_rounds``; False where it builds masks directly. ``summary``: one line.
+    ``paper``: authors, year and arXiv id. Methods outside the package are such objects too, passed as
+    ``method=``.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Method:
     needs: frozenset[str] = frozenset()
     summary: str = ""
     paper: str = ""
+    scored: bool = True
 
     def check(self, *, data: object) -> None:
         """``ValueError`` if the method needs ``data`` and there is none."""
@@ -137,8 +141,9 @@ def prune_in_rounds(
             )
         before = budget.total
         within = problem.masks if regrow else masks
+        scores = criterion(problem, masks)
         masks = select(
-            criterion(problem, masks),
+            {label: -score for label, score in scores.items()} if problem.invert else scores,
             budget.capped(problem.granularity.room(within)),
             within=within,
             granularity=problem.granularity,

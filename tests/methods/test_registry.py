@@ -90,7 +90,7 @@ def test_resolve_takes_objects() -> None:
         methods.resolve(3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["", "._contract", ".random", ".magnitude", ".snip"])
+@pytest.mark.parametrize("name", ["", "._contract", "._ablations", ".random", ".magnitude", ".snip"])
 def test_examples_in_docstrings(name: str) -> None:
     assert doctest.testmod(importlib.import_module(f"fxprune.methods{name}")).failed == 0
 
