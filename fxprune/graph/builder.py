@@ -1,7 +1,7 @@
 """What an op rule writes with: one method per op kind, plus the parameters seen on the way.
 
-In: values and constants. Out: ops appended to the graph under construction and kernel sets recorded for parameters.
-Rules never build ops by hand, so liveness and provenance are right by construction.
+In: values and constants. Out: ops appended to the graph under construction and kernel sets recorded for
+parameters. Rules never build ops by hand, so liveness and provenance are right by construction.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weigh
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor that does not depend on the input: its shape, the parameter it is a view of, and how to compute it.
+    """A tensor that does not depend on the input: its shape, the parameter it is a view of, and how to
+    compute it.
 
-    ``weight`` is set while the constant is one prunable parameter, moved about or re-parameterised; ``evaluate``
-    gives the actual numbers. ``is_learnt`` marks what comes from parameters or buffers: its zeros are accidents of
-    the present values. ``zero`` marks what is zero throughout.
+    ``weight`` is set while the constant is one prunable parameter, moved about or re-parameterised;
+    ``evaluate`` gives the actual numbers. ``is_learnt`` marks what comes from parameters or buffers: its
+    zeros are accidents of the present values. ``zero`` marks what is zero throughout.
     """
 
     shape: tuple[int, ...]
@@ -48,7 +49,8 @@ class Constant:
 
 @dataclass
 class Parameters:
-    """Names of the network's parameters: tied ones share the first name; ``owners`` maps a name to its module.
+    """Names of the network's parameters: tied ones share the first name; ``owners`` maps a name to its
+    module.
 
     ``prunable`` holds the names of the weights of convolutions, linear layers and ``nn.MultiheadAttention``.
     """
@@ -79,7 +81,9 @@ class Parameters:
         return table
 
     def reference(self, tensor: Tensor, reader: nn.Module | None) -> ir.WeightRef | None:
-        """The tensor as a weight operand, if it is a prunable parameter; ``reader`` is the module that reads it."""
+        """The tensor as a weight operand, if it is a prunable parameter; ``reader`` is the module that reads
+        it.
+        """
         name = self.names.get(id(tensor))
         if name is None or name not in self.prunable:
             return None
@@ -133,7 +137,8 @@ class Builder:
     def materialise(self, x: ir.Value | Constant, *, exact: bool = False) -> ir.Value:
         """A constant as a value, on no path: present everywhere, or nowhere if it is made of zeros.
 
-        ``exact`` keeps the zeros of a tensor made in the forward: in a contraction it is a matrix that selects.
+        ``exact`` keeps the zeros of a tensor made in the forward: in a contraction it is a matrix that
+        selects.
         """
         if isinstance(x, ir.Value):
             return x
@@ -153,7 +158,7 @@ class Builder:
     def gate(self, a: ir.Value, b: ir.Value, shape: Sequence[int]) -> ir.Value:
         return self._emit(ir.Gate, (a, b), shape)
 
-    def mix(  # noqa: PLR0913
+    def mix(
         self,
         equation: str,
         a: ir.Value,
@@ -220,7 +225,7 @@ class Builder:
         self._record(weight, x, output, positions, taps, 1, transposed=False)
         return output
 
-    def conv(  # noqa: PLR0913
+    def conv(
         self,
         x: ir.Value,
         weight: ir.WeightRef,
@@ -247,7 +252,7 @@ class Builder:
         self._record(weight, x, output, positions, taps, groups, transposed=window.transposed)
         return output
 
-    def _record(  # noqa: PLR0913
+    def _record(
         self,
         weight: ir.WeightRef,
         x: ir.Value,
@@ -302,8 +307,8 @@ def live_taps(
 ) -> Tensor:
     """Taps that meet at least one entry that is not padding: bool, of the taps' shape.
 
-    Along each axis tap ``t`` of output ``p`` reads input ``p * stride - before + t * dilation`` (for a transposed
-    convolution input ``p`` writes to output ``p * stride - before + t * dilation``).
+    Along each axis tap ``t`` of output ``p`` reads input ``p * stride - before + t * dilation`` (for a
+    transposed convolution input ``p`` writes to output ``p * stride - before + t * dilation``).
     """
     grid = torch.ones(window.kernel, dtype=torch.bool)
     if window.mode != "zeros":

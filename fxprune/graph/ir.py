@@ -1,7 +1,7 @@
 """The typed channel/kernel dataflow graph: a small closed set of op kinds over values.
 
-In: nothing (these are plain data). Out: :class:`ChannelGraph`, which every objective, metric and report consumes.
-A value is a tensor of the captured network; an op says how paths, not numbers, go through it:
+In: nothing (these are plain data). Out: :class:`ChannelGraph`, which every objective, metric and report
+consumes. A value is a tensor of the captured network; an op says how paths, not numbers, go through it:
 
 =========  ==========================================================================================
 Source     the network's input (live), or a constant (class token, table): present, but no path
@@ -71,10 +71,10 @@ class Space:
 class KernelSet:
     """The kernels of one prunable parameter.
 
-    ``shape`` is the parameter's, ``(out, in / groups, *taps)``; entry ``[o, i]`` is one kernel, its taps the weights
-    in it. ``live_taps`` (bool, of the taps' shape) marks the taps that see anything but padding. ``uses`` counts the
-    places where the parameter is applied (tied weights, modules called twice), ``macs`` the multiply-adds of all of
-    them together for one sample of the dense network, taps on padding included.
+    ``shape`` is the parameter's, ``(out, in / groups, *taps)``; entry ``[o, i]`` is one kernel, its taps the
+    weights in it. ``live_taps`` (bool, of the taps' shape) marks the taps that see anything but padding.
+    ``uses`` counts the places where the parameter is applied (tied weights, modules called twice), ``macs``
+    the multiply-adds of all of them together for one sample of the dense network, taps on padding included.
     """
 
     name: str
@@ -95,6 +95,7 @@ class KernelSet:
         """The parameter's axis that runs over output channels (0, or 1 for a transposed convolution)."""
         return 1 if self.transposed else 0
 
+
 @dataclass(frozen=True)
 class WeightRef:
     """The weight operand of a contraction: ``view`` of parameter ``name`` (``None``: no prunable parameter).
@@ -114,7 +115,9 @@ class WeightRef:
 
 @dataclass(frozen=True)
 class Window:
-    """Geometry of a convolution over the last ``len(kernel)`` axes; ``padding`` gives (before, after) per axis."""
+    """Geometry of a convolution over the last ``len(kernel)`` axes; ``padding`` gives (before, after) per
+    axis.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -132,8 +135,9 @@ class Window:
 
 @dataclass(frozen=True)
 class WindowPool:
-    """A pooling window: ``own`` is the network's operation, ``total`` the sum over the same windows, ``periodic`` that
-    sum on a periodic image, where it differs. All work on the last axes of a tensor of any rank."""
+    """A pooling window: ``own`` is the network's operation, ``total`` the sum over the same windows,
+    ``periodic`` that sum on a periodic image, where it differs. All work on the last axes of a tensor of any
+    rank."""
 
     own: Callable[[Tensor], Tensor]
     total: Callable[[Tensor], Tensor]
@@ -184,8 +188,8 @@ class Gate(Op):
 class Gather(Op):
     """``move`` maps the input tensors to the output tensor by copying entries (zeros may be filled in).
 
-    ``pads`` lists ``(axis, before, after)`` where image axes grow by zeros on their borders: a periodic image grows by
-    itself there.
+    ``pads`` lists ``(axis, before, after)`` where image axes grow by zeros on their borders: a periodic image
+    grows by itself there.
     """
 
     move: Callable[[Sequence[Tensor]], Tensor] = lambda tensors: tensors[0]
@@ -236,8 +240,8 @@ class Sink(Op):
 class ChannelGraph:
     """The lowered network: ``ops`` in execution order, one :class:`KernelSet` per prunable parameter.
 
-    ``samples`` is the batch size of the example inputs that shapes were captured with; ``opaque`` lists the ops that
-    no rule knew (their every input reaches their every output).
+    ``samples`` is the batch size of the example inputs that shapes were captured with; ``opaque`` lists the
+    ops that no rule knew (their every input reaches their every output).
     """
 
     ops: tuple[Op, ...]

@@ -1,9 +1,10 @@
 """Layouts: which entries of a tensor are known to be equal, axis by axis.
 
 In: a tensor's full shape and what was done to it. Out: one :class:`AxisMap` per axis, which sends each of the
-``size`` entries of that axis to one of ``count`` classes. A value is then carried as its *reduced* tensor, of shape
-``(count_0, count_1, ...)``. A map with one class is a collapsed axis (a batch, or positions that are all alike);
-the identity map is an explicit axis (channels). Everything between, such as *class token | patches*, is a partition.
+``size`` entries of that axis to one of ``count`` classes. A value is then carried as its *reduced* tensor, of
+shape ``(count_0, count_1, ...)``. A map with one class is a collapsed axis (a batch, or positions that are
+all alike); the identity map is an explicit axis (channels). Everything between, such as *class token |
+patches*, is a partition.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
-    """The partition of one axis: ``labels[i]`` is the class of entry ``i``; ``None`` if it follows from the counts.
+    """The partition of one axis: ``labels[i]`` is the class of entry ``i``; ``None`` if it follows from the
+    counts.
 
-    ``count == 1`` is a collapsed axis and ``count == size`` an explicit one (the identity); both need no labels.
+    ``count == 1`` is a collapsed axis and ``count == size`` an explicit one (the identity); both need no
+    labels.
     """
 
     size: int
@@ -89,7 +92,7 @@ def explicit(size: int) -> AxisMap:
 
 
 def from_classes(classes: Tensor) -> AxisMap:
-    """The map with these class numbers (any integers), classes renumbered in the order of their first entry."""
+    """The map with these class numbers (any integers), renumbered in the order of first entries."""
     size = classes.numel()
     _, inverse = torch.unique(classes, return_inverse=True)
     count = int(inverse.max()) + 1 if size else 0
@@ -123,9 +126,7 @@ def join(layouts: Sequence[Layout], shape: Sequence[int]) -> Layout:
     """Coarsest layout of ``shape`` that refines every one of ``layouts`` (broadcast first)."""
     result = tuple(collapsed(size) for size in shape)
     for layout in layouts:
-        result = tuple(
-            join_axes(a, b) for a, b in zip(result, broadcast(layout, shape), strict=True)
-        )
+        result = tuple(join_axes(a, b) for a, b in zip(result, broadcast(layout, shape), strict=True))
     return result
 
 
@@ -134,7 +135,9 @@ def reduced_shape(layout: Layout) -> tuple[int, ...]:
 
 
 def full_labels(layout: Layout, offset: int = 0) -> Tensor:
-    """A tensor of the full shape: at each place the flat index of its entry in the reduced tensor, plus ``offset``."""
+    """A tensor of the full shape: at each place the flat index of its entry in the reduced tensor, plus
+    ``offset``.
+    """
     shape = reduced_shape(layout)
     labels = torch.arange(offset, offset + int(torch.tensor(shape).prod()) if shape else offset + 1)
     labels = labels.reshape(shape)
@@ -147,10 +150,11 @@ def full_labels(layout: Layout, offset: int = 0) -> Tensor:
 
 
 def layout_of_labels(labels: Tensor) -> tuple[Layout, Tensor]:
-    """The coarsest layout under which ``labels`` is constant on classes, and the labels of its reduced tensor.
+    """The coarsest layout under which ``labels`` is constant on classes, and the labels of its reduced
+    tensor.
 
-    Two entries of an axis are alike if their slices are equal. Slices are compared by a random linear hash modulo
-    2^64, so that the cost is one pass over ``labels`` per axis.
+    Two entries of an axis are alike if their slices are equal. Slices are compared by a random linear hash
+    modulo 2^64, so that the cost is one pass over ``labels`` per axis.
     """
     axes: list[AxisMap] = []
     reduced = labels
@@ -174,7 +178,9 @@ def layout_of_labels(labels: Tensor) -> tuple[Layout, Tensor]:
 
 
 def reader(old: Layout, new: Layout) -> Callable[[Tensor], Tensor]:
-    """Function that reads a reduced tensor of layout ``old`` at the finer layout ``new`` (of a broadcast shape)."""
+    """Function that reads a reduced tensor of layout ``old`` at the finer layout ``new`` (of a broadcast
+    shape).
+    """
     padded = broadcast(old, [axis.size for axis in new])
     shape = (1,) * (len(new) - len(old)) + reduced_shape(old)
     repeats = [b.count if a.count == 1 != b.count else -1 for a, b in zip(padded, new, strict=True)]

@@ -1,8 +1,8 @@
 """Lowering: from the captured network to the channel/kernel dataflow graph.
 
-In: a captured :class:`torch.fx.GraphModule` (every node with ``meta["val"]``). Out: a :class:`ChannelGraph`. One walk
-over the nodes asks the rule table; leaves without a rule are captured on their own and lowered in place; what nobody
-knows becomes an opaque op, never a guess.
+In: a captured :class:`torch.fx.GraphModule` (every node with ``meta["val"]``). Out: a :class:`ChannelGraph`.
+One walk over the nodes asks the rule table; leaves without a rule are captured on their own and lowered in
+place; what nobody knows becomes an opaque op, never a guess.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def lower(gm: fx.GraphModule) -> ir.ChannelGraph:
         gm: what :func:`fxprune.capture` returned, masked or not. It is not changed.
 
     Returns:
-        The :class:`ChannelGraph`: ops in execution order, ``kernels`` by parameter name, ``opaque`` for ops that no
-        rule knew.
+        The :class:`ChannelGraph`: ops in execution order, ``kernels`` by parameter name, ``opaque`` for ops
+        that no rule knew.
 
     Raises:
         TypeError: ``gm`` is not a GraphModule.
@@ -59,9 +59,7 @@ def lower(gm: fx.GraphModule) -> ir.ChannelGraph:
         ['0.weight', '2.weight']
     """
     if not isinstance(gm, fx.GraphModule):
-        raise TypeError(
-            f"gm: expected a torch.fx.GraphModule from fxprune.capture, got {type(gm).__name__}"
-        )
+        raise TypeError(f"gm: expected a torch.fx.GraphModule from fxprune.capture, got {type(gm).__name__}")
     for node in gm.graph.nodes:
         if "val" not in node.meta:
             raise ValueError(
@@ -129,9 +127,7 @@ class _Walk:
     def _output(self, result: Any) -> Any:
         if self.leaf is None:
             outputs = [x for x in tensors_in(result) if isinstance(x, ir.Value)]
-            self.build.ops.append(
-                ir.Sink(self.build.value((), True), tuple(outputs), "output", "")
-            )
+            self.build.ops.append(ir.Sink(self.build.value((), True), tuple(outputs), "output", ""))
         return result
 
     def _attribute(self, node: fx.Node) -> Any:
@@ -212,7 +208,7 @@ class _Walk:
                 read,
                 ref,
                 zero=node.target in (torch.zeros, torch.zeros_like, "new_zeros"),
-                is_learnt=any(x.is_learnt for x in operands),
+                is_learnt=any(isinstance(x, Constant) and x.is_learnt for x in operands),
             )
 
         return _constants(result, evaluate, constant)
@@ -224,7 +220,8 @@ class _Walk:
         meta_args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
         meta_kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
         fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # the fused path of nn.TransformerEncoderLayer hides its layers
+        # The fused path of nn.TransformerEncoderLayer hides its layers.
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             inner = capture_leaf(module, meta_args, meta_kwargs)
         except CaptureError as error:
@@ -328,7 +325,9 @@ def _provenance(
 
 
 def _bind(inner: fx.GraphModule, args: Any, kwargs: Any) -> list[Any]:
-    """Arguments in the order of the inner graph's placeholders; defaults (their captured values) where not given."""
+    """Arguments in the order of the inner graph's placeholders; defaults (their captured values) where not
+    given.
+    """
     placeholders = [node for node in inner.graph.nodes if node.op == "placeholder"]
     inputs = list(args)
     for node in placeholders[len(inputs) :]:

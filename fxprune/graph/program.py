@@ -1,8 +1,9 @@
 """A graph compiled for one resolution: steps on reduced tensors, in execution order.
 
 In: a :class:`ChannelGraph`. Out: a :class:`Program`, compiled once per graph and resolution and run by every
-objective. Besides its paths a value may need its *presence* (is the entry ever not Zero?): a product passes each
-factor where the other is present. What is present for sure (after a bias, a sigmoid) is known here and costs nothing.
+objective. Besides its paths a value may need its *presence* (is the entry ever not Zero?): a product passes
+each factor where the other is present. What is present for sure (after a bias, a sigmoid) is known here and
+costs nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Half:
 
 @dataclass(frozen=True)
 class Step:
-    """One op. ``linear`` or ``halves`` make its paths; ``linear`` or ``product`` its presence, if ``needs_presence``."""
+    """One op. ``linear`` or ``halves`` make its paths; ``linear`` or ``product`` its presence, if
+    ``needs_presence``.
+    """
 
     op: ir.Op
     layout: Layout
@@ -117,7 +120,7 @@ def _used(graph: ir.ChannelGraph) -> list[ir.Op]:
     return used[::-1]
 
 
-# -- presence -----------------------------------------------------------------------------------------------------
+# -- presence ------------------------------------------------------------------------------------
 def _presence_known(graph: ir.ChannelGraph) -> set[int]:
     """Values that are not Zero anywhere, whatever the masks are."""
     full: set[int] = set()
@@ -159,7 +162,7 @@ def _presence_needed(graph: ir.ChannelGraph, full: set[int]) -> set[int]:
     return needed
 
 
-# -- steps --------------------------------------------------------------------------------------------------------
+# -- steps ---------------------------------------------------------------------------------------
 def _source(op: ir.Source, is_full: bool, needed: bool) -> Step:
     if op.pattern is None or not op.pattern.any():
         layout = tuple(collapsed(size) for size in op.output.shape)
@@ -169,9 +172,7 @@ def _source(op: ir.Source, is_full: bool, needed: bool) -> Step:
     return Step(op, layout, is_full, needed, pattern=reduced.float())
 
 
-def _product(
-    op: ir.Gate | ir.Mix, inputs: Sequence[Layout], full: set[int], needed: bool
-) -> Step:
+def _product(op: ir.Gate | ir.Mix, inputs: Sequence[Layout], full: set[int], needed: bool) -> Step:
     """Paths through either factor; a factor that is present everywhere is a collapsed tensor of ones."""
     first, second = op.inputs
     parts: list[tuple[Half, Layout]] = []

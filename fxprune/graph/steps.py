@@ -1,8 +1,9 @@
 """What each op does to reduced tensors: one compile function per op kind.
 
-In: an op, the layouts of its inputs, whether images are periodic. Out: the output's layout and a function of the
-reduced inputs. Contraction with ones along a collapsed axis is a multiplication by its size, so the functions give
-exactly what the op gives on the full tensors; a periodic image has no border, so that positions never split there.
+In: an op, the layouts of its inputs, whether images are periodic. Out: the output's layout and a function of
+the reduced inputs. Contraction with ones along a collapsed axis is a multiplication by its size, so the
+functions give exactly what the op gives on the full tensors; a periodic image has no border, so that
+positions never split there.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _sum(op: ir.Sum, layouts: Sequence[Layout]) -> Compiled:
     return layout, add
 
 
-# -- kernels ------------------------------------------------------------------------------------------------------
+# -- kernels -------------------------------------------------------------------------------------
 def _linear(op: ir.Kernel, x: Layout) -> Compiled:
     read = reader(x, (*x[:-1], explicit(x[-1].size)))
     layout = (*x[:-1], explicit(op.output.shape[-1]))
@@ -137,9 +138,9 @@ def _conv_of_constant_image(op: ir.Kernel, x: Layout, rank: int) -> Linear:
         weight = _weight(op, setting).flatten(2).sum(2)
         inputs = read(tensors[0]).reshape(-1, groups, tensors_per_group)
         if transposed:
-            weight = weight.unflatten(0, (groups, -1))
+            weight = weight.reshape(groups, -1, weight.shape[1])
         else:
-            weight = weight.unflatten(0, (groups, -1)).transpose(1, 2)
+            weight = weight.reshape(groups, -1, weight.shape[1]).transpose(1, 2)
         if groups == 1:
             return (inputs[:, 0] @ weight[0]).reshape(shape)
         return torch.einsum("ngi,gio->ngo", inputs, weight).reshape(shape)
@@ -214,7 +215,7 @@ def folded(x: Tensor, dim: int, before: int, size: int) -> Tensor:
     return x.new_zeros(shape).index_add(dim, index, x)
 
 
-# -- movement -----------------------------------------------------------------------------------------------------
+# -- movement ------------------------------------------------------------------------------------
 ZERO, PRESENT = 0, 1  # labels of filled-in entries; those of the inputs' entries follow
 
 
@@ -244,7 +245,7 @@ def _gather(op: ir.Gather, layouts: Sequence[Layout], periodic: bool) -> Compile
     return layout, gather
 
 
-# -- pools --------------------------------------------------------------------------------------------------------
+# -- pools ---------------------------------------------------------------------------------------
 def _counted(x: Tensor, layout: Layout, dims: Sequence[int]) -> Tensor:
     """Sum over ``dims`` (kept as size one), every class as often as it occurs."""
     for dim in dims:
@@ -281,7 +282,11 @@ def _window(op: ir.Pool, window: ir.WindowPool, x: Layout, periodic: bool) -> Co
     if same_rank and all(x[dim].is_collapsed for dim in op.dims):
         ones = torch.ones([axis.size if dim in op.dims else 1 for dim, axis in enumerate(x)])
         total, own = window.total(ones), window.own(ones)
-        if op.how == "max" or periodic or bool((total == total.flatten()[0]).all() and (own == own.flatten()[0]).all()):
+        if (
+            op.how == "max"
+            or periodic
+            or bool((total == total.flatten()[0]).all() and (own == own.flatten()[0]).all())
+        ):
             layout = tuple(collapsed(out[dim]) if dim in op.dims else axis for dim, axis in enumerate(x))
             means = {"sum": float(total.mean()), "mean": float(own.mean()), "any": 1.0}
             if op.how == "max":
@@ -322,7 +327,7 @@ def total(layouts: Sequence[Layout], tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(parts).sum()
 
 
-# -- products -----------------------------------------------------------------------------------------------------
+# -- products ------------------------------------------------------------------------------------
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -374,9 +379,7 @@ def _letters(equation: str) -> tuple[str, str, str]:
     return left, right, out
 
 
-def compile_function(
-    product: Product, a: Layout, b: Layout
-) -> tuple[Layout, Product]:
+def compile_function(product: Product, a: Layout, b: Layout) -> tuple[Layout, Product]:
     """Any bilinear function of two full tensors; its layout is read off a run on random integers."""
     full_a = tuple(explicit(axis.size) for axis in a)
     full_b = tuple(explicit(axis.size) for axis in b)

@@ -1,12 +1,13 @@
 """The linear interpreter: paths through the graph, counted or tested, with their derivatives.
 
-In: a :class:`ChannelGraph` and a non-negative number per weight. Out: ln R, the log of the number (or the weight) of
-all input-output paths, and its gradients; or which weights lie on a path at all. Every objective of the library is
-this traversal with other numbers at the edges: masks (paths), \\|w\\| (SynFlow), w² (SynFlow-L2, PX).
+In: a :class:`ChannelGraph` and a non-negative number per weight. Out: ln R, the log of the number (or the
+weight) of all input-output paths, and its gradients; or which weights lie on a path at all. Every objective
+of the library is this traversal with other numbers at the edges: masks (paths), \\|w\\| (SynFlow), w²
+(SynFlow-L2, PX).
 
-Numbers of paths leave every floating-point range (10^65 in a ResNet-18), so a value is a mantissa tensor and a
-power of two; operands are brought to one scale wherever paths meet. ln R does not depend on the scales, so they are
-constants to the derivative.
+Numbers of paths leave every floating-point range (10^65 in a ResNet-18), so a value is a mantissa tensor and
+a power of two; operands are brought to one scale wherever paths meet. ln R does not depend on the scales, so
+they are constants to the derivative.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ EMPTY = -1e18  # the scale (a power of two) of a tensor without any path: below 
 class Flow:
     """Result of :func:`flow`. ``log_total``: ln R per sample (``-inf`` without any path).
 
-    ``gradients``: d ln R / d weight by kernel name, in the parameter's shape; zero throughout without any path.
+    ``gradients``: d ln R / d weight by kernel name, in the parameter's shape; zero throughout without any
+    path.
     """
 
     log_total: float
@@ -49,20 +51,22 @@ def flow(
 ) -> Flow:
     """Total weight R of all input-output paths, as ln R, and its derivatives.
 
-    The network is read on an all-ones input with these weights, without biases, norms and activations; maximum
-    pooling keeps the maximum; products pass each factor where the other is not Zero (Pham et al. 2025, appendix I).
+    The network is read on an all-ones input with these weights, without biases, norms and activations;
+    maximum pooling keeps the maximum; products pass each factor where the other is not Zero (Pham et al.
+    2025, appendix I).
 
     Args:
         graph: the lowered network.
-        weights: non-negative numbers by kernel name, in the parameter's shape; a kernel that is missing counts as
+        weights: non-negative numbers by kernel name, in the parameter's shape; a kernel that is missing
+        counts as
             ones. All on one device, where the work is done.
         resolution: ``"spatial"`` counts positions, ``"channel"`` reads images as periodic.
         pool: average pooling adds (``"sum"``, path counting) or averages (``"mean"``, as the network does).
         dtype: of the computation. Relative error grows with depth: about 1e-6 in float32, 1e-14 in float64.
 
     Returns:
-        A :class:`Flow`. Finite for any depth; derivatives beyond 1e25 in float32 (1e200 in float64), which only
-        weights that are zero now can have, are cut off there.
+        A :class:`Flow`. Finite for any depth; derivatives beyond 1e25 in float32 (1e200 in float64), which
+        only weights that are zero now can have, are cut off there.
 
     Raises:
         ValueError: a name that the graph does not have, or a shape that is not the parameter's.
@@ -76,10 +80,7 @@ def flow(
     """
     _check(graph, weights)
     program = compile_graph(graph, resolution)
-    leaves = {
-        name: weight.detach().to(dtype).requires_grad_()
-        for name, weight in weights.items()
-    }
+    leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
     device = next((weight.device for weight in leaves.values()), torch.device("cpu"))
     with torch.enable_grad():
         run = _Run(program, _Counted(dtype, device, pool), _Operands(graph, leaves, dtype, device))
@@ -95,8 +96,8 @@ def reach(
 ) -> dict[str, Tensor]:
     """Effective weights: those that are kept and lie on at least one input-output path.
 
-    Exact: the traversal is done in zeros and ones, so that nothing cancels, underflows or overflows. Maximum pooling
-    lets any entry through, since any may win.
+    Exact: the traversal is done in zeros and ones, so that nothing cancels, underflows or overflows. Maximum
+    pooling lets any entry through, since any may win.
 
     Args:
         graph: the lowered network.
@@ -134,11 +135,12 @@ def reach(
 def _check(graph: ir.ChannelGraph, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         if name not in graph.kernels:
-            raise ValueError(f"no kernel is named {name!r}; the graph has {', '.join(list(graph.kernels)[:4])}, ...")
-        if weight.shape != graph.kernels[name].shape:
             raise ValueError(
-                f"{name}: shape {tuple(weight.shape)} is not the parameter's {tuple(graph.kernels[name].shape)}"
+                f"no kernel is named {name!r}; the graph has {', '.join(list(graph.kernels)[:4])}, ..."
             )
+        shape = tuple(graph.kernels[name].shape)
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"{name}: shape {tuple(weight.shape)} is not the parameter's {shape}")
 
 
 def _gradients(result: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -154,7 +156,7 @@ def _gradients(result: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 class _Operands:
     """Weights as the steps read them: at most one and a scale (counted), or as patterns (presence)."""
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         graph: ir.ChannelGraph,
         leaves: dict[str, Tensor],
@@ -193,18 +195,20 @@ class _Rescale(torch.autograd.Function):
         return x * factor
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (factor,) = ctx.saved_tensors
         limit = 1e200 if gradient.dtype == torch.float64 else 1e25
         return (gradient * factor).clamp(max=limit), None
 
 
 def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``x = mantissa * 2 ** scale`` with a largest mantissa in (0.5, 1], and whether x has any entry but zero."""
+    """``x = mantissa * 2 ** scale`` with a largest mantissa in (0.5, 1], and whether x has any entry but
+    zero.
+    """
     top = x.detach().amax().double() if x.numel() else torch.zeros((), dtype=torch.float64, device=x.device)
     is_live = top > 0
     exponent = torch.where(is_live, top.log2().ceil(), torch.zeros_like(top))
-    rescaled: Tensor = _Rescale.apply(x, torch.exp2(-exponent).to(x.dtype))  # type: ignore[no-untyped-call]
+    rescaled: Tensor = _Rescale.apply(x, torch.exp2(-exponent).to(x.dtype))
     return rescaled, exponent, is_live
 
 
@@ -216,7 +220,7 @@ class _Round(torch.autograd.Function):
         return (x > 0.5).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return (gradient > 0.5).to(gradient.dtype)
 
 
@@ -253,7 +257,7 @@ class _Counted:
         top = torch.stack([value.level for value in values]).amax()
         top = torch.where(top > EMPTY, top, values[0].scale)
         return [
-            _Rescale.apply(value.x, torch.exp2((value.scale - top).clamp(max=64)).to(value.x.dtype))  # type: ignore[no-untyped-call]
+            _Rescale.apply(value.x, torch.exp2((value.scale - top).clamp(max=64)).to(value.x.dtype))
             for value in values
         ], top
 
@@ -270,7 +274,7 @@ class _Tested:
         return _Scaled(x.to(self.device, self.dtype), zero, zero)
 
     def settle(self, x: Tensor, scale: Tensor) -> _Scaled:
-        rounded: Tensor = _Round.apply(x)  # type: ignore[no-untyped-call]
+        rounded: Tensor = _Round.apply(x)
         return _Scaled(rounded, scale, scale)
 
     def align(self, values: Sequence[_Scaled]) -> tuple[list[Tensor], Tensor]:
@@ -351,9 +355,9 @@ class _Run:
         return algebra.settle(result, scale)
 
     def _half(self, half: Half) -> _Scaled:
-        x, scale, level = self.paths[half.live]
+        x, scale, _ = self.paths[half.live]
         other = self.present[half.other] if half.ones is None else x.new_ones(half.ones)
-        return _Scaled(half.product(x, other), scale, level)
+        return self.algebra.settle(half.product(x, other), scale)
 
     def _presence(self, step: Step) -> Tensor:
         dtype, device = self.algebra.dtype, self.algebra.device
@@ -369,7 +373,10 @@ class _Run:
             if step.linear is not None:
                 result = step.linear(self.settings[1], inputs)
             elif step.product is not None:
-                shapes = [(1,) * x.dim() if v.index not in self.present else None for v, x in zip(step.op.inputs, inputs, strict=True)]
+                shapes = [
+                    (1,) * x.dim() if v.index not in self.present else None
+                    for v, x in zip(step.op.inputs, inputs, strict=True)
+                ]
                 a, b = (x if s is None else x.new_ones(s) for x, s in zip(inputs, shapes, strict=True))
                 result = step.product(a, b)
             return (result > 0.5).to(dtype)

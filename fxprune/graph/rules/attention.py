@@ -23,7 +23,7 @@ Operand = ir.Value | Constant
 
 
 @table.rule(F.scaled_dot_product_attention)
-def scaled_dot_product_attention(  # noqa: PLR0913
+def scaled_dot_product_attention(
     context: Context,
     query: Any,
     key: Any,
@@ -34,7 +34,9 @@ def scaled_dot_product_attention(  # noqa: PLR0913
     scale: Any = None,
     enable_gqa: bool = False,
 ) -> ir.Value:
-    """``softmax(Q K^T + mask) V``: a value keeps its paths, and gains those of the queries and keys of its head."""
+    """``softmax(Q K^T + mask) V``: a value keeps its paths, and gains those of the queries and keys of its
+    head.
+    """
     q, k, v = (context.build.materialise(x) for x in (query, key, value))
     if enable_gqa and q.shape[-3] != k.shape[-3]:
         k, v = (_repeated(context, x, q.shape[-3]) for x in (k, v))
@@ -48,13 +50,13 @@ def _repeated(context: Context, x: ir.Value, heads: int) -> ir.Value:
     return context.build.gather(lambda t: t[0].repeat_interleave(copies, -3), [x], shape)
 
 
-def attend(  # noqa: PLR0913
+def attend(
     context: Context, q: ir.Value, k: ir.Value, v: ir.Value, mask: Any, *, is_causal: bool
 ) -> tuple[ir.Value, ir.Value]:
     """The mixed values and the attention that mixed them. A bool mask says which pairs may meet."""
     build = context.build
     batch = "abcdefgh"[: len(q.shape) - 2]
-    outer = torch.broadcast_shapes(q.shape[:-2], k.shape[:-2])
+    outer = tuple(max(a, b) for a, b in zip(q.shape[:-2], k.shape[:-2], strict=True))
     shape = (*outer, q.shape[-2], k.shape[-2])
     scores = build.mix(f"{batch}qc,{batch}kc->{batch}qk", q, k, shape)
     allowed = torch.ones(shape[-2:], dtype=torch.bool).tril() if is_causal else None
@@ -81,9 +83,9 @@ def _of_shape(context: Context, shape: tuple[int, ...]) -> Context:
     return Context(context.build, context.node, context.target, torch.empty(shape, device="meta"))
 
 
-# -- nn.MultiheadAttention ----------------------------------------------------------------------------------------
+# -- nn.MultiheadAttention -----------------------------------------------------------------------
 @table.rule(nn.MultiheadAttention)
-def multihead_module(  # noqa: PLR0913
+def multihead_module(
     context: Context,
     query: Any,
     key: Any,
@@ -118,16 +120,20 @@ def multihead_module(  # noqa: PLR0913
 
 
 @table.rule(F.multi_head_attention_forward)
-def multihead(context: Context, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+def multihead(
+    context: Context, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, Any]:
     """The functional form, (length, batch, width)."""
     names = """embed_dim num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p
-    out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask use_separate_proj_weight""".split()
+    out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask
+    use_separate_proj_weight""".split()
     given = dict(zip(names, args, strict=False)) | kwargs
     for name in ("bias_k", "bias_v", "static_k", "static_v", "key_padding_mask"):
         if given.get(name) is not None or given["add_zero_attn"]:
             raise Unknown("multi_head_attention_forward with padded or added keys")
-    names = PROJECTIONS[1:] if given.get("use_separate_proj_weight") else PROJECTIONS[:1]
-    refs = [operand(given[name]) for name in (*names, "out_proj_weight")]
+    separate = given.get("use_separate_proj_weight")
+    read = PROJECTIONS[1:] if separate else PROJECTIONS[:1]
+    refs = [operand(given[name]) for name in (*read, "out_proj_weight")]
     biases = given.get("in_proj_bias") is not None, given.get("out_proj_bias") is not None
     return _multihead(
         context,
@@ -141,7 +147,7 @@ def multihead(context: Context, query: Any, key: Any, value: Any, *args: Any, **
     )
 
 
-def _multihead(  # noqa: PLR0913
+def _multihead(
     context: Context,
     operands: tuple[Any, Any, Any],
     refs: tuple[ir.WeightRef, ...],
@@ -175,7 +181,8 @@ def _multihead(  # noqa: PLR0913
 
 def _negated(mask: Constant) -> Constant:
     def evaluate() -> Tensor:
-        return ~mask.evaluate()
+        allowed: Tensor = ~mask.evaluate()
+        return allowed
 
     return Constant(mask.shape, mask.dtype, evaluate)
 
@@ -224,17 +231,19 @@ def _third(ref: ir.WeightRef, i: int) -> ir.WeightRef:
 def _heads(context: Context, x: ir.Value, heads: int) -> ir.Value:
     batch, length, width = x.shape
     shape = (batch, heads, length, width // heads)
-    return context.build.gather(lambda t: t[0].unflatten(-1, (heads, -1)).transpose(1, 2), [x], shape)
+    return context.build.gather(lambda t: t[0].reshape(batch, length, heads, -1).transpose(1, 2), [x], shape)
 
 
-# -- recurrence ---------------------------------------------------------------------------------------------------
+# -- recurrence ----------------------------------------------------------------------------------
 @table.rule(nn.LSTM, nn.GRU, nn.RNN)
 def recurrent(context: Context, x: Any, state: Any = None) -> Any:
-    """Every step reaches every unit of its own and all later steps; the weights are dense (they are not pruned)."""
+    """Every step reaches every unit of its own and all later steps; the weights are dense (they are not
+    pruned).
+    """
     m: Any = context.module
     build = context.build
     value = build.materialise(x)
-    if state is not None or getattr(m, "proj_size", 0) or len(value.shape) != 3:
+    if state is not None or m.proj_size or len(value.shape) != 3:
         raise Unknown("a recurrent layer with an initial state, projections or a single sample")
     time = 1 if m.batch_first else 0
     for _ in range(m.num_layers):

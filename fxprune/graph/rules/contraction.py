@@ -62,13 +62,27 @@ def _with_weight(
     return build.gather(place, [made_last], shape)
 
 
-def _at_least(arrange: Callable[[Sequence[Tensor]], Tensor], contracts: bool) -> Callable[[Sequence[Tensor]], Tensor]:
+def _at_least(
+    arrange: Callable[[Sequence[Tensor]], Tensor], contracts: bool
+) -> Callable[[Sequence[Tensor]], Tensor]:
     """An outer product sums over nothing: an axis of size one stands in."""
     return arrange if contracts else lambda tensors: tensors[0].unsqueeze(-1)
 
 
-# -- matrix products ----------------------------------------------------------------------------------------------
-_MATMUL = (torch.matmul, "matmul", operator.matmul, torch.bmm, "bmm", torch.mm, "mm", torch.mv, "mv", torch.dot, "dot")
+# -- matrix products -----------------------------------------------------------------------------
+_MATMUL = (
+    torch.matmul,
+    "matmul",
+    operator.matmul,
+    torch.bmm,
+    "bmm",
+    torch.mm,
+    "mm",
+    torch.mv,
+    "mv",
+    torch.dot,
+    "dot",
+)
 
 
 @table.rule(*_MATMUL, "__matmul__", operator.imatmul)
@@ -111,11 +125,13 @@ def outer(context: Context, a: Operand, b: Operand) -> ir.Value:
     return contract(context, "y,z->yz", a, b, context.shape)
 
 
-# -- einsum -------------------------------------------------------------------------------------------------------
+# -- einsum --------------------------------------------------------------------------------------
 @table.rule(torch.einsum)
 def einsum(context: Context, equation: Any, *operands: Any) -> ir.Value:
     """Any number of factors, two at a time; one operand alone is summed and moved."""
-    factors = list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
+    factors = (
+        list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
+    )
     if not isinstance(equation, str):
         raise Unknown("einsum with sublists")
     terms, out = _explicit(equation.replace(" ", ""), factors)
@@ -125,7 +141,7 @@ def einsum(context: Context, equation: Any, *operands: Any) -> ir.Value:
         last = len(factors) == 2
         joined = "".join(dict.fromkeys(terms[0] + terms[1]))
         kept = out if last else "".join(c for c in joined if c in rest)
-        sizes = {}
+        sizes: dict[str, int] = {}
         for term, factor in zip(terms[:2], factors[:2], strict=True):
             for c, size in zip(term, factor.shape, strict=True):
                 sizes[c] = max(size, sizes.get(c, 1))
@@ -174,7 +190,7 @@ def tensordot(context: Context, a: Operand, b: Operand, dims: Any = 2) -> ir.Val
     return contract(context, f"{''.join(left)},{''.join(right)}->{''.join(out)}", a, b, context.shape)
 
 
-# -- Fourier transforms -------------------------------------------------------------------------------------------
+# -- Fourier transforms --------------------------------------------------------------------------
 def _transform(axes: int | None) -> Callable[..., ir.Value]:
     def transform(context: Context, x: Any, s: Any = None, dim: Any = None, norm: Any = None) -> ir.Value:
         """Every position along the axes reaches every position."""

@@ -1,7 +1,7 @@
 """Data movement: ops that copy entries about and compute nothing. One rule serves them all.
 
-The op itself, run on a tensor of integer labels, tells where every entry went; so nothing is known here about what a
-reshape or a pixel shuffle does.
+The op itself, run on a tensor of integer labels, tells where every entry went; so nothing is known here about
+what a reshape or a pixel shuffle does.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fxprune.graph import ir
 from fxprune.graph.builder import Constant
+from fxprune.graph.rules.pointwise import present
 from fxprune.graph.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 
 __all__ = ["MOVES", "table"]
@@ -23,17 +24,18 @@ __all__ = ["MOVES", "table"]
 table = RuleTable()
 
 _METHODS = """
-    reshape view flatten unflatten permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze expand repeat
-    chunk split split_with_sizes tensor_split unbind narrow select index_select roll flip fliplr flipud rot90 tile
-    repeat_interleave gather diagonal tril triu reshape_as view_as expand_as broadcast_to t take_along_dim squeeze_
-    unsqueeze_ t_ transpose_ ravel hsplit vsplit unfold tril_ triu_ diag_embed numpy_T adjoint
+    reshape view flatten unflatten permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze
+    expand repeat chunk split split_with_sizes tensor_split unbind narrow select index_select roll flip fliplr
+    flipud rot90 tile repeat_interleave gather diagonal tril triu reshape_as view_as expand_as broadcast_to t
+    take_along_dim squeeze_ unsqueeze_ t_ transpose_ ravel hsplit vsplit unfold tril_ triu_ diag_embed numpy_T
+    adjoint
 """.split()
 _FUNCTIONS = """
-    reshape flatten unflatten permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze chunk split
-    split_with_sizes tensor_split unbind narrow select index_select roll flip fliplr flipud rot90 tile
-    repeat_interleave gather diagonal tril triu broadcast_to t take_along_dim cat concat concatenate stack hstack
-    vstack pixel_shuffle pixel_unshuffle channel_shuffle ravel hsplit vsplit dstack column_stack atleast_1d
-    native_channel_shuffle diag_embed adjoint constant_pad_nd
+    reshape flatten unflatten permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze chunk
+    split split_with_sizes tensor_split unbind narrow select index_select roll flip fliplr flipud rot90 tile
+    repeat_interleave gather diagonal tril triu broadcast_to t take_along_dim cat concat concatenate stack
+    hstack vstack pixel_shuffle pixel_unshuffle channel_shuffle ravel hsplit vsplit dstack column_stack
+    atleast_1d native_channel_shuffle diag_embed adjoint constant_pad_nd
 """.split()
 _MODULES = [
     nn.Flatten,
@@ -57,7 +59,15 @@ _MODULES = [
     nn.CircularPad2d,
     nn.CircularPad3d,
 ]
-_PADS = (F.pad, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)
+_PADS = (
+    F.pad,
+    nn.ZeroPad1d,
+    nn.ZeroPad2d,
+    nn.ZeroPad3d,
+    nn.ConstantPad1d,
+    nn.ConstantPad2d,
+    nn.ConstantPad3d,
+)
 
 MOVES: set[Any] = {
     *_METHODS,
@@ -81,6 +91,11 @@ def _numbers(x: Constant) -> Tensor:
     if number is None:
         raise Unknown("the numbers of an index tensor are not known (on the meta device?)")
     return number
+
+
+def _has_unknown_index(args: Any, kwargs: Any) -> bool:
+    indices = [x for x in tensors_in((args, kwargs)) if isinstance(x, Constant) and not _is_data(x)]
+    return any(x.numbers() is None for x in indices)
 
 
 def _runner(context: Context, args: Any, kwargs: Any) -> Callable[[Sequence[Tensor]], Any]:
@@ -112,8 +127,10 @@ def _runner(context: Context, args: Any, kwargs: Any) -> Callable[[Sequence[Tens
     return run
 
 
-def _padding(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[int], bool] | None:
-    """Amounts of a constant padding (as F.pad takes them) and whether it fills in zeros; ``None`` for others."""
+def _padding(
+    context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[int], bool] | None:
+    """Amounts of a constant padding (as F.pad takes them) and whether with zeros; ``None`` for other ops."""
     if context.target not in _PADS:
         return None
     if context.module is None:
@@ -128,7 +145,8 @@ def _padding(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 def _image_pads(rank: int, amounts: Sequence[int]) -> dict[int, tuple[int, int]]:
     """Image axes that grow by zeros, with (before, after).
 
-    Images are (batch, channel, positions...), or (batch, rows, columns, channel) if rows and columns both grow.
+    Images are (batch, channel, positions...), or (batch, rows, columns, channel) if rows and columns both
+    grow.
     """
     pairs = {rank - 1 - i // 2: (amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)}
     grown = {dim: pair for dim, pair in pairs.items() if pair != (0, 0)}
@@ -150,6 +168,10 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
     if any(isinstance(x, ir.Value) and not _is_moved(context, x, args) for x in operands):
         raise Unknown("an index tensor depends on the input")
     values = [build.materialise(x) for x in operands]
+    if not any(value.live for value in values) and _has_unknown_index(args, kwargs):
+        # Entries of a table, picked by numbers that are not known (the meta device): no path, and perhaps
+        # present.
+        return present(context.shape)
     run, pads = _runner(context, args, kwargs), {}
     padding = _padding(context, args, kwargs)
     if padding is not None:

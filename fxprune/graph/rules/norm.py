@@ -40,7 +40,14 @@ def norm_module(context: Context, x: ir.Value) -> ir.Value:
 
 @table.rule(F.batch_norm, torch.batch_norm, F.instance_norm)
 def batch_norm(
-    context: Context, x: Any, mean: Any = None, var: Any = None, weight: Any = None, bias: Any = None, *_: Any, **__: Any
+    context: Context,
+    x: Any,
+    mean: Any = None,
+    var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    *_: Any,
+    **__: Any,
 ) -> ir.Value:
     return context.build.affine(context.build.materialise(x), bias=bias is not None)
 

@@ -19,21 +19,21 @@ __all__ = ["table"]
 table = RuleTable()
 
 _NAMES = """
-    relu relu6 gelu silu mish hardswish hardtanh leaky_relu elu selu celu prelu rrelu threshold tanh sigmoid hardsigmoid
-    logsigmoid softplus softsign tanhshrink hardshrink softshrink gumbel_softmax
+    relu relu6 gelu silu mish hardswish hardtanh leaky_relu elu selu celu prelu rrelu threshold tanh sigmoid
+    hardsigmoid logsigmoid softplus softsign tanhshrink hardshrink softshrink gumbel_softmax
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout
     abs absolute neg negative positive exp exp2 expm1 log log2 log10 log1p sqrt reciprocal sin cos tan
-    sinh cosh asin acos atan erf erfc sign round floor ceil trunc frac clamp clip clamp_min clamp_max nan_to_num
-    logit sigmoid_ relu_ relu6_ tanh_ exp_ sqrt_ neg_ abs_ clamp_ clamp_min_ clamp_max_ clip_ leaky_relu_ hardtanh_
-    elu_ gelu_ silu_ hardswish_ hardsigmoid_ round_ floor_ dropout_ reciprocal_
+    sinh cosh asin acos atan erf erfc sign round floor ceil trunc frac clamp clip clamp_min clamp_max
+    nan_to_num logit sigmoid_ relu_ relu6_ tanh_ exp_ sqrt_ neg_ abs_ clamp_ clamp_min_ clamp_max_ clip_
+    leaky_relu_ hardtanh_ elu_ gelu_ silu_ hardswish_ hardsigmoid_ round_ floor_ dropout_ reciprocal_
     contiguous clone detach to float double half bfloat16 type type_as cpu cuda requires_grad_
     conj real imag alias normalize local_response_norm
     eq ne lt le gt ge logical_not isnan isfinite isinf bool int long
 """.split()
 _MODULES = [
-    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU,
-    nn.PReLU, nn.RReLU, nn.Threshold, nn.Tanh, nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid, nn.Softplus, nn.Softsign,
-    nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Identity,
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.SELU,
+    nn.CELU, nn.PReLU, nn.RReLU, nn.Threshold, nn.Tanh, nn.Sigmoid, nn.Hardsigmoid, nn.LogSigmoid,
+    nn.Softplus, nn.Softsign, nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Identity,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
 ]  # fmt: skip
 
@@ -74,11 +74,12 @@ def _has_floor(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 _MOVES_TYPE = {
-    "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu", "cuda",
-    "requires_grad_", "alias", torch.clone, torch.detach, F.normalize, F.local_response_norm,
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
-    "conj", "real", "imag", torch.conj, torch.real, torch.imag, F.gumbel_softmax, "detach_", "round", torch.round,
+    "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu",
+    "cuda", "requires_grad_", "alias", torch.clone, torch.detach, F.normalize, F.local_response_norm,
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+    nn.FeatureAlphaDropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
+    F.feature_alpha_dropout, torch.dropout, "conj", "real", "imag", torch.conj, torch.real, torch.imag,
+    F.gumbel_softmax, "detach_", "round", torch.round,
 }  # fmt: skip
 
 
@@ -96,18 +97,50 @@ def elementwise(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value
         return context.build.sum([value, *others], shape)
     if not value.live and value.shape == shape:
         return value
-    return context.build.map(context.build.affine(value, shape), floor=_has_floor(context, (x, *args), kwargs))
+    return context.build.map(
+        context.build.affine(value, shape), floor=_has_floor(context, (x, *args), kwargs)
+    )
 
 
-_ADD = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__radd__", operator.sub, operator.isub)
-_SUB = (torch.sub, torch.subtract, "sub", "sub_", "subtract", torch.rsub, "rsub", torch.maximum, torch.minimum)
+_ADD = (
+    operator.add,
+    operator.iadd,
+    torch.add,
+    "add",
+    "add_",
+    "__add__",
+    "__radd__",
+    operator.sub,
+    operator.isub,
+)
+_SUB = (
+    torch.sub,
+    torch.subtract,
+    "sub",
+    "sub_",
+    "subtract",
+    torch.rsub,
+    "rsub",
+    torch.maximum,
+    torch.minimum,
+)
 _MORE = ("maximum", "minimum", torch.fmax, torch.fmin, torch.logaddexp, torch.atan2, torch.hypot)
-_LOGIC = (operator.and_, operator.or_, operator.xor, torch.logical_and, torch.logical_or, "logical_and", "logical_or")
+_LOGIC = (
+    operator.and_,
+    operator.or_,
+    operator.xor,
+    torch.logical_and,
+    torch.logical_or,
+    "logical_and",
+    "logical_or",
+)
 
 
 @table.rule(*_ADD, *_SUB, *_MORE, *_LOGIC)
 def add(context: Context, a: Any, b: Any, *args: Any, **kwargs: Any) -> ir.Value:
-    """``y = a + b``: paths add (signs never cancel); a constant is a bias. ``x - mean(x)`` is the centring of a norm."""
+    """``y = a + b``: paths add (signs never cancel); a constant is a bias. ``x - mean(x)`` is the centring of
+    a norm.
+    """
     build, shape = context.build, context.shape
     if isinstance(a, ir.Value) and isinstance(b, ir.Value):
         if build.mean_of.get(b.index) == a.index:
@@ -130,7 +163,17 @@ def plus_constant(context: Context, value: ir.Value, constant: Any) -> ir.Value:
     return result
 
 
-_MUL = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply", "__mul__", "__rmul__")
+_MUL = (
+    operator.mul,
+    operator.imul,
+    torch.mul,
+    torch.multiply,
+    "mul",
+    "mul_",
+    "multiply",
+    "__mul__",
+    "__rmul__",
+)
 
 
 @table.rule(*_MUL)
@@ -138,7 +181,9 @@ def multiply(context: Context, a: Any, b: Any, **kwargs: Any) -> ir.Value | Cons
     """``y = a * b``: a gate if both depend on the input, else a scale."""
     build, shape = context.build, context.shape
     if isinstance(a, ir.Value) and isinstance(b, ir.Value):
-        return square(context, a) if a is b else build.gate(a, b, shape)
+        if a is b:
+            return squared(context, a)
+        return build.gate(a, b, shape)
     value, other = (a, b) if isinstance(a, ir.Value) else (b, a)
     return scale(context, value, other)
 
@@ -147,13 +192,24 @@ def scale(context: Context, value: ir.Value, other: Any) -> ir.Value | Constant:
     """A factor counts by its existence; zero throughout it leaves nothing."""
     shape = context.shape
     numbers = other.numbers() if isinstance(other, Constant) and not other.is_learnt else None
-    nothing = bool((numbers == 0).all()) if numbers is not None else isinstance(other, Constant) and other.zero
+    nothing = (
+        bool((numbers == 0).all()) if numbers is not None else isinstance(other, Constant) and other.zero
+    )
     if nothing or (not isinstance(other, Constant) and other == 0):
         return Constant(shape, torch.float32, lambda: torch.zeros(shape), zero=True)
     return context.build.affine(value, shape)
 
 
-_DIV = (operator.truediv, operator.itruediv, torch.div, torch.divide, torch.true_divide, "div", "div_", "true_divide")
+_DIV = (
+    operator.truediv,
+    operator.itruediv,
+    torch.div,
+    torch.divide,
+    torch.true_divide,
+    "div",
+    "div_",
+    "true_divide",
+)
 
 
 @table.rule(*_DIV, "divide", operator.floordiv, operator.mod, torch.remainder, "remainder", torch.fmod)
@@ -168,6 +224,10 @@ def divide(context: Context, a: Any, b: Any, **kwargs: Any) -> ir.Value | Consta
 
 @table.rule(torch.square, "square", "square_")
 def square(context: Context, x: ir.Value) -> ir.Value:
+    return squared(context, x)
+
+
+def squared(context: Context, x: ir.Value) -> ir.Value:
     """A square; its mean is a second moment, which norms divide by."""
     result = context.build.map_anew(x)
     context.build.squares.add(result.index)
@@ -196,7 +256,7 @@ def power(context: Context, a: Any, b: Any) -> ir.Value | Constant:
     if b in (-0.5, 0):
         return present(shape)
     if isinstance(b, (int, float)) and b == 2:
-        return square(context, a)
+        return squared(context, a)
     return build.map(build.affine(a, shape), floor=isinstance(b, (int, float)) and b < 0)
 
 

@@ -23,7 +23,7 @@ __all__ = ["table"]
 table = RuleTable()
 
 
-# -- whole axes ---------------------------------------------------------------------------------------------------
+# -- whole axes ----------------------------------------------------------------------------------
 def _dims(x: ir.Value, dim: Any) -> tuple[int, ...]:
     if dim is None or dim == ():
         return tuple(range(len(x.shape)))
@@ -36,7 +36,7 @@ def _reduce(context: Context, x: Any, how: str, dim: Any, keepdim: bool) -> ir.V
 
 
 def _axes(args: tuple[Any, ...], keepdim: bool, kwargs: dict[str, Any]) -> tuple[Any, bool]:
-    """``x.sum(1, 2)``, ``x.sum((1, 2), True)``, ``x.sum(dim=1)``, ``x.sum(axis=1)``: the axes, and keepdim."""
+    """``x.sum(1, 2)``, ``x.sum((1, 2), True)``, ``x.sum(dim=1)``, ``x.sum(axis=1)``: axes and keepdim."""
     keepdim = kwargs.get("keepdims", keepdim)
     if args and isinstance(args[-1], bool):
         args, keepdim = args[:-1], args[-1]
@@ -44,7 +44,18 @@ def _axes(args: tuple[Any, ...], keepdim: bool, kwargs: dict[str, Any]) -> tuple
     return dims, keepdim
 
 
-_SUMS = (torch.sum, "sum", torch.nansum, "nansum", torch.logsumexp, "logsumexp", torch.any, "any", torch.all, "all")
+_SUMS = (
+    torch.sum,
+    "sum",
+    torch.nansum,
+    "nansum",
+    torch.logsumexp,
+    "logsumexp",
+    torch.any,
+    "any",
+    torch.all,
+    "all",
+)
 
 
 @table.rule(*_SUMS)
@@ -71,7 +82,9 @@ def extremum(context: Context, x: Any, *args: Any, keepdim: bool = False, **kwar
     return _reduce(context, x, "max", dims, keepdim)
 
 
-@table.rule(torch.std, "std", torch.var, "var", torch.norm, "norm", torch.linalg.norm, torch.linalg.vector_norm)
+@table.rule(
+    torch.std, "std", torch.var, "var", torch.norm, "norm", torch.linalg.norm, torch.linalg.vector_norm
+)
 def statistic(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
     """A spread or a length is what norms divide by: a scale, no path."""
     return present(context.shape)
@@ -112,14 +125,16 @@ def running_sum(context: Context, x: ir.Value, dim: int, *, backwards: bool = Fa
     return context.build.pool(x, "sum", (dim,), ir.WindowPool(run, run), x.shape)
 
 
-# -- windows ------------------------------------------------------------------------------------------------------
+# -- windows -------------------------------------------------------------------------------------
 def _tuple(value: Any, rank: int) -> tuple[int, ...]:
     return (int(value),) * rank if isinstance(value, int) else tuple(int(v) for v in value)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A pooling window over the last axes; ``out`` is the output's size, the last windows may hang over the end."""
+    """A pooling window over the last axes; ``out`` is the output's size, the last windows may hang over the
+    end.
+    """
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -143,11 +158,12 @@ class Geometry:
         ones = torch.ones((1, 1, *self.kernel), dtype=x.dtype, device=x.device)
         conv = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
         total = conv(flat, ones, stride=self.stride, dilation=self.dilation)
-        total = total[(..., *(slice(0, n) for n in self.out))]
+        for d, n in enumerate(self.out):
+            total = total.narrow(2 + d, 0, n)
         return total.reshape(*x.shape[:-rank], *self.out)
 
 
-def _windowed(  # noqa: PLR0913
+def _windowed(
     context: Context,
     x: Any,
     how: str,
@@ -167,7 +183,8 @@ def _windowed(  # noqa: PLR0913
 
 
 def _first(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
 
 
 def _own(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
@@ -180,7 +197,13 @@ _MAX = {F.max_pool1d: 1, F.max_pool2d: 2, F.max_pool3d: 3, torch.max_pool1d: 1, 
 
 @table.rule(*_AVG)
 def avg_pool(
-    context: Context, x: Any, kernel_size: Any, stride: Any = None, padding: Any = 0, *args: Any, **kwargs: Any
+    context: Context,
+    x: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    *args: Any,
+    **kwargs: Any,
 ) -> ir.Value:
     own = _own(context.target, kernel_size, stride, padding, *args, **kwargs)
     return _windowed(context, x, "mean", own, kernel_size, stride, padding, 1, _AVG[context.target])
@@ -235,7 +258,7 @@ def max_pool(
 def _adaptive(context: Context, x: Any, how: str, rank: int) -> ir.Value:
     value, shape = context.build.materialise(x), context.shape
     size, out = value.shape[-rank:], shape[-rank:]
-    average = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[rank - 1]
+    average: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[rank - 1]
     maximum = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[rank - 1]
     function = average if how == "mean" else maximum
     counts = torch.ones(())

@@ -1,7 +1,8 @@
 """The rule table: which function writes the ops of which torch op.
 
-A rule is ``rule(context, *args, **kwargs)`` with the op's own arguments, tensors replaced by values or constants; it
-returns the op's result in the same form. Keys are functions, method names and module classes; a duplicate raises.
+A rule is ``rule(context, *args, **kwargs)`` with the op's own arguments, tensors replaced by values or
+constants; it returns the op's result in the same form. Keys are functions, method names and module classes; a
+duplicate raises.
 """
 
 from __future__ import annotations
@@ -21,12 +22,16 @@ Rule = Callable[..., Any]
 
 
 class Unknown(Exception):
-    """Raised by a rule that meets arguments it cannot read; the op becomes opaque, with this text as the reason."""
+    """Raised by a rule that meets arguments it cannot read; the op becomes opaque, with this text as the
+    reason.
+    """
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a rule may look at: the builder, the fx node, its captured result, and the module of a call_module."""
+    """What a rule may look at: the builder, the fx node, its captured result, and the module of a
+    call_module.
+    """
 
     build: Builder
     node: fx.Node

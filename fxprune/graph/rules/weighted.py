@@ -27,7 +27,9 @@ def module_weight(context: Context, name: str = "weight") -> ir.WeightRef:
 
 
 def operand(weight: Any) -> ir.WeightRef:
-    """The weight operand of a functional call: a prunable parameter, or dense; zeros made in the forward stay."""
+    """The weight operand of a functional call: a prunable parameter, or dense; zeros made in the forward
+    stay.
+    """
     if not isinstance(weight, Constant):
         raise Unknown("the weight depends on the input")
     if weight.weight is not None:
@@ -40,7 +42,11 @@ def operand(weight: Any) -> ir.WeightRef:
 
 
 def _pairs(value: Any, rank: int) -> tuple[int, ...]:
-    return (int(value),) * rank if isinstance(value, int) else tuple(int(v) for v in value) * (rank if len(value) == 1 else 1)
+    return (
+        (int(value),) * rank
+        if isinstance(value, int)
+        else tuple(int(v) for v in value) * (rank if len(value) == 1 else 1)
+    )
 
 
 @table.rule(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
@@ -67,7 +73,7 @@ def linear(context: Context, x: Any, weight: Any, bias: Any = None) -> ir.Value:
     return build.linear(value, ref, bias=bias is not None)
 
 
-def _window(  # noqa: PLR0913
+def _window(
     kernel: Any, stride: Any, padding: Any, dilation: Any, mode: str = "zeros", *, rank: int
 ) -> ir.Window:
     kernel, stride, dilation = tuple(kernel), _pairs(stride, rank), _pairs(dilation, rank)
@@ -98,7 +104,7 @@ def conv_module(context: Context, x: Any) -> ir.Value:
 
 
 @table.rule(F.conv1d, F.conv2d, F.conv3d)
-def conv(  # noqa: PLR0913
+def conv(
     context: Context,
     input: Any,
     weight: Any,
@@ -133,13 +139,20 @@ def _transposed(kernel: Any, stride: Any, padding: Any, dilation: Any, output_pa
 
 @table.rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def conv_transpose_module(context: Context, x: Any, output_size: Any = None) -> ir.Value:
-    """The parameter is ``(in, out / groups, *taps)``; ``output_padding`` follows from the captured output shape."""
+    """The parameter is ``(in, out / groups, *taps)``; ``output_padding`` follows from the captured output
+    shape.
+    """
     m: Any = context.module
     value, shape = context.build.materialise(x), context.shape
     rank = len(m.kernel_size)
     extra = [
         shape[-rank + d]
-        - ((value.shape[-rank + d] - 1) * m.stride[d] - 2 * m.padding[d] + m.dilation[d] * (m.kernel_size[d] - 1) + 1)
+        - (
+            (value.shape[-rank + d] - 1) * m.stride[d]
+            - 2 * m.padding[d]
+            + m.dilation[d] * (m.kernel_size[d] - 1)
+            + 1
+        )
         for d in range(rank)
     ]
     window = _transposed(m.kernel_size, m.stride, m.padding, m.dilation, extra)
@@ -148,7 +161,7 @@ def conv_transpose_module(context: Context, x: Any, output_size: Any = None) -> 
 
 
 @table.rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-def conv_transpose(  # noqa: PLR0913
+def conv_transpose(
     context: Context,
     input: Any,
     weight: Any,
