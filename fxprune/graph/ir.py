@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import networkx as nx
 import torch
 from torch import Tensor
 
@@ -259,3 +260,15 @@ class ChannelGraph:
     def prunable(self) -> int:
         """Number of prunable weights."""
         return sum(kernels.shape.numel() for kernels in self.kernels.values())
+
+    def summary(self) -> str:
+        """One line of text per op, and the totals; see :func:`fxprune.graph.display.summary`."""
+        from fxprune.graph import display  # the display reads these classes: imported when asked for
+
+        return display.summary(self)
+
+    def to_networkx(self, level: Literal["op", "channel"] = "op") -> nx.DiGraph:
+        """The graph of ops, or of channels and kernels; see :func:`fxprune.graph.display.to_networkx`."""
+        from fxprune.graph import display
+
+        return display.to_networkx(self, level)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fxprune.graph import ir
 from fxprune.graph.layout import Layout, collapsed, join, layout_of_labels, reader, reduced_shape
-from fxprune.graph.steps import Linear, Product, compile_gate, compile_linear, compile_mix
+from fxprune.graph.products import Product, compile_product
+from fxprune.graph.steps import Linear, compile_linear
 
 __all__ = ["Program", "Resolution", "Step", "compile_graph"]
 
@@ -184,14 +185,14 @@ def _product(op: ir.Gate | ir.Mix, inputs: Sequence[Layout], full: set[int], nee
         if other.index in full:
             layouts[1 - place] = tuple(collapsed(size) for size in other.shape)
             ones = (1,) * len(other.shape)
-        layout, product = _compile_product(op, layouts[0], layouts[1])
+        layout, product = compile_product(op, layouts[0], layouts[1])
         ordered = product if place == 0 else _swapped(product)
         parts.append((Half(live.index, other.index, ones, ordered), layout))
     joined = join([layout for _, layout in parts], op.output.shape)
     own = None
     if needed or not parts:
         known = [_known(value, x, full) for value, x in zip(op.inputs, inputs, strict=True)]
-        own_layout, own = _compile_product(op, known[0], known[1])
+        own_layout, own = compile_product(op, known[0], known[1])
         joined = join([joined, own_layout], op.output.shape)
         own = _placed(own, reader(own_layout, joined))
     halves = tuple(
@@ -202,10 +203,6 @@ def _product(op: ir.Gate | ir.Mix, inputs: Sequence[Layout], full: set[int], nee
 
 def _known(value: ir.Value, layout: Layout, full: set[int]) -> Layout:
     return tuple(collapsed(size) for size in value.shape) if value.index in full else layout
-
-
-def _compile_product(op: ir.Gate | ir.Mix, a: Layout, b: Layout) -> tuple[Layout, Product]:
-    return compile_gate(op, a, b) if isinstance(op, ir.Gate) else compile_mix(op, a, b)
 
 
 def _swapped(product: Product) -> Product:

@@ -1,0 +1,111 @@
+"""The graph for people: a text dump, and networkx graphs of ops or of channels.
+
+In: a :class:`ChannelGraph`. Out: text, or a :class:`networkx.DiGraph`. Nothing here is needed for pruning.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import networkx as nx
+import torch
+
+from fxprune.graph import ir
+
+__all__ = ["summary", "to_networkx"]
+
+LIMIT = 100_000  # kernels that a channel-level export may have
+
+
+def summary(graph: ir.ChannelGraph) -> str:
+    """One line per op, ``%7 = Kernel(%6) 2x64x56x56 layer1.0.conv1.weight 64x64x3x3``, and the totals.
+
+    Constants are marked ``constant``; what has a bias or a floor is marked ``never Zero``.
+    """
+    lines = [
+        f"{graph.name}: {len(graph.ops)} ops, {len(graph.kernels)} kernel sets, {graph.prunable} weights"
+    ]
+    for op in graph.ops:
+        inputs = ", ".join(f"%{value.index}" for value in op.inputs)
+        shape = "x".join(map(str, op.output.shape)) or "-"
+        line = f"%{op.output.index} = {op.kind}({inputs}) {shape} {_detail(op)}".rstrip()
+        lines.append(line)
+    if graph.opaque:
+        lines.append(f"{len(graph.opaque)} opaque: every input is taken to reach every output")
+    return "\n".join(lines)
+
+
+def _detail(op: ir.Op) -> str:
+    if isinstance(op, ir.Kernel):
+        size = "x".join(map(str, op.weight.shape))
+        groups = f" groups={op.groups}" if op.groups > 1 else ""
+        return f"{op.weight.name or 'dense'} {size}{groups}{' +bias' if op.bias else ''}"
+    if isinstance(op, ir.Source):
+        return "" if op.output.live else "constant" if op.pattern is None else "constant with zeros"
+    if isinstance(op, ir.Pool):
+        return f"{op.how} over {'windows of ' if op.window else ''}{list(op.dims)}"
+    if isinstance(op, ir.Mix):
+        return op.equation or "of full tensors"
+    if isinstance(op, ir.Opaque):
+        return op.reason
+    marked = (isinstance(op, ir.Affine) and op.bias) or (isinstance(op, ir.Map) and op.floor)
+    return "never Zero" if marked else ""
+
+
+def to_networkx(graph: ir.ChannelGraph, level: Literal["op", "channel"] = "op") -> nx.DiGraph:
+    """The graph in networkx's form.
+
+    Args:
+        graph: the lowered network.
+        level: ``"op"``: a node per op (attributes ``kind``, ``origin``, ``layer``, ``shape``, and ``kernel``
+        where a
+            parameter is applied), an edge per value. ``"channel"``: a node ``(space, i)`` per channel of the
+            spaces that kernels join, an edge per kernel with its parameter and ``[out, in]`` index; for small
+            graphs.
+
+    Raises:
+        ValueError: unknown level, or more than 100,000 kernels at the channel level.
+    """
+    if level == "op":
+        return _ops(graph)
+    if level == "channel":
+        return _channels(graph)
+    raise ValueError(f"level: expected 'op' or 'channel', got {level!r}")
+
+
+def _ops(graph: ir.ChannelGraph) -> nx.DiGraph:
+    result = nx.DiGraph(name=graph.name)
+    for op in graph.ops:
+        kernel = op.weight.name if isinstance(op, ir.Kernel) else None
+        result.add_node(
+            op.output.index,
+            kind=op.kind,
+            origin=op.origin,
+            layer=op.layer,
+            shape=op.output.shape,
+            kernel=kernel,
+        )
+        result.add_edges_from((value.index, op.output.index) for value in op.inputs)
+    return result
+
+
+def _channels(graph: ir.ChannelGraph) -> nx.DiGraph:
+    count = sum(kernels.shape[0] * kernels.shape[1] for kernels in graph.kernels.values())
+    if count > LIMIT:
+        raise ValueError(f"level: the graph has {count:,} kernels, more than {LIMIT:,}; export level='op'")
+    result = nx.DiGraph(name=graph.name)
+    for kernels in graph.kernels.values():
+        per_group_in = kernels.in_space.size // kernels.groups
+        per_group_out = kernels.out_space.size // kernels.groups
+        for group in range(kernels.groups):
+            pairs = torch.cartesian_prod(torch.arange(per_group_out), torch.arange(per_group_in)).tolist()
+            for o, i in pairs:
+                out, into = group * per_group_out + o, group * per_group_in + i
+                index = (into, o) if kernels.transposed else (out, i)
+                result.add_edge(
+                    (kernels.in_space.name, into),
+                    (kernels.out_space.name, out),
+                    kernel=kernels.name,
+                    index=index,
+                )
+    return result
