@@ -14,6 +14,7 @@ import torch
 
 from fxprune.graph.ir import ChannelGraph
 from fxprune.sparsity.budget import Budget
+from fxprune.sparsity.channels import fitted
 from fxprune.sparsity.granularity import WEIGHT, Granularity
 from fxprune.sparsity.masks import Masks, kept
 from fxprune.sparsity.schedule import DensityFunction, OneShot, Schedule, resolve
@@ -46,7 +47,8 @@ class Problem:
     values, detached, on ``device``, or on the host, to keep gradients, scores and masks there and leave the
     device to the model. ``masks``: where to start (all kept, unless the model was pruned before). ``data``: a
     pair (x, y), a mapping, or an iterable of batches; ``loss_fn``: ``loss_fn(output, target)``, or
-    ``loss_fn(model, batch)`` for mapping batches. ``generator``: the only source of randomness, on the CPU.
+    ``loss_fn(model, batch)`` for mapping batches. ``granularity``: it reads parameters as the graph does, and
+    ties channels. ``generator``: the only source of randomness, on the CPU.
     ``schedule``: the caller's wish, ``None`` for the method's own. ``micro_batch``: at most so many samples
     run at a time, gradients add up. ``invert``: keep the lowest scores instead of the highest.
     """
@@ -69,6 +71,7 @@ class Problem:
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch={self.micro_batch!r}: expected a number of samples, at least 1")
+        object.__setattr__(self, "granularity", fitted(self.granularity, self.graph))
 
 
 @dataclass(frozen=True)

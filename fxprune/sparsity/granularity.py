@@ -178,7 +178,8 @@ def resolve(granularity: str | Granularity) -> Granularity:
     """The granularity that a name means; an object of one's own is returned as it is.
 
     Names: ``"weight"``, ``"kernel"`` (the taps between one input and one output channel), ``"channel"`` (a
-    slice of the first dimension), ``"nm(2,4)"``, ``"block(16,16)"``. Errors: ``ValueError``, ``TypeError``.
+    slice of the first dimension, or an output channel and all that is tied to it where ``channels.fitted``
+    has seen the graph), ``"nm(2,4)"``, ``"block(16,16)"``. Errors: ``ValueError``, ``TypeError``.
 
     >>> resolve("nm(2,4)")
     NM(n=2, m=4)
@@ -199,6 +200,15 @@ def resolve(granularity: str | Granularity) -> Granularity:
         raise ValueError(f"granularity={granularity!r}: expected one of {names}")
     kind, first, second = match.group(1), int(match.group(2)), int(match.group(3))
     return NM(first, second) if kind == "nm" else Block(first, second)
+
+
+def turned(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """A transposed convolution's (in, out / groups, *taps) as (out, in / groups, *taps).
+
+    The same again is the way back.
+    """
+    apart = x.reshape(groups, -1, *x.shape[1:])
+    return apart.transpose(1, 2).flatten(0, 1)
 
 
 def _alive(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
