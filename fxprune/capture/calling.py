@@ -98,7 +98,7 @@ class Caller:
             result = self.leaf(path, module, args, kwargs)
         except TRACE_ERRORS:
             raise reason from None
-        self.setting.reasons[path] = f"{first_line(reason)} ({where(reason, self.root)})"
+        self.setting.reasons[path] = f"{first_line(reason)} ({where(reason, self.root, path)})"
         return result
 
     def inside(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

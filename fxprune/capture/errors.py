@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from pathlib import Path
 
@@ -35,13 +36,19 @@ TRACE_ERRORS = (
 def first_line(error: BaseException) -> str:
     """What an error says, without the page that some of PyTorch's append."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    text = lines[0] if lines else type(error).__name__
+    unknown = re.match(r"The register_meta function for (\S+) raises", text)
+    return f"the shape of {unknown[1]} depends on the numbers in a tensor" if unknown else text
 
 
-def where(error: BaseException, model: nn.Module) -> str:
-    """The module of ``model`` whose code an error came from, and the line."""
+def where(error: BaseException, model: nn.Module, called: str = "") -> str:
+    """The module of ``model`` whose code an error came from, and the line.
+
+    If the error says neither, because capture itself raised it, that is the ``forward`` of the module
+    ``called``.
+    """
     paths = {id(module): path for path, module in model.named_modules()}
-    module, line = "", ""
+    module, line = f"module {called!r}" if called else "", ""
     for frame, number in traceback.walk_tb(error.__traceback__):
         code = frame.f_code
         owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
@@ -49,4 +56,7 @@ def where(error: BaseException, model: nn.Module) -> str:
             module = f"module {paths[id(owner)]!r}"
         if not code.co_filename.startswith((LIBRARY, PACKAGE)):
             line = f"{code.co_filename}:{number}"
-    return ", ".join(part for part in (module, line) if part) or "in the model itself"
+    code = getattr(type(model.get_submodule(called)).forward, "__code__", None)
+    if not line and code is not None:
+        line = f"{code.co_filename}:{code.co_firstlineno}"
+    return ", ".join(part for part in (module, line) if part)

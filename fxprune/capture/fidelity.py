@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 
 from fxprune.capture.compare import Differences, compare
 from fxprune.capture.errors import TRACE_ERRORS, first_line, where
-from fxprune.capture.guards import guard_constants, guard_sizes, guarded_sizes
+from fxprune.capture.guards import guard_constants, guard_decisions, guard_sizes, guarded_sizes
 from fxprune.capture.merge import merge
 from fxprune.capture.modes import Switches
 from fxprune.capture.module import CapturedModule
@@ -37,6 +37,8 @@ OTHER_TYPE = {
     torch.complex64: torch.complex128,
     torch.complex128: torch.complex64,
 }
+
+COUNTS_BATCH = "it makes a Python number of the batch size (int, len, range or iteration)"
 
 
 @dataclass
@@ -77,7 +79,7 @@ class _Search:
             found = compare(base, probe) if probe else Differences({""})
             if not found:
                 settle_types(base, found)
-                return self.finish(base, Switches(self.model))
+                return self.finish(base, Switches(self.model), found)
             result = self.settle(base, found)
             if result is not None:
                 return result
@@ -101,17 +103,23 @@ class _Search:
             # The mode alone explains all of it: the other changes changed nothing.
             settle_types(base, together)
         else:
-            if self.fixed_batch(base):
+            together = self.fixed_batch(base)
+            if self.keep_whole(dict.fromkeys(together.places - {""}, COUNTS_BATCH)):
                 return None
             other = self.attempt(types=True)
-            settle_types(base, compare(base, other) if other else Differences())
+            types = compare(base, other) if other else Differences()
+            if self.keep_whole(dict.fromkeys(types.modules - {""}, "it does something else in other types")):
+                return None
+            if "" in types.modules:
+                self.notes.setdefault("", "it does something else in other types; the graph holds for these")
+            settle_types(base, types)
         switches = Switches(self.model)
         if training and modes.modules:
             merge(self.model, base, training, switches)
         else:
             for constant in modes.constants:
                 switches.insert(constant.node, constant.path, constant.key, constant.second, constant.first)
-        return self.finish(base, switches)
+        return self.finish(base, switches, together)
 
     def forget_memos(self, base: Trace, *, training: bool = False) -> None:
         """Attributes that a module writes do not matter if a second run, which finds them, does the same."""
@@ -135,17 +143,14 @@ class _Search:
         larger = self.attempt(images=True)
         return larger is not None and bool(compare(base, larger))
 
-    def fixed_batch(self, base: Trace) -> bool:
-        """Modules that turn the batch size into a constant stay whole; of the model itself one is told."""
+    def fixed_batch(self, base: Trace) -> Differences:
+        """What a larger batch changes; if it is the model itself that takes it for constant, that is told."""
         larger = self.attempt(batch=True)
-        if larger is None:
-            return False
-        places = compare(base, larger).places
-        reason = "it makes a Python number of the batch size (int, len, range or iteration)"
-        if "" in places:
-            self.notes.setdefault("", f"{reason}; the graph holds for the batch size of example_inputs")
+        found = compare(base, larger) if larger else Differences()
+        if "" in found.places:
+            self.notes.setdefault("", f"{COUNTS_BATCH}; the graph holds for the batch size of example_inputs")
             self.one_batch_size = True
-        return self.keep_whole(dict.fromkeys(places - {""}, reason))
+        return found
 
     def keep_whole(self, reasons: Mapping[str, str]) -> bool:
         """Whether there is a module among them that was entered so far."""
@@ -196,10 +201,12 @@ class _Search:
             return None
         return None if other and not training and result.reasons.keys() - self.whole else result
 
-    def finish(self, base: Trace, switches: Switches) -> Faithful:
+    def finish(self, base: Trace, switches: Switches, larger: Differences) -> Faithful:
+        """``larger`` compares ``base`` with a trace of a larger batch."""
+        name = type(self.model).__name__
+        guard_decisions(base.graph, base.decisions, larger.pairs, name)
         remove_dead_code(base.graph)
         switches.drop_unused(base.graph)
-        name = type(self.model).__name__
         guard_constants(base.graph, name)
         guard_sizes(base.graph, self.fixed_dims, name)
         used = {str(node.target) for node in base.graph.nodes if node.op == "get_attr"}

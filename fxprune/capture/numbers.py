@@ -2,7 +2,8 @@
 
 In: a Python number read off a shape, and the graph node that computes it. Out: an ``int`` or ``float``
 that is the number for every purpose (``if``, ``range``, indexing, C code) and whose arithmetic goes on
-being recorded, so that the batch size stays free in the captured graph.
+being recorded, so that the batch size stays free in the captured graph. Comparisons are told: what the code
+decided by a number holds for the numbers that decide alike.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ __all__ = ["NumberRecorder", "TracedFloat", "TracedInt", "plain"]
 
 
 class NumberRecorder(Protocol):
-    """What a traced number needs of the recorder: a node for the result of ``function`` on ``args``."""
+    """What a traced number needs of the recorder: a node for the result of ``function`` on ``args``, and an
+    ear for comparisons."""
 
     def number(self, function: Callable[..., Any], args: tuple[Any, ...], value: Any) -> Any: ...
+
+    def decided(self, function: Callable[..., Any], number: Any, other: Any, result: bool) -> None: ...
 
 
 class TracedInt(int):
@@ -81,6 +85,21 @@ def _unary(function: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
+def _comparison(function: Callable[[Any, Any], bool]) -> Callable[[Any, Any], Any]:
+    def method(self: Any, other: Any) -> Any:
+        if not isinstance(other, int | float):
+            return NotImplemented
+        result = function(plain(self), plain(other))
+        self.recorder.decided(function, self, other, result)
+        return result
+
+    return method
+
+
+def _truth(self: Any) -> bool:
+    return bool(self != 0)
+
+
 BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
     "sub": operator.sub,
@@ -99,9 +118,15 @@ UNARY: dict[str, Callable[..., Any]] = {
     "round": round,
 }
 
-for _class in (TracedInt, TracedFloat):
+COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
+
+for _class, _base in ((TracedInt, int), (TracedFloat, float)):
     for _name, _function in BINARY.items():
         setattr(_class, f"__{_name}__", _binary(_function, reflected=False))
         setattr(_class, f"__r{_name}__", _binary(_function, reflected=True))
     for _name, _function in UNARY.items():
         setattr(_class, f"__{_name}__", _unary(_function))
+    for _function in COMPARISONS:
+        setattr(_class, f"__{_function.__name__}__", _comparison(_function))
+    for _name, _method in {"bool": _truth, "hash": _base.__hash__}.items():
+        setattr(_class, f"__{_name}__", _method)

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.overrides import TorchFunctionMode
 
-from fxprune.capture.errors import TRACE_ERRORS
+from fxprune.capture.errors import TRACE_ERRORS, CaptureError
 from fxprune.capture.numbers import plain
 from fxprune.capture.numeric import MadeUp, needs_numbers
 from fxprune.capture.ops import RESHAPING, VALUE_READERS, spelling
@@ -49,6 +49,8 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._property(func, args[0])
+        if name == "__set__" and self.recording and func.__self__.__name__ in ("data", "grad"):
+            raise CaptureError(f"it assigns the .{func.__self__.__name__} of a tensor")
         if name in VALUE_READERS:
             return func(self.tape.shadows.value(args[0], name), *args[1:], **kwargs)
         if not self.recording:

@@ -25,7 +25,7 @@ from fxprune.capture.numbers import TracedFloat, TracedInt, plain
 from fxprune.capture.ops import changes_input
 from fxprune.capture.shadows import Shadows, map_structure
 
-__all__ = ["DtypeOf", "Scope", "Tape"]
+__all__ = ["Decision", "DtypeOf", "Scope", "Tape"]
 
 LITERALS = (type(None), bool, int, float, str, torch.dtype)
 ATOMS = (
@@ -62,6 +62,17 @@ class Scope:
         return {**outer, self.path: (self.path, self.kind)} if self.path else outer
 
 
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """The code of a module compared a number of the graph with another one, or a constant, and went on."""
+
+    function: Callable[..., Any]
+    node: fx.Node
+    other: Any
+    result: bool
+    path: str
+
+
 class Tape:
     """``names`` maps the ``id`` of the model's tensors to their qualified names."""
 
@@ -72,6 +83,7 @@ class Tape:
         self.scope = Scope("", root)
         self.running = True
         self.constants: dict[str, Any] = {}
+        self.decisions: list[Decision] = []
         self.devices: dict[int, Tensor] = {}
         self.dtypes: dict[torch.dtype, Tensor] = {}
         self._nodes: dict[int, fx.Node] = {}
@@ -102,6 +114,11 @@ class Tape:
         node = self.node("call_function", function, args, {})
         node.meta["val"] = value
         return self._traced(value, node)
+
+    def decided(self, function: Callable[..., Any], number: Any, other: Any, result: bool) -> None:
+        """A comparison of sizes: the graph holds where it comes out the same."""
+        if self.running:
+            self.decisions.append(Decision(function, number.node, self.arg(other), result, self.scope.path))
 
     def effect(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
         """A node for a call made for its effect alone."""
@@ -317,11 +334,11 @@ class Tape:
         finally:
             self.scope = outer
 
-    def checkpoint(self) -> tuple[fx.Node | None, int, int]:
+    def checkpoint(self) -> tuple[fx.Node | None, int, int, int]:
         last = next(iter(reversed(self.graph.nodes)), None)
-        return last, len(self._undo), len(self.scope.entries)
+        return last, len(self._undo), len(self.scope.entries), len(self.decisions)
 
-    def rollback(self, mark: tuple[fx.Node | None, int, int]) -> None:
+    def rollback(self, mark: tuple[fx.Node | None, int, int, int]) -> None:
         """Forget what was recorded since ``checkpoint`` returned ``mark``."""
         for node in list(reversed(self.graph.nodes)):
             if node is mark[0]:
@@ -332,7 +349,7 @@ class Tape:
                 del self._nodes[key]
             else:
                 self._nodes[key] = before
-        del self._undo[mark[1] :], self.scope.entries[mark[2] :]
+        del self._undo[mark[1] :], self.scope.entries[mark[2] :], self.decisions[mark[3] :]
         self._sizes.clear()
 
 

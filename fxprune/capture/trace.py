@@ -23,7 +23,7 @@ from fxprune.capture.patches import patched_functions, replaced
 from fxprune.capture.recorder import Recorder
 from fxprune.capture.shadows import Shadows
 from fxprune.capture.state import dice, untouched
-from fxprune.capture.tape import Scope, Tape
+from fxprune.capture.tape import Decision, Scope, Tape
 
 __all__ = ["Trace", "remove_dead_code", "shapes_only", "trace"]
 
@@ -33,6 +33,7 @@ class Trace:
     """What one run left behind.
 
     ``constants`` are tensors that belong to no module, ``scope`` says which module call made which node,
+    ``decisions`` what the code made depend on sizes,
     ``reasons`` why a module had to stay whole, ``changed`` which entered modules wrote which attribute
     of themselves.
     """
@@ -40,6 +41,7 @@ class Trace:
     graph: fx.Graph
     constants: dict[str, Any]
     scope: Scope
+    decisions: list[Decision] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
 
@@ -82,7 +84,7 @@ def _run(
 ) -> Trace:
     recorder = _recorder(model, shadows)
     tape = recorder.tape
-    result = Trace(tape.graph, tape.constants, tape.scope, setting.reasons)
+    result = Trace(tape.graph, tape.constants, tape.scope, tape.decisions, setting.reasons)
     arguments, options = _inputs(tape, model, args, kwargs)
     caller = Caller(recorder, model, setting)
     with ExitStack() as stack:
