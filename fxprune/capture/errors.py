@@ -56,7 +56,7 @@ def where(error: BaseException, model: nn.Module, called: str = "") -> str:
             module = f"module {paths[id(owner)]!r}"
         if not code.co_filename.startswith((LIBRARY, PACKAGE)):
             line = f"{code.co_filename}:{number}"
-    code = getattr(type(model.get_submodule(called)).forward, "__code__", None)
-    if not line and code is not None:
-        line = f"{code.co_filename}:{code.co_firstlineno}"
+    written = getattr(type(model.get_submodule(called)).forward, "__code__", None)
+    if not line and written is not None:
+        line = f"{written.co_filename}:{written.co_firstlineno}"
     return ", ".join(part for part in (module, line) if part)
