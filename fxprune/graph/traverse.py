@@ -65,8 +65,8 @@ def flow(
         dtype: of the computation. Relative error grows with depth: about 1e-6 in float32, 1e-14 in float64.
 
     Returns:
-        A :class:`Flow`. Finite for any depth; derivatives beyond 1e25 in float32 (1e200 in float64), which
-        only weights that are zero now can have, are cut off there.
+        A :class:`Flow`. Finite for any depth; derivatives beyond 1e36 in float32 (1e300 in float64; of
+        weights that are zero now, perhaps beyond 1e25 and 1e200) are cut off there.
 
     Raises:
         ValueError: a name that the graph does not have, or a shape that is not the parameter's.
@@ -182,7 +182,7 @@ class _Operands:
             leaf = self.leaves.get(name)
             if leaf is None:
                 leaf = torch.ones(self.graph.kernels[name].shape, dtype=self.dtype, device=self.device)
-            self._known[name] = _normalised(leaf)[:2] if self.scaled else (leaf, leaf.new_zeros(()))
+            self._known[name] = _moderated(leaf) if self.scaled else (leaf, leaf.new_zeros(()))
         return self._known[name]
 
 
@@ -190,26 +190,33 @@ class _Rescale(torch.autograd.Function):
     """Multiplication by a constant power of two; the derivative is kept below the range's end."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: Tensor, last: bool) -> Tensor:
         ctx.save_for_backward(factor)
+        ctx.last = last  # a weight itself: nothing multiplies its derivative any more
         return x * factor
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (factor,) = ctx.saved_tensors
-        limit = 1e200 if gradient.dtype == torch.float64 else 1e25
-        return (gradient * factor).clamp(max=limit), None
+        limits = (1e200, 1e300) if gradient.dtype == torch.float64 else (1e25, 1e36)
+        return (gradient * factor).clamp(max=limits[ctx.last]), None, None
 
 
-def _normalised(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``x = mantissa * 2 ** scale`` with a largest mantissa in (0.5, 1], and whether x has any entry but
-    zero.
-    """
+def _normalised(x: Tensor, *, is_weight: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """``x = mantissa * 2 ** scale``, the largest mantissa in (0.5, 1]; and whether x has any paths."""
     top = x.detach().amax().double() if x.numel() else torch.zeros((), dtype=torch.float64, device=x.device)
     is_live = top > 0
-    exponent = torch.where(is_live, top.log2().ceil(), torch.zeros_like(top))
+    exponent = torch.where(is_live, top.log2().ceil(), torch.zeros_like(top)).clamp(-120, 120)
     rescaled: Tensor = _Rescale.apply(x, torch.exp2(-exponent).to(x.dtype))
     return rescaled, exponent, is_live
+
+
+def _moderated(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights as mantissa and scale; ordinary ones as they are, since there are many of them."""
+    top = float(x.detach().amax()) if x.numel() else 0.0
+    if top == 0 or 2.0**-32 <= top <= 2.0**32:
+        return x, torch.zeros((), dtype=torch.float64, device=x.device)
+    return _normalised(x)[:2]
 
 
 class _Round(torch.autograd.Function):
@@ -257,7 +264,7 @@ class _Counted:
         top = torch.stack([value.level for value in values]).amax()
         top = torch.where(top > EMPTY, top, values[0].scale)
         return [
-            _Rescale.apply(value.x, torch.exp2((value.scale - top).clamp(max=64)).to(value.x.dtype))
+            _Rescale.apply(value.x, torch.exp2((value.scale - top).clamp(max=64)).to(value.x.dtype), False)
             for value in values
         ], top
 
