@@ -155,7 +155,8 @@ def _prune(model: nn.Module, example_inputs: Any, wish: Request, display: Displa
         graph = lower(gm)
     problem = _problem(source, gm, graph, before, wish, display)
     masks = _checked(wish.method, wish.method.find(problem), problem)
-    masks = _settled(problem, masks, before, wish)
+    with display.step(f"look for layers without a path (on_collapse={wish.on_collapse!r})"):
+        masks = _settled(problem, masks, before, wish)
     if wish.returns == "module":
         # The caller's own class: typed as a graph, for that is what apply gives unless asked for this.
         pruned = cast(fx.GraphModule, duplicate(source))

@@ -34,6 +34,7 @@ from fxprune.rewrite import finalize, load_masks, read_header, save, set_masks
 from fxprune.sources import load_data, load_network
 
 MASKS, REPORT, WEIGHTS = "masks.safetensors", "report.json", "model.safetensors"
+TABLE_WIDTH = 140
 
 # Every error that typer finds in the words themselves; it is not exported by that name.
 UsageError: Any = typer.BadParameter.__base__
@@ -47,7 +48,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    str, typer.Argument(help="timm:NAME, torchvision:NAME, or path/to/file.py:factory", show_default=False)
+    str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, or path/to/file.py:factory.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Resolution = Annotated[str, typer.Option(help="spatial (exact) or channel (faster, an upper bound).")]
@@ -196,7 +197,7 @@ def list_methods(json_: AsJson = False) -> None:
         spelled = " ".join(f"{_flag(option)}={default}" for option, default in flags[name].items())
         cells = (name, method.summary, ", ".join(sorted(method.needs)), spelled, method.paper)
         table.add_row(*(escape(cell) for cell in cells))
-    Console().print(table)
+    Console(width=TABLE_WIDTH).print(table)
 
 
 def _captured(source: str) -> tuple[Any, dict[str, Any]]:
@@ -266,29 +267,21 @@ def _flag(option: str) -> str:
 
 def _method_flags() -> list[inspect.Parameter]:
     """One flag for every option of every method; methods that share an option share the flag."""
-    notes: dict[str, list[str]] = {}
+    owners: dict[str, dict[str, list[str]]] = {}
     switches: dict[str, bool] = {}
-    for name in methods.names():
-        for option in methods.options(name).values():
-            note = f"{name}: {option.help or option.name} [{option.default}]"
-            notes.setdefault(option.name, []).append(note)
+    for method in methods.names():
+        for option in methods.options(method).values():
+            note = f"{option.help or option.name} (default {option.default})"
+            owners.setdefault(option.name, {}).setdefault(note, []).append(method)
             switches[option.name] = switches.get(option.name, True) and set(option.types) == {bool}
-    return [
-        inspect.Parameter(
-            name,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                bool | None if switches[name] else str | None,
-                typer.Option(
-                    _flag(name) + (f"/--no-{name.replace('_', '-')}" if switches[name] else ""),
-                    help="; ".join(lines),
-                    rich_help_panel="Options of methods",
-                ),
-            ],
-        )
-        for name, lines in sorted(notes.items())
-    ]
+    flags = []
+    for name, notes in sorted(owners.items()):
+        text = "; ".join(f"{', '.join(users)}: {note}" for note, users in notes.items())
+        spelled = f"{_flag(name)}/--no-{_flag(name)[2:]}" if switches[name] else _flag(name)
+        word = typer.Option(spelled, help=escape(text), rich_help_panel="Options of methods")
+        kind = Annotated[bool | None, word] if switches[name] else Annotated[str | None, word]
+        flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    return flags
 
 
 def _register() -> None:

@@ -52,12 +52,14 @@ class Display:
         )
         task = bar.add_task(description, total=total)
         lock = threading.Lock()
-        over = False
+        over = shown = False
 
         def show() -> None:
+            nonlocal shown
             with lock:
                 if not over:
                     bar.start()
+                    shown = True
 
         timer = threading.Timer(PATIENCE, show)
         timer.daemon = True
@@ -69,4 +71,5 @@ class Display:
             timer.cancel()
             with lock:
                 over = True
-            bar.stop()
+            if shown:
+                bar.stop()

@@ -21,6 +21,10 @@ from fxprune.sparsity.select import select
 
 Resolution = Literal["spatial", "channel"]
 
+_RESOLUTIONS: tuple[Resolution, ...] = ("channel", "spatial")
+_BOOSTS = (1.0, 1e10, 1e10)
+_TRIES = 16
+
 
 def live_layers(effective: Mapping[str, torch.Tensor]) -> set[str]:
     """The parameters with any weight marked in ``effective``, which is what ``reach`` returns."""
@@ -47,7 +51,6 @@ def repair(
     within: Mapping[str, torch.Tensor],
     fixed: Mapping[str, torch.Tensor] | None = None,
     granularity: Granularity = WEIGHT,
-    resolution: Resolution = "spatial",
 ) -> Masks:
     """Masks of the same ``budget`` under which every layer lies on a path that can lie on one.
 
@@ -69,24 +72,41 @@ def repair(
             weights it takes.
     """
     open_to = {name: mask & _may_keep(budget, name) for name, mask in within.items()}
-    skeleton = _Skeleton(graph, dict(masks), dict(weights), open_to, dict(fixed or {}), resolution)
-    wanted = live_layers(reach(graph, {**skeleton.fixed, **open_to}, resolution=resolution))
-    chosen = skeleton.build([name for name in graph.kernels if name in wanted])
-    _check_fits(chosen, budget)
-    effective = reach(graph, skeleton.whole({n: chosen[n] | masks[n] for n in masks}), resolution=resolution)
-    top = 4.0 * (1 + sum(budget.sizes.values()))  # outweighs any sum of the others, in any group
-    scores = {}
-    for name, mask in masks.items():
-        tier = chosen[name] * top + (mask & effective[name]) * 2.0 + mask * 2.0
-        scores[name] = tier.double() + _relative(weights[name]).double()
-    repaired = select(scores, budget, within=open_to, granularity=granularity, method="repair")
-    left = wanted - live_layers(reach(graph, skeleton.whole(repaired), resolution=resolution))
-    if left:
-        raise RuntimeError(
-            f"on_collapse='repair': {', '.join(sorted(left))} cannot live on {budget.total} weights under "
-            f"{granularity}; ask for a lower sparsity"
-        )
-    return repaired
+    others = dict(fixed or {})
+    wanted = live_layers(reach(graph, {**others, **open_to}))
+    left: set[str] = set()
+    # The search asks for paths hundreds of times, so it collapses positions; borders are checked after it.
+    for resolution in _RESOLUTIONS:
+        skeleton = _Skeleton(graph, dict(masks), dict(weights), open_to, others, resolution)
+        chosen = skeleton.build([name for name in graph.kernels if name in wanted])
+        _check_fits(chosen, budget)
+        together = {name: chosen[name] | mask for name, mask in masks.items()}
+        scores = _scores(masks, chosen, reach(graph, {**others, **together}), weights)
+        repaired = select(scores, budget, within=open_to, granularity=granularity, method="repair")
+        left = wanted - live_layers(reach(graph, {**others, **repaired}))
+        if not left:
+            return repaired
+    raise RuntimeError(
+        f"on_collapse='repair': {', '.join(sorted(left))} cannot live on {budget.total} weights under "
+        f"{granularity}; ask for a lower sparsity"
+    )
+
+
+def _scores(
+    masks: Mapping[str, torch.Tensor],
+    skeleton: Mapping[str, torch.Tensor],
+    effective: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Skeleton weights first, then kept ones on a path, then kept ones, then the rest; large before small."""
+    top = 8.0 * (1 + sum(mask.numel() for mask in masks.values()))  # outweighs all others in any group
+    return {
+        name: skeleton[name] * top
+        + (mask & effective[name]) * 2.0
+        + mask * 2.0
+        + _relative(weights[name]).double()
+        for name, mask in masks.items()
+    }
 
 
 def _may_keep(budget: Budget, name: str) -> bool:
@@ -135,10 +155,6 @@ class _Skeleton:
     def __post_init__(self) -> None:
         self.chosen = {name: torch.zeros_like(mask) for name, mask in self.masks.items()}
 
-    def whole(self, masks: Mapping[str, torch.Tensor]) -> Masks:
-        """``masks`` with those of the untouched layers."""
-        return {**self.fixed, **masks}
-
     def build(self, layers: list[str]) -> Masks:
         """The skeleton for ``layers``."""
         for name in layers:
@@ -148,26 +164,26 @@ class _Skeleton:
 
     def _extend(self, name: str) -> None:
         """Adds a path through the layer ``name``."""
-        order = [name] if name in self.masks else []
-        order += [other for other in self.masks if other != name]
+        layers = list(self.graph.kernels)
+        where = {layer: index for index, layer in enumerate(layers)}
+        # Neighbours first: they are where something is missing, and the rest can then be taken in long runs.
+        waiting = sorted(self.masks, key=lambda other: abs(where[other] - where[name]))
         hard: set[str] = set()
-        while len(hard) < len(order):
-            ahead = order[len(hard) :]
-            # The longest run of layers that can be made hard as they are, by bisection.
-            low, high = 0, len(ahead)
-            while low < high:
-                middle = (low + high + 1) // 2
-                if self._alive(name, hard | set(ahead[:middle])):
-                    low = middle
-                else:
-                    high = middle - 1
-            hard |= set(ahead[:low])
-            if low < len(ahead):
-                self._choose(ahead[low], name, hard)
-                hard.add(ahead[low])
+        run = 1
+        while waiting:
+            if self._alive(name, hard | set(waiting[:run])):
+                hard |= set(waiting[:run])
+                del waiting[:run]
+                run *= 2
+            elif run > 1:
+                run //= 2
+            else:
+                self._choose(waiting[0], name, hard)
+                hard.add(waiting.pop(0))
 
     def _state(self, hard: set[str]) -> Masks:
-        return self.whole({n: self.chosen[n] if n in hard else mask for n, mask in self.within.items()})
+        soft = {name: self.chosen[name] if name in hard else mask for name, mask in self.within.items()}
+        return {**self.fixed, **soft}
 
     def _alive(self, name: str, hard: set[str]) -> bool:
         return bool(reach(self.graph, self._state(hard), resolution=self.resolution)[name].any())
@@ -175,29 +191,27 @@ class _Skeleton:
     def _choose(self, layer: str, through: str, hard: set[str]) -> None:
         """Adds the weight of ``layer`` that lies on the best paths through the layer ``through``."""
         edges = {
-            name: mask.double() if name in hard or name not in self.masks else self._soft(name, mask)
+            name: mask.float() if name in hard or name not in self.masks else self._soft(name, mask)
             for name, mask in self._state(hard).items()
         }
-        for name, kernels in self.graph.kernels.items():
-            if name not in edges:
-                edges[name] = torch.ones(kernels.shape, dtype=torch.float64)
-        # Paths beside the layer must not count: its own are made heavier until they are all that matters.
-        for boost in (1.0, 1e12, 1e50, 1e100):
-            tried = {**edges, through: edges[through] * boost}
-            found = flow(self.graph, tried, resolution=self.resolution, dtype=torch.float64).gradients
-            if float((found[through] * tried[through]).sum()) > 0.9:
+        kernels = self.graph.kernels[through]
+        edges.setdefault(through, torch.ones(kernels.shape, device=self.masks[layer].device))
+        # Paths beside ``through`` must not count: its own are made heavier until they are all that matters.
+        for boost in _BOOSTS:
+            edges[through] = edges[through] * boost
+            found = flow(self.graph, edges, resolution=self.resolution).gradients
+            if float((found[through] * edges[through]).sum()) > 0.9:
                 break
-        share = found[layer] * tried[layer]
-        for index in share.flatten().argsort(descending=True, stable=True)[:16].tolist():
-            self.chosen[layer].view(-1)[index] = True
+        share = (found[layer] * edges[layer]).flatten()
+        chosen = self.chosen[layer].view(-1)
+        for index in share.topk(min(_TRIES, share.numel())).indices.tolist():
+            chosen[index] = True
             if self._alive(through, hard | {layer}):
                 return
-            self.chosen[layer].view(-1)[index] = False
-        self.chosen[layer] |= self.within[layer] & self.masks[layer]
-        if not self._alive(through, hard | {layer}):
-            self.chosen[layer] |= self.within[layer]
+            chosen[index] = False
+        chosen |= self.within[layer].flatten()  # no single weight will do
 
     def _soft(self, name: str, mask: torch.Tensor) -> torch.Tensor:
         """Edge weights that make kept weights far better than pruned ones, and large ones a little better."""
-        size = (1 + _relative(self.weights[name]).double()) / 2
+        size = (1 + _relative(self.weights[name])) / 2
         return mask * size * torch.where(self.chosen[name], 1e2, torch.where(self.masks[name], 1.0, 1e-6))

@@ -1,0 +1,114 @@
+"""Bad input: one line that names the argument and the value, of the fitting type, before any work."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune import api
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+REFUSALS = [
+    ({"sparsity": 1.0}, ValueError, "sparsity=1.0"),
+    ({"sparsity": -0.1}, ValueError, "sparsity=-0.1"),
+    ({"sparsity": float("nan")}, ValueError, "sparsity=nan"),
+    ({"sparsity": "0.5"}, TypeError, "sparsity='0.5'"),
+    ({"sparsity": 0.9999}, ValueError, "keeps none of the 48 prunable weights"),
+    ({"method": "synflwo"}, ValueError, "did you mean 'synflow'"),
+    ({"method": 3}, TypeError, "method=3"),
+    ({"method": "magnitude", "rounds": 3}, TypeError, "no option 'rounds'"),
+    ({"method": "synflow", "rounds": 2.5}, TypeError, "rounds=2.5"),
+    ({"method": "synflow", "rounds": 0}, ValueError, "rounds=0"),
+    ({"method": "snip"}, ValueError, "method 'snip' needs data="),
+    ({"loss_fn": 3}, TypeError, "loss_fn=3"),
+    ({"budget": "global-ish"}, ValueError, "budget='global-ish'"),
+    ({"budget": 0.5}, TypeError, "budget=0.5"),
+    ({"budget": {"nope": 0.5}}, ValueError, "budget: 'nope' fits no prunable layer"),
+    ({"budget": {"0": 1.5}}, ValueError, "budget['0']=1.5"),
+    ({"granularity": "row"}, ValueError, "granularity='row'"),
+    ({"granularity": 4}, TypeError, "granularity=4"),
+    ({"schedule": "steep"}, ValueError, "schedule='steep'"),
+    ({"schedule": 4}, TypeError, "schedule=4"),
+    ({"exclude": "fc"}, ValueError, "exclude: 'fc' fits nothing"),
+    ({"exclude": nn.Conv2d}, ValueError, "exclude: 'Conv2d' fits nothing"),
+    ({"exclude": [3]}, TypeError, "exclude: 3"),
+    ({"exclude": 3}, TypeError, "exclude=3"),
+    ({"exclude": nn.Linear}, ValueError, "no prunable weights"),
+    ({"seed": "1"}, TypeError, "seed='1'"),
+    ({"seed": -1}, ValueError, "seed=-1"),
+    ({"device": "gpu"}, ValueError, "device='gpu'"),
+    ({"device": "meta"}, ValueError, "device='meta'"),
+    ({"returns": "fx"}, ValueError, "returns='fx'"),
+    ({"on_collapse": "ignore"}, ValueError, "on_collapse='ignore'"),
+    ({"example_inputs": [torch.ones(1, 4)]}, TypeError, "example_inputs"),
+    ({"example_inputs": torch.ones(2, 5)}, ValueError, "example_inputs"),
+    ({"example_inputs": None}, ValueError, "example_inputs"),
+]
+
+
+@pytest.mark.parametrize(("given", "kind", "message"), REFUSALS, ids=[str(row[0])[:40] for row in REFUSALS])
+def test_refusals(given: dict[str, Any], kind: type[Exception], message: str) -> None:
+    arguments = {"method": "magnitude", "sparsity": 0.5, "example_inputs": torch.ones(2, 4)} | given
+    with pytest.raises(kind, match=re.escape(message)) as caught:
+        fxprune.apply(net(), **arguments)
+    assert "\n" not in str(caught.value)
+
+
+CHEAP = [row for row in REFUSALS if "example_inputs" not in row[0] and row[0] != {"exclude": nn.Linear}]
+
+
+@pytest.mark.parametrize(("given", "kind", "message"), CHEAP, ids=[str(row[0])[:40] for row in CHEAP])
+def test_refusals_come_before_any_work(
+    given: dict[str, Any], kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*args: Any) -> Any:
+        pytest.fail("the model was captured before the arguments were checked")
+
+    monkeypatch.setattr(api, "capture", work)
+    with pytest.raises(kind, match=re.escape(message)):
+        fxprune.apply(net(), **({"method": "magnitude", "sparsity": 0.5} | given))
+
+
+def test_the_models_own_error_is_chained() -> None:
+    with pytest.raises(ValueError, match="example_inputs") as caught:
+        fxprune.apply(net(), "random", 0.5, example_inputs=torch.ones(2, 5))
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())])
+def test_a_model_without_prunable_weights(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="no prunable weights"):
+        fxprune.apply(model, "random", 0.5, example_inputs=torch.ones(2, 4))
+
+
+def test_models_that_are_no_models_or_have_no_values() -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got a str"):
+        fxprune.apply("resnet18", "random", 0.5)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        empty = net()
+    with pytest.raises(ValueError, match="meta device"):
+        fxprune.apply(empty, "random", 0.5, example_inputs=torch.ones(2, 4))
+    with pytest.raises(ValueError, match="no shape yet"):
+        fxprune.apply(nn.LazyLinear(3), "random", 0.5, example_inputs=torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fxprune.analyze("net"), "gm: expected a torch.nn.Module"),
+        (lambda: fxprune.analyze(net(), "pixel"), "resolution='pixel'"),
+        (lambda: fxprune.analyze(net()), "example_inputs"),
+        (lambda: fxprune.capture(net()), "example_inputs"),
+        (lambda: fxprune.lower(net()), "gm: expected a torch.fx.GraphModule"),
+    ],
+)
+def test_the_other_doors(call: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        call()

@@ -1,0 +1,194 @@
+"""The command line: what it prints, writes and answers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_model
+
+import fxprune
+from fxprune import methods
+from fxprune.cli import run
+
+FACTORIES = """
+import torch
+from torch import nn
+
+def small():
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    return net, torch.ones(2, 6)
+
+def bare():
+    return small()[0]
+
+def wrong():
+    return 3
+
+def data():
+    return torch.randn(8, 6), torch.arange(8) % 4
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "factories.py"
+    path.write_text(FACTORIES)
+    return str(path)
+
+
+def test_prune_prints_writes_and_can_be_read_back(file: str, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "new" / "pruned"
+    words = [f"{file}:small", "--method", "synflow", "--rounds", "5", "--sparsity", "0.5", "--seed", "3"]
+    assert run(["prune", *words, "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert "sparsity 50.0000%" in printed.out
+    assert printed.err == ""
+    assert sorted(path.name for path in out.iterdir()) == [
+        "masks.safetensors",
+        "model.safetensors",
+        "report.json",
+    ]
+
+    report = json.loads((out / "report.json").read_text())
+    assert (report["method"], report["seed"], report["sparsity"]) == ("synflow", 3, 0.5)
+    masks = fxprune.load_masks(out / "masks.safetensors")
+    assert sum(int(mask.sum()) for mask in masks.values()) == report["kept_params"] == 80
+    weights = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    load_model(weights, out / "model.safetensors")
+    assert all(not bool(weights.get_parameter(name)[~mask].any()) for name, mask in masks.items())
+
+    assert run(["analyze", str(out), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["effective_params"] == report["effective_params"]
+    assert again["log_paths"] == report["log_paths"]
+    assert again["method"] == "synflow"
+
+
+def test_the_weights_are_those_of_the_seed(file: str, tmp_path: Path, capsys: Any) -> None:
+    for name, seed in (("one", "1"), ("same", "1"), ("other", "2")):
+        words = ["prune", f"{file}:small", "-m", "magnitude", "-s", "0.5", "--seed", seed]
+        assert run([*words, "--out", str(tmp_path / name)]) == 0
+    one, same, other = (
+        fxprune.load_masks(tmp_path / name / "masks.safetensors") for name in ("one", "same", "other")
+    )
+    assert all(torch.equal(mask, same[name]) for name, mask in one.items())
+    assert any(not torch.equal(mask, other[name]) for name, mask in one.items())
+
+
+def test_options_budget_exclude_and_data(file: str, capsys: Any) -> None:
+    words = ["prune", f"{file}:small", "-m", "snip", "--mode", "eval", "--data", f"{file}:data", "--json"]
+    assert run([*words, "-s", "0.25", "--exclude", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["options"] == {"mode": "eval"}
+    assert [layer["kept_params"] for layer in report["layers"].values()] == [72, 64]
+    assert run(["prune", f"{file}:small", "-m", "random", "--budget", "0=0.5, 2=0.25", "--json"]) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert [layer["density"] for layer in layers.values()] == [0.5, 0.75]
+
+
+@pytest.mark.parametrize("model", ["timm:resnet18", "torchvision:squeezenet1_1"])
+def test_models_by_name(model: str, capsys: Any) -> None:
+    assert run(["analyze", model, "--resolution", "channel", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["density"] == 1.0
+    assert report["effective_params"] == report["params"] > 1e6
+
+
+def test_graph(file: str, capsys: Any) -> None:
+    assert run(["graph", f"{file}:small"]) == 0
+    assert "0.weight" in capsys.readouterr().out
+
+
+def test_methods_are_listed(capsys: Any) -> None:
+    assert run(["methods"]) == 0
+    table = capsys.readouterr().out
+    assert all(name in table for name in fxprune.list_methods())
+    assert run(["methods", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert list(rows) == fxprune.list_methods()
+    assert rows["synflow"]["options"]["rounds"] == 100
+    assert rows["snip"]["needs"] == ["data"]
+
+
+def test_every_option_of_every_method_is_a_flag(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert run(["prune", "--help"]) == 0
+    text = capsys.readouterr().out
+    for method in methods.names():
+        assert all("--" + option.replace("_", "-") in text for option in methods.options(method))
+
+
+def test_warnings_are_single_lines(file: str, capsys: Any) -> None:
+    assert run(["prune", f"{file}:small", "-m", "random", "-s", "0.98"]) == 0
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert errors[0].startswith("fxprune: warning: layer collapse")
+    assert run(["prune", f"{file}:small", "-m", "random", "-s", "0.98", "--on-collapse", "raise"]) == 1
+    assert capsys.readouterr().err.startswith("fxprune: error: layer collapse")
+    assert run(["prune", f"{file}:small", "-m", "random", "-s", "0.98", "--on-collapse", "repair"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+BAD = [
+    (["frobnicate"], "frobnicate"),
+    (["prune"], "MODEL"),
+    (["prune", "timm:resnet5O"], "did you mean resnet50"),
+    (["prune", "torchvision:resnet17"], "did you mean resnet18"),
+    (["prune", "resnet18"], "expected timm:NAME"),
+    (["prune", "no/such/file.py:net"], "there is no file"),
+    (["prune", "FILE:nothing"], "defines no function 'nothing'"),
+    (["prune", "FILE:wrong"], "returned a int"),
+    (["prune", "FILE:bare"], "example_inputs"),
+    (["prune", "FILE:small", "--sparsity", "1.5"], "sparsity=1.5"),
+    (["prune", "FILE:small", "--sparsity", "much"], "--sparsity"),
+    (["prune", "FILE:small", "--method", "synflo"], "did you mean 'synflow'"),
+    (["prune", "FILE:small", "--method", "snip"], "needs data="),
+    (["prune", "FILE:small", "--rounds", "few"], "rounds='few'"),
+    (["prune", "FILE:small", "--resolution", "pixel"], "resolution='pixel'"),
+    (["prune", "FILE:small", "-m", "magnitude", "--rounds", "3"], "no option 'rounds'"),
+    (["prune", "FILE:small", "--bogus", "3"], "--bogus"),
+    (["prune", "FILE:small", "--budget", "fc=0.5"], "'fc' fits no prunable layer"),
+    (["prune", "FILE:small", "--budget", "0=half"], "expected layer=sparsity"),
+    (["prune", "FILE:small", "--granularity", "row"], "granularity='row'"),
+    (["prune", "FILE:small", "--exclude", "fc"], "exclude: 'fc'"),
+    (["prune", "FILE:small", "--device", "gpu"], "device='gpu'"),
+    (["prune", "FILE:small", "--out", "FILE"], "there is a file of that name"),
+    (["analyze", "FILE:small", "--resolution", "pixel"], "--resolution pixel"),
+    (["analyze", "FOLDER"], "no such mask file"),
+    (["graph", "timm:nothing_like_it"], "timm has no model of that name"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=[" ".join(words) for words, _ in BAD])
+def test_a_bad_argument_is_one_line_and_exit_code_2(
+    words: list[str], message: str, file: str, tmp_path: Path, capsys: Any
+) -> None:
+    words = [word.replace("FILE", file).replace("FOLDER", str(tmp_path)) for word in words]
+    assert run(words) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert message in printed.err
+
+
+def test_as_a_process() -> None:
+    command = [sys.executable, "-m", "fxprune"]
+    bad = subprocess.run([*command, "prune", "timm:resnet18", "-s", "2"], capture_output=True, text=True)
+    assert bad.returncode == 2
+    assert len(bad.stderr.splitlines()) == 1
+    plain = subprocess.run(command, capture_output=True, text=True)
+    assert plain.returncode == 0
+    assert "prune" in plain.stdout
+
+
+def test_timm_models_are_those_of_timm(capsys: Any) -> None:
+    assert run(["graph", "timm:resnet18.a1_in1k"]) == 0
+    torch.manual_seed(0)
+    names = dict(timm.create_model("resnet18").named_parameters())
+    assert all(name in names for name in ("layer4.0.downsample.0.weight", "fc.weight"))
+    assert "layer4.0.downsample.0" in capsys.readouterr().out
