@@ -206,8 +206,9 @@ def _normalised(x: Tensor, *, is_weight: bool = False) -> tuple[Tensor, Tensor, 
     """``x = mantissa * 2 ** scale``, the largest mantissa in (0.5, 1]; and whether x has any paths."""
     top = x.detach().amax().double() if x.numel() else torch.zeros((), dtype=torch.float64, device=x.device)
     is_live = top > 0
-    exponent = torch.where(is_live, top.log2().ceil(), torch.zeros_like(top)).clamp(-120, 120)
-    rescaled: Tensor = _Rescale.apply(x, torch.exp2(-exponent).to(x.dtype))
+    widest = 1000 if x.dtype == torch.float64 else 120  # its inverse is finite, too
+    exponent = torch.where(is_live, top.log2().ceil(), torch.zeros_like(top)).clamp(-widest, widest)
+    rescaled: Tensor = _Rescale.apply(x, torch.exp2(-exponent).to(x.dtype), is_weight)
     return rescaled, exponent, is_live
 
 
@@ -216,7 +217,7 @@ def _moderated(x: Tensor) -> tuple[Tensor, Tensor]:
     top = float(x.detach().amax()) if x.numel() else 0.0
     if top == 0 or 2.0**-32 <= top <= 2.0**32:
         return x, torch.zeros((), dtype=torch.float64, device=x.device)
-    return _normalised(x)[:2]
+    return _normalised(x, is_weight=True)[:2]
 
 
 class _Round(torch.autograd.Function):

@@ -7,8 +7,8 @@ import torch
 from nets import NETS
 from oracle import prunable, random_masks
 
-from graph.agreement import assert_flow, assert_reach, lowered
 from fxprune.graph.traverse import flow
+from graph.agreement import assert_flow, assert_reach, lowered
 
 DENSITIES = (1.0, 0.7, 0.4, 0.15)
 SEEDS = (0, 1, 2)
