@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from fxprune.methods._ablations import ablated, redraw
 from fxprune.methods._contract import Method, Problem, Scores, from_scores, prune_in_rounds
+from fxprune.methods._distributed import agree, as_dtensors, local_rows
 
 __all__ = [
     "Method",
@@ -26,9 +27,12 @@ __all__ = [
     "Problem",
     "Scores",
     "ablated",
+    "agree",
+    "as_dtensors",
     "common_options",
     "from_scores",
     "get",
+    "local_rows",
     "names",
     "options",
     "prune_in_rounds",

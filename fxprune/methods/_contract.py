@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch.distributed import ProcessGroup
 
 from fxprune.graph.ir import ChannelGraph
+from fxprune.methods._distributed import agree
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.channels import fitted
 from fxprune.sparsity.granularity import WEIGHT, Granularity
-from fxprune.sparsity.masks import Masks, kept
+from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.schedule import DensityFunction, OneShot, Schedule, resolve
 from fxprune.sparsity.select import select
+from fxprune.sparsity.sharded import kept_overall, select_sharded, summed
 
 _T = TypeVar("_T")
 
@@ -48,12 +51,15 @@ class Problem:
     device to the model. ``masks``: where to start (all kept, unless the model was pruned before). ``data``: a
     pair (x, y), a mapping, or an iterable of batches; ``loss_fn``: ``loss_fn(output, target)``, or
     ``loss_fn(model, batch)`` for mapping batches. ``granularity``: it reads parameters as the graph does, and
-    ties channels. ``generator``: the only source of randomness, on the CPU.
-    ``schedule``: the caller's wish, ``None`` for the method's own. ``micro_batch``: at most so many samples
-    run at a time, gradients add up. ``invert``: keep the lowest scores instead of the highest.
+    ties channels. ``generator``: the only source of randomness, on the CPU. ``schedule``: the caller's wish,
+    ``None`` for the method's own. ``micro_batch``: at most so many samples run at a time, gradients add up.
+    ``invert``: keep the lowest scores instead of the highest. ``group``: processes that score together, each
+    on data of its own, and end with the same masks. ``shards``: the processes over which ``fully_shard`` has
+    split the parameters of ``model``; ``weights`` and ``masks`` are then this one's rows, and the budget is
+    that of the whole.
     """
 
-    model: torch.fx.GraphModule
+    model: torch.nn.Module
     graph: ChannelGraph
     weights: dict[str, torch.Tensor]
     masks: Masks
@@ -67,6 +73,8 @@ class Problem:
     progress: Progress = silent
     micro_batch: int | None = None
     invert: bool = False
+    group: ProcessGroup | None = None
+    shards: ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
@@ -131,8 +139,8 @@ def prune_in_rounds(
     the granularity cannot meet, and for a schedule whose density rises although pruned weights stay pruned.
     """
     plan = resolve(problem.schedule, schedule)
-    start = kept(problem.masks)
-    _check_room(problem)
+    start = kept_overall(problem.masks, problem.shards)
+    _check_room(problem, start)
     if problem.budget.total == sum(start.values()):
         return dict(problem.masks)
     masks, before = dict(problem.masks), sum(start.values())
@@ -145,14 +153,28 @@ def prune_in_rounds(
         before = budget.total
         within = problem.masks if regrow else masks
         scores = criterion(problem, masks)
-        masks = select(
-            {label: -score for label, score in scores.items()} if problem.invert else scores,
-            budget.capped(problem.granularity.room(within)),
-            within=within,
-            granularity=problem.granularity,
-            method=name,
-        )
+        if problem.invert:
+            scores = {label: -score for label, score in scores.items()}
+        masks = _select(problem, scores, budget, within, name)
+    if problem.group is not None and problem.shards is None:
+        agree(masks, problem.group)
     return masks
+
+
+def _select(problem: Problem, scores: Scores, budget: Budget, within: Masks, name: str) -> Masks:
+    granularity = problem.granularity
+    capped = budget.capped(_room(problem, within))
+    if problem.shards is None:
+        return select(scores, capped, within=within, granularity=granularity, method=name)
+    return select_sharded(scores, capped, problem.shards, within=within, granularity=granularity, method=name)
+
+
+def _room(problem: Problem, masks: Masks) -> dict[str, int]:
+    """The largest number of weights that may be kept in each parameter, over all shards."""
+    own = problem.granularity.room(masks)
+    if problem.shards is None:
+        return own
+    return dict(zip(own, summed(list(own.values()), problem.shards), strict=True))
 
 
 def _round_budget(final: Budget, plan: Schedule, t: int, start: dict[str, int]) -> Budget:
@@ -162,8 +184,8 @@ def _round_budget(final: Budget, plan: Schedule, t: int, start: dict[str, int]) 
     return final.towards(lambda target: plan.density(t, target), start)
 
 
-def _check_room(problem: Problem) -> None:
-    room = problem.granularity.room(problem.masks)
+def _check_room(problem: Problem, start: dict[str, int]) -> None:
+    room = start if problem.granularity == WEIGHT else _room(problem, problem.masks)
     asked = problem.budget.layers or {"the model": problem.budget.total}
     left = room if problem.budget.layers else {"the model": sum(room.values())}
     for where, number in asked.items():

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from fxprune.methods._contract import Problem
 from fxprune.methods._data import Batch, pieces, seeded
 from fxprune.methods._data import batches as read_batches
+from fxprune.methods._distributed import average, holding
 from fxprune.sparsity.masks import Masks
 
 Mode = Literal["train", "eval"]
@@ -98,9 +99,12 @@ def mean_gradients(
 
     Weights that it does not depend on get zeros.
 
+    With a ``problem.group``, the mean is over the batches of all its processes.
     They come on the device of ``problem.weights``: where that is not the model's, each layer's gradient moves
     as soon as it is there, so that no two of them need room on the model's device at a time.
     """
+    if problem.shards is not None:
+        return _sharded_gradients(problem, weights, some, method, of)
     leaves = list(weights.values())
     with _gradients_at_home(problem, weights) as found:
         for batch in some:
@@ -113,7 +117,31 @@ def mean_gradients(
             found[name] = torch.zeros_like(weight)
         if len(some) > 1:
             found[name].div_(len(some))
+    average((found[name] for name in weights), problem.group)
     return {name: found[name] for name in weights}
+
+
+def _sharded_gradients(
+    problem: Problem,
+    weights: Mapping[str, torch.Tensor],
+    some: Sequence[Batch],
+    method: str,
+    of: Callable[[Batch], torch.Tensor] | None,
+) -> dict[str, torch.Tensor]:
+    """``mean_gradients`` in the sharded model itself, over this process's batches and those of the others."""
+    if of is not None:
+        raise ValueError(f"method {method!r} needs second derivatives, which sharded parameters do not have")
+    frozen = [name for name in weights if not problem.model.get_parameter(name).requires_grad]
+    if frozen:
+        raise ValueError(
+            f"method {method!r}: sharded parameter {frozen[0]!r} requires no gradient; unfreeze it"
+        )
+    with holding(problem.model, weights) as gradients:
+        for batch in some:
+            for piece, share in pieces(problem, batch):
+                loss = loss_at(problem, {}, piece, method)
+                torch.autograd.backward(loss if share == 1 else loss * share)
+        return {name: gradient / len(some) for name, gradient in gradients().items()}
 
 
 def gradients_of(

@@ -15,6 +15,7 @@ from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.module import CapturedModule
 from fxprune.methods._contract import Method, Problem, Scores, from_scores
 from fxprune.methods._data import batches as read_batches
+from fxprune.methods._distributed import average
 from fxprune.methods._gradients import count_of, run, scoring
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.schedule import Exponential
@@ -67,6 +68,7 @@ def ntk_sap(
                 )  # fmt: skip
             for name, slope in zip(gates, slopes, strict=True):
                 scores[name] += slope.to(scores[name].device)
+        average(scores.values(), problem.group)
         return {name: score.abs_().mul_(masks[name]) for name, score in scores.items()}
 
     return Method(

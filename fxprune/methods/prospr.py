@@ -9,6 +9,7 @@ import torch
 from fxprune.methods._contract import Method, Problem, Scores, from_scores
 from fxprune.methods._data import Batch
 from fxprune.methods._data import batches as read_batches
+from fxprune.methods._distributed import average, average_differentiably
 from fxprune.methods._gradients import Mode, count_of, loss_at, masked, scoring, twice_differentiable
 from fxprune.sparsity.masks import Masks
 
@@ -60,10 +61,9 @@ def prospr(
             wanted = start if order == "full" else {name: final[name] for name in start}
             slopes = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)
         homes = problem.weights
-        return {
-            name: (slope.to(homes[name].device) * homes[name]).abs_()
-            for name, slope in zip(start, slopes, strict=True)
-        }
+        found = {n: slope.to(homes[n].device) for n, slope in zip(start, slopes, strict=True)}
+        average(found.values(), problem.group)
+        return {name: slope.mul(homes[name]).abs_() for name, slope in found.items()}
 
     return Method(
         name="prospr",
@@ -91,6 +91,7 @@ def _train(
         leaves = list(parameters.values())
         slopes = torch.autograd.grad(loss, leaves, create_graph=full, materialize_grads=True)
         for (name, parameter), slope in zip(tuple(parameters.items()), slopes, strict=True):
+            slope = average_differentiably(slope, problem.group)
             velocity = slope + momentum * velocities[name] if momentum and name in velocities else slope
             moved = parameter - lr * velocity
             velocities[name] = velocity

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from fxprune.methods._contract import Method, Problem, Scores, from_scores
 from fxprune.methods._data import batches as read_batches
+from fxprune.methods._distributed import average as average_over
 from fxprune.methods._gradients import Mode, count_of, masked, mean_gradients, scoring
 from fxprune.sparsity.masks import Masks
 
@@ -34,11 +36,17 @@ def snip(
         weights = masked(problem, masks)
         groups = [some] if average == "gradient" else [[batch] for batch in some]
         scores: Scores = {}
+        # Saliencies of single batches are averaged as such, not their gradients, over processes too.
+        if average == "saliency" and problem.shards is not None:
+            raise ValueError("method 'snip': average='saliency' cannot be had of sharded parameters")
+        alone = problem if average == "gradient" else replace(problem, group=None)
         with scoring(problem, mode):
             for group in groups:
-                for name, gradient in mean_gradients(problem, weights, group, "snip").items():
+                for name, gradient in mean_gradients(alone, weights, group, "snip").items():
                     saliency = gradient.mul_(problem.weights[name]).abs_()
                     scores[name] = scores[name].add_(saliency) if name in scores else saliency
+        if alone is not problem:
+            average_over(scores.values(), problem.group)
         return scores
 
     return Method(

@@ -150,7 +150,8 @@ class NM:
         """(out, groups, m, *taps), the last group filled up."""
         missing = -values.shape[1] % self.m
         padded = pad(values, (*[0, 0] * (values.dim() - 2), 0, missing), value=filler) if missing else values
-        return padded.reshape(values.shape[0], -1, self.m, *values.shape[2:])
+        groups = padded.shape[1] // self.m
+        return padded.reshape(values.shape[0], groups, self.m, *values.shape[2:])
 
     def _rank(self, values: torch.Tensor) -> torch.Tensor:
         """How many of its group go before each weight: larger values, and equal ones at lower indices.

@@ -1,0 +1,143 @@
+"""Scoring by several processes: each sees its share of the data, all end with the same masks.
+
+Local gradients come in and means over the processes go out. Where parameters themselves are sharded (FSDP2),
+gradients are taken in the sharded model, and every process handles the rows that it owns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
+
+from fxprune.sparsity.masks import Masks
+
+
+def average(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None) -> None:
+    """Replaces tensors by their means over the processes of ``group``, in place; nothing where it is None."""
+    if group is None:
+        return
+    size = dist.get_world_size(group)
+    gpu = dist.get_backend(group) == "nccl"
+    for tensor in tensors:
+        # Gradients that are kept on the host travel through the device.
+        travelling = tensor.cuda() if gpu and not tensor.is_cuda else tensor.contiguous()
+        dist.all_reduce(travelling, group=group)
+        tensor.copy_(travelling.div_(size))
+
+
+def average_differentiably(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The mean over the processes, through which gradients flow back to all of them."""
+    if group is None:
+        return tensor
+    summed: torch.Tensor = _AllReduce.apply(tensor, group)
+    return summed / dist.get_world_size(group)
+
+
+class _AllReduce(torch.autograd.Function):
+    """The sum over processes; its derivative is the sum over processes again."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, tensor: torch.Tensor, group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.group = group  # type: ignore[attr-defined]
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        return _AllReduce.apply(gradient, ctx.group), None  # type: ignore[attr-defined]
+
+
+def agree(masks: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
+    """``RuntimeError`` on every process of ``group`` unless all of them hold the same ``masks``."""
+    digest = hashlib.sha256()
+    for name, mask in masks.items():
+        digest.update(f"{name}{tuple(mask.shape)}".encode())
+        digest.update(mask.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).long()
+    own = own.cuda() if dist.get_backend(group) == "nccl" else own
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, own, group=group)
+    different = [rank for rank, other in enumerate(everyone) if not torch.equal(other, everyone[0])]
+    if different:
+        raise RuntimeError(
+            f"masks of ranks {different} differ from those of rank 0; give every process the same model, "
+            "options and seed"
+        )
+
+
+def local_rows(
+    model: torch.nn.Module, names: Iterable[str]
+) -> tuple[dict[str, torch.Tensor], dist.ProcessGroup]:
+    """This process's rows of sharded parameters, and the group over which they are split.
+
+    They share memory with the model. Raises ``ValueError`` for parameters that are not sharded over rows by
+    ``fully_shard``.
+    """
+    found: dict[str, torch.Tensor] = {}
+    group: dist.ProcessGroup | None = None
+    for name in names:
+        parameter = model.get_parameter(name)
+        if not isinstance(parameter, DTensor) or parameter.placements[-1] != Shard(0):
+            raise ValueError(f"{name!r} is not sharded over its rows; wrap the model with fully_shard")
+        found[name] = parameter.to_local().detach()
+        group = parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
+    if group is None:
+        raise ValueError("no sharded parameters were named")
+    return found, group
+
+
+def as_dtensors(masks: Masks, model: torch.nn.Module) -> dict[str, DTensor]:
+    """Local masks as DTensors that are laid out like the model's parameters."""
+    whole = {}
+    for name, mask in masks.items():
+        like = model.get_parameter(name)
+        assert isinstance(like, DTensor)
+        whole[name] = DTensor.from_local(
+            mask, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+        )
+    return whole
+
+
+@contextmanager
+def holding(
+    model: torch.nn.Module, rows: Mapping[str, torch.Tensor]
+) -> Iterator[Callable[[], dict[str, torch.Tensor]]]:
+    """The sharded model with ``rows`` in place of its own; its values, gradients and buffers come back after.
+
+    Yields a function that gives the local gradients; they are means over the processes, which FSDP takes.
+    """
+    parameters = dict(model.named_parameters())
+    gradients = {name: parameter.grad for name, parameter in parameters.items()}
+    places, _ = local_rows(model, rows)
+    before = {name: place.clone() for name, place in places.items()}
+
+    def found() -> dict[str, torch.Tensor]:
+        return {name: _local(parameters[name].grad, place) for name, place in places.items()}
+
+    try:
+        for name, place in places.items():
+            place.copy_(rows[name].detach())
+        for parameter in parameters.values():
+            parameter.grad = None
+        yield found
+    finally:
+        for name, place in places.items():
+            place.copy_(before[name])
+        for name, parameter in parameters.items():
+            parameter.grad = gradients[name]
+
+
+def _local(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    if gradient is None:
+        return torch.zeros_like(like)
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
