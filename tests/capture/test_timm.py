@@ -23,17 +23,17 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
     "mobilenetv3_small_050": (DROPS, 64),
     "convnext_atto": (DROPS, 64),
     "regnety_002": (DROPS, 64),
-    "vgg11_bn": ({"drop_rate": 0.2}, 32),
+    "vgg11_bn": ({"drop_rate": 0.2, "mlp_ratio": 0.0625}, 32),
     "vit_tiny_patch16_224": ({**ATTENTION, "patch_drop_rate": 0.3, "img_size": 64}, 64),
     "deit_tiny_distilled_patch16_224": ({**ATTENTION, "img_size": 64}, 64),
     "swin_tiny_patch4_window7_224": ({**ATTENTION, "img_size": 64, "window_size": 4}, 64),
     "mixer_s32_224": ({"drop_rate": 0.2, "proj_drop_rate": 0.2, "drop_path_rate": 0.2, "img_size": 64}, 64),
-    "nfnet_f0": (DROPS, 64),
+    "test_nfnet": (DROPS, 64),
     "maxvit_pico_rw_256": ({**DROPS, "img_size": 64}, 64),
     # Branches in the forward of the model itself: tokens dropped along with their rotary embedding.
     "vit_tiny_patch16_dinov3_qkvb": ({**ATTENTION, "patch_drop_rate": 0.3, "img_size": 64}, 64),
     # A recurrent one, and one that keeps tables of attention biases.
-    "sequencer2d_s": (DROPS, 224),
+    "sequencer2d_s": ({**DROPS, "img_size": 64}, 64),
 }
 
 
