@@ -167,6 +167,8 @@ class _Walk:
         result = self.env[node.args[0]] if in_place else val  # type: ignore[index]
         if not any(isinstance(x, ir.Value) for x in operands) and not self._has_kernels(target, module):
             return self._fold(node, args, kwargs, result)
+        if isinstance(target, type) and module is None:
+            return target(*args, **kwargs)  # a container made in the forward
         rule = RULES.get(target)
         if rule is None and module is not None:
             return self._inline(node, module, args, kwargs)

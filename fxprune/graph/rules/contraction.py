@@ -37,28 +37,35 @@ def _with_weight(
 ) -> ir.Value:
     """A linear layer in other words: move the summed axes last, contract, move the new axes into place."""
     x_letters, w_letters, out = letters
+    shared = [c for c in w_letters if c in x_letters and c in out]  # a matrix each: blocks of one matrix
     gone = [c for c in w_letters if c in x_letters and c not in out]
     made = [c for c in w_letters if c not in x_letters and c in out]
-    kept = [c for c in x_letters if c not in gone]
-    if len(gone) + len(made) != len(w_letters) or sorted(kept + made) != sorted(out):
+    kept = [c for c in x_letters if c not in gone + shared]
+    sizes = dict(zip(x_letters, x.shape, strict=True))
+    known = all(sizes.get(c, size) == size for c, size in zip(w_letters, ref.shape, strict=True))
+    sizes |= dict(zip(w_letters, ref.shape, strict=True))
+    if len(shared + gone + made) != len(w_letters) or sorted(kept + shared + made) != sorted(out) or not known:
         raise Unknown(f"a parameter contracted as {','.join(letters[:2])}->{out}")
-    sizes = dict(zip(x_letters, x.shape, strict=True)) | dict(zip(w_letters, ref.shape, strict=True))
+    blocks = math.prod(sizes[c] for c in shared)
     rows, columns = math.prod(sizes[c] for c in made), math.prod(sizes[c] for c in gone)
 
     def view(weight: Tensor) -> Tensor:
         weight = weight if ref.view is None else ref.view(weight)
-        return weight.permute([w_letters.index(c) for c in made + gone]).reshape(rows, columns)
+        weight = weight.permute([w_letters.index(c) for c in shared + made + gone])
+        return torch.block_diag(*weight.reshape(blocks, rows, columns))
 
     def arrange(tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0].permute([x_letters.index(c) for c in kept + gone]).flatten(len(kept))
+        return tensors[0].permute([x_letters.index(c) for c in kept + shared + gone]).flatten(len(kept))
 
     def place(tensors: Sequence[Tensor]) -> Tensor:
-        whole = tensors[0].reshape([sizes[c] for c in kept + made])
-        return whole.permute([(kept + made).index(c) for c in out])
+        whole = tensors[0].reshape([sizes[c] for c in kept + shared + made])
+        return whole.permute([(kept + shared + made).index(c) for c in out])
 
     build = context.build
-    last = build.gather(_at_least(arrange, bool(gone)), [x], [*(sizes[c] for c in kept), columns])
-    made_last = build.linear(last, ir.WeightRef(ref.name, (rows, columns), view, ref.direct), bias=False)
+    several = bool(shared + gone)
+    last = build.gather(_at_least(arrange, several), [x], [*(sizes[c] for c in kept), blocks * columns])
+    whole = ir.WeightRef(ref.name, (blocks * rows, blocks * columns), view, ref.direct)
+    made_last = build.linear(last, whole, bias=False)
     return build.gather(place, [made_last], shape)
 
 
@@ -179,7 +186,7 @@ def _alone(context: Context, x: Operand, letters: str, out: str) -> ir.Value:
 
 
 @table.rule(torch.tensordot)
-def tensordot(context: Context, a: Operand, b: Operand, dims: Any = 2) -> ir.Value:
+def tensordot(context: Context, a: Operand, b: Operand, dims: Any = 2, out: None = None) -> ir.Value:
     """The last axes of ``a`` against the first of ``b``, or those named."""
     rank_a, rank_b = len(a.shape), len(b.shape)
     pairs = (range(rank_a - dims, rank_a), range(dims)) if isinstance(dims, int) else dims
@@ -192,7 +199,9 @@ def tensordot(context: Context, a: Operand, b: Operand, dims: Any = 2) -> ir.Val
 
 # -- Fourier transforms --------------------------------------------------------------------------
 def _transform(axes: int | None) -> Callable[..., ir.Value]:
-    def transform(context: Context, x: Any, s: Any = None, dim: Any = None, norm: Any = None) -> ir.Value:
+    def transform(
+        context: Context, x: Any, s: Any = None, dim: Any = None, norm: Any = None, n: Any = None
+    ) -> ir.Value:
         """Every position along the axes reaches every position."""
         build = context.build
         value = build.materialise(x)

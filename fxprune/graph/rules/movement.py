@@ -78,6 +78,7 @@ MOVES: set[Any] = {
     F.pixel_unshuffle,
     operator.getitem,
     operator.setitem,
+    getattr,  # x.T, x.mT, x.data
 }
 
 
@@ -164,6 +165,8 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
     if context.target is operator.getitem and not isinstance(args[0], (ir.Value, Constant)):
         return operator.getitem(args[0], args[1])
     build = context.build
+    if context.target is getattr and args[1] in ("real", "imag", "data"):
+        return build.affine(build.materialise(args[0]))
     operands = [x for x in tensors_in((args, kwargs)) if _is_data(x)]
     if any(isinstance(x, ir.Value) and not _is_moved(context, x, args) for x in operands):
         raise Unknown("an index tensor depends on the input")
@@ -229,6 +232,12 @@ def unfold(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
         amounts = [columns, columns, rows, rows]
         value = context.build.gather(lambda tensors: F.pad(tensors[0], amounts), [value], shape, pads)
     return context.build.gather(lambda tensors: F.unfold(tensors[0], **given), [value], context.shape)
+
+
+@table.rule("copy_")
+def copy(context: Context, x: Any, source: Any, *args: Any) -> ir.Value:
+    """What was there is overwritten."""
+    return context.build.affine(context.build.materialise(source), context.shape)
 
 
 @table.rule("new_zeros", "zero_", torch.zeros_like, "new_empty", torch.empty_like)

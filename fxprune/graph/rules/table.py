@@ -8,7 +8,7 @@ duplicate raises.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -86,6 +86,8 @@ def tensors_in(x: Any) -> Iterator[ir.Value | Constant]:
             yield from tensors_in(item)
     elif isinstance(x, slice):
         yield from tensors_in((x.start, x.stop, x.step))
+    elif is_dataclass(x) and not isinstance(x, type):
+        yield from tensors_in(list(vars(x).values()))
 
 
 def substitute(x: Any, replace: Callable[[ir.Value | Constant], Any]) -> Any:
