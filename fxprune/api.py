@@ -86,19 +86,10 @@ def apply(
     12
     """
     wish = Request(
-        resolve_method(method, **method_options),
-        sparsity,
-        data,
-        loss_fn,
-        "global" if budget is None else budget,
-        resolve_granularity(granularity),
-        schedule,
-        listed(exclude),
-        seed,
-        device,
-        returns,
-        on_collapse,
-    )
+        resolve_method(method, **method_options), sparsity, data, loss_fn,
+        "global" if budget is None else budget, resolve_granularity(granularity), schedule, listed(exclude),
+        seed, device, returns, on_collapse,
+    )  # fmt: skip
     wish.check(model)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         return _prune(model, example_inputs, wish, Display(enabled=progress))

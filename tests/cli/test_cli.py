@@ -176,14 +176,16 @@ def test_a_bad_argument_is_one_line_and_exit_code_2(
     assert message in printed.err
 
 
+def test_without_words_it_shows_its_commands(capsys: Any) -> None:
+    assert run([]) == 0
+    assert "prune" in capsys.readouterr().out
+
+
 def test_as_a_process() -> None:
-    command = [sys.executable, "-m", "fxprune"]
-    bad = subprocess.run([*command, "prune", "timm:resnet18", "-s", "2"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "fxprune", "prune", "timm:resnet18", "-s", "2"]
+    bad = subprocess.run(command, capture_output=True, text=True)
     assert bad.returncode == 2
     assert len(bad.stderr.splitlines()) == 1
-    plain = subprocess.run(command, capture_output=True, text=True)
-    assert plain.returncode == 0
-    assert "prune" in plain.stdout
 
 
 def test_timm_models_are_those_of_timm(capsys: Any) -> None:
