@@ -128,14 +128,16 @@ def _scan(setting: Setting, x: Dual, weights: Sequence[Any], time: int, backward
 def _fourier(name: str, axes: int | None) -> Rule:
     function = getattr(torch.fft, name)
 
-    def transform(setting: Setting, input: Any, s: Any = None, dim: Any = None, norm: Any = None) -> Dual:
+    def transform(
+        setting: Setting, input: Any, s: Any = None, dim: Any = None, norm: Any = None, n: Any = None
+    ) -> Dual:
         """Every position along `dim` reaches every position."""
         if dim is None:
             dim = range(-axes, 0) if axes else range(input.dim())
         dims = (dim,) if isinstance(dim, int) else tuple(dim)
         real = torch.zeros(input.shape, dtype=torch.float64)
         example = real if name.startswith("rfft") else real.to(torch.complex128)
-        shape = function(example, s, dims[0] if axes == 1 else dims).shape
+        shape = function(example, n if s is None else s, dims[0] if axes == 1 else dims).shape
         return linear_map(setting, input, lambda t: t.sum(dims, keepdim=True).expand(shape))
 
     return transform

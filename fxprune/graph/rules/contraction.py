@@ -44,7 +44,11 @@ def _with_weight(
     sizes = dict(zip(x_letters, x.shape, strict=True))
     known = all(sizes.get(c, size) == size for c, size in zip(w_letters, ref.shape, strict=True))
     sizes |= dict(zip(w_letters, ref.shape, strict=True))
-    if len(shared + gone + made) != len(w_letters) or sorted(kept + shared + made) != sorted(out) or not known:
+    if (
+        len(shared + gone + made) != len(w_letters)
+        or sorted(kept + shared + made) != sorted(out)
+        or not known
+    ):
         raise Unknown(f"a parameter contracted as {','.join(letters[:2])}->{out}")
     blocks = math.prod(sizes[c] for c in shared)
     rows, columns = math.prod(sizes[c] for c in made), math.prod(sizes[c] for c in gone)
@@ -52,7 +56,8 @@ def _with_weight(
     def view(weight: Tensor) -> Tensor:
         weight = weight if ref.view is None else ref.view(weight)
         weight = weight.permute([w_letters.index(c) for c in shared + made + gone])
-        return torch.block_diag(*weight.reshape(blocks, rows, columns))
+        weight = weight.reshape(blocks, rows, columns)
+        return weight[0] if blocks == 1 else torch.block_diag(*weight)
 
     def arrange(tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0].permute([x_letters.index(c) for c in kept + shared + gone]).flatten(len(kept))
@@ -186,7 +191,7 @@ def _alone(context: Context, x: Operand, letters: str, out: str) -> ir.Value:
 
 
 @table.rule(torch.tensordot)
-def tensordot(context: Context, a: Operand, b: Operand, dims: Any = 2, out: None = None) -> ir.Value:
+def tensordot(context: Context, a: Operand, b: Operand, dims: Any = 2, **_: Any) -> ir.Value:
     """The last axes of ``a`` against the first of ``b``, or those named."""
     rank_a, rank_b = len(a.shape), len(b.shape)
     pairs = (range(rank_a - dims, rank_a), range(dims)) if isinstance(dims, int) else dims
