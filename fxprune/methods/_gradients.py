@@ -72,10 +72,7 @@ def loss_at(
     Raises ``ValueError`` for a loss that is no finite scalar or does not depend on the model, and for labels
     that do not fit the output; ``TypeError`` where the default loss has no tensor to work on.
     """
-    objective = _Objective(problem.model, problem.loss_fn, method, temperature)
-    buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
-    state = {f"model.{name}": tensor for name, tensor in (buffers | dict(weights)).items()}
-    loss = torch.func.functional_call(objective, state, (batch,))
+    loss = _call(_Objective(problem.model, problem.loss_fn, method, temperature), problem, weights, batch)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise ValueError(f"method {method!r}: loss_fn returned {_describe(loss)}, expected a scalar tensor")
     if not loss.requires_grad:
@@ -85,6 +82,25 @@ def loss_at(
     if not math.isfinite(float(loss.detach())):
         raise ValueError(f"method {method!r}: the loss is {float(loss.detach())}; scores need a finite one")
     return loss.reshape(())
+
+
+def run_at(problem: Problem, weights: Mapping[str, torch.Tensor], batch: Batch, method: str) -> Any:
+    """The model's output for ``batch`` with ``weights`` in place; for a mapping, what ``loss_fn`` returns."""
+    if batch.mapping:
+        return _call(_Objective(problem.model, problem.loss_fn, method, 1.0), problem, weights, batch)
+    return _call(_Objective(problem.model, _output, method, 1.0), problem, weights, batch)
+
+
+def _output(output: Any, target: Any) -> Any:
+    return output
+
+
+def _call(
+    objective: torch.nn.Module, problem: Problem, weights: Mapping[str, torch.Tensor], batch: Batch
+) -> Any:
+    buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
+    state = {f"model.{name}": tensor for name, tensor in (buffers | dict(weights)).items()}
+    return torch.func.functional_call(objective, state, (batch,))
 
 
 def mean_gradients(
