@@ -143,6 +143,7 @@ class WindowPool:
     own: Callable[[Tensor], Tensor]
     total: Callable[[Tensor], Tensor]
     periodic: Callable[[Tensor], Tensor] | None = None
+    window: Window | None = None
 
 
 @dataclass(frozen=True)

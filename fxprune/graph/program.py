@@ -18,7 +18,8 @@ from torch import Tensor
 from fxprune.graph import ir
 from fxprune.graph.layout import Layout, collapsed, join, layout_of_labels, reader, reduced_shape
 from fxprune.graph.products import Product, compile_product
-from fxprune.graph.steps import Linear, compile_linear
+from fxprune.graph.settings import Linear
+from fxprune.graph.steps import compile_linear
 
 __all__ = ["Program", "Resolution", "Step", "compile_graph"]
 

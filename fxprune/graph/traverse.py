@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fxprune.graph import ir
 from fxprune.graph.program import Half, Program, Resolution, Step, compile_graph
-from fxprune.graph.steps import Counting, total
+from fxprune.graph.settings import Counting
+from fxprune.graph.steps import total
 
 __all__ = ["Flow", "flow", "reach"]
 

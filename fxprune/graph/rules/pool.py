@@ -16,7 +16,7 @@ from fxprune.graph import ir
 from fxprune.graph.builder import Constant
 from fxprune.graph.rules.pointwise import present
 from fxprune.graph.rules.table import Context, RuleTable, Unknown
-from fxprune.graph.steps import folded
+from fxprune.graph.windows import folded
 
 __all__ = ["table"]
 
@@ -140,15 +140,21 @@ class Geometry:
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
+    size: tuple[int, ...]
     out: tuple[int, ...]
 
     def total(self, x: Tensor, *, periodic: bool = False) -> Tensor:
         """Sum over every window; beyond the image there are zeros, or the image again."""
         rank = len(self.kernel)
         flat = x.reshape(-1, 1, *x.shape[-rank:])
+        # A part of the image may have been cut out, by whole strides.
+        out = [
+            m - (n - x.shape[d - rank]) // self.stride[d]
+            for d, (n, m) in enumerate(zip(self.size, self.out, strict=True))
+        ]
         for d in range(rank):
             size, before = x.shape[d - rank], self.padding[d]
-            span = (self.out[d] - 1) * self.stride[d] + self.dilation[d] * (self.kernel[d] - 1) + 1
+            span = (out[d] - 1) * self.stride[d] + self.dilation[d] * (self.kernel[d] - 1) + 1
             index = torch.arange(-before, span - before, device=x.device)
             if periodic:
                 flat = flat.index_select(2 + d, index % size)
@@ -158,9 +164,9 @@ class Geometry:
         ones = torch.ones((1, 1, *self.kernel), dtype=x.dtype, device=x.device)
         conv = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
         total = conv(flat, ones, stride=self.stride, dilation=self.dilation)
-        for d, n in enumerate(self.out):
+        for d, n in enumerate(out):
             total = total.narrow(2 + d, 0, n)
-        return total.reshape(*x.shape[:-rank], *self.out)
+        return total.reshape(*x.shape[:-rank], *out)
 
 
 def _windowed(
@@ -176,10 +182,18 @@ def _windowed(
 ) -> ir.Value:
     kernel = _tuple(kernel, rank)
     stride = kernel if stride is None or stride == [] else _tuple(stride, rank)
-    geometry = Geometry(kernel, stride, _tuple(padding, rank), _tuple(dilation, rank), context.shape[-rank:])
-    window = ir.WindowPool(own, geometry.total, functools.partial(geometry.total, periodic=True))
+    value = context.build.materialise(x)
+    padding, dilation = _tuple(padding, rank), _tuple(dilation, rank)
+    geometry = Geometry(kernel, stride, padding, dilation, value.shape[-rank:], context.shape[-rank:])
+    sides = tuple((p, p) for p in padding)
+    window = ir.WindowPool(
+        own,
+        geometry.total,
+        functools.partial(geometry.total, periodic=True),
+        ir.Window(kernel, stride, sides, dilation),
+    )
     dims = tuple(range(-rank, 0))
-    return context.build.pool(context.build.materialise(x), how, dims, window, context.shape)
+    return context.build.pool(value, how, dims, window, context.shape)
 
 
 def _first(result: Any) -> Tensor:
