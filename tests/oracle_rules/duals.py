@@ -99,7 +99,7 @@ class Dual(Tensor):
 
     def check(self) -> Dual:
         changed = self.base is not None and (
-            self.base.version != self.seen or self.base.stale not in (None, self)
+            self.base.version != self.seen or (self.base.stale is not None and self.base.stale is not self)
         )
         if self.stale is not None or changed:
             raise UnknownOpError("a tensor is read after it was changed in place through a view")

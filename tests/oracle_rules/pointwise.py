@@ -31,7 +31,7 @@ from oracle_rules.moves import move
     *"""relu relu6 leaky_relu gelu silu mish hardswish elu selu celu tanh hardtanh softsign tanhshrink
     softshrink hardshrink rrelu prelu threshold abs neg negative positive sqrt log1p expm1 sin asin sinh asinh
     atan erf sgn sign dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout
-    feature_alpha_dropout contiguous clone detach alias data real conj nan_to_num to float double half
+    feature_alpha_dropout contiguous detach alias data real conj nan_to_num to float double half
     bfloat16 type type_as cuda cpu normalize local_response_norm""".split()
 )
 def _same(setting: Setting, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -40,6 +40,12 @@ def _same(setting: Setting, x: Any, *args: Any, **kwargs: Any) -> Any:
         return x.to(setting.dtype)  # a plain tensor cast to the type of a dual
     result = x.copy()
     return result if x.base is None else result.seen_through(x)
+
+
+@rule("clone")
+def _clone(setting: Setting, x: Dual, **kwargs: Any) -> Dual:
+    """Memory of its own."""
+    return x.copy()
 
 
 @rule(

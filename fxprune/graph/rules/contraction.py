@@ -57,7 +57,9 @@ def _with_weight(
         weight = weight if ref.view is None else ref.view(weight)
         weight = weight.permute([w_letters.index(c) for c in shared + made + gone])
         weight = weight.reshape(blocks, rows, columns)
-        return weight[0] if blocks == 1 else torch.block_diag(*weight)
+        if blocks == 1:
+            return weight[0]
+        return torch.block_diag(*weight)  # type: ignore[no-untyped-call,no-any-return]
 
     def arrange(tensors: Sequence[Tensor]) -> Tensor:
         return tensors[0].permute([x_letters.index(c) for c in kept + shared + gone]).flatten(len(kept))
