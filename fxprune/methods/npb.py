@@ -150,13 +150,19 @@ def _scores(counts: Tensor, incoming: Tensor, order: Tensor, usable: Tensor) -> 
     ranked = (
         order.where(usable, -1.0).flatten(2) if order.dim() > 2 else order.where(usable, -1.0).unsqueeze(2)
     )
-    place = ranked.argsort(2, descending=True).argsort(2)
+    order_of = ranked.argsort(2, descending=True)
+    place = torch.empty_like(order_of).scatter_(
+        2, order_of, torch.arange(order_of.shape[2]).expand(order_of.shape)
+    )
     is_chosen = (place < counts.unsqueeze(2)).reshape(order.shape) & usable
     spare = (incoming.cpu() + order / (1 + order.max())) / 2 * usable
     return is_chosen * CHOSEN + spare.double()
 
 
 def _best(scores: Tensor, budget: int, within: Tensor) -> Tensor:
+    chosen = (scores >= CHOSEN) & within
+    if int(chosen.sum()) == budget:
+        return chosen
     mask = torch.zeros(scores.numel(), dtype=torch.bool)
     mask[scores.where(within, -1.0).flatten().topk(budget).indices] = True
     return mask.view(scores.shape) & within

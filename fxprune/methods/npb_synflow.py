@@ -19,8 +19,8 @@ def npb_synflow(
     refresh_until: int = 30,
     resolution: Literal["spatial", "channel"] = "spatial",
 ) -> Method:
-    """SynFlow with node refresh (the variant of "Understanding pruning at initialization: an effective node-path
-    balancing perspective", 2023).
+    """SynFlow with random node refresh (the variant of "Understanding pruning at initialization: an effective
+    node-path balancing perspective", 2023).
 
     In rounds e = 0, ``refresh_every``, 2 ``refresh_every``, ... below ``refresh_until`` the score of every
     weight is N(0, 1): the mask of that round is random, and what was pruned may return. Random masks keep
