@@ -9,7 +9,7 @@ few scores near the threshold; scores are copied once where some weights are pru
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,10 +92,10 @@ def _contests(bundles: Sequence[Bundle], budget: Budget) -> list[tuple[list[Bund
 
 def _take(bundles: Sequence[Bundle], room: int, granularity: Granularity) -> list[torch.Tensor]:
     """For each bundle, which of its groups fit into ``room`` weights when taken in order of score."""
-    taken = [torch.zeros_like(bundle.scores, dtype=torch.bool) for bundle in bundles]
+    taken: list[torch.Tensor] = []  # made when there is something to note: one byte per weight counts
     sizes = [bundle.sizes for bundle in bundles]
     candidates = [bundle.scores for bundle in bundles]
-    available = _mass([scores > NEVER for scores in candidates], sizes)
+    available = _mass((scores > NEVER for scores in candidates), sizes)
     if available < room:
         raise ValueError(f"only {available} weights can be kept under {granularity}, {room} are asked for")
     spent = 0
@@ -105,23 +105,33 @@ def _take(bundles: Sequence[Bundle], room: int, granularity: Granularity) -> lis
         candidates = [
             scores
             if not spent and isinstance(size, int) and size <= room
-            else scores.where(~done & (torch.as_tensor(size) <= room), NEVER)
-            for scores, size, done in zip(candidates, sizes, taken, strict=True)
+            else scores.where(_open(size, room, taken[place] if taken else None), NEVER)
+            for place, (scores, size) in enumerate(zip(candidates, sizes, strict=True))
         ]
         run = _run(candidates, sizes, room)
         spent = _mass(run, sizes)
         if not spent:
             break
-        taken = [done | new for done, new in zip(taken, run, strict=True)]
+        if taken:
+            for done, new in zip(taken, run, strict=True):
+                done |= new
+        else:
+            taken = run
         room -= spent
-    return taken
+    return taken or [torch.zeros_like(bundle.scores, dtype=torch.bool) for bundle in bundles]
+
+
+def _open(size: int | torch.Tensor, room: int, done: torch.Tensor | None) -> torch.Tensor:
+    """Which groups fit into ``room`` and are not taken yet."""
+    fits = torch.as_tensor(size) <= room
+    return fits if done is None else fits & ~done
 
 
 def _run(
     scores: Sequence[torch.Tensor], sizes: Sequence[int | torch.Tensor], room: int
 ) -> list[torch.Tensor]:
     """The first candidates, by descending score and ascending index, whose sizes sum to at most ``room``."""
-    available = _mass([values > NEVER for values in scores], sizes)
+    available = _mass((values > NEVER for values in scores), sizes)
     if available <= room:
         return [values > NEVER for values in scores]
     cut = _find_cut(scores, sizes, room, available)
@@ -167,18 +177,18 @@ def _find_cut(
         share = (room - from_high) / (above_low - from_high)
         under, over = _bracket(scores, sizes, share, low, high)
         if over < high:
-            at_least = _mass([values >= over for values in scores], sizes)
+            at_least = _mass((values >= over for values in scores), sizes)
             if at_least >= room:
-                more = _mass([values > over for values in scores], sizes)
+                more = _mass((values > over for values in scores), sizes)
                 if more < room:
                     return _Cut(over, more, at_least - more)
                 low, above_low = over, more
                 continue
             high, from_high = over, at_least
         if under > low:
-            more = _mass([values > under for values in scores], sizes)
+            more = _mass((values > under for values in scores), sizes)
             if more < room:
-                at_least = _mass([values >= under for values in scores], sizes)
+                at_least = _mass((values >= under for values in scores), sizes)
                 if at_least >= room:
                     return _Cut(under, more, at_least - more)
                 high, from_high = under, at_least
@@ -240,7 +250,7 @@ def _flat(
     return torch.cat(values), torch.cat(masses)
 
 
-def _mass(chosen: Sequence[torch.Tensor], sizes: Sequence[int | torch.Tensor]) -> int:
+def _mass(chosen: Iterable[torch.Tensor], sizes: Sequence[int | torch.Tensor]) -> int:
     """Number of weights in the chosen groups, with one synchronisation per device."""
     masses = [
         mask.count_nonzero() * size if isinstance(size, int) else size.where(mask, 0).sum()

@@ -98,8 +98,8 @@ def gpu_problem(home: str, **fields: Any) -> methods.Problem:
     weights = {name: asked.model.get_parameter(name).detach().to(home) for name in asked.weights}
     masks = {name: mask.to(home) for name, mask in asked.masks.items()}
     return methods.Problem(
-        model=asked.model, graph=asked.graph, weights=weights, masks=masks, budget=asked.budget, data=asked.data,
-        device=torch.device("cuda"),
+        model=asked.model, graph=asked.graph, weights=weights, masks=masks, budget=asked.budget,
+        data=asked.data, device=torch.device("cuda"),
     )  # fmt: skip
 
 
