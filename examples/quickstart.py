@@ -71,7 +71,7 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += float(loss)
+            total += loss.item()
         print(f"epoch {epoch + 1}: loss {total / len(loader):.3f}, accuracy {accuracy(pruned, test):.1%}")
 
     fxprune.verify(pruned)
