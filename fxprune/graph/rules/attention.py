@@ -55,7 +55,7 @@ def attend(
 ) -> tuple[ir.Value, ir.Value]:
     """The mixed values and the attention that mixed them. A bool mask says which pairs may meet."""
     build = context.build
-    batch = "abcdefgh"[: len(q.shape) - 2]
+    batch = "ABCDEFGH"[: len(q.shape) - 2]
     outer = tuple(max(a, b) for a, b in zip(q.shape[:-2], k.shape[:-2], strict=True))
     shape = (*outer, q.shape[-2], k.shape[-2])
     scores = build.mix(f"{batch}qc,{batch}kc->{batch}qk", q, k, shape)
