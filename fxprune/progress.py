@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -27,12 +27,13 @@ class Display:
         self.console = Console(stderr=True) if console is None else console
         self.enabled = enabled and self.console.is_terminal
 
-    def __call__(self, steps: Iterable[T], description: str, total: int) -> Iterator[T]:
-        """``steps``, unchanged, with a bar that moves by one for each."""
-        with self._bar(description, total) as (bar, task):
+    def __call__(self, steps: Iterable[T], description: str | Callable[[], str], total: int) -> Iterator[T]:
+        """``steps``, unchanged, with a bar that moves by one for each; a function's words may change."""
+        words = description if callable(description) else lambda: description
+        with self._bar(words(), total) as (bar, task):
             for step in steps:
                 yield step
-                bar.advance(task)
+                bar.update(task, advance=1, description=words())
 
     @contextmanager
     def step(self, description: str) -> Iterator[None]:

@@ -30,13 +30,16 @@ Scores = dict[str, torch.Tensor]
 
 
 class Progress(Protocol):
-    """How a method shows that it moves: wraps an iterable of ``total`` steps, and may draw a bar."""
+    """How a method shows that it moves: wraps an iterable of ``total`` steps, and may draw a bar.
 
-    def __call__(self, steps: Iterable[_T], description: str, total: int) -> Iterable[_T]:
+    The description may be a function, which is asked for the words of the moment after each step.
+    """
+
+    def __call__(self, steps: Iterable[_T], description: str | Callable[[], str], total: int) -> Iterable[_T]:
         """``steps``, unchanged."""
 
 
-def silent(steps: Iterable[_T], description: str, total: int) -> Iterable[_T]:
+def silent(steps: Iterable[_T], description: str | Callable[[], str], total: int) -> Iterable[_T]:
     """The progress that shows nothing."""
     return steps
 
@@ -56,7 +59,7 @@ class Problem:
     ``invert``: keep the lowest scores instead of the highest. ``group``: processes that score together, each
     on data of its own, and end with the same masks. ``shards``: the processes over which ``fully_shard`` has
     split the parameters of ``model``; ``weights`` and ``masks`` are then this one's rows, and the budget is
-    that of the whole.
+    that of the whole. ``history``: where a method notes how it went, as columns of equal length.
     """
 
     model: torch.nn.Module
@@ -75,6 +78,7 @@ class Problem:
     invert: bool = False
     group: ProcessGroup | None = None
     shards: ProcessGroup | None = None
+    history: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:

@@ -1,0 +1,125 @@
+"""Adam on the scores of an exact top-k: masks that climb an objective.
+
+A reading of the network and initial scores come in; masks that meet a budget at every step go out. Only
+magnitudes of scores matter, and only rise, so that one number per unit is all the state that Adam needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fxprune.methods._contest import Contest, Rule, Selection, gathered
+from fxprune.methods._objective import Field, Figures, Reading
+from fxprune.sparsity.masks import Masks
+
+__all__ = ["Ascent"]
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8
+TOGETHER = 1 << 18
+"""Units that are handled in one operation; it is what fits into a core's cache."""
+SMALLEST, LARGEST = 1e-15, 1e15
+"""Derivatives below move nothing in float32, but are slow; those above would overflow when squared."""
+TIDY = 64
+"""Steps between two removals of what has all but decayed."""
+
+
+class Ascent:
+    """``magnitudes``: |s| of every weight, by layer, in the parameter's shape; -inf where it may not be kept.
+
+    ``budget``: weights to keep in every layer. ``lr``: how far a score goes in a step, about. ``rule``: how
+    the best are found.
+    """
+
+    def __init__(
+        self,
+        reading: Reading,
+        magnitudes: Mapping[str, Tensor],
+        budget: Mapping[str, int],
+        lr: float,
+        rule: Rule = Contest,
+    ) -> None:
+        self.reading, self.lr, self.time = reading, lr, 0
+        self.shapes = {name: score.shape for name, score in magnitudes.items()}
+        units = {name: score.reshape(-1, reading.widths[name]) for name, score in magnitudes.items()}
+        sizes = {name: len(unit) for name, unit in units.items()}
+        self.contests: list[Contest | Selection] = []
+        self.fields: list[Field] = []
+        self.moments: list[tuple[Tensor, Tensor]] = []
+        # Groups of weights may span layers, so that all layers are one contest then.
+        together = gathered(reading.widths, sizes, TOGETHER) if rule is Contest else [list(units)]
+        for names in together:
+            contest = rule({name: units[name] for name in names}, budget)
+            size = len(contest.rise)
+            where = {name: contest.segment(name) for name in names}
+            self.contests.append(contest)
+            self.fields.append(Field(torch.zeros(size, dtype=reading.dtype), torch.zeros(size), where))
+            self.moments.append((torch.zeros(size), torch.zeros(size)))
+        self.initial = dict(units)
+        self._recount()
+        reading.attach(self.fields)
+
+    def figures(self) -> Figures:
+        """ln R_P, nodes and kernels of the present masks."""
+        self.reading.climb()
+        return self.reading.figures()
+
+    def resize(self, budget: Mapping[str, int]) -> None:
+        """Another number of weights in every layer."""
+        for contest in self.contests:
+            contest.resize(budget)
+        self._recount()
+
+    def step(self) -> float:
+        """One step of Adam; returns ln R_P before it."""
+        log_paths = self.reading.climb()
+        self._advance()
+        return log_paths
+
+    def measured_step(self) -> Figures:
+        """One step of Adam; returns ln R_P, nodes and kernels before it."""
+        self.reading.climb()
+        figures = self.reading.figures()
+        self._advance()
+        return figures
+
+    def _advance(self) -> None:
+        self.time += 1
+        for contest, field, moments in zip(self.contests, self.fields, self.moments, strict=True):
+            size = len(contest.rise)
+            for start in range(0, size, TOGETHER):
+                part = slice(start, min(size, start + TOGETHER))
+                self._adam(field.direction[part], contest.rise[part], moments[0][part], moments[1][part])
+            changed = contest.settle()
+            if len(changed):
+                field.counts.numpy()[changed] = contest.counts[changed]
+
+    def masks(self) -> Masks:
+        """The present masks."""
+        found: Masks = {}
+        for contest, field in zip(self.contests, self.fields, strict=True):
+            for name, where in field.where.items():
+                order = self.initial[name].argsort(dim=1, descending=True, stable=True)
+                kept = torch.arange(order.shape[1]) < torch.from_numpy(contest.counts[where]).unsqueeze(1)
+                found[name] = torch.zeros_like(kept).scatter_(1, order, kept).view(self.shapes[name])
+        return found
+
+    def _recount(self) -> None:
+        for contest, field in zip(self.contests, self.fields, strict=True):
+            field.counts.copy_(torch.from_numpy(contest.counts))
+
+    def _adam(self, direction: Tensor, rise: Tensor, mean: Tensor, square: Tensor) -> None:
+        """Kingma, Ba 2015, algorithm 1, in the order of operations that needs the fewest passes."""
+        direction.clamp_(max=LARGEST)
+        torch.threshold_(direction, SMALLEST, 0.0)
+        mean.lerp_(direction, 1 - BETAS[0])
+        square.mul_(BETAS[1]).addcmul_(direction, direction, value=1 - BETAS[1])
+        first, second = 1 - BETAS[0] ** self.time, math.sqrt(1 - BETAS[1] ** self.time)
+        scale = torch.sqrt(square, out=direction).add_(EPSILON * second)
+        rise.addcdiv_(mean, scale, value=self.lr * second / first)
+        if self.time % TIDY == 0:
+            torch.threshold_(mean, SMALLEST**2, 0.0)
+            torch.threshold_(square, SMALLEST**2 / 1e6, 0.0)
