@@ -157,6 +157,8 @@ def _prune(model: nn.Module, example_inputs: Any, wish: Request, display: Displa
         pruned = problem.model if wish.device is None else duplicate(gm)
         install(pruned, {**before, **masks})
     stamp(pruned, method=wish.method.name, sparsity=wish.sparsity, seed=wish.seed)
+    if problem.history and isinstance(pruned, fx.GraphModule):
+        pruned.meta["fxprune"] = {"history": problem.history}
     return pruned
 
 
