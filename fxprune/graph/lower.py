@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.capture import CaptureError, capture_leaf
@@ -81,6 +82,20 @@ def _samples(gm: fx.GraphModule) -> int:
     return 1
 
 
+def _starts_elsewhere(gm: fx.GraphModule) -> bool:
+    """Whether paths start at numbers (float or image inputs) or look-ups, so that integers are only indices."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            vals = [val for val in _leaves(node.meta["val"]) if isinstance(val, Tensor)]
+            if any(val.dtype.is_floating_point or val.dtype.is_complex for val in vals):
+                return True
+        elif node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Embedding):
+            return True
+        elif node.target in (F.embedding, torch.embedding):
+            return True
+    return False
+
+
 def _leaves(x: Any) -> list[Any]:
     if isinstance(x, (list, tuple)):
         return [leaf for item in x for leaf in _leaves(item)]
@@ -117,7 +132,10 @@ class _Walk:
 
     def _input(self, val: Any) -> Any:
         if isinstance(val, Tensor):
-            return self.build.source(val.shape)
+            is_index = (
+                not val.dtype.is_floating_point and not val.dtype.is_complex and val.dtype != torch.uint8
+            )
+            return self.build.source(val.shape, live=not is_index or not _starts_elsewhere(self.gm))
         if isinstance(val, (list, tuple)):
             return type(val)(self._input(item) for item in val)
         if isinstance(val, dict):
@@ -137,7 +155,7 @@ class _Walk:
         if not isinstance(thing, Tensor):
             return thing
         ref = self.build.parameters.reference(thing, self.leaf)
-        learnt = isinstance(thing, nn.Parameter) or thing.is_floating_point()
+        learnt = thing.is_floating_point() and not node.meta.get("is_literal", False)
         return Constant(tuple(thing.shape), thing.dtype, lambda: thing, ref, is_learnt=learnt)
 
     def _read(self, args: Any) -> Any:

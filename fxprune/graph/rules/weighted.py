@@ -185,10 +185,9 @@ def bilinear(context: Context, *args: Any) -> ir.Value:
 
 @table.rule(nn.Embedding, F.embedding, torch.embedding)
 def embedding(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value | Constant:
-    """A row of the table per index: live where the index is; the table itself is no kernel."""
+    """Paths start where the network looks its input up; the table itself is no kernel."""
     tokens = x if context.module is not None or isinstance(x, ir.Value) else args[0]
     shape = context.shape
-    if isinstance(tokens, ir.Value) and tokens.live:
-        column = context.build.gather(lambda tensors: tensors[0].unsqueeze(-1), [tokens], (*tokens.shape, 1))
-        return context.build.linear(column, ir.WeightRef(None, (shape[-1], 1)), bias=False)
+    if isinstance(tokens, ir.Value):
+        return context.build.source(shape)
     return Constant(shape, torch.float32, lambda: torch.ones(shape))
