@@ -244,6 +244,7 @@ class Tape:
         node = self.graph.create_node("get_attr", name)
         node.meta["val"] = self.shadows.of(tensor)
         node.meta["nn_module_stack"] = self.scope.stack
+        node.meta["is_literal"] = name in self.constants  # neither parameter nor buffer: a number in the code
         self._register(tensor, node)
         return node
 

@@ -83,7 +83,7 @@ def _samples(gm: fx.GraphModule) -> int:
 
 
 def _starts_elsewhere(gm: fx.GraphModule) -> bool:
-    """Whether paths start at numbers (float or image inputs) or look-ups, so that integers are only indices."""
+    """Whether paths start at float inputs or at look-ups, so that integer inputs are only indices."""
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             vals = [val for val in _leaves(node.meta["val"]) if isinstance(val, Tensor)]

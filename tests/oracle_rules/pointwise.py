@@ -49,7 +49,17 @@ def _clone(setting: Setting, x: Dual, **kwargs: Any) -> Dual:
 
 
 @rule(
-    "sigmoid", "hardsigmoid", "log_softmax", "softmin", "logsigmoid", "softplus", "exp", "exp2", "cos", "cosh"
+    "sigmoid",
+    "hardsigmoid",
+    "log_softmax",
+    "softmin",
+    "logsigmoid",
+    "log_sigmoid",
+    "softplus",
+    "exp",
+    "exp2",
+    "cos",
+    "cosh",
 )
 def _never_zero(setting: Setting, x: Dual, *args: Any, **kwargs: Any) -> Dual:
     """f(0) is not 0: 1 + x."""
