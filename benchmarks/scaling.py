@@ -56,9 +56,8 @@ def main() -> None:
     for nodes, *times in rows:
         print(f"{nodes:8d} " + " ".join(f"{t:8.2f}s" for t in times) + f"   {1e3 * sum(times) / nodes:.2f}")
     for stage, name in enumerate(("capture", "lower", "compile"), start=1):
-        print(
-            f"{name}: seconds ~ nodes ^ {exponent([row[0] for row in rows], [row[stage] for row in rows]):.2f}"
-        )
+        power = exponent([row[0] for row in rows], [row[stage] for row in rows])
+        print(f"{name}: seconds ~ nodes ^ {power:.2f}")
 
 
 if __name__ == "__main__":
