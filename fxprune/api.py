@@ -154,7 +154,7 @@ def _prune(model: nn.Module, example_inputs: Any, wish: Request, display: Displa
         everywhere = [name for name in direct_reads(gm) if name in before or name in masks]
         install(pruned, {**before, **masks}, direct=everywhere)
     else:
-        pruned = problem.model if wish.device is None else duplicate(gm)
+        pruned = cast(fx.GraphModule, problem.model) if wish.device is None else duplicate(gm)
         install(pruned, {**before, **masks})
     stamp(pruned, method=wish.method.name, sparsity=wish.sparsity, seed=wish.seed)
     if problem.history and isinstance(pruned, fx.GraphModule):
