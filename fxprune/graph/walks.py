@@ -56,7 +56,7 @@ class _Way(NamedTuple):
     target: int
     link: Link
     name: str | None
-    index: Tensor | None
+    places: Tensor | None
 
 
 class Walks:
@@ -289,7 +289,7 @@ class _Trip:
         if way.name is not None:
             there = found >= 0
             weights = weights[there]
-            weights = weights if way.index is None else way.index[weights]
+            weights = weights if way.places is None else way.places[weights]
             self.passed.setdefault(way.name, []).append((weights, walkers[there]))
         self.arrive(way.source if back else way.target, walkers, found)
 

@@ -144,9 +144,9 @@ def _close(problem: Problem, first: dict[str, Tensor], scores: Scores, sizes: Sc
     for name, mask in masks.items():
         known = problem.graph.kernels[name].live_taps
         candidates = (closing[name] > 0) & ~mask & problem.masks[name].cpu() & known
-        partial = (first[name] == whole) * 0.01
+        partial = (first[name] == whole) * 0.1
         relative = sizes[name] / sizes[name].max().clamp(min=1e-30)
-        low = torch.where(candidates, 2 + 1e-3 * relative.double() + 1e-3 * partial, scores[name] / 3)
+        low = torch.where(candidates, 2 + 1e-3 * relative.double() + partial, scores[name] / 3)
         scores[name] = torch.where(mask, scores[name] + 1, low)
 
 
