@@ -14,15 +14,18 @@ from fxprune.methods import Method
 from fxprune.methods import names as list_methods
 from fxprune.rewrite import finalize, load_masks, save, set_masks, verify
 from fxprune.rewrite import read as masks
+from fxprune.training import Pruner, load_ticket
 
 __all__ = [
     "Method",
+    "Pruner",
     "analyze",
     "apply",
     "capture",
     "finalize",
     "list_methods",
     "load_masks",
+    "load_ticket",
     "lower",
     "masks",
     "save",

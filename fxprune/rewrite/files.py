@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,11 +14,12 @@ from torch import nn
 
 from fxprune.rewrite.form import form_of
 from fxprune.rewrite.names import read, unwrap
+from fxprune.rewrite.packing import pack, unpack
+from fxprune.rewrite.tickets import CENTROIDS, SIGNS, ticket_tensors, unpack_ticket
 from fxprune.sparsity.masks import Masks, total
 
 FORMAT = "fxprune"
 FORMAT_VERSION = 1
-_BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def stamp(model: nn.Module, **facts: object) -> None:
@@ -39,20 +41,30 @@ def provenance(model: nn.Module) -> dict[str, str]:
     return {}
 
 
-def save(gm: nn.Module, path: str | os.PathLike[str], **facts: object) -> None:
-    """Writes the masks of a model to a safetensors file.
+def save(
+    gm: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    form: Literal["masks", "ticket"] = "masks",
+    **facts: object,
+) -> None:
+    """Writes the masks of a model to a safetensors file, or its ticket.
 
-    Each mask takes an eighth of a byte per weight. The header says ``format``, ``format_version``,
-    ``method``, ``sparsity`` (asked for, if known, else obtained), ``kept`` and ``total`` (weights), ``seed``,
-    ``torch``, ``fxprune`` and the ``shapes``.
+    Each mask takes an eighth of a byte per weight. A ticket has besides, for each layer, the means of its
+    negative and of its positive weights, and one bit for each weight that is kept, its sign: all that
+    :func:`fxprune.load_ticket` needs to build the network that ASNI trains anew.
+
+    The header says ``format``, ``format_version``, ``form``, ``method``, ``sparsity`` (asked for, if known,
+    else obtained), ``kept`` and ``total`` (weights), ``seed``, ``torch``, ``fxprune`` and the ``shapes``.
 
     Args:
         gm: a masked graph module or plain module.
         path: the file to write.
+        form: "masks", or "ticket".
         facts: entries for the header, over those that the model remembers.
 
     Raises:
-        ValueError: the model has no masks.
+        ValueError: the model has no masks, or there is no such form.
 
     >>> import tempfile
     >>> from fxprune.rewrite import install
@@ -63,6 +75,8 @@ def save(gm: nn.Module, path: str | os.PathLike[str], **facts: object) -> None:
     ...     load_masks(f"{folder}/masks.safetensors")
     {'weight': tensor([[ True, False]])}
     """
+    if form not in ("masks", "ticket"):
+        raise ValueError(f"form={form!r}: expected 'masks' or 'ticket'")
     masks = read(gm)
     if not masks:
         raise ValueError("gm: it has no masks to save; set masks first")
@@ -75,17 +89,21 @@ def save(gm: nn.Module, path: str | os.PathLike[str], **facts: object) -> None:
         **{key: str(value) for key, value in facts.items()},
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
+        "form": form,
         "kept": str(alive),
         "total": str(size),
         "torch": torch.__version__,
         "fxprune": _own_version(),
         "shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
     }
-    save_file({name: pack(mask) for name, mask in masks.items()}, path, metadata=header)
+    tensors = {name: pack(mask) for name, mask in masks.items()}
+    if form == "ticket":
+        tensors |= ticket_tensors(gm)
+    save_file(tensors, path, metadata=header)
 
 
 def load_masks(path: str | os.PathLike[str]) -> Masks:
-    """The masks in a file that :func:`save` wrote, on the CPU.
+    """The masks in a file that :func:`save` wrote, in either form, on the CPU.
 
     Args:
         path: the file.
@@ -97,7 +115,25 @@ def load_masks(path: str | os.PathLike[str]) -> Masks:
         FileNotFoundError: there is no such file.
         ValueError: the file is not one of ours, of a newer format, or damaged; the message names it.
     """
+    return _masks(path, *_open(path))
+
+
+def read_ticket(
+    path: str | os.PathLike[str],
+) -> tuple[Masks, dict[str, tuple[float, float]], dict[str, torch.Tensor]]:
+    """Masks, centroids (negative, positive) and signs (True = negative) of a ticket, by parameter name.
+
+    Raises ``FileNotFoundError`` and ``ValueError`` as :func:`load_masks`, the latter also for a file that has
+    masks only.
+    """
     header, tensors = _open(path)
+    masks = _masks(path, header, tensors)
+    if header.get("form") != "ticket":
+        raise ValueError(f"{os.fspath(path)}: a file of masks, not a ticket; save with form='ticket'")
+    return masks, *unpack_ticket(masks, tensors, path)
+
+
+def _masks(path: str | os.PathLike[str], header: dict[str, str], tensors: dict[str, torch.Tensor]) -> Masks:
     if header.get("format") != FORMAT:
         raise ValueError(f"{os.fspath(path)}: not an fxprune mask file, expected one that fxprune.save wrote")
     if header.get("format_version") != str(FORMAT_VERSION):
@@ -107,7 +143,7 @@ def load_masks(path: str | os.PathLike[str]) -> Masks:
         )
     try:
         shapes = {name: torch.Size(shape) for name, shape in json.loads(header["shapes"]).items()}
-        if shapes.keys() != tensors.keys():
+        if shapes.keys() != tensors.keys() - {CENTROIDS, SIGNS}:
             raise ValueError("the names in the header are not those of the tensors")
         return {name: unpack(tensors[name], shape) for name, shape in shapes.items()}
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
@@ -127,32 +163,6 @@ def _open(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, torch
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{os.fspath(path)}: not a readable mask file ({error})") from error
-
-
-def pack(mask: torch.Tensor) -> torch.Tensor:
-    """A bool tensor as bytes: entry i, in row-major order, is bit i % 8 of byte i // 8.
-
-    >>> pack(torch.tensor([True, False, True])).tolist()
-    [5]
-    """
-    flat = mask.detach().cpu().flatten().to(torch.uint8)
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    return (padded * torch.tensor(_BITS, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-
-
-def unpack(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """The inverse of :func:`pack`.
-
-    >>> unpack(torch.tensor([5], dtype=torch.uint8), torch.Size([3]))
-    tensor([ True, False,  True])
-    """
-    size = shape.numel()
-    if packed.dtype != torch.uint8 or packed.shape != (-(-size // 8),):
-        raise ValueError(f"{tuple(packed.shape)} bytes for a mask of shape {tuple(shape)}")
-    bits = packed.unsqueeze(1).bitwise_and(torch.tensor(_BITS, dtype=torch.uint8)) != 0
-    if bits.flatten()[size:].any():
-        raise ValueError("bits are set beyond the end of a mask")
-    return bits.flatten()[:size].reshape(shape).clone()
 
 
 def _own_version() -> str:

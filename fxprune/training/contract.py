@@ -1,0 +1,85 @@
+"""What a training method is: the moment of a training run comes in, the masks from then on go out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from fxprune.methods import Method, Problem
+from fxprune.sparsity.budget import Budget, count
+from fxprune.sparsity.masks import Masks, is_subset, kept
+
+Grown = Literal["zero", "dense"]
+"""Where a weight that comes back starts: from zero, or from the value it had when it was pruned."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What a method sees when an update is due.
+
+    ``at``: the step or epoch of the update, as the method's ``due`` said. ``start``: weights in each
+    parameter when training began. ``final``: the budget that is reached in the end. ``problem``: the question
+    for a pruning method, within the masks of now. ``gradients``: asks the training loop for the derivative of
+    the loss with respect to every prunable weight, pruned ones included.
+    """
+
+    at: int
+    start: dict[str, int]
+    final: Budget
+    problem: Problem
+    gradients: Callable[[], dict[str, torch.Tensor]]
+
+    @property
+    def masks(self) -> Masks:
+        """The masks of now."""
+        return self.problem.masks
+
+    def budget(self, density: float) -> Budget:
+        """The exact budget at ``density`` of all prunable weights; no more than there are now.
+
+        Where layers have budgets of their own, each is as far on its way as the whole is.
+        """
+        final, present = self.final, kept(self.masks)
+        if final.layers is None:
+            budget = Budget(count(sum(final.sizes.values()), density), final.sizes)
+        else:
+            progress = 1.0 if final.density == 1 else (1 - density) / (1 - final.density)
+            budget = final.towards(lambda target: 1 - min(progress, 1.0) * (1 - target), self.start)
+        return budget.capped(present).capped(self.problem.granularity.room(self.masks))
+
+
+@dataclass(frozen=True)
+class TrainingMethod:
+    """A method that changes masks while a network trains.
+
+    ``target``: the sparsity it ends at. ``due``: the update that ``step(at)`` stands for (the last one at or
+    before ``at``), or None before the first. ``update``: the masks from then on. ``begin``: the masks that
+    training starts with, None for those the model has. ``budget``: the usual allocation over layers.
+    ``grown``: where weights that come back start. ``needs``: ``{"gradients"}`` where ``step`` must be given a
+    loss; ``{"data"}`` where the criterion looks at data.
+    """
+
+    name: str
+    target: float
+    due: Callable[[int], int | None]
+    update: Callable[[Moment], Masks]
+    begin: Callable[[Moment], Masks] | None = None
+    budget: str = "global"
+    grown: Grown = "zero"
+    needs: frozenset[str] = frozenset()
+    summary: str = ""
+    paper: str = ""
+
+
+def shrink(moment: Moment, density: float, criterion: Method) -> Masks:
+    """The masks that ``criterion`` leaves at ``density`` of all prunable weights; no pruned one returns.
+
+    Raises ``ValueError`` for a criterion that keeps what was pruned before.
+    """
+    masks = criterion.find(replace(moment.problem, budget=moment.budget(density)))
+    if not is_subset(masks, moment.masks):
+        raise ValueError(f"criterion {criterion.name!r} keeps weights that were pruned before")
+    return masks

@@ -1,0 +1,314 @@
+"""The pruner: masks that follow a training loop. The loop is the user's, and says when a step is done."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fxprune.methods import Problem, agree, get
+from fxprune.request import Exclusion, Request, listed
+from fxprune.rewrite import bare, read, set_masks, stamp
+from fxprune.rewrite.tickets import centroids, fill, negative_signs, neutralise, whole
+from fxprune.sparsity.budget import Allocation
+from fxprune.sparsity.granularity import WEIGHT, Granularity
+from fxprune.sparsity.granularity import resolve as resolve_granularity
+from fxprune.sparsity.masks import Masks, kept
+from fxprune.training.checkpoints import Checkpoints
+from fxprune.training.contract import Moment, TrainingMethod
+from fxprune.training.numbers import integer
+from fxprune.training.open_masks import dense_gradients
+from fxprune.training.preparation import Returns, prepare
+from fxprune.training.registry import resolve
+from fxprune.training.saving import Saving
+from fxprune.training.values import Values, put_back, values_of
+
+Loss = Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One update: at which step, the sparsity after it, the weights kept, and how many went and came back."""
+
+    at: int
+    sparsity: float
+    kept: int
+    pruned: int
+    grown: int
+
+
+class Pruner:
+    """Prunes ``model`` while somebody trains it.
+
+    Args:
+        model: any module; it is not changed, unless ``returns`` says so. If it was pruned before, that stays.
+        method: "asni", "gmp", "imp", "set", "rigl", or a :class:`TrainingMethod`.
+        sparsity: the fraction of the prunable weights that is gone in the end; ``asni`` and ``imp`` can do
+            without, from options of their own.
+        total: the number of steps or epochs of the training, in the unit that :meth:`step` counts.
+        example_inputs, budget, granularity, exclude, seed, data, loss_fn: as for :func:`fxprune.apply`; the
+            last two for criteria that look at data.
+        returns: what :attr:`model` is: "graph", a masked ``torch.fx.GraphModule``; "module", a masked copy of
+            the model's own class; "inplace", the model itself, for frameworks that hold it already.
+        rewind: steps before whose pruning the weights are kept, for ``reinitialize("rewind:k")``.
+        checkpoint_dir: where :meth:`step` leaves checkpoints; :meth:`resume` goes on from the last.
+        checkpoint_every: steps from one checkpoint to the next.
+        method_options: the method's own.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, named, before any work.
+
+    Pruned weights are zero at once and stay so under any optimiser, whose momenta and averages of them are
+    cleared after its next step. Masks are buffers that change in place: compiled code stays valid. Processes
+    that train together end with the same masks, which is checked.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> pruner = Pruner(net, "gmp", 0.75, total=3, example_inputs=torch.ones(2, 4))
+    >>> for epoch in range(1, 4):
+    ...     pruner.step(epoch)  # after the training of an epoch
+    >>> pruner.sparsity
+    0.75
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str | TrainingMethod = "asni",
+        sparsity: float | None = None,
+        *,
+        total: int,
+        example_inputs: Any = None,
+        data: Any = None,
+        loss_fn: Callable[..., torch.Tensor] | None = None,
+        budget: Allocation | None = None,
+        granularity: str | Granularity = "weight",
+        exclude: Exclusion | Iterable[Exclusion] = (),
+        seed: int = 0,
+        returns: Returns = "graph",
+        rewind: int | Iterable[int] = (),
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 1,
+        **method_options: Any,
+    ) -> None:
+        if returns not in ("graph", "module", "inplace"):
+            raise ValueError(f"returns={returns!r}: expected 'graph', 'module' or 'inplace'")
+        self.method = resolve(method, sparsity, total, method_options)
+        self.total = integer("total", total, 1)
+        self.granularity = resolve_granularity(granularity)
+        if self.method.begin is not None and self.granularity != WEIGHT:
+            raise ValueError(f"granularity={granularity!r}: method {self.method.name!r} moves single weights")
+        if "data" in self.method.needs and data is None:
+            raise ValueError(f"method {self.method.name!r}: its criterion needs data=...")
+        self.data, self.loss_fn = data, loss_fn
+        marks = (rewind,) if isinstance(rewind, int) else tuple(rewind)
+        self._marks = {integer("rewind", mark, 0) for mark in marks}
+        allocation = self.method.budget if budget is None else budget
+        wish = Request(
+            get("magnitude"), self.method.target, None, None, allocation, self.granularity, None,
+            listed(exclude), seed, None, "graph", "warn",
+        )  # fmt: skip
+        prepared = prepare(model, example_inputs, wish, returns)
+        self.model = prepared.model
+        self.graph = prepared.graph
+        self._final = prepared.budget
+        self._generator = torch.Generator().manual_seed(seed)
+        self._kept: dict[int, Values] = {0: values_of(self.model)}
+        self._handled = -1
+        self.history: list[Event] = []
+        facts = {"method": self.method.name, "total": total, "seed": seed, "budget": self._final.total,
+                 "weights": sum(self._final.sizes.values())}  # fmt: skip
+        store = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, rank=_rank())
+        self._saving = Saving(store, integer("checkpoint_every", checkpoint_every, 1), facts)
+        self._dense = self._weights() if self.method.grown == "dense" else {}
+        self._dense = {name: weight.clone() for name, weight in self._dense.items()}
+        self._start = kept(self.masks)
+        stamp(self.model, method=self.method.name, sparsity=self.method.target, seed=seed)
+        if self.method.begin is not None:
+            self._change(0, self.method.begin(self._moment(0, None)))
+
+    @property
+    def masks(self) -> Masks:
+        """The masks of now, by parameter name; copies."""
+        found = read(self.model)
+        return {name: found[name] for name in self._final.sizes}
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the prunable weights that is gone now."""
+        return 1 - sum(kept(self.masks).values()) / sum(self._final.sizes.values())
+
+    def step(self, at: int, loss: Loss | None = None) -> None:
+        """Tells that step or epoch ``at`` (1..``total``) of the training is done; call it last in each.
+
+        Args:
+            at: the number of the step or epoch; it may skip some, and what was due in between is caught up.
+            loss: for "rigl": a function that runs the model on a batch and returns its loss. It is called
+                when an update is due, with all masks open; statistics and random states stay as they are. It
+                must run ``pruner.model``, compiled or not, and no ``DistributedDataParallel`` around it.
+
+        Raises:
+            ValueError: ``at`` is not after the last step, or ``loss`` is missing.
+            RuntimeError: processes that train together have come to different masks.
+        """
+        integer("at", at, 0)
+        if "gradients" in self.method.needs and loss is None:
+            raise ValueError(f"loss=None: method {self.method.name!r} needs step(at, loss=...), a function "
+                             "that returns the loss of a batch")  # fmt: skip
+        self._saving.check_step(at)
+        if at in self._marks and at not in self._kept:
+            self.remember(at)
+        due = self.method.due(at)
+        if due is not None and due > self._handled:
+            self._change(due, self.method.update(self._moment(due, loss)))
+            self._handled = due
+        self._saving.step(at, self.model, self.state_dict())
+
+    def resume(self, **objects: Any) -> int:
+        """Goes on from the last checkpoint, if there is one; call it once, before the loop.
+
+        Args:
+            objects: what the training loop has besides the model, by names of your choice: optimiser,
+                scheduler, gradient scaler, the ``torch.Generator`` of a ``DataLoader``. Anything with
+                ``state_dict`` and ``load_state_dict`` will do. Each checkpoint has their states, and those of
+                the global random generators.
+
+        Returns:
+            The steps that are done, 0 for a fresh start: the next is one more.
+
+        Raises:
+            TypeError: an object without a state.
+            ValueError: no checkpoint can be read, or the last is of another run.
+        """
+        return self._saving.resume(objects, self.model, self.load_state_dict)
+
+    def remember(self, step: int) -> None:
+        """Keeps the present weights, on the host, for ``reinitialize(f"rewind:{step}")``."""
+        self._kept[integer("step", step, 0)] = values_of(self.model)
+
+    def centroids(self) -> dict[str, tuple[float, float]]:
+        """The means of each layer's negative and positive weights, by parameter name: 2 L numbers.
+
+        (negative, positive), each 0.0 where there is no such weight (ASNI, algorithm 1, lines 13 and 15).
+        """
+        names = self._final.sizes
+        return {name: pair for name, pair in centroids(self.model).items() if name in names}
+
+    def reinitialize(self, start: str) -> nn.Module:
+        """Sets the weights back, under the masks of now, in place; and returns the model.
+
+        Args:
+            start: "centroids": every weight that is kept becomes the mean of its layer's weights of its sign
+                (of the positive ones, if it is exactly zero), biases 0, weights of norms 1. "original": all
+                parameters and statistics as the model came. "rewind:k": as they were at step k, see
+                ``rewind``.
+
+        Raises ``ValueError`` for any other word, and for a k whose weights were not kept. Give the training
+        that follows an optimiser of its own: the old one's momenta belong to the old weights.
+        """
+        word, _, number = str(start).partition(":")
+        if start == "centroids":
+            fill(self.model, centroids(self.model), negative_signs(self.model))
+            neutralise(self.model)
+            return self.model
+        if start != "original" and (word != "rewind" or not number.isdecimal()):
+            raise ValueError(f"start={start!r}: expected 'centroids', 'original' or 'rewind:k'")
+        step = int(number) if number else 0
+        if step not in self._kept:
+            raise ValueError(
+                f"start={start!r}: the weights of that step were not kept, only those of"
+                f" {sorted(self._kept)}; make the Pruner with rewind={step}, or call remember({step}) then"
+            )
+        put_back(self.model, self._kept[step])
+        return self.model
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the pruner knows, for :meth:`load_state_dict`: plain values and tensors."""
+        return {
+            "version": 1,
+            "facts": self._saving.facts,
+            "handled": self._handled,
+            "history": [asdict(event) for event in self.history],
+            "masks": self.masks,
+            "generator": self._generator.get_state(),
+            "start": self._start,
+            "kept": self._kept,
+            "dense": self._dense,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the pruner of ``state`` was: its masks are set; weights are the model's own affair.
+
+        Raises ``ValueError`` where ``state`` is of another method, model, length of training or seed.
+        """
+        if "facts" not in state:
+            raise ValueError("state: not the state of a Pruner")
+        self._saving.check_facts(state["facts"], "state")
+        self._handled = state["handled"]
+        self.history = [Event(**event) for event in state["history"]]
+        self._generator.set_state(state["generator"])
+        self._start = dict(state["start"])
+        self._kept = {int(step): dict(values) for step, values in state["kept"].items()}
+        device = next(iter(self._weights().values())).device
+        self._dense = {name: weight.to(device) for name, weight in state["dense"].items()}
+        set_masks(self.model, state["masks"])
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: whole(self.model.get_parameter(name)) for name in self._final.sizes}
+
+    def _moment(self, at: int, loss: Loss | None) -> Moment:
+        weights = self._weights()
+
+        def gradients() -> dict[str, torch.Tensor]:
+            assert loss is not None
+            return dense_gradients(self.model, list(weights), loss)
+
+        with torch.no_grad():
+            problem = Problem(
+                model=bare(self.model),
+                graph=self.graph,
+                weights=weights,
+                masks=self.masks,
+                budget=self._final,
+                data=self.data,
+                loss_fn=self.loss_fn,
+                granularity=self.granularity,
+                generator=self._generator,
+                device=next(iter(weights.values())).device,
+            )
+        return Moment(at, self._start, self._final, problem, gradients)
+
+    def _change(self, at: int, masks: Masks) -> None:
+        """Puts masks into the model, with the values of weights that come back, and notes it."""
+        before = self.masks
+        if _world() > 1:
+            agree(masks, dist.group.WORLD)  # type: ignore[arg-type]
+        gone = {name: before[name] & ~mask for name, mask in masks.items()}
+        back = {name: mask & ~before[name] for name, mask in masks.items()}
+        for name, weight in self._weights().items() if self._dense else ():
+            self._dense[name] = torch.where(gone[name], weight, self._dense[name])
+        set_masks(self.model, masks)
+        with torch.no_grad():
+            for name in self._dense:
+                parameter = self.model.get_parameter(name)
+                parameter.copy_(torch.where(back[name], self._dense[name], parameter))
+        numbers = kept(masks)
+        for name, number in numbers.items():
+            if not number and before[name].any():
+                warnings.warn(f"layer collapse: at step {at} no weight of {name!r} is left", stacklevel=3)
+        total = sum(numbers.values())
+        moved = [sum(kept(some).values()) for some in (gone, back)]
+        self.history.append(Event(at, 1 - total / sum(self._final.sizes.values()), total, *moved))
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

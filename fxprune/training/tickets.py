@@ -1,0 +1,48 @@
+"""A ticket comes back: a file that ``save(..., form="ticket")`` wrote and a model of any weights come in."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import fx, nn
+
+from fxprune.capture import capture
+from fxprune.rewrite import bare, install, read, read_ticket
+from fxprune.rewrite.copying import duplicate
+from fxprune.rewrite.tickets import fill, neutralise
+
+
+def load_ticket(
+    path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any = None
+) -> fx.GraphModule:
+    """The network of a ticket: masked, every kept weight at its layer's centroid, biases 0 and norms 1.
+
+    Args:
+        path: the file.
+        model: any copy of the architecture; its weights do not matter, save for those that a ticket has
+            nothing about: embeddings, tokens, and layers that were not pruned keep the values they have here.
+            It is not changed.
+        example_inputs: as for :func:`fxprune.apply`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no ticket, damaged, or of another architecture.
+
+    >>> import tempfile, torch, fxprune
+    >>> net = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2))
+    >>> x = torch.ones(1, 4)
+    >>> pruned = fxprune.apply(net, "magnitude", 0.5, example_inputs=x)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fxprune.save(pruned, f"{folder}/t.safetensors", form="ticket")
+    ...     again = load_ticket(f"{folder}/t.safetensors", net, example_inputs=x)
+    >>> sum(int(p.count_nonzero()) for p in again.parameters())
+    6
+    """
+    masks, values, signs = read_ticket(path)
+    source = bare(model) if read(model) else model
+    network = duplicate(capture(source, example_inputs))
+    install(network, masks)
+    fill(network, values, signs)
+    neutralise(network)
+    return network

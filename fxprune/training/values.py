@@ -1,0 +1,44 @@
+"""Weights to come back to: a model comes in, copies of its parameters and buffers go out; and back again."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fxprune.rewrite.form import SUFFIX
+from fxprune.rewrite.names import join, mask_at, masked_places, parameter_at, unwrap
+from fxprune.rewrite.tickets import whole
+from fxprune.rewrite.zeroing import zero
+
+Values = dict[str, torch.Tensor]
+"""Name of a parameter or buffer -> its value, on the host. Masks are not among them."""
+
+
+def values_of(model: nn.Module) -> Values:
+    """Copies of all parameters and buffers of a model except its masks, on the host."""
+    inside = unwrap(model)
+    found = {name: whole(parameter).to("cpu", copy=True) for name, parameter in inside.named_parameters()}
+    masks = {join(path, attribute + SUFFIX) for path, _, attribute in masked_places(inside)}
+    found |= {
+        name: buffer.detach().to("cpu", copy=True)
+        for name, buffer in inside.named_buffers()
+        if name not in masks
+    }
+    return found
+
+
+@torch.no_grad()
+def put_back(model: nn.Module, values: Values) -> None:
+    """Sets parameters and buffers to ``values``, in place; what the masks of now prune is zero."""
+    inside = unwrap(model)
+    for name, tensor in [*inside.named_parameters(), *inside.named_buffers()]:
+        if name not in values:
+            continue
+        value = values[name].to(tensor.device)
+        if isinstance(tensor, DTensor):
+            tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
+        else:
+            tensor.copy_(value)
+    for place in masked_places(inside):
+        zero(parameter_at(place), mask_at(place))
