@@ -15,6 +15,7 @@ from fxprune import methods
 from fxprune.sparsity.budget import count
 
 SPARSITY = 0.6
+FEW = {"rounds": 5, "steps": 3}  # enough to have run the loop
 PAIRS = [pytest.param(method, net, id=f"{method}-{net}") for method in methods.names() for net in NETS]
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # tiny networks collapse, and say so
@@ -50,8 +51,9 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def apply(model: nn.Module, inputs: Any, method: str, sparsity: float = SPARSITY, **options: Any) -> Any:
-    if "rounds" in methods.options(method):
-        options.setdefault("rounds", 5)
+    for name, few in FEW.items():
+        if name in methods.options(method):
+            options.setdefault(name, few)
     if methods.get(method).needs:
         options |= {"data": (inputs, torch.zeros(1)), "loss_fn": loss_fn}
     return fxprune.apply(model, method, sparsity, example_inputs=inputs, progress=False, **options)
