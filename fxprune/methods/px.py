@@ -57,7 +57,8 @@ def px(
 
         def bound(_: Problem, masks: Masks) -> Scores:
             some = read_batches(problem, batches, "px")
-            weighted.set(_activities(problem, masks, some))
+            if not _is_even(problem.graph, masks):
+                weighted.set(_activities(problem, masks, some))
             alive = {name: square * masks[name] for name, square in squares.items()}
             found = flow(weighted.graph, alive | others, resolution=resolution, pool="mean")
             return {name: found.gradients[name] * square for name, square in alive.items()}
@@ -71,6 +72,16 @@ def px(
         summary="keeps the weights on paths that are active on the data, in many rounds",
         paper="Iurada et al. 2024, arXiv 2406.01820",
     )
+
+
+def _is_even(graph: ChannelGraph, masks: Masks) -> bool:
+    """Whether all outputs surely have the same activity: a dense linear layer makes the only one of them."""
+    sinks = [op for op in graph.ops if isinstance(op, ir.Sink)]
+    ends = [value.index for sink in sinks for value in sink.inputs]
+    last = next((op for op in graph.ops if op.output.index == ends[0]), None) if len(ends) == 1 else None
+    if not isinstance(last, ir.Kernel) or last.window is not None or len(last.output.shape) != 2:
+        return False
+    return last.weight.name not in masks or bool(masks[last.weight.name].all())
 
 
 def _activities(problem: Problem, masks: Masks, some: list[Batch]) -> list[torch.Tensor]:

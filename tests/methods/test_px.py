@@ -193,6 +193,17 @@ def test_no_layer_collapses_in_a_hundred_rounds(scored: list[Scores]) -> None:
     assert all(bool((score > 0).all()) for score in scored[0].values())
 
 
+def test_a_dense_classifier_needs_no_pass() -> None:
+    net = mlp()
+    passes: list[int] = []
+    asked = px_problem(net, (X, torch.zeros(6)))
+    asked.model.register_forward_hook(lambda *_: passes.append(1))
+    methods.get("px", rounds=1).find(asked)
+    assert not passes
+    methods.get("px", rounds=4).find(asked)
+    assert passes
+
+
 def test_mapping_batches() -> None:
     def loss_fn(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return model(batch["x"]).sum()
