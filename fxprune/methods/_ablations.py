@@ -14,7 +14,7 @@ import torch
 
 from fxprune.methods._contract import Method, Problem
 from fxprune.sparsity.budget import Budget
-from fxprune.sparsity.masks import Masks, kept, total
+from fxprune.sparsity.masks import Masks, kept
 from fxprune.sparsity.select import select
 
 
@@ -49,16 +49,27 @@ def ablated(
 
 
 def _shuffled(problem: Problem, masks: Masks, scope: str) -> Masks:
-    """As many weights at places drawn at random: the best by noise, in every layer or overall."""
-    noise = {name: torch.rand(mask.shape, generator=problem.generator) for name, mask in masks.items()}
-    layers = kept(masks) if scope == "layer" else None
-    return select(
-        {name: score.to(masks[name].device) for name, score in noise.items()},
-        Budget(total(masks), problem.budget.sizes, layers),
-        within=problem.masks,
-        granularity=problem.granularity,
-        method="shuffle",
-    )
+    """As many weights at places drawn at random: the best by noise, in every layer or overall.
+
+    Layers whose channels are tied are shuffled together.
+    """
+    noise = {
+        name: torch.rand(mask.shape, generator=problem.generator).to(mask.device)
+        for name, mask in masks.items()
+    }
+    bundles = problem.granularity.bundles(noise, problem.masks)
+    counts = kept(masks)
+    shuffled: Masks = {}
+    for names in [tuple(masks)] if scope == "global" else [bundle.names for bundle in bundles]:
+        sizes = {name: problem.budget.sizes[name] for name in names}
+        shuffled |= select(
+            {name: noise[name] for name in names},
+            Budget(sum(counts[name] for name in names), sizes),
+            within={name: problem.masks[name] for name in names},
+            granularity=problem.granularity,
+            method="shuffle",
+        )
+    return {name: shuffled[name] for name in masks}
 
 
 def redraw(
