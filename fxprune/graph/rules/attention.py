@@ -159,7 +159,11 @@ def _multihead(
     is_causal: bool,
 ) -> tuple[Any, Any]:
     build = context.build
-    q, k, v = (_batched(context, build.materialise(x), first) for x in operands)
+    values = [build.materialise(x) for x in operands]
+    batched = {
+        value.index: _batched(context, value, first) for value in {v.index: v for v in values}.values()
+    }
+    q, k, v = (batched[value.index] for value in values)
     q, k, v = (_heads(context, x, heads) for x in _projected(context, (q, k, v), refs[:-1], biases[0]))
     if isinstance(mask, Constant) and mask.dtype == torch.bool:
         mask = _negated(mask)  # here True means "may not attend"
@@ -210,7 +214,7 @@ def _projected(
     if len(refs) == 3:
         return [build.linear(x, ref, bias=bias) for x, ref in zip(inputs, refs, strict=True)]
     width = refs[0].shape[0] // 3
-    if q is k is v or q.index == k.index == v.index:
+    if q.index == k.index == v.index:
         whole = build.linear(q, refs[0], bias=bias)
         shape = (*q.shape[:-1], width)
         return [
