@@ -21,8 +21,8 @@ from fxprune.graph.traverse import flow
 
 __all__ = ["Field", "Figures", "KernelReading", "Mixture", "Reading", "WeightReading"]
 
-SOFT = 1e-2
-"""What a pruned weight counts while the kept ones make no path at all."""
+SOFT = 1e-9
+"""What a pruned weight counts while the kept ones make no path: the paths with the fewest of them decide."""
 
 
 class Figures(NamedTuple):
@@ -145,14 +145,13 @@ class WeightReading:
     def climb(self) -> float:
         masks = {name: kept.to(self.device) for name, kept in self.counts.items()}
         found = flow(self.graph, masks | self.fixed, resolution=self.resolution)
-        gradients, is_cut = found.gradients, found.log_total == -math.inf
-        if is_cut:
-            soft = {name: mask + SOFT * (1 - mask) for name, mask in masks.items()}
-            gradients = flow(self.graph, soft | self.fixed, resolution=self.resolution).gradients
+        if found.log_total == -math.inf:
+            self._climb_softly(masks)
+            return found.log_total
         nodes = kernels = 0
         for name, mask in masks.items():
-            gradient, own = gradients[name], self.kernels[name]
-            effective = torch.zeros_like(mask, dtype=torch.bool) if is_cut else (gradient > 0) & (mask > 0)
+            gradient, own = found.gradients[name], self.kernels[name]
+            effective = (gradient > 0) & (mask > 0)
             alive = effective.flatten(2).any(2) if effective.dim() > 2 else effective
             factor = self.mixture.factor(alive, own)
             factor = factor.view(*factor.shape, *[1] * (gradient.dim() - 2))
@@ -161,6 +160,14 @@ class WeightReading:
             kernels += int(alive.sum())
         self._found = Figures(found.log_total, nodes, kernels)
         return found.log_total
+
+    def _climb_softly(self, masks: dict[str, Tensor]) -> None:
+        """Towards a first path: whatever has a share in the paths that lack the fewest weights rises."""
+        soft = {name: mask + SOFT * (1 - mask) for name, mask in masks.items()}
+        gradients = flow(self.graph, soft | self.fixed, resolution=self.resolution).gradients
+        for name, mask in soft.items():
+            self.directions[name].copy_(gradients[name] * mask)
+        self._found = Figures(-math.inf, 0, 0)
 
     def figures(self) -> Figures:
         return self._found
@@ -262,7 +269,7 @@ class KernelReading:
             field.direction.mul_(factor)
 
     def _climb_softly(self) -> None:
-        """Towards a first path: all that is on one of the soft paths rises, whatever the mixture."""
+        """Towards a first path: whatever has a share in the paths that lack the fewest weights rises."""
         dense = {name: self.circuit.dense(name) for name in self.kernels}
         soft = {
             name: counts + SOFT * (dense[name] - counts)
@@ -271,7 +278,7 @@ class KernelReading:
         }
         found = self.circuit.run(self.counts | soft)
         for name in self.kernels:
-            self._write(name, self._gradient(found, name))
+            self._write(name, self._gradient(found, name) * soft[name].float())
 
     def _gradient(self, found: Pass, name: str) -> Tensor:
         """d ln R_P / d count, shaped as the kernels."""

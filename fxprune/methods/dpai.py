@@ -66,7 +66,7 @@ def dpai(
 
     Deviations from the authors' code: its rescaling of every layer by its own maximum miscounts residual
     networks and lets dead nodes pass for effective; here counts and derivatives are exact. While the masks
-    make no path at all, pruned weights count one hundredth of a kept one, where the code divides by zero.
+    make no path at all, where the code divides by zero, what the nearest paths lack rises first.
     """
     _check(alpha, beta, steps, lr, tol)
     search = _Search(Mixture(alpha, beta), steps, lr, tol, resolution, allocation)

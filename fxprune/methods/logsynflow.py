@@ -1,0 +1,43 @@
+"""LogSynFlow: SynFlow with the logarithm of the gradient, so that a few large ones do not decide alone."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from fxprune.methods._contract import Method
+from fxprune.methods._synaptic import in_rounds
+
+
+def logsynflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] = "spatial") -> Method:
+    """Logarithmic synaptic flow (Cavagnero, Robbiano, Caputo, Averta 2022, FreeREA, arXiv 2207.05135).
+
+    Score: ``|w| * ln(1 + dR/d|w|)``, with R as in SynFlow: the sum of the outputs that the network gives for
+    an all-ones input with weights |w| * m, without biases, norms and activations; average pooling averages.
+    Needs nothing but shapes.
+
+    Options:
+        rounds: number of rounds, under an exponential schedule unless ``schedule`` says otherwise
+        resolution: "spatial" is the paper's (positions count); "channel" collapses them and is faster
+
+    Its authors score whole architectures with it, in one pass; here it is the criterion of SynFlow's loop.
+    Scores of a layer do not add up to R, so that nothing keeps layers from collapsing. Computed from ln R and
+    its derivatives, so that it is finite where R is beyond every float.
+    """
+    return Method(
+        name="logsynflow",
+        find=in_rounds(_magnitudes, _tamed, rounds=rounds, resolution=resolution, name="logsynflow"),
+        summary="SynFlow with the logarithm of the gradient; no data",
+        paper="Cavagnero et al. 2022, FreeREA, arXiv 2207.05135",
+    )
+
+
+def _magnitudes(size: Tensor) -> Tensor:
+    return size
+
+
+def _tamed(size: Tensor, gradient: Tensor, log_total: float) -> Tensor:
+    """ln(1 + dR/d|w|) = softplus(ln R + ln(d ln R / d|w|)); zero where the gradient is, or R."""
+    return size * softplus(gradient.log() + log_total)
