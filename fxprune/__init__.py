@@ -12,6 +12,7 @@ from fxprune.capture import capture
 from fxprune.graph import lower
 from fxprune.methods import Method
 from fxprune.methods import names as list_methods
+from fxprune.plot import plot_history
 from fxprune.rewrite import finalize, load_masks, save, set_masks, verify
 from fxprune.rewrite import read as masks
 from fxprune.training import Pruner, load_ticket
@@ -28,6 +29,7 @@ __all__ = [
     "load_ticket",
     "lower",
     "masks",
+    "plot_history",
     "save",
     "set_masks",
     "verify",
