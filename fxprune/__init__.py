@@ -15,7 +15,7 @@ from fxprune.methods import names as list_methods
 from fxprune.plot import plot_history
 from fxprune.rewrite import finalize, load_masks, save, set_masks, verify
 from fxprune.rewrite import read as masks
-from fxprune.training import Pruner, load_ticket
+from fxprune.training import Pruner, load_ticket, lottery
 
 __all__ = [
     "Method",
@@ -27,6 +27,7 @@ __all__ = [
     "list_methods",
     "load_masks",
     "load_ticket",
+    "lottery",
     "lower",
     "masks",
     "plot_history",

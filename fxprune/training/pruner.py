@@ -187,6 +187,12 @@ class Pruner:
         """
         return self._saving.resume(objects, self.model, self.load_state_dict)
 
+    def without_saving(self, **facts: Any) -> Saving:
+        """The pruner's checkpoints, handed over to a loop around it that writes them itself."""
+        own = self._saving
+        self._saving = Saving(None, own.every, own.facts)
+        return Saving(own.store, own.every, {**own.facts, **facts})
+
     def remember(self, step: int) -> None:
         """Keeps the present weights, on the host, for ``reinitialize(f"rewind:{step}")``."""
         self._kept[integer("step", step, 0)] = values_of(self.model)

@@ -1,0 +1,388 @@
+"""The pruner in a loop: what it does to weights, optimisers, compiled code and other processes."""
+
+import copy
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from methods.processes import together
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
+
+import fxprune
+from fxprune.methods import get
+from fxprune.sparsity.budget import count, erk_densities
+from fxprune.training import Pruner, TrainingMethod
+from fxprune.training.registry import METHODS, options
+from training import nets
+
+SIZE = 6 * 16 + 16 * 12 + 12 * 3
+
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, amsgrad=True),
+}
+
+
+def made(method: Any, sparsity: float | None = None, **options: Any) -> Pruner:
+    return Pruner(nets.mlp(), method, sparsity, example_inputs=nets.X, **{"total": 6, **options})
+
+
+def raw_zero(pruner: Pruner) -> bool:
+    """Whether every pruned weight is zero in storage."""
+    return all(
+        bool((pruner.model.get_parameter(name)[~mask] == 0).all()) for name, mask in pruner.masks.items()
+    )
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("method", ["gmp", "set"])
+def test_pruned_weights_and_their_state_are_zero(kind: str, method: str) -> None:
+    pruner = made(method, 0.8, **({"frequency": 2, "stop": 0.9} if method == "set" else {}))
+    optimizer = OPTIMIZERS[kind](pruner.model.parameters())
+    for step in range(1, 7):
+        nets.train_step(pruner.model, optimizer, step)
+        pruner.step(step)
+        assert raw_zero(pruner), "at once"
+    nets.train_step(pruner.model, optimizer, 7)
+    assert raw_zero(pruner)
+    assert pruner.sparsity == 1 - count(SIZE, 1 - 0.8) / SIZE
+    for name, mask in pruner.masks.items():
+        for value in optimizer.state[pruner.model.get_parameter(name)].values():
+            if isinstance(value, torch.Tensor) and value.shape == mask.shape:
+                assert (value[~mask] == 0).all()
+    fxprune.verify(pruner.model)
+
+
+def test_the_callers_model_and_random_state_are_left_alone() -> None:
+    model = nets.mlp()
+    before = nets.digest(model)
+    state = torch.get_rng_state()
+    pruner = Pruner(model, "gmp", 0.5, total=1, example_inputs=nets.X)
+    pruner.step(1)
+    assert nets.digest(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert isinstance(pruner.model, torch.fx.GraphModule)
+
+
+@pytest.mark.parametrize("returns", ["graph", "module", "inplace"])
+def test_what_is_returned(returns: Any) -> None:
+    model = nets.mlp()
+    parameters = list(model.parameters())
+    pruner = Pruner(model, "gmp", 0.5, total=1, example_inputs=nets.X, returns=returns)
+    pruner.step(1)
+    assert isinstance(pruner.model, nn.Sequential) == (returns != "graph")
+    assert (pruner.model is model) == (returns == "inplace")
+    assert (fxprune.masks(model) != {}) == (returns == "inplace")
+    assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+    assert raw_zero(pruner)
+    fxprune.verify(pruner.model)
+
+
+@pytest.mark.filterwarnings("ignore:layer collapse")
+def test_cubic_schedule_in_numbers() -> None:
+    pruner = made("gmp", 0.9, total=20, begin=2, end=12, frequency=5)
+    at = {}
+    for step in range(1, 21):
+        pruner.step(step)
+        at[step] = pruner.sparsity
+    assert at[1] == at[6] == 0
+    assert at[7] == at[11] == 1 - count(SIZE, 1 - 0.7875) / SIZE
+    assert at[12] == at[20] == 1 - count(SIZE, 1 - 0.9) / SIZE
+    assert [event.at for event in pruner.history] == [2, 7, 12]
+    late = made("gmp", 0.9, total=20, begin=2, end=12, frequency=5)
+    late.step(13)
+    assert late.sparsity == at[12], "what was due is caught up"
+
+
+def test_initial_sparsity_other_schedules_and_criteria() -> None:
+    pruner = made("gmp", 0.8, total=10, begin=1, initial=0.4, schedule="linear")
+    pruner.step(1)
+    assert pruner.sparsity == pytest.approx(0.4, abs=1 / SIZE)
+    data = nets.batch(0)
+    snip = made("gmp", 0.8, total=2, criterion="snip", data=data, schedule="oneshot")
+    snip.step(1)
+    assert snip.sparsity == 1 - count(SIZE, 1 - 0.8) / SIZE
+    applied = fxprune.apply(nets.mlp(), "snip", 0.8, example_inputs=nets.X, data=data)
+    for name, mask in fxprune.masks(applied).items():
+        assert torch.equal(snip.masks[name], mask), "one shot at the start is apply"
+    random = made("gmp", 0.5, total=1, criterion=get("random"))
+    random.step(1)
+    assert random.sparsity == 0.5
+
+
+def test_budgets_granularities_exclusions() -> None:
+    uniform = made("gmp", 0.75, total=4, budget="uniform")
+    for step in range(1, 5):
+        uniform.step(step)
+        densities = {name: float(mask.float().mean()) for name, mask in uniform.masks.items()}
+        assert max(densities.values()) - min(densities.values()) < 0.05
+    assert set(densities.values()) == {0.25}
+    pattern = made("gmp", 0.5, total=2, granularity="nm(2,4)", exclude="4")
+    pattern.step(2)
+    assert set(pattern.masks) == {"0.weight", "2.weight"}
+    assert pattern.masks["2.weight"].view(-1, 4).sum(1).max() == 2
+
+
+def test_imp_as_a_method() -> None:
+    pruner = made("imp", total=3)
+    for level in range(1, 4):
+        pruner.step(level)
+        assert round(SIZE * (1 - pruner.sparsity)) == pytest.approx(SIZE * 0.8**level, abs=1)
+
+
+def test_a_model_pruned_before_stays_so() -> None:
+    start = fxprune.apply(nets.mlp(), "magnitude", 0.5, example_inputs=nets.X)
+    before = fxprune.masks(start)
+    pruner = Pruner(start, "gmp", 0.8, total=4)
+    for step in range(1, 5):
+        pruner.step(step)
+        assert pruner.sparsity >= 0.5
+    assert all(bool((before[name] | ~mask).all()) for name, mask in pruner.masks.items())
+    assert pruner.sparsity == pytest.approx(0.8, abs=1 / SIZE)
+
+
+def test_collapse_is_told() -> None:
+    pruner = made("gmp", 0.9, total=1, budget={"4": 1.0})
+    with pytest.warns(UserWarning, match=r"layer collapse.*'4\.weight'"):
+        pruner.step(1)
+
+
+def test_set_moves_weights_at_fixed_density() -> None:
+    pruner = made("set", 0.7, total=20, frequency=4, stop=0.75, drop=0.4)
+    shapes = {name: tuple(mask.shape) for name, mask in pruner.masks.items()}
+    wanted = erk_densities(shapes, 0.3)
+    numbers = {name: int(mask.sum()) for name, mask in pruner.masks.items()}
+    for name, mask in pruner.masks.items():
+        assert numbers[name] == pytest.approx(wanted[name] * mask.numel(), abs=1)
+    optimizer = torch.optim.SGD(pruner.model.parameters(), lr=0.1)
+    for step in range(1, 21):
+        nets.train_step(pruner.model, optimizer, step)
+        before = {name: pruner.model.get_parameter(name).detach().clone() for name in numbers}
+        masks = pruner.masks
+        pruner.step(step)
+        assert {name: int(mask.sum()) for name, mask in pruner.masks.items()} == numbers
+        for name, mask in pruner.masks.items():
+            weight = pruner.model.get_parameter(name)
+            assert (weight[mask & ~masks[name]] == 0).all(), "what grows starts from zero"
+            assert torch.equal(weight[mask & masks[name]], before[name][mask & masks[name]])
+    assert [event.at for event in pruner.history] == [0, 4, 8, 12]
+    assert all(event.pruned == event.grown > 0 for event in pruner.history[1:])
+    same, other = made("set", 0.7, total=20), made("set", 0.7, total=20, seed=1)
+    first = pruner.state_dict()
+    assert torch.equal(same.masks["2.weight"], made("set", 0.7, total=20).masks["2.weight"])
+    assert not torch.equal(same.masks["2.weight"], other.masks["2.weight"])
+    assert first["history"][0]["at"] == 0
+
+
+def test_dense_values_come_back() -> None:
+    pruner = made("set", 0.5, total=40, frequency=1, drop=0.5, grown="dense")
+    values = {name: nets.mlp().get_parameter(name).detach().clone() for name in pruner.masks}
+    for step in range(1, 8):
+        pruner.step(step)  # nothing trains: whatever is there has its first value
+        for name, mask in pruner.masks.items():
+            assert torch.equal(pruner.model.get_parameter(name), values[name] * mask)
+
+
+def test_rigl_grows_the_largest_gradients() -> None:
+    pruner = made("rigl", 0.6, total=10, frequency=2, drop=0.4)
+    optimizer = torch.optim.SGD(pruner.model.parameters(), lr=0.1)
+    nets.train_step(pruner.model, optimizer, 1)
+    dense = copy.deepcopy(fxprune.finalize(pruner.model))
+    nets.loss_of(dense, 2).backward()
+    masks = pruner.masks
+    digest = nets.digest(pruner.model)
+    with torch.no_grad():
+        plain = nets.loss_of(pruner.model, 2)
+    seen = []
+
+    def loss() -> torch.Tensor:
+        seen.append(nets.loss_of(pruner.model, 2))
+        return seen[-1]
+
+    pruner.step(1, loss)
+    assert not seen
+    assert nets.digest(pruner.model) == digest
+    pruner.step(2, loss)
+    assert torch.equal(seen[0].detach(), plain), "open masks change nothing"
+    for name, mask in pruner.masks.items():
+        gradient = dense.get_parameter(name).grad
+        assert gradient is not None
+        grown = mask & ~masks[name]
+        out = ~mask
+        if grown.any():
+            assert gradient[grown].abs().min() >= gradient[out].abs().max()
+        part = 0.2 * (1 + math.cos(math.pi * 2 / 7.5))
+        moved = min(count(int(masks[name].sum()), part), int((~masks[name]).sum()))
+        assert int((masks[name] & ~mask).sum()) <= moved
+        assert int(mask.sum()) == int(masks[name].sum())
+        assert pruner.model.get_parameter(name).grad is not None
+    assert sum(event.grown for event in pruner.history) > 0
+
+
+def test_open_masks_leave_norms_and_dropout_alone() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+    pruner = Pruner(net, "rigl", 0.5, total=10, frequency=1, example_inputs=torch.ones(4, 6))
+    before = {name: value.clone() for name, value in pruner.model.named_buffers() if "mask" not in name}
+    state = torch.get_rng_state()
+    pruner.step(1, lambda: nets.loss_of(pruner.model, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in before.items():
+        assert torch.equal(pruner.model.get_buffer(name), value), name
+    assert all(parameter.grad is None for parameter in pruner.model.parameters())
+
+
+def test_state_goes_on_elsewhere() -> None:
+    first = made("set", 0.6, total=20, frequency=2, grown="dense", rewind=3)
+    optimizer = torch.optim.SGD(first.model.parameters(), lr=0.1)
+    for step in range(1, 5):
+        nets.train_step(first.model, optimizer, step)
+        first.step(step)
+    second = made("set", 0.6, total=20, frequency=2, grown="dense", rewind=3)
+    second.model.load_state_dict(first.model.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for step in range(5, 9):
+        for pruner in (first, second):
+            nets.train_step(pruner.model, torch.optim.SGD(pruner.model.parameters(), lr=0.1), step)
+            pruner.step(step)
+    assert nets.digest(first.model) == nets.digest(second.model)
+    assert first.history == second.history
+    first.reinitialize("rewind:3")
+    second.reinitialize("rewind:3")
+    assert nets.digest(first.model) == nets.digest(second.model)
+    with pytest.raises(ValueError, match="total=20"):
+        made("set", 0.6, total=30).load_state_dict(first.state_dict())
+    with pytest.raises(ValueError, match="not the state"):
+        second.load_state_dict({})
+
+
+def test_a_mask_update_does_not_recompile() -> None:
+    torch._dynamo.reset()
+    pruner = made("rigl", 0.6, total=12, frequency=2)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(pruner.model, backend=counter, fullgraph=True)
+    optimizer = torch.optim.SGD(pruner.model.parameters(), lr=0.1)
+    for step in range(1, 9):
+        nets.train_step(compiled, optimizer, step)
+        pruner.step(step, lambda: nets.loss_of(compiled, 0))
+        assert raw_zero(pruner)
+    assert len(pruner.history) == 5
+    assert counter.frame_count == 1
+
+
+def on_each_rank(rank: int) -> dict[str, Any]:
+    found = {}
+    for method in ("asni", "set", "rigl"):
+        pruner = made(method, 0.6, **({} if method == "asni" else {"frequency": 1}))
+        parallel = DistributedDataParallel(pruner.model)
+        optimizer = torch.optim.SGD(parallel.parameters(), lr=0.1, momentum=0.9)
+        for step in range(1, 5):
+            nets.train_step(parallel, optimizer, 10 * step + rank)
+            pruner.step(step, lambda step=step, pruner=pruner: nets.loss_of(pruner.model, 10 * step + rank))
+        found[method] = pruner.masks, pruner.history
+    if rank:
+        with torch.no_grad():
+            pruner.model.get_parameter("2.weight").neg_().add_(1)
+    pruner = Pruner(pruner.model, "gmp", 0.9, total=1)
+    try:
+        pruner.step(1)
+    except RuntimeError as error:
+        found["error"] = str(error)
+    dist.barrier()
+    return found
+
+
+def test_processes_come_to_the_same_masks() -> None:
+    one, two = together(2, on_each_rank)
+    for method in ("asni", "set", "rigl"):
+        assert one[method][1] == two[method][1]
+        for name, mask in one[method][0].items():
+            assert torch.equal(mask, two[method][0][name]), (method, name)
+    assert "masks of ranks [1] differ" in one["error"]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"method": "gmpp"}, ValueError, "did you mean 'gmp'"),
+        ({"method": "snip"}, ValueError, "criterion='snip'"),
+        ({"method": 3}, TypeError, "method=3"),
+        ({"sparsity": None}, ValueError, "needs the sparsity"),
+        ({"sparsity": 90}, ValueError, "90 percent is 0.9"),
+        ({"total": 0}, ValueError, "total=0"),
+        ({"total": 2.0}, TypeError, "total=2.0"),
+        ({"alpha": 0.9}, TypeError, "no option 'alpha'"),
+        ({"begin": 9}, ValueError, "begin=9"),
+        ({"frequency": 0}, ValueError, "frequency=0"),
+        ({"initial": 0.95}, ValueError, "initial=0.95"),
+        ({"schedule": "steep"}, ValueError, "schedule='steep'"),
+        ({"criterion": "snip"}, ValueError, "needs data"),
+        ({"criterion": "snap"}, ValueError, "snap"),
+        ({"returns": "copy"}, ValueError, "returns='copy'"),
+        ({"rewind": -1}, ValueError, "rewind=-1"),
+        ({"exclude": "nothing"}, ValueError, "nothing"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every=0"),
+        ({"method": "set", "granularity": "kernel"}, ValueError, "granularity='kernel'"),
+        ({"method": "set", "drop": 1.5}, ValueError, "drop=1.5"),
+        ({"method": "set", "grown": "random"}, ValueError, "grown='random'"),
+        ({"method": "rigl", "sparsity": None}, ValueError, "needs the sparsity"),
+        ({"method": "imp", "rate": 0.3}, ValueError, "give one of them"),
+        ({"model": 3}, TypeError, "model: expected"),
+    ],
+)
+def test_refusals(change: dict[str, Any], kind: type[Exception], words: str) -> None:
+    given = {"model": nets.mlp(), "method": "gmp", "sparsity": 0.9, "total": 4, "example_inputs": nets.X}
+    with pytest.raises(kind, match=words):
+        Pruner(**{**given, **change})
+
+
+def test_refusals_of_steps() -> None:
+    pruner = made("rigl", 0.5, total=4, frequency=1)
+    with pytest.raises(ValueError, match="loss=None"):
+        pruner.step(1)
+    with pytest.raises(ValueError, match="loss: it returned"):
+        pruner.step(1, lambda: torch.ones(2))
+    with pytest.raises(ValueError, match=r"does not depend on pruner\.model"):
+        pruner.step(1, lambda: nets.loss_of(nets.mlp(), 1))
+    gmp = made("gmp", 0.5, total=4)
+    gmp.step(2)
+    for at in (2, 1):
+        with pytest.raises(ValueError, match=f"at={at}: step 2 is done"):
+            gmp.step(at)
+
+
+def test_a_method_of_ones_own() -> None:
+    def update(moment: Any) -> Any:
+        return {name: mask & (torch.arange(mask.shape[1]) % 2 == 0) for name, mask in moment.masks.items()}
+
+    method = TrainingMethod("half", 0.5, lambda at: at if at == 2 else None, update)
+    pruner = made(method)
+    pruner.step(1)
+    assert pruner.sparsity == 0
+    pruner.step(2)
+    assert 0.4 < pruner.sparsity < 0.6
+    with pytest.raises(TypeError, match="is a TrainingMethod already"):
+        made(method, 0.5)
+
+
+def test_every_method_says_its_options() -> None:
+    for name, factory in METHODS.items():
+        doc = factory.__doc__ or ""
+        assert all(f"        {option}: " in doc for option in options(name)), name
+    assert options("rigl") == {"frequency": 100, "drop": 0.3, "stop": 0.75, "grown": "zero"}
+
+
+def test_nothing_is_written_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner = made("gmp", 0.5, total=1)
+        assert pruner.resume(generator=torch.Generator()) == 0
+        pruner.step(1)
+    assert not list(tmp_path.iterdir())
