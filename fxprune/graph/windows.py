@@ -70,7 +70,8 @@ def conv(op: ir.Kernel, window: ir.Window, x: Layout, periodic: bool) -> Compile
     rank = len(window.kernel)
     alike = all(axis.is_collapsed for axis in x[-rank:])
     padded = window.mode == "zeros" and any(p != (0, 0) for p in window.padding)
-    uneven = window.transposed and any(stride > 1 for stride in window.stride)
+    grows = any(op.output.shape[d - rank] != x[d - rank].size for d in range(rank))
+    uneven = window.transposed and (grows or any(stride > 1 for stride in window.stride))
     channels = explicit(op.output.shape[-rank - 1])
     outer = x[: -rank - 1]
     if alike and not uneven and (periodic or not (padded or window.transposed)):

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from graph.strategies import Architecture, architectures
 from graph.whole import assert_whole
 
 DENSITIES = st.sampled_from([1.0, 0.8, 0.6, 0.4, 0.2])
-QUIET = list(HealthCheck)
+# No shrinking: what fails is small, and is printed whole.
+SETTINGS: dict[str, Any] = {
+    "deadline": None,
+    "derandomize": True,
+    "database": None,
+    "phases": (Phase.explicit, Phase.generate),
+    "suppress_health_check": list(HealthCheck),
+}
 
 
 def _check(architecture: Architecture, density: float, seed: int) -> None:
@@ -19,19 +28,19 @@ def _check(architecture: Architecture, density: float, seed: int) -> None:
     assert_whole(model, example, density, seed)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=QUIET, database=None)
+@settings(max_examples=80, **SETTINGS)
 @given(architectures("image"), DENSITIES, st.integers(0, 3))
 def test_images(architecture: Architecture, density: float, seed: int) -> None:
     _check(architecture, density, seed)
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=QUIET, database=None)
+@settings(max_examples=80, **SETTINGS)
 @given(architectures("tokens"), DENSITIES, st.integers(0, 3))
 def test_tokens(architecture: Architecture, density: float, seed: int) -> None:
     _check(architecture, density, seed)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=QUIET, database=None)
+@settings(max_examples=40, **SETTINGS)
 @given(architectures("vector"), DENSITIES, st.integers(0, 3))
 def test_vectors(architecture: Architecture, density: float, seed: int) -> None:
     _check(architecture, density, seed)
