@@ -78,6 +78,9 @@ class Contraction:
     rows: int
     is_whole: bool
     gains: tuple[float, ...] = (1.0,)
+    _matrix: Tensor | None = None
+    _columns: Tensor = field(default_factory=lambda: torch.empty(0))
+    _rows: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def columns(self, matrix: Tensor) -> Tensor:
         """``matrix`` as (groups, out / groups, in / groups), or (out, in) where there is but one group."""
@@ -86,21 +89,28 @@ class Contraction:
         apart = matrix.reshape(self.groups, -1, matrix.shape[1])
         return apart.transpose(1, 2) if self.transposed else apart
 
-    def forward(self, x: Tensor, matrix: Tensor) -> Tensor:
-        columns = self.columns(self.operand(matrix))
-        if self.groups > 1:
-            return (x.view(self.rows, self.groups, 1, -1) * columns).sum(-1).flatten(1)
-        if self.rows == 1:
-            return torch.mv(columns, x[0]).unsqueeze(0)
-        return x @ columns.t()
+    def read(self, matrix: Tensor) -> None:
+        """Takes ``matrix`` as the counts; views of it are made once, and see what is written to it later."""
+        if matrix is not self._matrix:
+            self._matrix = matrix
+            self._columns = self.columns(self.operand(matrix))
+            self._rows = self._columns.t() if self.groups == 1 else self._columns
 
-    def backward(self, slope: Tensor, matrix: Tensor) -> Tensor:
-        columns = self.columns(self.operand(matrix))
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs, flat, of inputs ``x``, flat."""
         if self.groups > 1:
-            return (slope.view(self.rows, self.groups, -1, 1) * columns).sum(-2).flatten(1)
+            return (x.view(self.rows, self.groups, 1, -1) * self._columns).sum(-1).flatten()
         if self.rows == 1:
-            return torch.mv(columns.t(), slope[0]).unsqueeze(0)
-        return slope @ columns
+            return torch.mv(self._columns, x)
+        return (x.view(self.rows, -1) @ self._rows).flatten()
+
+    def backward(self, slope: Tensor) -> Tensor:
+        """d ln R / d inputs, flat, from d ln R / d outputs, flat."""
+        if self.groups > 1:
+            return (slope.view(self.rows, self.groups, -1, 1) * self._columns).sum(-2).flatten()
+        if self.rows == 1:
+            return torch.mv(self._rows, slope)
+        return (slope.view(self.rows, -1) @ self._columns).flatten()
 
     def spread(self, slope: Tensor, x: Tensor, out: Tensor, *, add: bool) -> None:
         """Writes (or adds) the sum over rows of ``slope[:, o] * x[:, i]`` to ``out`` (shaped as counts)."""
@@ -158,36 +168,38 @@ class Circuit:
         path.
         """
         device = next(iter(counts.values())).device
+        for op in self.contractions:
+            op.read(counts[op.name])
         if not self._weights or device != self._device:
             self._device = device
             self.sources = [(index, x.to(device)) for index, x in self.sources]
             self.outputs = [(index, x.to(device)) for index, x in self.outputs]
-            self._calibrate(counts)
-        values = self._forward(counts)
+            self._calibrate()
+        values = self._forward()
         total = self._total(values)
         if not 2.0**-BAND < total < 2.0**BAND:
-            self._calibrate(counts)
-            values = self._forward(counts)
+            self._calibrate()
+            values = self._forward()
             total = self._total(values)
         x = [values[op.inputs[0]].view(op.rows, -1) for op in self.contractions]
         y = [values[op.output].view(op.rows, -1) for op in self.contractions]
         if not total > 0:
             return Pass(-math.inf, x, y, [torch.zeros_like(value) for value in y])
         log_total = math.log(total) + self._base * math.log(2) - math.log(self.samples)
-        return Pass(log_total, x, y, self._backward(values, counts, total))
+        return Pass(log_total, x, y, self._backward(values, total))
 
     def _total(self, values: dict[int, Tensor]) -> float:
         return float(sum(torch.dot(weight, values[index]) for index, weight in self._weights))
 
-    def _forward(self, counts: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    def _forward(self) -> dict[int, Tensor]:
         values = dict(self.sources)
         for op in self.ops:
-            values[op.output] = self._step(op, values, counts)
+            values[op.output] = self._step(op, values)
         return values
 
-    def _step(self, op: Op, values: dict[int, Tensor], counts: Mapping[str, Tensor]) -> Tensor:
+    def _step(self, op: Op, values: dict[int, Tensor]) -> Tensor:
         if isinstance(op, Contraction):
-            y = op.forward(values[op.inputs[0]].view(op.rows, -1), counts[op.name]).flatten()
+            y = op.forward(values[op.inputs[0]])
             return y if op.gains[0] == 1 else y * op.gains[0]
         if isinstance(op, Closure):
             scaled = [values[index] * gain for index, gain in zip(op.inputs, op.gains, strict=True)]
@@ -202,7 +214,7 @@ class Circuit:
         assert total is not None, "a wire has an input"
         return total
 
-    def _calibrate(self, counts: Mapping[str, Tensor]) -> None:
+    def _calibrate(self) -> None:
         """Chooses the power of two that each value is divided by, and the gains that follow from it.
 
         All that keeps within ``BAND`` of one takes over the power of its input, and then costs nothing.
@@ -216,12 +228,12 @@ class Circuit:
                 base += math.log2(own[0])
             powers[op.output] = base
             self._set_gains(op, own, powers)
-            result = self._step(op, values, counts)
+            result = self._step(op, values)
             top = float(result.max())
             if top > 0 and not -BAND < math.log2(top) < BAND:
                 powers[op.output] += math.ceil(math.log2(top))
                 self._set_gains(op, own, powers)
-                result = self._step(op, values, counts)
+                result = self._step(op, values)
             values[op.output] = result
         self._base = max(
             (powers[index] for index, _ in self.outputs if bool(values[index].any())), default=0.0
@@ -241,9 +253,7 @@ class Circuit:
             for index, coefficient in zip(op.inputs, own, strict=True)
         )
 
-    def _backward(
-        self, values: dict[int, Tensor], counts: Mapping[str, Tensor], total: float
-    ) -> list[Tensor]:
+    def _backward(self, values: dict[int, Tensor], total: float) -> list[Tensor]:
         """d ln R / d output of every contraction (rows x channels), its gain included."""
         slopes: dict[int, Tensor] = {}
 
@@ -258,9 +268,9 @@ class Circuit:
             if isinstance(op, Contraction):
                 if slope is None:
                     slope = torch.zeros_like(values[op.output])
-                slope = (slope if op.gains[0] == 1 else slope * op.gains[0]).view(op.rows, -1)
-                found.append(slope)
-                meet(op.inputs[0], op.backward(slope, counts[op.name]).flatten())
+                slope = slope if op.gains[0] == 1 else slope * op.gains[0]
+                found.append(slope.view(op.rows, -1))
+                meet(op.inputs[0], op.backward(slope))
             elif slope is not None and isinstance(op, Wire):
                 for source, picked, gain in zip(op.inputs, op.indices, op.gains, strict=True):
                     part = slope if gain == 1 else slope * gain

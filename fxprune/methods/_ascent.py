@@ -20,7 +20,9 @@ __all__ = ["Ascent"]
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 TOGETHER = 1 << 18
-"""Units that are handled in one operation; it is what fits into a core's cache."""
+"""Units that Adam handles in one operation; it is what fits into a core's cache."""
+GROUPED = 1 << 21
+"""Scores that one contest handles together, where layers are small."""
 SMALLEST, LARGEST = 1e-15, 1e15
 """Derivatives below move nothing in float32, but are slow; those above would overflow when squared."""
 TIDY = 64
@@ -50,7 +52,7 @@ class Ascent:
         self.fields: list[Field] = []
         self.moments: list[tuple[Tensor, Tensor]] = []
         # Groups of weights may span layers, so that all layers are one contest then.
-        together = gathered(reading.widths, sizes, TOGETHER) if rule is Contest else [list(units)]
+        together = gathered(reading.widths, sizes, GROUPED) if rule is Contest else [list(units)]
         for names in together:
             contest = rule({name: units[name] for name in names}, budget)
             size = len(contest.rise)

@@ -9,12 +9,14 @@ resolution) keep their order for ever: a unit is described by how many of its we
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import Granularity
@@ -23,11 +25,11 @@ from fxprune.sparsity.select import select
 __all__ = ["Contest", "Rule", "Selection", "gathered"]
 
 Floats = NDArray[np.float32]
-NONE = np.float32(-np.inf)
+UP = np.float32(np.inf)
 
 
 class Contest:
-    """Layers whose units have equally many weights, each layer with a number of weights to keep.
+    """The units of some layers, each layer with a number of weights to keep.
 
     ``scores``: by layer, (units, weights per unit), in no order, ``-inf`` for a weight that may not be kept.
     ``rise``: how much the scores of each unit have risen since, a float32 tensor over all units of all layers
@@ -38,14 +40,16 @@ class Contest:
     def __init__(self, scores: Mapping[str, Tensor], budget: Mapping[str, int]) -> None:
         self.names = tuple(scores)
         sizes = [len(score) for score in scores.values()]
-        self.starts = np.concatenate([[0], np.cumsum(sizes)])
+        self.starts = [0, *itertools.accumulate(sizes)]
         self.layer = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)
         self.sizes = np.array(sizes)
-        ordered = [score.sort(dim=1, descending=True, stable=True) for score in scores.values()]
-        self.table: Floats = torch.cat([part.values for part in ordered]).float().numpy()
+        width = max(score.shape[1] for score in scores.values())
+        whole = torch.cat([_padded(score.float(), width) for score in scores.values()])
+        self.table: Floats = whole.sort(dim=1, descending=True, stable=True).values.numpy()
         self.rise = torch.zeros(len(self.table))
         self._rise: Floats = self.rise.numpy()
         self.counts = np.zeros(len(self.table), dtype=np.int32)
+        self._columns = np.arange(width)
         self._next = np.empty_like(self._rise)
         self._last = np.empty_like(self._rise)
         self._bounds = np.empty_like(self._rise)
@@ -56,7 +60,7 @@ class Contest:
     def segment(self, name: str) -> slice:
         """Where the units of layer ``name`` are."""
         place = self.names.index(name)
-        return slice(int(self.starts[place]), int(self.starts[place + 1]))
+        return slice(self.starts[place], self.starts[place + 1])
 
     def resize(self, budget: Mapping[str, int]) -> None:
         """Chooses anew, for other numbers of weights to keep."""
@@ -78,32 +82,33 @@ class Contest:
         np.maximum.at(tops, self.layer[newcomers], reach[newcomers])
         # Of those that are kept, only what is not above every newcomer can leave.
         weakest = np.add(self._last, self._rise, out=self._work)
-        threatened = np.flatnonzero(weakest <= (tops[0] if len(tops) == 1 else np.repeat(tops, self.sizes)))
-        near = np.union1d(newcomers, threatened)
-        return self._contend(near, tops)
+        is_near = weakest <= (tops[0] if len(tops) == 1 else np.repeat(tops, self.sizes))
+        is_near[newcomers] = True
+        return self._contend(np.flatnonzero(is_near), tops)
 
     def _contend(self, near: NDArray[np.intp], tops: Floats) -> NDArray[np.intp]:
-        layer = self.layer[near]
+        layer, before = self.layer[near], self.counts[near]
         values = self.table[near] + self._rise[near, None]
-        kept = np.arange(values.shape[1]) < self.counts[near, None]
+        kept = self._columns < before[:, None]
         open_ = (values <= tops[layer, None]) & (kept | (values >= self.thresholds[layer, None]))
-        rows, columns = np.nonzero(open_)
+        rows, columns = open_.nonzero()
         owner, value = layer[rows], values[rows, columns]
-        room = np.bincount(owner[kept[rows, columns]], minlength=len(tops))
+        room = np.bincount(owner, kept[rows, columns], len(tops)).astype(np.int64)
         order = np.lexsort((-value, owner))  # stable: equal scores stay in the order of their indices
-        first = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(tops)))])[:-1]
-        rank = np.arange(len(order)) - first[owner[order]]
-        chosen = order[rank < room[owner[order]]]
+        ends = np.bincount(owner, minlength=len(tops)).cumsum()
+        # Ranks start anew with each layer; the best are taken until its room is full.
+        last = ends - np.diff(ends, prepend=0) + room
+        chosen = order[np.arange(len(order)) < last[owner[order]]]
         counts = (kept & ~open_).sum(1) + np.bincount(rows[chosen], minlength=len(near))
-        lowest = np.full(len(tops), np.inf, dtype=np.float32)
+        lowest = np.nextafter(tops, UP)  # nobody at or below the highest newcomer is kept, so far
+        lowest[room > 0] = UP
         np.minimum.at(lowest, owner[chosen], value[chosen])
-        for place in np.flatnonzero(tops > -np.inf):
-            # Nobody at or below the highest newcomer is kept: the threshold is just above it.
-            above = np.nextafter(tops[place], np.float32(np.inf))
-            self.thresholds[place] = lowest[place] if room[place] else above
-            self._bounds[self.starts[place] : self.starts[place + 1]] = self.thresholds[place]
-        changed: NDArray[np.intp] = near[counts != self.counts[near]]
-        self.counts[near] = counts
+        for place in (tops > -UP).nonzero()[0].tolist():
+            self.thresholds[place] = lowest[place]
+            self._bounds[self.starts[place] : self.starts[place + 1]] = lowest[place]
+        is_changed = counts != before
+        changed: NDArray[np.intp] = near[is_changed]
+        self.counts[changed] = counts[is_changed]
         self._edges(changed)
         return changed
 
@@ -112,8 +117,8 @@ class Contest:
         counts, width = self.counts[units], self.table.shape[1]
         best = self.table[units, np.minimum(counts, width - 1)]
         worst = self.table[units, np.maximum(counts, 1) - 1]
-        self._next[units] = np.where(counts < width, best, NONE)
-        self._last[units] = np.where(counts > 0, worst, -NONE)
+        self._next[units] = np.where(counts < width, best, -UP)
+        self._last[units] = np.where(counts > 0, worst, UP)
 
 
 def _best(values: Floats, number: int) -> tuple[NDArray[np.bool_], np.float32]:
@@ -179,14 +184,17 @@ Rule = Callable[[Mapping[str, Tensor], Mapping[str, int]], Contest | Selection]
 
 
 def gathered(widths: Mapping[str, int], sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Layers whose units have equally many weights together, up to ``limit`` units; larger layers alone."""
+    """Layers in groups of up to ``limit`` table entries (units x the widest of them); larger layers alone."""
     groups: list[list[str]] = []
-    latest: dict[int, list[str]] = {}
-    for name, width in widths.items():
-        group = latest.get(width, [])
-        if not group or sum(sizes[other] for other in group) + sizes[name] > limit:
-            group = []
-            groups.append(group)
-        group.append(name)
-        latest[width] = group
+    for name in widths:
+        group = [*groups[-1], name] if groups else [name]
+        if groups and sum(sizes[n] for n in group) * max(widths[n] for n in group) <= limit:
+            groups[-1] = group
+        else:
+            groups.append([name])
     return groups
+
+
+def _padded(scores: Tensor, width: int) -> Tensor:
+    """Units with fewer weights than others get some that may not be kept."""
+    return pad(scores, (0, width - scores.shape[1]), value=-np.inf)
