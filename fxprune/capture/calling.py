@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch._dynamo import OptimizedModule
 
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError, first_line, where
-from fxprune.capture.leaves import has_hooks, is_leaf
+from fxprune.capture.leaves import has_hooks, is_compiled, is_leaf
 from fxprune.capture.numeric import needs_numbers
 from fxprune.capture.patches import replaced
 from fxprune.capture.recorder import Recorder
@@ -61,8 +60,8 @@ class Caller:
         return call
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if isinstance(module, OptimizedModule):
-            module = module._orig_mod
+        if is_compiled(module):
+            module = cast(nn.Module, module._orig_mod)
         path = self.paths.get(id(module))
         if not self.recorder.recording or path is None:
             return module.forward(*args, **kwargs)

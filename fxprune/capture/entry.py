@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -19,7 +18,7 @@ from fxprune.capture.compare import Differences
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError, first_line, where
 from fxprune.capture.fidelity import faithful_graph, settle_types
 from fxprune.capture.inputs import example_inputs_for
-from fxprune.capture.leaves import has_hooks
+from fxprune.capture.leaves import has_hooks, is_compiled
 from fxprune.capture.module import assemble
 from fxprune.capture.numeric import needs_numbers
 from fxprune.capture.shadows import map_structure, meta_like
@@ -122,7 +121,7 @@ def _check(model: Any) -> None:
         raise ValueError(
             f"model: got {type(model).__name__}; capture the module in it (model.module), then wrap"
         )
-    if isinstance(model, OptimizedModule):
+    if is_compiled(model):
         raise ValueError(
             "model: got a compiled module; capture the one in it (model._orig_mod), then compile"
         )

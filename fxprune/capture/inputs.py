@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import inspect
 import sys
+from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum
 
 from fxprune.capture.module import CapturedModule
 
@@ -115,7 +115,8 @@ def _torchvision_shape(model: nn.Module) -> tuple[int, ...] | None:
 
 
 def _is_weights(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, WeightsEnum) and value is not WeightsEnum
+    """An enum of published weights, known by its name: torchvision is slow to import."""
+    return isinstance(value, type) and issubclass(value, Enum) and value.__name__.endswith("_Weights")
 
 
 def _usual_head(model: nn.Module) -> int:

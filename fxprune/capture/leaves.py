@@ -7,6 +7,8 @@ does more than ``forward``.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -15,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from fxprune.capture.modes import ModeSwitch
 
-__all__ = ["has_hooks", "is_leaf"]
+__all__ = ["has_hooks", "is_compiled", "is_leaf"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 WHOLE = (
@@ -40,6 +42,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module runs more than its ``forward``."""
     return any(getattr(module, name, None) for name in HOOKS)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether it came out of ``torch.compile``; its machinery is slow to import, so only looked for."""
+    dynamo = sys.modules.get("torch._dynamo")
+    return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 def is_leaf(module: nn.Module) -> bool:

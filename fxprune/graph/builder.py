@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fxprune.graph import ir
@@ -93,7 +93,8 @@ class Parameters:
 def _is_kernel(module: nn.Module, leaf: str) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         return leaf in PROJECTIONS
-    return leaf == "weight" and isinstance(module, (nn.Linear, _ConvNd))
+    # A network that is one layer has lost its class to the graph that it became.
+    return leaf == "weight" and isinstance(module, (nn.Linear, _ConvNd, fx.GraphModule))
 
 
 class Builder:

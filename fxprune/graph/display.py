@@ -1,62 +1,66 @@
 """The graph for people: a text dump, and networkx graphs of ops or of channels.
 
-In: a :class:`ChannelGraph`. Out: text, or a :class:`networkx.DiGraph`. Nothing here is needed for pruning.
+In: ops and kernel sets. Out: text, or a :class:`networkx.DiGraph`. Nothing here is needed for pruning.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import networkx as nx
 import torch
 
-from fxprune.graph import ir
+from fxprune.graph.ops import Affine, Kernel, KernelSet, Map, Mix, Op, Opaque, Pool, Source
 
 __all__ = ["summary", "to_networkx"]
 
 LIMIT = 100_000  # kernels that a channel-level export may have
 
 
-def summary(graph: ir.ChannelGraph) -> str:
+def summary(name: str, ops: Sequence[Op], kernels: Mapping[str, KernelSet]) -> str:
     """One line per op, ``%7 = Kernel(%6) 2x64x56x56 layer1.0.conv1.weight 64x64x3x3``, and the totals.
 
     Constants are marked ``constant``; what has a bias or a floor is marked ``never Zero``.
     """
-    lines = [
-        f"{graph.name}: {len(graph.ops)} ops, {len(graph.kernels)} kernel sets, {graph.prunable} weights"
-    ]
-    for op in graph.ops:
+    weights = sum(one.shape.numel() for one in kernels.values())
+    lines = [f"{name}: {len(ops)} ops, {len(kernels)} kernel sets, {weights} weights"]
+    for op in ops:
         inputs = ", ".join(f"%{value.index}" for value in op.inputs)
         shape = "x".join(map(str, op.output.shape)) or "-"
         line = f"%{op.output.index} = {op.kind}({inputs}) {shape} {_detail(op)}".rstrip()
         lines.append(line)
-    if graph.opaque:
-        lines.append(f"{len(graph.opaque)} opaque: every input is taken to reach every output")
+    opaque = sum(isinstance(op, Opaque) for op in ops)
+    if opaque:
+        lines.append(f"{opaque} opaque: every input is taken to reach every output")
     return "\n".join(lines)
 
 
-def _detail(op: ir.Op) -> str:
-    if isinstance(op, ir.Kernel):
+def _detail(op: Op) -> str:
+    if isinstance(op, Kernel):
         size = "x".join(map(str, op.weight.shape))
         groups = f" groups={op.groups}" if op.groups > 1 else ""
         return f"{op.weight.name or 'dense'} {size}{groups}{' +bias' if op.bias else ''}"
-    if isinstance(op, ir.Source):
+    if isinstance(op, Source):
         return "" if op.output.live else "constant" if op.pattern is None else "constant with zeros"
-    if isinstance(op, ir.Pool):
+    if isinstance(op, Pool):
         return f"{op.how} over {'windows of ' if op.window else ''}{list(op.dims)}"
-    if isinstance(op, ir.Mix):
+    if isinstance(op, Mix):
         return op.equation or "of full tensors"
-    if isinstance(op, ir.Opaque):
+    if isinstance(op, Opaque):
         return op.reason
-    marked = (isinstance(op, ir.Affine) and op.bias) or (isinstance(op, ir.Map) and op.floor)
+    marked = (isinstance(op, Affine) and op.bias) or (isinstance(op, Map) and op.floor)
     return "never Zero" if marked else ""
 
 
-def to_networkx(graph: ir.ChannelGraph, level: Literal["op", "channel"] = "op") -> nx.DiGraph:
+def to_networkx(
+    name: str, ops: Sequence[Op], kernels: Mapping[str, KernelSet], level: Literal["op", "channel"] = "op"
+) -> nx.DiGraph:
     """The graph in networkx's form.
 
     Args:
-        graph: the lowered network.
+        name: of the network.
+        ops, kernels: of the lowered network.
         level: ``"op"``: a node per op (attributes ``kind``, ``origin``, ``layer``, ``shape``, and ``kernel``
         where a
             parameter is applied), an edge per value. ``"channel"``: a node ``(space, i)`` per channel of the
@@ -67,16 +71,16 @@ def to_networkx(graph: ir.ChannelGraph, level: Literal["op", "channel"] = "op") 
         ValueError: unknown level, or more than 100,000 kernels at the channel level.
     """
     if level == "op":
-        return _ops(graph)
+        return _ops(name, ops)
     if level == "channel":
-        return _channels(graph)
+        return _channels(name, kernels)
     raise ValueError(f"level: expected 'op' or 'channel', got {level!r}")
 
 
-def _ops(graph: ir.ChannelGraph) -> nx.DiGraph:
-    result = nx.DiGraph(name=graph.name)
-    for op in graph.ops:
-        kernel = op.weight.name if isinstance(op, ir.Kernel) else None
+def _ops(name: str, ops: Sequence[Op]) -> nx.DiGraph:
+    result = nx.DiGraph(name=name)
+    for op in ops:
+        kernel = op.weight.name if isinstance(op, Kernel) else None
         result.add_node(
             op.output.index,
             kind=op.kind,
@@ -89,12 +93,12 @@ def _ops(graph: ir.ChannelGraph) -> nx.DiGraph:
     return result
 
 
-def _channels(graph: ir.ChannelGraph) -> nx.DiGraph:
-    count = sum(kernels.shape[0] * kernels.shape[1] for kernels in graph.kernels.values())
+def _channels(name: str, sets: Mapping[str, KernelSet]) -> nx.DiGraph:
+    count = sum(kernels.shape[0] * kernels.shape[1] for kernels in sets.values())
     if count > LIMIT:
         raise ValueError(f"level: the graph has {count:,} kernels, more than {LIMIT:,}; export level='op'")
-    result = nx.DiGraph(name=graph.name)
-    for kernels in graph.kernels.values():
+    result = nx.DiGraph(name=name)
+    for kernels in sets.values():
         per_group_in = kernels.in_space.size // kernels.groups
         per_group_out = kernels.out_space.size // kernels.groups
         for group in range(kernels.groups):

@@ -1,32 +1,37 @@
-"""The typed channel/kernel dataflow graph: a small closed set of op kinds over values.
+"""The typed channel/kernel dataflow graph, which every objective, metric and report consumes.
 
-In: nothing (these are plain data). Out: :class:`ChannelGraph`, which every objective, metric and report
-consumes. A value is a tensor of the captured network; an op says how paths, not numbers, go through it:
-
-=========  ==========================================================================================
-Source     the network's input (live), or a constant (class token, table): present, but no path
-Kernel     contraction with a parameter: conv and linear of every rank, one kernel per (out, in) pair
-Sum        paths add: residual connections
-Gate       elementwise product of two values: paths through either, where the other is not Zero
-Gather     data movement (reshape, concat, split, shuffle, pad): an index map
-Mix        contraction of two values: attention scores, attention-weighted values
-Pool       paths meet along positions (or any axis): average, maximum, reduction, resampling
-Affine     norm, bias, scale by a constant: paths pass; with a bias the value is never Zero again
-Map        elementwise function: paths pass; with a floor (f(0) != 0) the value is never Zero again
-Opaque     unknown: every input entry reaches every output entry
-Sink       the outputs
-=========  ==========================================================================================
+In: ops and kernel sets, from lowering. Out: :class:`ChannelGraph`; the kinds of ops are those of
+:mod:`fxprune.graph.ops`, under this roof as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import networkx as nx
-import torch
-from torch import Tensor
+
+from fxprune.graph import display
+from fxprune.graph.ops import (
+    Affine,
+    Gate,
+    Gather,
+    Kernel,
+    KernelSet,
+    Map,
+    Mix,
+    Op,
+    Opaque,
+    Pool,
+    Sink,
+    Source,
+    Space,
+    Sum,
+    Value,
+    WeightRef,
+    Window,
+    WindowPool,
+)
 
 __all__ = [
     "Affine",
@@ -49,193 +54,6 @@ __all__ = [
     "Window",
     "WindowPool",
 ]
-
-
-@dataclass(frozen=True)
-class Value:
-    """One tensor: ``shape`` as captured, and whether any path from the input can reach it (``live``)."""
-
-    index: int
-    shape: tuple[int, ...]
-    live: bool
-
-
-@dataclass(frozen=True)
-class Space:
-    """A channel space: the index set of one side of a kernel set, named after the layer that makes it."""
-
-    name: str
-    size: int
-
-
-@dataclass(frozen=True)
-class KernelSet:
-    """The kernels of one prunable parameter.
-
-    ``shape`` is the parameter's, ``(out, in / groups, *taps)``; entry ``[o, i]`` is one kernel, its taps the
-    weights in it. ``live_taps`` (bool, of the taps' shape) marks the taps that see anything but padding.
-    ``uses`` counts the places where the parameter is applied (tied weights, modules called twice), ``macs``
-    the multiply-adds of all of them together for one sample of the dense network, taps on padding included.
-    """
-
-    name: str
-    shape: torch.Size
-    in_space: Space
-    out_space: Space
-    live_taps: Tensor
-    groups: int
-    owner: str
-    uses: int
-    macs: int
-    transposed: bool = False
-    direct: bool = False
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def out_axis(self) -> int:
-        """The parameter's axis that runs over output channels (0, or 1 for a transposed convolution)."""
-        return 1 if self.transposed else 0
-
-
-@dataclass(frozen=True)
-class WeightRef:
-    """The weight operand of a contraction: ``view`` of parameter ``name`` (``None``: no prunable parameter).
-
-    ``direct`` says that some other module than the parameter's owner reads it.
-    """
-
-    name: str | None
-    shape: tuple[int, ...]
-    view: Callable[[Tensor], Tensor] | None = None
-    direct: bool = False
-
-    def operand(self, weights: Callable[[str], Tensor]) -> Tensor:
-        weight = torch.ones(self.shape) if self.name is None else weights(self.name)
-        return weight if self.view is None else self.view(weight)
-
-
-@dataclass(frozen=True)
-class Window:
-    """Geometry of a convolution over the last ``len(kernel)`` axes; ``padding`` gives (before, after) per
-    axis.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-    mode: str = "zeros"
-    transposed: bool = False
-    output_padding: tuple[int, ...] = ()
-
-    @property
-    def is_pointwise(self) -> bool:
-        """No position mixes with another: taps of size one and no padding."""
-        return all(k == 1 for k in self.kernel) and all(p == (0, 0) for p in self.padding)
-
-
-@dataclass(frozen=True)
-class WindowPool:
-    """A pooling window: ``own`` is the network's operation, ``total`` the sum over the same windows,
-    ``periodic`` that sum on a periodic image, where it differs. All work on the last axes of a tensor of any
-    rank."""
-
-    own: Callable[[Tensor], Tensor]
-    total: Callable[[Tensor], Tensor]
-    periodic: Callable[[Tensor], Tensor] | None = None
-    window: Window | None = None
-
-
-@dataclass(frozen=True)
-class Op:
-    """What every op carries: its values, and the fx node and layer that it came from."""
-
-    output: Value
-    inputs: tuple[Value, ...]
-    origin: str
-    layer: str
-
-    @property
-    def kind(self) -> str:
-        return type(self).__name__
-
-
-@dataclass(frozen=True)
-class Source(Op):
-    """``pattern`` says where a constant is not Zero (bool, of the value's shape); ``None``: everywhere."""
-
-    pattern: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Kernel(Op):
-    weight: WeightRef = field(default_factory=lambda: WeightRef(None, ()))
-    bias: bool = False
-    groups: int = 1
-    window: Window | None = None
-    live_taps: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Sum(Op):
-    pass
-
-
-@dataclass(frozen=True)
-class Gate(Op):
-    pass
-
-
-@dataclass(frozen=True)
-class Gather(Op):
-    """``move`` maps the input tensors to the output tensor by copying entries (zeros may be filled in).
-
-    ``pads`` lists ``(axis, before, after)`` where image axes grow by zeros on their borders: a periodic image
-    grows by itself there.
-    """
-
-    move: Callable[[Sequence[Tensor]], Tensor] = lambda tensors: tensors[0]
-    pads: tuple[tuple[int, int, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class Mix(Op):
-    """``einsum(equation, a, b)`` of two values, or any other bilinear ``product`` of the full tensors."""
-
-    equation: str = ""
-    product: Callable[[Tensor, Tensor], Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Pool(Op):
-    """Windows (``window``) or whole axes (``dims``, kept as size one if ``keepdim``) pooled by ``how``."""
-
-    how: str = "mean"
-    dims: tuple[int, ...] = ()
-    keepdim: bool = False
-    window: WindowPool | None = None
-
-
-@dataclass(frozen=True)
-class Affine(Op):
-    bias: bool = False
-
-
-@dataclass(frozen=True)
-class Map(Op):
-    floor: bool = False
-
-
-@dataclass(frozen=True)
-class Opaque(Op):
-    """``reason`` says what no rule knew."""
-
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Sink(Op):
-    pass
 
 
 @dataclass(frozen=True)
@@ -264,12 +82,8 @@ class ChannelGraph:
 
     def summary(self) -> str:
         """One line of text per op, and the totals; see :func:`fxprune.graph.display.summary`."""
-        from fxprune.graph import display  # the display reads these classes: imported when asked for
-
-        return display.summary(self)
+        return display.summary(self.name, self.ops, self.kernels)
 
     def to_networkx(self, level: Literal["op", "channel"] = "op") -> nx.DiGraph:
         """The graph of ops, or of channels and kernels; see :func:`fxprune.graph.display.to_networkx`."""
-        from fxprune.graph import display
-
-        return display.to_networkx(self, level)
+        return display.to_networkx(self.name, self.ops, self.kernels, level)

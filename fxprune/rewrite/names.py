@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
+from fxprune.capture.leaves import is_compiled
 from fxprune.rewrite.form import SUFFIX, form_of
 from fxprune.sparsity.masks import Masks, validate
 
@@ -28,8 +29,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (DistributedDataParallel, AveragedModel)):
             model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
+        elif is_compiled(model):
+            model = cast(nn.Module, model._orig_mod)
         else:
             return model
 
