@@ -1,0 +1,127 @@
+"""Real data from files in their true formats, written here in small."""
+
+import doctest
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fxprune.data
+from fxprune.data import balanced, cifar10, cifar100, digits, image_folder, load, tiny_imagenet
+
+NOISE = np.random.default_rng(0)
+
+
+def pixels(number: int) -> Any:
+    """Rows of 3072 bytes: 1024 red, 1024 green, 1024 blue, row by row, as CIFAR has them."""
+    return NOISE.integers(0, 256, (number, 3072), dtype=np.uint8)
+
+
+def dump(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(value, protocol=2))
+
+
+def test_cifar10(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-10-batches-py"
+    data = pixels(4)
+    for name in [f"data_batch_{index}" for index in range(1, 6)] + ["test_batch"]:
+        dump(folder / name, {"batch_label": name, "data": data, "labels": [3, 1, 4, 1], "filenames": []})
+    dump(folder / "batches.meta", {"label_names": [f"name{index}" for index in range(10)]})
+    train, test = cifar10(tmp_path, check=False)
+    assert (len(train), len(test)) == (20, 4)  # type: ignore[arg-type]
+    x, y = test[2]
+    assert (x.shape, y) == ((3, 32, 32), 4)
+    wanted = torch.from_numpy(data[2].reshape(3, 32, 32)) / 255
+    mean, deviation = torch.tensor(fxprune.data._CIFAR10)[..., None, None]
+    assert torch.allclose(x, (wanted - mean) / deviation, atol=1e-6)
+    torch.manual_seed(0)
+    assert not torch.equal(train[0][0], train[0][0]), "augmented"
+    plain, _ = cifar10(tmp_path, check=False, augment=False)
+    assert torch.equal(plain[2][0], x)
+    assert sorted(next(iter(balanced(plain, 5)))[1].tolist()) == [1] * 5 + [3] * 5 + [4] * 5
+    with pytest.raises(FileNotFoundError, match="not as published"):
+        cifar10(tmp_path)
+
+
+def test_cifar100(tmp_path: Path) -> None:
+    folder = tmp_path / "cifar-100-python"
+    for name, number in (("train", 5), ("test", 2)):
+        dump(folder / name, {"data": pixels(number), "fine_labels": [99, 0, 7, 8, 9][:number],
+                             "coarse_labels": [0] * number, "filenames": []})  # fmt: skip
+    dump(folder / "meta", {"fine_label_names": ["a"] * 100, "coarse_label_names": ["b"] * 20})
+    train, test = cifar100(tmp_path, check=False)
+    assert (len(train), len(test), train[0][1]) == (5, 2, 99)  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError, match="cifar-100-python"):
+        cifar100(tmp_path / "elsewhere", check=False)
+
+
+def image(path: Path, size: int = 64, mode: str = "RGB", value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (size, size), value if mode == "L" else (value, 0, 0)).save(path, "JPEG")
+
+
+def test_tiny_imagenet(tmp_path: Path) -> None:
+    for index, name in enumerate(("n01443537", "n01629819")):
+        for number in range(2):
+            image(tmp_path / "train" / name / "images" / f"{name}_{number}.JPEG", value=100 * index)
+        (tmp_path / "train" / name / f"{name}_boxes.txt").write_text(f"{name}_0.JPEG\t0\t10\t63\t58\n")
+    image(tmp_path / "val" / "images" / "val_0.JPEG", value=100)
+    image(tmp_path / "val" / "images" / "val_1.JPEG", mode="L")
+    table = tmp_path / "val" / "val_annotations.txt"
+    table.write_text("val_0.JPEG\tn01629819\t0\t32\t44\t62\nval_1.JPEG\tn01443537\t52\t55\t57\t59\n")
+    train, test = tiny_imagenet(tmp_path)
+    assert (len(train), len(test)) == (4, 2)  # type: ignore[arg-type]
+    assert [y for _, y in train] == [0, 0, 1, 1]
+    assert [y for _, y in test] == [1, 0]  # type: ignore[attr-defined]
+    assert all(x.shape == (3, 64, 64) for x, _ in [train[0], test[0], test[1]])
+    red = (test[0][0][0].mean() * 0.229 + 0.485) * 255
+    assert float(red) == pytest.approx(100, abs=3)
+    table.write_text("val_0.JPEG\tn999\t0\t0\t1\t1\n")
+    with pytest.raises(ValueError, match="'n999'"):
+        tiny_imagenet(tmp_path)
+    table.unlink()
+    with pytest.raises(FileNotFoundError, match="val_annotations"):
+        tiny_imagenet(tmp_path)
+
+
+def test_image_folder(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            image(tmp_path / split / name / "1.jpg", size=40)
+    train, test = image_folder(tmp_path, size=28)
+    assert (train[0][0].shape, test[1][0].shape, test[1][1]) == ((3, 28, 28), (3, 28, 28), 1)
+    image(tmp_path / "val" / "emu" / "1.jpg")
+    with pytest.raises(ValueError, match="class 'emu'"):
+        image_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        image_folder(tmp_path / "nowhere")
+
+
+def test_digits() -> None:
+    train, test = digits(size=12, channels=3, held_out=100)
+    x, y = train.tensors
+    assert (x.shape, len(test)) == ((1697, 3, 12, 12), 100)
+    assert torch.equal(x[:, 0], x[:, 2])
+    assert x.min() >= -0.5
+    assert x.max() <= 0.5
+    assert sorted(set(y.tolist())) == list(range(10))
+    for change in ({"size": 0}, {"channels": 0}, {"held_out": 0}, {"held_out": 1797}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            digits(**change)
+
+
+def test_by_name(tmp_path: Path) -> None:
+    assert len(load("digits")[0]) == 1437  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="data='mnist'"):
+        load("mnist")
+    with pytest.raises(FileNotFoundError):
+        load("cifar10", str(tmp_path))
+
+
+def test_examples_in_the_docstrings() -> None:
+    assert doctest.testmod(fxprune.data).failed == 0
