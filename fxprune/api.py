@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import fx, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fxprune.capture import capture
 from fxprune.graph import ChannelGraph, lower
 from fxprune.graph.traverse import reach
-from fxprune.methods import Method, Problem
+from fxprune.methods import Method, Problem, redraw
 from fxprune.methods import resolve as resolve_method
 from fxprune.metrics import Report, measure
 from fxprune.progress import Display
@@ -32,6 +34,9 @@ from fxprune.sparsity.schedule import DensityFunction, Schedule
 
 Returns = Literal["graph", "module"]
 OnCollapse = Literal["warn", "raise", "repair"]
+
+GENERAL = ("reinit", "micro_batch")
+"""Options that every method takes and the hall itself serves."""
 
 LISTED = 20
 """Collapsed layers that a message names; the report names them all."""
@@ -60,7 +65,8 @@ def apply(
 
     Args:
         model: any module. If it was pruned before, more is removed; what is pruned stays pruned.
-        method: a name of ``list_methods()`` or a :class:`Method`; ``method_options`` are its own.
+        method: a name of ``list_methods()`` or a :class:`Method`; ``method_options`` are its own, and
+            those of all: ``shuffle``, ``invert``, ``reinit`` (draw weights anew), ``micro_batch`` (samples).
         sparsity: fraction of the prunable weights to remove, in [0, 1); met to one weight.
         example_inputs: tensor, tuple or dict; timm and torchvision models say it themselves.
         data, loss_fn: for methods that look at data: (x, y), or an iterable of batches; a loss of (out, y).
@@ -85,10 +91,12 @@ def apply(
     >>> sum(int(mask.sum()) for mask in read(pruned).values())
     12
     """
+    general = {name: method_options.pop(name) for name in GENERAL if name in method_options}
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     wish = Request(
         resolve_method(method, **method_options), sparsity, data, loss_fn,
         "global" if budget is None else budget, resolve_granularity(granularity), schedule, listed(exclude),
-        seed, device, returns, on_collapse,
+        seed, device, returns, on_collapse, **general,
     )  # fmt: skip
     wish.check(model)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
@@ -152,14 +160,28 @@ def _prune(model: nn.Module, example_inputs: Any, wish: Request, display: Displa
         # The caller's own class: typed as a graph, for that is what apply gives unless asked for this.
         pruned = cast(fx.GraphModule, duplicate(source))
         everywhere = [name for name in direct_reads(gm) if name in before or name in masks]
+        _draw_anew(pruned, before, wish)
         install(pruned, {**before, **masks}, direct=everywhere)
     else:
         pruned = cast(fx.GraphModule, problem.model) if wish.device is None else duplicate(gm)
+        _draw_anew(pruned, before, wish)
         install(pruned, {**before, **masks})
     stamp(pruned, method=wish.method.name, sparsity=wish.sparsity, seed=wish.seed)
     if problem.history and isinstance(pruned, fx.GraphModule):
         pruned.meta["fxprune"] = {"history": problem.history}
     return pruned
+
+
+def _draw_anew(pruned: nn.Module, before: Masks, wish: Request) -> None:
+    """Under ``reinit`` the masks were found for weights that are then forgotten."""
+    if wish.reinit:
+        redraw(pruned, torch.Generator().manual_seed(wish.seed), before)
+
+
+def _everybody() -> dist.ProcessGroup | None:
+    """The processes that score together: all of them, where there are several."""
+    running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if running else None
 
 
 def _problem(
@@ -200,6 +222,8 @@ def _problem(
         generator=torch.Generator().manual_seed(wish.seed),
         device=device,
         progress=display,
+        micro_batch=wish.micro_batch,
+        group=_everybody(),
     )
 
 

@@ -39,6 +39,8 @@ class Request:
     device: str | torch.device | None
     returns: str
     on_collapse: str
+    reinit: bool = False
+    micro_batch: int | None = None
 
     def check(self, model: nn.Module) -> None:
         """Everything that can be said without looking into the network; raises what :func:`apply` says."""
@@ -51,6 +53,10 @@ class Request:
         if self.loss_fn is not None and not callable(self.loss_fn):
             raise TypeError(f"loss_fn={self.loss_fn!r}: expected a function of (output, target)")
         _check_seed(self.seed)
+        if not isinstance(self.reinit, bool):
+            raise TypeError(f"reinit={self.reinit!r}: expected True or False")
+        if self.micro_batch is not None and (type(self.micro_batch) is not int or self.micro_batch < 1):
+            raise ValueError(f"micro_batch={self.micro_batch!r}: expected a number of samples, at least 1")
         resolve(self.schedule, OneShot())
         self.method.check(data=self.data)
         resolve_device(self.device)
