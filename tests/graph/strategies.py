@@ -409,6 +409,6 @@ class Architecture:
         return model, torch.randn(2, *STARTS[self.start])
 
 
-def architectures(start: str, longest: int = 7) -> st.SearchStrategy[Architecture]:
+def architectures(start: str, longest: int = 6) -> st.SearchStrategy[Architecture]:
     numbers = st.lists(st.integers(0, 2**16), min_size=1, max_size=longest)
     return st.builds(lambda blocks: Architecture(start, tuple(blocks)), numbers)

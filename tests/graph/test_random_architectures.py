@@ -28,7 +28,7 @@ def _check(architecture: Architecture, density: float, seed: int) -> None:
     assert_whole(model, example, density, seed)
 
 
-@settings(max_examples=80, **SETTINGS)
+@settings(max_examples=70, **SETTINGS)
 @given(architectures("image"), DENSITIES, st.integers(0, 3))
 def test_images(architecture: Architecture, density: float, seed: int) -> None:
     _check(architecture, density, seed)
@@ -40,7 +40,7 @@ def test_tokens(architecture: Architecture, density: float, seed: int) -> None:
     _check(architecture, density, seed)
 
 
-@settings(max_examples=40, **SETTINGS)
+@settings(max_examples=50, **SETTINGS)
 @given(architectures("vector"), DENSITIES, st.integers(0, 3))
 def test_vectors(architecture: Architecture, density: float, seed: int) -> None:
     _check(architecture, density, seed)

