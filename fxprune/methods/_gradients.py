@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, hardsigmoid, relu6
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from fxprune.methods._contract import Problem
@@ -54,9 +55,18 @@ def scoring(problem: Problem, mode: Mode) -> Iterator[None]:
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Attention in its plain form inside: the fused kernels have no second derivative."""
-    with sdpa_kernel(SDPBackend.MATH):
+    """Attention and hard sigmoids spelled out inside: their fused kernels have no second derivative."""
+    with sdpa_kernel(SDPBackend.MATH), _PlainHardSigmoid():
         yield
+
+
+class _PlainHardSigmoid(TorchFunctionMode):
+    """``hardsigmoid(x) = relu6(x + 3) / 6``, spelled out."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is hardsigmoid:
+            return relu6(args[0] + 3) / 6
+        return func(*args, **(kwargs or {}))
 
 
 def loss_at(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxprune
 from fxprune import methods
 from fxprune.methods import Scores
 from methods.problems import TOY_A_DATA, half_square, problem, toy_a
@@ -111,3 +112,20 @@ def test_temperature_needs_outputs() -> None:
     assert methods.get("grasp").find(asked)
     with pytest.raises(ValueError, match=r"temperature=7\.0 cannot reach the outputs inside loss_fn"):
         methods.get("grasp", temperature=7.0).find(asked)
+
+
+def test_hard_sigmoids_have_a_second_derivative() -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Hardsigmoid(), torch.nn.Linear(5, 3))
+    spelled = torch.nn.Sequential(net[0], _Spelled(), net[2])
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    found = [
+        fxprune.masks(fxprune.apply(model, "grasp", 0.5, example_inputs=x, data=(x, y)))
+        for model in (net, spelled)
+    ]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+class _Spelled(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.clamp(x + 3, 0, 6) / 6
