@@ -1,0 +1,317 @@
+"""Exchange: masks improved by rewriting one or two layers at a time, every result counted exactly.
+
+Numbers of kept weights per kernel come in; numbers that are better by an objective in ln paths, ln nodes
+and ln kernels go out, every layer still keeping as many as before. While all other layers stay, R is linear
+in the weights of one layer: a weight of the kernel (o, i) is worth G_oi = d ln R / d count, exactly, and the
+best choice that covers given channels is a matter of sorting. Which channels to cover is what the search
+tries out: those in use (nothing is lost then), fewer of them (paths gather in the rest), or more of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fxprune.graph.channels import Circuit, Pass
+from fxprune.graph.ir import KernelSet
+from fxprune.methods._objective import Figures, count_nodes
+
+__all__ = ["Aim", "Exchange"]
+
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+FAINT = 1e-9
+"""What the better end of a kernel counts where no path passes yet."""
+GUARD = (2.0, 20.0, 20.0)
+"""Prices of falling below a floor, per unit of ln paths, ln nodes, ln kernels: above what objectives pay."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What is maximised: ``weights`` of ln paths, ln nodes and ln kernels, none of which shall fall below
+    its ``floor`` (a :class:`Figures`).
+    """
+
+    weights: tuple[float, float, float]
+    floor: Figures
+
+    def value(self, figures: Figures) -> float:
+        """The objective, less what is missing to the floors."""
+        if figures.log_paths == -math.inf:
+            return -math.inf
+        found, floors = (
+            (x.log_paths, math.log(max(x.nodes, 1)), math.log(max(x.kernels, 1)))
+            for x in (figures, self.floor)
+        )
+        return sum(
+            weight * value + price * min(0.0, value - floor)
+            for weight, value, floor, price in zip(self.weights, found, floors, GUARD, strict=True)
+        )
+
+
+@dataclass
+class _State:
+    """One counted choice: what a run gave, G of every layer, and how many nodes more its budget allows."""
+
+    found: Pass
+    gains: dict[str, Tensor]
+    figures: Figures
+    missing: dict[str, int]
+
+
+class Exchange:
+    """``counts``: kept weights of every kernel, by parameter, in its first two dimensions. ``caps``: how many
+    each kernel may have. ``fixed``: counts of parameters that are not to be changed.
+    """
+
+    def __init__(
+        self,
+        circuit: Circuit,
+        counts: Mapping[str, Tensor],
+        caps: Mapping[str, Tensor],
+        fixed: Mapping[str, Tensor],
+        aim: Aim,
+        generator: torch.Generator,
+    ) -> None:
+        self.circuit, self.fixed = circuit, dict(fixed)
+        self.counts = {name: count.to(circuit.dtype).clone() for name, count in counts.items()}
+        self.caps = {name: cap.to(circuit.dtype) for name, cap in caps.items()}
+        self.aim = aim
+        seed = int(torch.randint(2**31, (), generator=generator))
+        self.random = np.random.default_rng(seed)
+        self.uses: dict[str, list[int]] = {name: [] for name in counts}
+        for place, op in enumerate(circuit.contractions):
+            if op.name in self.uses:
+                self.uses[op.name].append(place)
+        self.order = [name for name in self.uses if self.uses[name]]
+        self.most = {
+            name: min(int(count.sum()), circuit.kernels[name].out_space.size)
+            for name, count in self.counts.items()
+        }
+        self.state = self._counted()
+        self.best = self.value, self.state, dict(self.counts)
+        self.runs = 1
+
+    @property
+    def figures(self) -> Figures:
+        return self.state.figures
+
+    @property
+    def value(self) -> float:
+        return self.aim.value(self.state.figures)
+
+    # -- counting -------------------------------------------------------------------------------------------
+    def _counted(self) -> _State:
+        found = self.circuit.run({**self.fixed, **self.counts})
+        gains, missing, nodes, kernels = {}, {}, 0, 0
+        for name, count in self.counts.items():
+            gain = torch.zeros_like(count)
+            for place in self.uses[name]:
+                op = self.circuit.contractions[place]
+                op.spread(found.slope[place].to(gain.dtype), found.x[place].to(gain.dtype), gain, add=True)
+            gains[name] = gain
+            alive = (gain > 0) & (count > 0)
+            used = count_nodes(self.circuit.kernels[name], alive)
+            missing[name] = self.most[name] - used
+            nodes += used
+            kernels += int(alive.sum())
+        return _State(found, gains, Figures(found.log_total, nodes, kernels), missing)
+
+    # -- searching ------------------------------------------------------------------------------------------
+    def climb(self, heat: float = 0.0) -> bool:
+        """One move: a layer, or two neighbours, rewritten; kept if it is no worse. Whether it is better.
+
+        With ``heat`` a move that loses x is kept with probability exp(-x / heat).
+        """
+        names = self._window()
+        plan = _Plan.drawn(self.random)
+        before, value = self.state, self.value
+        old = {name: self.counts[name] for name in names}
+        reached = {name: self._ends(name)[0] > 0 for name in names}
+        for name in names:
+            fresh = (self._ends(name)[0] > 0) & ~reached[name] if name is not names[0] else None
+            self.counts[name] = self._rewritten(name, plan, fresh)
+            self.state = self._counted()
+            self.runs += 1
+            if self.state.figures.log_paths == -math.inf:
+                break
+        gain = self.value - value
+        if gain >= 0 or (heat > 0 and self.random.random() < math.exp(gain / heat)):
+            if self.value > self.best[0]:
+                self.best = self.value, self.state, dict(self.counts)
+            return gain > 0
+        self.counts.update(old)
+        self.state = before
+        return False
+
+    def settle(self) -> None:
+        """Back to the best choice that was met."""
+        _, self.state, self.counts = self.best
+
+    def _window(self) -> list[str]:
+        """A layer, or two neighbours in either order; more often where nodes are missing, if they count."""
+        missing = np.array([self.state.missing[name] for name in self.order], dtype=np.float64)
+        chance = np.full(len(missing), 1 / len(missing))
+        if missing.any():
+            share = self.aim.weights[1] / sum(self.aim.weights)
+            chance = (1 - share / 2) * chance + share / 2 * missing / missing.sum()
+        place = int(self.random.choice(len(self.order), p=chance))
+        kind = self.random.integers(4)
+        if kind < 2:
+            return [self.order[place]]
+        first = max(0, place - int(self.random.integers(2)))
+        return self.order[first : first + 2][:: 1 if kind == 2 else -1]
+
+    def _ends(self, name: str) -> tuple[Floats, Floats]:
+        """Paths to every input channel, (groups, in), and on from every output channel, (groups, out)."""
+        shape = _shape(self.circuit.kernels[name])
+        x = sum(self.state.found.x[place].double().sum(0) for place in self.uses[name])
+        slope = sum(self.state.found.slope[place].double().sum(0) for place in self.uses[name])
+        assert isinstance(x, Tensor)
+        assert isinstance(slope, Tensor)
+        return _channels(x, shape[0], shape[2]), _channels(slope, shape[0], shape[1])
+
+    def _rewritten(self, name: str, plan: _Plan, fresh: Flags | None) -> Tensor:
+        """New counts of one layer: what covers the channels of the plan first, then the best gains."""
+        kernels = self.circuit.kernels[name]
+        gain, count, cap = (
+            _oriented(tensor.double().numpy(), kernels)
+            for tensor in (self.state.gains[name], self.counts[name], self.caps[name])
+        )
+        if plan.noise:
+            gain = gain * np.exp(plan.noise * self.random.standard_normal(gain.shape))
+        alive = (gain > 0) & (count > 0)
+        inputs: Flags = np.any(alive, axis=1)
+        outputs: Flags = np.any(alive, axis=2)
+        x, slope = self._ends(name)
+        inputs = plan.wanted(inputs, x > 0, self.random)
+        outputs = plan.wanted(outputs, slope > 0, self.random)
+        if plan.grows:
+            outputs |= self.random.random(outputs.shape) < plan.share
+            if fresh is not None:
+                inputs |= fresh
+        number = round(float(count.sum()))
+        # What is on no path yet has no gain; the better end of a kernel decides there.
+        hope = (slope / (slope.max() or 1.0) + FAINT)[:, :, None] * (x / (x.max() or 1.0) + FAINT)[:, None, :]
+        covered = _cover(inputs, outputs, gain + FAINT * hope, cap, number, self.random)
+        new = _filled(covered, gain, cap, number, self.aim, self.figures)
+        result = torch.empty_like(self.counts[name])
+        _oriented(result.numpy(), kernels)[...] = new
+        return result
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which channels a move covers. ``keep``: the share of those in use; ``reach``: of those that could be
+    in use; ``share``: of all others.
+    """
+
+    keep: float
+    reach: float
+    share: float
+    noise: float
+
+    @classmethod
+    def drawn(cls, random: np.random.Generator) -> _Plan:
+        kind = random.integers(4)
+        noise = float(random.choice([0.0, 0.0, 0.3, 1.0]))
+        if kind == 0:
+            return cls(1.0, 0.0, 0.0, noise)
+        if kind == 1:
+            return cls(float(random.choice([0.0, 0.5, 0.8, 0.95])), 0.0, 0.0, noise)
+        if kind == 2:
+            return cls(1.0, float(random.choice([0.1, 0.5, 1.0])), 0.0, noise)
+        return cls(1.0, float(random.choice([0.1, 1.0])), float(random.choice([0.02, 0.1, 0.3, 1.0])), noise)
+
+    @property
+    def grows(self) -> bool:
+        return self.share > 0
+
+    def wanted(self, used: Flags, possible: Flags, random: np.random.Generator) -> Flags:
+        chance = random.random(used.shape)
+        return np.where(used, chance < self.keep, possible & (chance < self.reach))
+
+
+def _shape(kernels: KernelSet) -> tuple[int, int, int]:
+    """(groups, outputs of a group, inputs of a group)."""
+    first, second = kernels.shape[0] // kernels.groups, kernels.shape[1]
+    return (kernels.groups, second, first) if kernels.transposed else (kernels.groups, first, second)
+
+
+def _oriented(matrix: NDArray[np.generic], kernels: KernelSet) -> Floats:
+    """A view (groups, outputs, inputs) of a matrix shaped as the parameter's first two dimensions."""
+    apart = matrix.reshape(kernels.groups, -1, matrix.shape[1])
+    return apart.transpose(0, 2, 1) if kernels.transposed else apart  # type: ignore[return-value]
+
+
+def _channels(values: Tensor, groups: int, size: int) -> Floats:
+    found: Floats = values.reshape(groups, size).numpy()
+    return found
+
+
+def _cover(
+    inputs: Flags, outputs: Flags, gain: Floats, cap: Floats, number: int, random: np.random.Generator
+) -> Flags:
+    """Kernels, one weight each, that together touch the channels marked, the best with the best.
+
+    A pair of channels covered by one kernel frees a weight for the best kernel; as G is a product of a number
+    per input and one per output, pairs in the order of those numbers are worth most. What is left over goes
+    to the best partner.
+    """
+    chosen = np.zeros(gain.shape, dtype=bool)
+    for group in np.flatnonzero(inputs.any(1) | outputs.any(1)):
+        worth = np.where(cap[group] > 0, gain[group], 0.0)
+        rows = np.flatnonzero(outputs[group])
+        columns = np.flatnonzero(inputs[group])
+        rows = rows[np.argsort(-worth[rows].max(1), kind="stable")]
+        columns = columns[np.argsort(-worth[:, columns].max(0), kind="stable")]
+        pairs = min(len(rows), len(columns))
+        edges = list(zip(rows[:pairs], columns[:pairs], strict=True))
+        edges += [(row, worth[row].argmax()) for row in rows[pairs:]]
+        edges += [(worth[:, column].argmax(), column) for column in columns[pairs:]]
+        if edges:
+            at = np.array(edges)
+            chosen[group, at[:, 0], at[:, 1]] = True
+    chosen &= cap > 0
+    excess = int(chosen.sum()) - number
+    if excess > 0:
+        places = np.flatnonzero(chosen)
+        chosen.flat[random.choice(places, excess, replace=False)] = False
+    return chosen
+
+
+def _filled(covered: Flags, gain: Floats, cap: Floats, number: int, aim: Aim, figures: Figures) -> Floats:
+    """``number`` weights: one on every covered kernel, the rest by marginal gain.
+
+    The first weight of a kernel is worth a kernel besides its paths, the others paths alone: gains fall along
+    a kernel, so that taking the best of all is optimal for what is covered.
+    """
+    for_paths, _, for_kernels = aim.weights
+    is_short = figures.kernels < aim.floor.kernels
+    opening = (for_kernels + GUARD[2] * is_short) / max(figures.kernels, 1) * (gain > 0)
+    paths = (for_paths + 1e-6) * gain
+    counts = covered.astype(np.float64)
+    left = number - int(covered.sum())
+    if left <= 0:
+        return counts
+    first = np.where(covered | (cap < 1), -1.0, paths + opening)
+    other = np.where(cap - 1 >= 1, paths, -1.0)
+    worth = np.concatenate([first.ravel(), other.ravel()])
+    sizes = np.concatenate([np.ones(first.size), np.maximum(cap.ravel() - 1, 0)])
+    candidates = np.flatnonzero(worth >= 0)
+    if len(candidates) > 4 * left + 16:
+        candidates = candidates[np.argpartition(-worth[candidates], 4 * left)[: 4 * left + 1]]
+        candidates.sort()
+    candidates = candidates[np.argsort(-worth[candidates], kind="stable")]
+    before = np.cumsum(sizes[candidates]) - sizes[candidates]
+    taken = np.clip(left - before, 0, sizes[candidates])
+    added = np.zeros(len(worth))
+    added[candidates] = taken
+    result: Floats = counts + (added[: first.size] + added[first.size :]).reshape(gain.shape)
+    return result

@@ -1,0 +1,215 @@
+"""Balance: many paths, nodes and kernels at once, by DPaI's ascent and an exact search after it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fxprune.graph.circuits import circuit
+from fxprune.graph.ir import ChannelGraph, KernelSet
+from fxprune.graph.traverse import flow
+from fxprune.methods._ascent import Ascent
+from fxprune.methods._contract import Method, Problem
+from fxprune.methods._exchange import Aim, Exchange
+from fxprune.methods._layered import is_untouched, layer_budgets, others, settled
+from fxprune.methods._objective import Figures, KernelReading, Mixture, WeightReading
+from fxprune.sparsity.granularity import WEIGHT
+from fxprune.sparsity.masks import Masks
+
+REACH = 15.0
+"""How far the ascent moves a score in all: DPaI's 3000 steps of 0.005."""
+SHARE = 6
+"""One count in so many goes to the ascent."""
+SLACK = 1e-3
+"""Weight of a figure that the objective leaves out, so that it grows where that costs nothing."""
+EVERY = 50
+"""Counts between two entries of the history."""
+
+
+def balance(
+    *,
+    alpha: float = 0.99,
+    beta: float = 0.5,
+    steps: int = 3000,
+    taps: Literal["auto", "random", "paths"] = "auto",
+) -> Method:
+    """Node, kernel and path balancing by exact exchange; this library's own, for the objective of DPaI.
+
+    Maximises ``(1 - alpha) ln R_P + alpha [(1 - beta) ln R_N + beta ln R_C]`` (Xiang et al. 2025) over masks
+    of a given number of weights per layer: ERK, unless ``budget`` fixes layers. A sixth of the steps is
+    DPaI's ascent with steps six times as long. What it finds, and a little more, becomes a floor under all
+    three figures. The other steps rewrite one layer, or two neighbours, so that they cover chosen channels
+    and give the rest to the best gains; paths, nodes and kernels are counted exactly after each, and a change
+    is kept if the objective does not fall (early on, if it falls by little). ``docs/balance.md`` shows what
+    that gains. Needs neither data nor weights.
+
+    Options:
+        alpha: weight of nodes and kernels, against paths, in [0, 1]
+        beta: weight of kernels, against nodes, in [0, 1]
+        steps: exact counts of paths, at most; the ascent takes one in six
+        taps: which weights inside a kernel: "random" ones; those on most "paths", which are the central ones,
+            as an image has borders; "auto" is "paths" for alpha below 0.5, where paths matter most
+
+    The history holds ``step``, ``log_paths``, ``nodes``, ``kernels`` and ``objective`` at channel resolution.
+    On networks where a product may be cut by masks alone (attention or gates without biases), and under a
+    granularity other than weights, the ascent is all there is, with DPaI's own steps.
+    """
+    for option, value in (("alpha", alpha), ("beta", beta)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"method 'balance': {option}={value!r}, expected a number in [0, 1]")
+    if steps < 1:
+        raise ValueError(f"method 'balance': steps={steps!r}, expected an integer of at least 1")
+    on_paths = taps == "paths" or (taps == "auto" and alpha < 0.5)
+    search = _Search(Mixture(alpha, beta), steps, on_paths)
+    return Method(
+        name="balance",
+        find=search.find,
+        summary="paths, nodes and kernels balanced by an exact search; no data, no weights",
+        paper="this library; the objective is that of Xiang et al. 2025, ICLR (DPaI)",
+        scored=False,
+    )
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The options, checked."""
+
+    mixture: Mixture
+    steps: int
+    on_paths: bool
+
+    def find(self, problem: Problem) -> Masks:
+        if is_untouched(problem):
+            return dict(problem.masks)
+        layers = layer_budgets(problem)
+        found = circuit(problem.graph) if problem.granularity == WEIGHT else None
+        fixed = {name: (size != 0).cpu() for name, size in others(problem).items()}
+        length = self.steps if found is None else max(1, self.steps // SHARE)
+        with torch.no_grad():
+            if found is None:
+                reading: KernelReading | WeightReading = WeightReading(
+                    problem.graph, list(problem.masks), fixed, self.mixture, "channel", problem.device
+                )
+            else:
+                reading = KernelReading(found, list(problem.masks), fixed, self.mixture)
+            ascent = self._ascended(problem, reading, layers, length)
+            masks, start = ascent.masks(), ascent.figures()
+        self._note(problem, length, start)
+        if found is not None and start.log_paths > -math.inf and isinstance(reading, KernelReading):
+            usable = {name: mask.cpu() & _live(problem.graph, name) for name, mask in problem.masks.items()}
+            counts = {name: _counted(mask & usable[name]) for name, mask in masks.items()}
+            exchange = Exchange(
+                found,
+                counts,
+                {name: _counted(mask) for name, mask in usable.items()},
+                {name: reading.counts[name] for name in found.kernels if name not in masks},
+                self._aim(start, layers),
+                problem.generator,
+            )
+            self._climb(problem, exchange, self.steps - length)
+            masks = {name: _placed(exchange.counts[name], usable[name], problem.generator) for name in masks}
+            if self.on_paths:
+                masks = _on_paths(problem, masks, exchange.counts, usable, fixed)
+        return _settled(problem, masks, layers)
+
+    def _ascended(
+        self, problem: Problem, reading: KernelReading | WeightReading, layers: dict[str, int], length: int
+    ) -> Ascent:
+        magnitudes = {
+            name: torch.randn(mask.shape, generator=problem.generator).abs().where(mask.cpu(), -torch.inf)
+            for name, mask in problem.masks.items()
+        }
+        ascent = Ascent(reading, magnitudes, layers, REACH / length)
+        for _ in problem.progress(range(length), "balance: ascent", length):
+            ascent.step()
+        return ascent
+
+    def _aim(self, start: Figures, layers: dict[str, int]) -> Aim:
+        """The objective, over what the ascent found and what longer would have added to it."""
+        for_paths, for_nodes, for_kernels = (weight + SLACK for weight in self.mixture.weights)
+        kernels = min(start.kernels + start.kernels // 50 + 1, sum(layers.values()))
+        floor = Figures(start.log_paths + 0.3, start.nodes + start.nodes // 50 + 1, kernels)
+        return Aim((for_paths, for_nodes, for_kernels), floor)
+
+    def _climb(self, problem: Problem, exchange: Exchange, length: int) -> None:
+        heat = 2e-3 + 3e-2 * self.mixture.weights[0]
+        words = "balance: exchange"
+        noted = 0
+        for _ in problem.progress(range(length), words, length):
+            if exchange.runs > length:
+                break
+            exchange.climb(heat * max(0.0, 1 - exchange.runs / (0.7 * length)))
+            if exchange.runs >= noted + EVERY:
+                noted = exchange.runs
+                self._note(problem, self.steps // SHARE + exchange.runs, exchange.figures)
+        exchange.settle()
+        self._note(problem, self.steps, exchange.figures)
+
+    def _note(self, problem: Problem, step: int, figures: Figures) -> None:
+        row = {"step": step, **figures._asdict(), "objective": self.mixture.value(figures)}
+        for name, value in row.items():
+            problem.history.setdefault(name, []).append(value)
+
+
+def _live(graph: ChannelGraph, name: str) -> Tensor:
+    kernels: KernelSet = graph.kernels[name]
+    return kernels.live_taps.expand(kernels.shape)
+
+
+def _counted(mask: Tensor) -> Tensor:
+    return mask.flatten(2).sum(2).double() if mask.dim() > 2 else mask.double()
+
+
+def _placed(counts: Tensor, usable: Tensor, generator: torch.Generator) -> Tensor:
+    """Masks with so many weights in every kernel, anywhere."""
+    return _best(torch.rand(usable.shape, generator=generator), counts, usable)
+
+
+def _best(scores: Tensor, counts: Tensor, usable: Tensor) -> Tensor:
+    """The ``counts`` highest scores of every kernel among the usable."""
+    ranked = scores.where(usable, -torch.inf).reshape(*usable.shape[:2], -1)
+    order = ranked.argsort(2, descending=True)
+    place = torch.empty_like(order).scatter_(2, order, torch.arange(order.shape[2]).expand(order.shape))
+    return (place < counts.unsqueeze(2)).view(usable.shape) & usable
+
+
+def _on_paths(
+    problem: Problem, masks: Masks, counts: Masks, usable: Masks, fixed: dict[str, Tensor]
+) -> Masks:
+    """The same kernels, with the taps that most paths pass, position by position.
+
+    R is linear in one layer's weights, so that a layer's best taps are those of the largest derivatives. All
+    layers are tried together while that helps, and one by one after that.
+    """
+
+    def counted(trial: Masks) -> tuple[float, dict[str, Tensor]]:
+        edges = {**fixed, **trial}
+        found = flow(
+            problem.graph, {name: mask.double() for name, mask in edges.items()}, dtype=torch.float64
+        )
+        return found.log_total, found.gradients
+
+    value, gradients = counted(masks)
+    several = [name for name, mask in masks.items() if mask.dim() > 2 and mask[0, 0].numel() > 1]
+    for group in [several] * 3 + [[name] for name in several]:
+        better = {name: _best(gradients[name], counts[name], usable[name]) for name in group}
+        trial = {**masks, **better}
+        if all(torch.equal(trial[name], masks[name]) for name in group):
+            continue
+        new, slopes = counted(trial)
+        if new > value:
+            masks, value, gradients = trial, new, slopes
+    return masks
+
+
+def _settled(problem: Problem, masks: Masks, layers: dict[str, int]) -> Masks:
+    """Exactly what was asked for: what a granularity asks, or what dead taps still have to take."""
+    scores = {
+        name: (4.0 * mask + torch.rand(mask.shape, generator=problem.generator)).to(problem.device)
+        for name, mask in masks.items()
+    }
+    return settled(problem, scores, layers, "balance")
