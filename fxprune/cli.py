@@ -32,6 +32,7 @@ from fxprune.metrics import Report
 from fxprune.progress import Display
 from fxprune.rewrite import finalize, load_masks, read_header, save, set_masks
 from fxprune.sources import load_data, load_network
+from fxprune.training.command import register as register_training
 
 MASKS, REPORT, WEIGHTS = "masks.safetensors", "report.json", "model.safetensors"
 TABLE_WIDTH = 140
@@ -294,6 +295,7 @@ def _register() -> None:
     app.command()(analyze)
     app.command("methods")(list_methods)
     app.command()(graph)
+    register_training(app)
 
 
 _register()

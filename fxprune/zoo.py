@@ -1,4 +1,4 @@
-"""The three networks that papers on pruning at initialisation measure on.
+"""The networks that papers on pruning measure on.
 
 A number of classes comes in; a freshly initialised network goes out (Kaiming normal weights, zero biases).
 Parameter counts are those of the papers: they are tested.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["resnet18_tiny", "resnet20", "vgg19_bn"]
+__all__ = ["conv2", "conv4", "conv6", "lenet_300_100", "resnet18_tiny", "resnet20", "vgg19_bn"]
 
 VGG19_WIDTHS = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512, 0)
 """Widths of VGG-19's convolutions, zero for a max-pool of 2 x 2."""
@@ -52,6 +52,72 @@ def resnet18_tiny(classes: int = 200) -> nn.Module:
     11271232
     """
     return _initialised(_ResNet((64, 128, 256, 512), blocks=2, classes=classes, has_bias=False))
+
+
+def lenet_300_100(classes: int = 10, inputs: int = 784) -> nn.Module:
+    """LeNet-300-100: three linear layers on flattened images of ``inputs`` numbers (LeCun et al. 1998).
+
+    266,610 parameters for MNIST, the "FC" of the lottery ticket papers.
+
+    >>> sum(p.numel() for p in lenet_300_100().parameters())
+    266610
+    """
+    return _initialised(
+        nn.Sequential(
+            nn.Flatten(), nn.Linear(inputs, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(),
+            nn.Linear(100, classes),
+        )
+    )  # fmt: skip
+
+
+def conv2(classes: int = 10, channels: int = 1, size: int = 28) -> nn.Module:
+    """Conv-2 (Frankle & Carbin 2019, arXiv 1803.03635, figure 2): two convolutions, three linear layers.
+
+    3,317,450 parameters for MNIST, 4,301,642 for CIFAR-10. ``channels`` and ``size`` are those of the images.
+
+    >>> sum(p.numel() for p in conv2().parameters())
+    3317450
+    """
+    return _convs((64,), classes, channels, size)
+
+
+def conv4(classes: int = 10, channels: int = 1, size: int = 28) -> nn.Module:
+    """Conv-4: as :func:`conv2` with two convolutions of 128 channels more; 1,933,258 parameters for MNIST.
+
+    >>> sum(p.numel() for p in conv4().parameters())
+    1933258
+    """
+    return _convs((64, 128), classes, channels, size)
+
+
+def conv6(classes: int = 10, channels: int = 1, size: int = 28) -> nn.Module:
+    """Conv-6: as :func:`conv4` with two convolutions of 256 channels more; 1,802,698 parameters for MNIST.
+
+    >>> sum(p.numel() for p in conv6().parameters())
+    1802698
+    """
+    return _convs((64, 128, 256), classes, channels, size)
+
+
+def _convs(widths: Sequence[int], classes: int, channels: int, size: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for width in widths:
+        for inputs in (channels, width):
+            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
+        layers.append(nn.MaxPool2d(2))
+        channels, size = width, size // 2
+    if not size:
+        raise ValueError(
+            f"size: images vanish after {len(widths)} poolings; expected at least {2 ** len(widths)}"
+        )
+    layers += [
+        nn.Flatten(),
+        nn.Linear(channels * size * size, 256),
+        nn.ReLU(),
+        nn.Linear(256, 256),
+        nn.ReLU(),
+    ]
+    return _initialised(nn.Sequential(*layers, nn.Linear(256, classes)))
 
 
 class _Block(nn.Module):

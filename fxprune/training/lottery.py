@@ -148,8 +148,7 @@ def lottery(
 
     After each training the fraction ``rate`` of the weights that are left goes, those smallest in magnitude
     over all layers, and the rest is set back to where it was after step ``rewind_to`` of the first training
-    (Frankle et al. 2019, arXiv 1903.01611; 0 is the lottery ticket of arXiv 1803.03635). The last network has
-    ``(1 - rate)^rounds`` of its weights, to one weight.
+    (Frankle et al. 2019, arXiv 1903.01611; 0 is the lottery ticket of arXiv 1803.03635).
 
     Args:
         model_fn: makes the network.
@@ -164,9 +163,7 @@ def lottery(
             Results of ``train_fn`` must then be numbers, text or tensors, or lists or dicts of such.
         checkpoint_every, progress: steps from one checkpoint to the next; a bar on stderr.
 
-    Raises:
-        TypeError, ValueError: an argument that does not fit; a ``train_fn`` that never came to ``rewind_to``;
-            checkpoints of another run, or none that can be read.
+    Raises ``TypeError``, ``ValueError``: arguments that do not fit, ``rewind_to`` never reached, a foreign run.
 
     >>> import torch
     >>> def train(model, run):
@@ -182,8 +179,8 @@ def lottery(
         raise ValueError(f"rewind_to={rewind_to!r}: train_fn must take (model, run) and call run.step(t)")
     pruner = Pruner(
         model_fn(), "imp", total=integer("rounds", rounds, 1), rate=fraction("rate", rate), seed=seed,
-        example_inputs=example_inputs, budget=budget, exclude=exclude, checkpoint_dir=checkpoint_dir,
-        checkpoint_every=checkpoint_every,
+        example_inputs=example_inputs, budget=budget, exclude=exclude,
+        checkpoint_dir=checkpoint_dir, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     state = _Rounds(pruner, pruner.without_saving(rewind_to=rewind_to, rate=rate), rewind_to)
     state.resume()

@@ -74,8 +74,8 @@ def lightning_run(
 
     trainer = lightning.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=folder, enable_checkpointing=False, accumulate_grad_batches=2,
-        callbacks=[PruningCallback(pruner, every=every, loss=loss)],
+        enable_model_summary=False, default_root_dir=folder, enable_checkpointing=False,
+        accumulate_grad_batches=2, callbacks=[PruningCallback(pruner, every=every, loss=loss)],
     )  # fmt: skip
     trainer.fit(module, DataLoader(TensorDataset(*nets.batch(0, 64)), 8), ckpt_path=ckpt)
     fxprune.verify(module)

@@ -1,0 +1,204 @@
+"""The paper's comparison: a network and data come in; dense, pruned, and two retrained networks go out.
+
+D is trained dense, A is pruned while it trains, C is A's masks trained from its centroids, S is A's masks
+trained from A's own first weights (ASNI, section 4).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from fxprune.training.contract import TrainingMethod
+from fxprune.training.numbers import integer, positive
+from fxprune.training.pruner import Pruner
+
+VARIANTS = {
+    "D": "dense",
+    "A": "pruned in training",
+    "C": "its masks, from centroids",
+    "S": "its masks, from the start",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: the same for all four.
+
+    ``optimizer``: "adam" or "sgd" (momentum 0.9). ``rates``: "constant", "cosine" (half a wave) or "quarter"
+    (a quarter of one); the paper's printed formula turns negative half-way, these are its two sane readings.
+    ``delta``: the larger, the higher the last rate.
+    """
+
+    epochs: int = 20
+    batch: int = 60
+    lr: float = 1.2e-3
+    weight_decay: float = 0.0
+    optimizer: str = "adam"
+    rates: str = "constant"
+    delta: float = 0.06
+
+    def __post_init__(self) -> None:
+        integer("epochs", self.epochs, 1)
+        integer("batch", self.batch, 1)
+        positive("lr", self.lr)
+        if self.optimizer not in ("adam", "sgd"):
+            raise ValueError(f"optimizer={self.optimizer!r}: expected 'adam' or 'sgd'")
+        if self.rates not in ("constant", "cosine", "quarter"):
+            raise ValueError(f"rates={self.rates!r}: expected 'constant', 'cosine' or 'quarter'")
+
+    def rate(self, epoch: int) -> float:
+        """The learning rate in epoch 1..epochs; never negative.
+
+        >>> round(Recipe(epochs=160, lr=1.0, rates="cosine").rate(160), 4)
+        0.0079
+        """
+        turn = math.pi * epoch / ((1 + self.delta) * self.epochs)
+        if self.rates == "cosine":
+            return self.lr * (1 + math.cos(turn)) / 2
+        return self.lr * (math.cos(turn / 2) if self.rates == "quarter" else 1.0)
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """A fresh optimiser."""
+        if self.optimizer == "adam":
+            return torch.optim.Adam(model.parameters(), self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(model.parameters(), self.lr, momentum=0.9, weight_decay=self.weight_decay)
+
+
+@dataclass
+class Comparison:
+    """Test accuracies after each epoch, by variant; the sparsity of A, C and S; A's pruner."""
+
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    sparsity: float = 0.0
+    pruner: Pruner | None = None
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """The accuracy of each variant after its last epoch, a fraction."""
+        return {variant: curve[-1] for variant, curve in self.curves.items()}
+
+
+Note = Callable[[str, int, dict[str, float]], None]
+"""``note(variant, epoch, {"loss", "accuracy", "sparsity"})`` after each epoch."""
+
+
+def compare(
+    make: Callable[[], nn.Module],
+    train: Any,
+    test: Any,
+    recipe: Recipe,
+    method: str | TrainingMethod = "asni",
+    sparsity: float | None = None,
+    *,
+    variants: str = "DACS",
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    note: Note = lambda variant, epoch, numbers: None,
+    **method_options: Any,
+) -> Comparison:
+    """Trains the four networks and measures them.
+
+    Args:
+        make: returns the network, the same each time.
+        train, test: data sets of (x, y).
+        recipe: how to train.
+        method, sparsity, method_options: as for :class:`Pruner`, whose steps are epochs.
+        variants: which of D, A, C, S; C and S come with A.
+        seed: of the order of the data and of all random numbers in training.
+        device: where to train.
+        note: called after every epoch.
+
+    Raises ``ValueError`` for unknown variants, and what :class:`Pruner` raises.
+    """
+    if not variants or set(variants) - set(VARIANTS):
+        raise ValueError(f"variants={variants!r}: expected letters of {''.join(VARIANTS)}")
+    found = Comparison()
+
+    def run(variant: str, model: nn.Module, pruner: Pruner | None = None) -> None:
+        def noted(epoch: int, numbers: dict[str, float]) -> None:
+            pruned = None if variant == "D" else found.pruner
+            note(variant, epoch, {**numbers, "sparsity": 0.0 if pruned is None else pruned.sparsity})
+
+        found.curves[variant] = _train(model.to(device), train, test, recipe, seed, pruner, noted)
+
+    example = train[0][0][None]
+    if set(variants) & set("ACS"):
+        found.pruner = Pruner(
+            make(), method, sparsity, total=recipe.epochs, example_inputs=example, seed=seed, **method_options
+        )
+    if "D" in variants:
+        run("D", make())
+    if found.pruner is not None:
+        run("A", found.pruner.model, found.pruner)
+        found.sparsity = found.pruner.sparsity
+        centroids = {name: value.clone() for name, value in found.pruner.model.state_dict().items()}
+        for variant, start in (("C", "centroids"), ("S", "original")):
+            if variant in variants:
+                found.pruner.model.load_state_dict(centroids)
+                run(variant, found.pruner.reinitialize(start))
+    return found
+
+
+def _train(
+    model: nn.Module,
+    train: Any,
+    test: Any,
+    recipe: Recipe,
+    seed: int,
+    pruner: Pruner | None,
+    note: Callable[[int, dict[str, float]], None],
+) -> list[float]:
+    """The accuracies after every epoch of one training."""
+    optimizer = recipe.make_optimizer(model)
+    loader = DataLoader(
+        train, recipe.batch, shuffle=True, generator=torch.Generator().manual_seed(seed),
+        drop_last=len(train) > recipe.batch,
+    )  # fmt: skip
+    device = next(model.parameters()).device
+    curve = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for epoch in range(1, recipe.epochs + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate(epoch)
+            model.train()
+            total = 0.0
+            for batch in loader:
+                x, y = (part.to(device) for part in batch)
+                optimizer.zero_grad()
+                loss = _loss(model, x, y)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                total += float(loss.detach())
+            if pruner is not None:
+                pruner.step(epoch, partial(_loss, model, x, y))
+            curve.append(accuracy(model, test))
+            note(epoch, {"loss": total / len(loader), "accuracy": curve[-1]})
+    return curve
+
+
+def _loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, test: Any, batch: int = 500) -> float:
+    """The fraction of a data set of (x, y) that ``model`` classifies rightly, in eval mode."""
+    device = next(model.parameters()).device
+    mode = model.training
+    model.eval()
+    right = number = 0
+    for x, y in DataLoader(test, batch):
+        right += int((model(x.to(device)).argmax(1) == y.to(device)).sum())
+        number += len(y)
+    model.train(mode)
+    return right / number
