@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxprune.methods._contest import Contest, Rule, Selection, gathered
+from fxprune.methods._contest import Contest, Rule, Selection, Singles, contest_of, gathered
 from fxprune.methods._objective import Field, Figures, Reading
 from fxprune.sparsity.masks import Masks
 
@@ -21,7 +21,7 @@ __all__ = ["Ascent"]
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 TOGETHER = 1 << 18
 """Units that Adam handles in one operation; it is what fits into a core's cache."""
-GROUPED = 1 << 21
+GROUPED = 1 << 19
 """Scores that one contest handles together, where layers are small."""
 SMALLEST, LARGEST = 1e-15, 1e15
 """Derivatives below move nothing in float32, but are slow; those above would overflow when squared."""
@@ -32,8 +32,8 @@ TIDY = 64
 class Ascent:
     """``magnitudes``: |s| of every weight, by layer, in the parameter's shape; -inf where it may not be kept.
 
-    ``budget``: weights to keep in every layer. ``lr``: how far a score goes in a step, about. ``rule``: how
-    the best are found.
+    They are taken over, and may change. ``budget``: weights to keep in every layer. ``lr``: how far a score
+    goes in a step, about. ``rule``: how the best are found.
     """
 
     def __init__(
@@ -42,17 +42,17 @@ class Ascent:
         magnitudes: Mapping[str, Tensor],
         budget: Mapping[str, int],
         lr: float,
-        rule: Rule = Contest,
+        rule: Rule = contest_of,
     ) -> None:
         self.reading, self.lr, self.time = reading, lr, 0
         self.shapes = {name: score.shape for name, score in magnitudes.items()}
         units = {name: score.reshape(-1, reading.widths[name]) for name, score in magnitudes.items()}
         sizes = {name: len(unit) for name, unit in units.items()}
-        self.contests: list[Contest | Selection] = []
+        self.contests: list[Contest | Singles | Selection] = []
         self.fields: list[Field] = []
         self.moments: list[tuple[Tensor, Tensor]] = []
         # Groups of weights may span layers, so that all layers are one contest then.
-        together = gathered(reading.widths, sizes, GROUPED) if rule is Contest else [list(units)]
+        together = gathered(reading.widths, sizes, GROUPED) if rule is contest_of else [list(units)]
         for names in together:
             contest = rule({name: units[name] for name in names}, budget)
             size = len(contest.rise)
@@ -60,7 +60,7 @@ class Ascent:
             self.contests.append(contest)
             self.fields.append(Field(torch.zeros(size, dtype=reading.dtype), torch.zeros(size), where))
             self.moments.append((torch.zeros(size), torch.zeros(size)))
-        self.initial = dict(units)
+        self.initial = {name: unit for name, unit in units.items() if unit.shape[1] > 1}
         self._recount()
         reading.attach(self.fields)
 
@@ -104,9 +104,13 @@ class Ascent:
         found: Masks = {}
         for contest, field in zip(self.contests, self.fields, strict=True):
             for name, where in field.where.items():
+                kept = torch.from_numpy(contest.counts[where]).unsqueeze(1)
+                if name not in self.initial:
+                    found[name] = (kept > 0).view(self.shapes[name])
+                    continue
                 order = self.initial[name].argsort(dim=1, descending=True, stable=True)
-                kept = torch.arange(order.shape[1]) < torch.from_numpy(contest.counts[where]).unsqueeze(1)
-                found[name] = torch.zeros_like(kept).scatter_(1, order, kept).view(self.shapes[name])
+                best = torch.arange(order.shape[1]) < kept
+                found[name] = torch.zeros_like(best).scatter_(1, order, best).view(self.shapes[name])
         return found
 
     def _recount(self) -> None:

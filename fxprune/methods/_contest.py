@@ -22,7 +22,7 @@ from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import Granularity
 from fxprune.sparsity.select import select
 
-__all__ = ["Contest", "Rule", "Selection", "gathered"]
+__all__ = ["Contest", "Rule", "Selection", "Singles", "contest_of", "gathered"]
 
 Floats = NDArray[np.float32]
 UP = np.float32(np.inf)
@@ -45,7 +45,10 @@ class Contest:
         self.sizes = np.array(sizes)
         width = max(score.shape[1] for score in scores.values())
         whole = torch.cat([_padded(score.float(), width) for score in scores.values()])
-        self.table: Floats = whole.sort(dim=1, descending=True, stable=True).values.numpy()
+        self.table: Floats = whole.numpy()
+        np.negative(self.table, out=self.table)
+        self.table.sort(axis=1)  # in place: half the memory of a sort that also says where things were
+        np.negative(self.table, out=self.table)
         self.rise = torch.zeros(len(self.table))
         self._rise: Floats = self.rise.numpy()
         self.counts = np.zeros(len(self.table), dtype=np.int32)
@@ -133,6 +136,49 @@ def _best(values: Floats, number: int) -> tuple[NDArray[np.bool_], np.float32]:
     return kept, threshold
 
 
+class Singles:
+    """A contest of one large layer, each weight a unit: nothing is kept but scores and one byte per weight.
+
+    ``rise`` is the scores themselves: ``scores``, (units, 1), are taken over, and risen in place.
+    """
+
+    def __init__(self, scores: Mapping[str, Tensor], budget: Mapping[str, int]) -> None:
+        ((self.name, score),) = scores.items()
+        self.rise = score.float().flatten()
+        self._values: Floats = self.rise.numpy()
+        self.resize(budget)
+
+    def segment(self, name: str) -> slice:
+        """Where the units of the layer are."""
+        return slice(0, len(self._values))
+
+    def resize(self, budget: Mapping[str, int]) -> None:
+        """Chooses anew, for another number of weights to keep."""
+        self.number = budget[self.name]
+        kept, self.threshold = _best(self._values, self.number)
+        self.counts = kept.view(np.int8)
+
+    def settle(self) -> NDArray[np.intp]:
+        """Chooses after a rise; returns the units whose count has changed."""
+        is_in = self._values >= self.threshold
+        excess = int(np.count_nonzero(is_in)) - self.number
+        if not excess:
+            return np.empty(0, dtype=np.intp)
+        inside = np.flatnonzero(is_in)
+        values = self._values[inside]
+        self.threshold = (
+            np.partition(values, excess)[excess] if self.number else np.nextafter(values.max(), UP)
+        )
+        # Ties at the threshold: the lower indices stay.
+        ties = np.flatnonzero(values == self.threshold)
+        stays = values > self.threshold
+        stays[ties[: self.number - int(stays.sum())]] = True
+        is_changed = stays != (self.counts[inside] > 0)
+        changed: NDArray[np.intp] = inside[is_changed]
+        self.counts[changed] = stays[is_changed]
+        return changed
+
+
 class Selection:
     """The same for whole groups of weights, selected anew each time: every weight is a unit."""
 
@@ -179,8 +225,15 @@ class Selection:
         return np.arange(len(self.counts))
 
 
-Rule = Callable[[Mapping[str, Tensor], Mapping[str, int]], Contest | Selection]
+Rule = Callable[[Mapping[str, Tensor], Mapping[str, int]], Contest | Singles | Selection]
 """Makes the contest of some layers from their scores (units x weights per unit) and budgets."""
+
+
+def contest_of(scores: Mapping[str, Tensor], budget: Mapping[str, int]) -> Contest | Singles:
+    """The leaner contest where it serves, else the general one."""
+    if len(scores) == 1 and all(score.shape[1] == 1 for score in scores.values()):
+        return Singles(scores, budget)
+    return Contest(scores, budget)
 
 
 def gathered(widths: Mapping[str, int], sizes: Mapping[str, int], limit: int) -> list[list[str]]:

@@ -14,7 +14,7 @@ import torch
 from fxprune.graph.circuits import circuit
 from fxprune.graph.traverse import reach
 from fxprune.methods._ascent import Ascent
-from fxprune.methods._contest import Contest, Selection
+from fxprune.methods._contest import Selection, contest_of
 from fxprune.methods._contract import Method, Problem
 from fxprune.methods._objective import Figures, KernelReading, Mixture, Reading, WeightReading
 from fxprune.sparsity.budget import Budget, apportion, erk_ratios
@@ -136,7 +136,7 @@ class _Search:
         if problem.granularity != WEIGHT:
             rule = Selection.under(problem.granularity, problem.masks)
             return Ascent(self._reading(problem, by_weight=True), magnitudes, _layers(first), self.lr, rule)
-        return Ascent(self._reading(problem), magnitudes, _layers(first), self.lr, Contest)
+        return Ascent(self._reading(problem), magnitudes, _layers(first), self.lr, contest_of)
 
     def _reading(self, problem: Problem, *, by_weight: bool = False) -> Reading:
         names, fixed = list(problem.masks), _fixed(problem)

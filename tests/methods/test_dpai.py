@@ -18,7 +18,7 @@ from fxprune.graph.circuits import circuit
 from fxprune.graph.traverse import flow
 from fxprune.methods import Problem
 from fxprune.methods._ascent import Ascent
-from fxprune.methods._contest import Contest
+from fxprune.methods._contest import Contest, Singles, contest_of
 from fxprune.methods._objective import KernelReading, Mixture, Reading, WeightReading
 from fxprune.metrics import measure
 from fxprune.sparsity.budget import plan
@@ -218,6 +218,34 @@ def test_the_contest_is_top_k(width: int, is_coarse: bool) -> None:
                 assert chosen[inside].sort().values.equal(risen[expected].sort().values)
             else:
                 assert counts.tolist() == contest.counts[where].tolist()
+
+
+@pytest.mark.parametrize("is_coarse", [False, True])
+def test_the_lean_contest_is_the_general_one(is_coarse: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw() -> torch.Tensor:
+        values = torch.rand(200, 1, generator=generator)
+        return (values * 4).round() / 4 if is_coarse else values
+
+    start = draw()
+    start[:9] = -torch.inf
+    for number in (0, 1, 30, 191):
+        lean, general = Singles({"a": start.clone()}, {"a": number}), Contest({"a": start}, {"a": number})
+        assert isinstance(contest_of({"a": start.clone()}, {"a": number}), Singles)
+        for step in range(80):
+            rise = draw().flatten() * (torch.rand(200, generator=generator) < 0.2)
+            lean.rise.add_(rise)
+            general.rise.add_(rise)
+            before = lean.counts.copy()
+            assert set(lean.settle()) == set((before != lean.counts).nonzero()[0])
+            general.settle()
+            if step == 40:
+                lean.resize({"a": number // 2})
+                general.resize({"a": number // 2})
+            chosen = [lean.rise[torch.tensor(c.counts) > 0].sort().values for c in (lean, general)]
+            assert torch.allclose(*chosen)
+            assert is_coarse or (lean.counts == general.counts).all()
 
 
 def naive_dpai(question: Problem, mixture: Mixture, steps: int, resolution: Any) -> Masks:
