@@ -150,7 +150,8 @@ def _pad(
 ) -> Dual:
     if mode != "constant":
         return move(setting, F.pad, (x, list(pad)), {"mode": mode})
-    circular = setting.circular and _is_spatial(x.dim(), pad) and min(pad) >= 0
+    # An image is padded with zeros; a row of ones (the normaliser of linear attention) is no border.
+    circular = setting.circular and not value and _is_spatial(x.dim(), pad) and min(pad) >= 0
 
     def on(t: Tensor) -> Tensor:
         for place in range(0, len(pad), 2):
@@ -158,7 +159,7 @@ def _pad(
         return t
 
     result = linear_map(setting, x, on)
-    if value and not circular:
+    if value:
         result.value = torch.where(on(torch.ones_like(x.value)) > 0, result.value, 1.0)
     return result
 
