@@ -210,7 +210,7 @@ def random_blocks(seed: int) -> Blocks:
     return Blocks(width, kinds, 3)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("density", [1.0, 0.6, 0.3])
 def test_random_residual_networks(density: float, seed: int) -> None:
     model = random_blocks(seed)
@@ -260,8 +260,8 @@ def test_never_infinite_nor_undefined(scale: float, dtype: torch.dtype) -> None:
     """Whatever is pruned, of whatever scale the weights are, and however deep the network is."""
     model = Blocks(6, KINDS * 8, 3)
     graph = lowered(model, torch.ones(1, 6))
-    for density in (0.9, 0.3, 0.15, 0.05, 0.0):
-        for seed in range(3):
+    for density in (0.9, 0.3, 0.1, 0.0):
+        for seed in range(2):
             masks = random_masks(graph, density, seed)
             weights = {name: mask.to(dtype) * scale for name, mask in masks.items()}
             if seed == 1:  # a branch that is dead, and one that is dense

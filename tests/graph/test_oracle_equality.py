@@ -11,7 +11,7 @@ from fxprune.graph.traverse import flow
 from graph.agreement import assert_flow, assert_reach, lowered
 
 DENSITIES = (1.0, 0.7, 0.4, 0.15)
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 # A maximum over equal counts has no unique derivative: which entry gets it is the backend's choice.
 TIES = {"reused", "max_pool", "conv3d"}
 

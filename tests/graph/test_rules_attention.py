@@ -110,7 +110,7 @@ class Called(nn.Module):
 def compare(model: nn.Module, example: Tensor, *, counts: bool = True) -> None:
     graph = lowered(model, example)
     assert set(graph.kernels) == set(prunable(model))
-    for seed, density in enumerate((1.0, 0.5, 0.2)):
+    for seed, density in enumerate((0.8, 0.3)):
         masks = random_masks(model, density, seed)
         assert_reach(graph, model, example, masks)
         if counts:
