@@ -222,6 +222,25 @@ class KernelReading:
         for name, kept in self.given.items():
             if self.whole[name]:
                 self.counts[name] = kept.view(self.kernels[name].shape[:2])
+        self._nodes = [self._nodes_of(field) for field in fields]
+
+    def _nodes_of(self, field: Field) -> Tensor:
+        """For every unit the place of its output channel among those of all plain layers, or one past them.
+
+        Empty where nobody asks: for a pure objective, or without plain layers.
+        """
+        if not all(self.mixture.weights[1:]) or not any(name in field.where for name in self._plain):
+            return torch.empty(0, dtype=torch.int32)
+        first, last = {}, 0
+        for name in self._plain:
+            first[name] = last
+            last += self.kernels[name].shape[0]
+        places = torch.full((len(field.counts),), last, dtype=torch.int32)
+        for name, where in field.where.items():
+            if name in first:
+                own = places[where].view(self.kernels[name].shape[:2])
+                own.copy_(torch.arange(first[name], first[name] + len(own)).unsqueeze(1))
+        return places
 
     def climb(self) -> float:
         for name, kept in self.given.items():
@@ -260,12 +279,12 @@ class KernelReading:
             torch.outer(slope, part, out=self.directions[name])
         if not for_kernels:
             return
-        parts = [] if dead is None else torch.split(dead, heights)
-        for field in self.fields:
+        if dead is not None:
+            dead = torch.cat([dead, dead.new_zeros(1)])
+        for field, node in zip(self.fields, self._nodes, strict=True):
             factor = (field.counts == 0).float().mul_(for_kernels).add_(for_paths)
-            for name, part in zip(self._plain, parts, strict=False):
-                if name in field.where:
-                    factor[field.where[name]].view_as(self.directions[name]).add_(part.unsqueeze(1))
+            if dead is not None and len(node):
+                factor += dead.index_select(0, node)
             field.direction.mul_(factor)
 
     def _climb_softly(self) -> None:
