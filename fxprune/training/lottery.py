@@ -163,7 +163,7 @@ def lottery(
             Results of ``train_fn`` must then be numbers, text or tensors, or lists or dicts of such.
         checkpoint_every, progress: steps from one checkpoint to the next; a bar on stderr.
 
-    Raises ``TypeError``, ``ValueError``: arguments that do not fit, ``rewind_to`` never reached, a foreign run.
+    Raises ``TypeError`` and ``ValueError``: arguments that do not fit, ``rewind_to`` that never came.
 
     >>> import torch
     >>> def train(model, run):

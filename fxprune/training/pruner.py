@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fxprune.methods import Problem, agree, get
 from fxprune.request import Exclusion, Request, listed
@@ -267,6 +268,14 @@ class Pruner:
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: whole(self.model.get_parameter(name)) for name in self._final.sizes}
 
+    def _twin(self) -> nn.Module:
+        """The model without masks, for criteria that run it; sharded models cannot be copied."""
+        if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            return bare(self.model)
+        if "data" in self.method.needs:
+            raise ValueError(f"method {self.method.name!r}: its criterion runs the model, which is sharded")
+        return self.model
+
     def _moment(self, at: int, loss: Loss | None) -> Moment:
         weights = self._weights()
 
@@ -276,7 +285,7 @@ class Pruner:
 
         with torch.no_grad():
             problem = Problem(
-                model=bare(self.model),
+                model=self._twin(),
                 graph=self.graph,
                 weights=weights,
                 masks=self.masks,

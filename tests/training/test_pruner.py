@@ -12,6 +12,8 @@ import torch.distributed as dist
 from methods.processes import together
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fxprune
@@ -276,8 +278,8 @@ def test_a_mask_update_does_not_recompile() -> None:
     assert counter.frame_count == 1
 
 
-def on_each_rank(rank: int) -> dict[str, Any]:
-    found = {}
+def on_each_rank(rank: int, folder: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for method in ("asni", "set", "rigl"):
         pruner = made(method, 0.6, **({} if method == "asni" else {"frequency": 1}))
         parallel = DistributedDataParallel(pruner.model)
@@ -286,6 +288,8 @@ def on_each_rank(rank: int) -> dict[str, Any]:
             nets.train_step(parallel, optimizer, 10 * step + rank)
             pruner.step(step, lambda step=step, pruner=pruner: nets.loss_of(pruner.model, 10 * step + rank))
         found[method] = pruner.masks, pruner.history
+    found["resumed"] = resumed_together(rank, folder)
+    found["sharded"] = sharded()
     if rank:
         with torch.no_grad():
             pruner.model.get_parameter("2.weight").neg_().add_(1)
@@ -298,12 +302,61 @@ def on_each_rank(rank: int) -> dict[str, Any]:
     return found
 
 
-def test_processes_come_to_the_same_masks() -> None:
-    one, two = together(2, on_each_rank)
+def resumed_together(rank: int, folder: str) -> tuple[int, bool]:
+    """Step to go on from when one process died before its last checkpoint; whether that went well."""
+
+    def run(until: int) -> tuple[int, Pruner]:
+        pruner = made("gmp", 0.6, checkpoint_dir=folder)
+        optimizer = torch.optim.SGD(pruner.model.parameters(), lr=0.1, momentum=0.9)
+        start = pruner.resume(optimizer=optimizer)
+        for step in range(start + 1, until + 1):
+            nets.train_step(DistributedDataParallel(pruner.model), optimizer, 10 * step + rank)
+            pruner.step(step)
+        return start, pruner
+
+    run(3)
+    _, whole = run(5)
+    dist.barrier()
+    if rank:
+        Path(folder, "step-000000005.rank1.ckpt").unlink()
+    start, again = run(5)
+    return start, nets.digest(again.model) == nets.digest(whole.model)
+
+
+def sharded() -> list[bool]:
+    """Whether a pruner of sharded parameters does as one of whole parameters."""
+    pair = [made("gmp", 0.6, rewind=1), made("gmp", 0.6, rewind=1)]
+    fully_shard(pair[1].model, mesh=init_device_mesh("cpu", (2,)))
+    optimizers = [torch.optim.SGD(pruner.model.parameters(), lr=0.1, momentum=0.9) for pruner in pair]
+    same = []
+
+    def compare() -> None:
+        for name, value in pair[0].model.named_parameters():
+            other: Any = pair[1].model.get_parameter(name)
+            same.append(torch.allclose(other.full_tensor(), value, atol=1e-6))
+        same.extend(torch.equal(mask, pair[0].masks[name]) for name, mask in pair[1].masks.items())
+
+    for step in range(1, 5):
+        for pruner, optimizer in zip(pair, optimizers, strict=True):
+            nets.train_step(pruner.model, optimizer, step)
+            pruner.step(step)
+        compare()
+    for start in ("centroids", "original", "rewind:1"):
+        for pruner in pair:
+            pruner.reinitialize(start)
+        compare()
+    return same
+
+
+def test_processes_come_to_the_same_masks(tmp_path: Path) -> None:
+    one, two = together(2, on_each_rank, str(tmp_path))
     for method in ("asni", "set", "rigl"):
         assert one[method][1] == two[method][1]
         for name, mask in one[method][0].items():
             assert torch.equal(mask, two[method][0][name]), (method, name)
+    assert one["resumed"] == two["resumed"] == (4, True)
+    assert len(one["sharded"]) == 7 * (6 + 3)
+    assert all(one["sharded"] + two["sharded"])
     assert "masks of ranks [1] differ" in one["error"]
 
 
