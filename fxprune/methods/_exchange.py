@@ -200,7 +200,7 @@ class Exchange:
         # What is on no path yet has no gain; the better end of a kernel decides there.
         hope = (slope / (slope.max() or 1.0) + FAINT)[:, :, None] * (x / (x.max() or 1.0) + FAINT)[:, None, :]
         covered = _cover(inputs, outputs, gain + FAINT * hope, cap, number, self.random)
-        new = _filled(covered, gain, cap, number, self.aim, self.figures)
+        new = _filled(covered, gain, cap, number, self.aim, self.figures, spread=plan.spread)
         result = torch.empty_like(self.counts[name])
         _oriented(result.numpy(), kernels)[...] = new
         return result
@@ -209,25 +209,27 @@ class Exchange:
 @dataclass(frozen=True)
 class _Plan:
     """Which channels a move covers. ``keep``: the share of those in use; ``reach``: of those that could be
-    in use; ``share``: of all others.
+    in use; ``share``: of all others. ``spread``: the weights left over open kernels.
     """
 
     keep: float
     reach: float
     share: float
     noise: float
+    spread: bool
 
     @classmethod
     def drawn(cls, random: np.random.Generator) -> _Plan:
         kind = random.integers(4)
         noise = float(random.choice([0.0, 0.0, 0.3, 1.0]))
-        if kind == 0:
-            return cls(1.0, 0.0, 0.0, noise)
+        keep, reach, share = 1.0, 0.0, 0.0
         if kind == 1:
-            return cls(float(random.choice([0.0, 0.5, 0.8, 0.95])), 0.0, 0.0, noise)
-        if kind == 2:
-            return cls(1.0, float(random.choice([0.1, 0.5, 1.0])), 0.0, noise)
-        return cls(1.0, float(random.choice([0.1, 1.0])), float(random.choice([0.02, 0.1, 0.3, 1.0])), noise)
+            keep = float(random.choice([0.0, 0.5, 0.8, 0.95]))
+        elif kind == 2:
+            reach = float(random.choice([0.1, 0.5, 1.0]))
+        elif kind == 3:
+            reach, share = float(random.choice([0.1, 1.0])), float(random.choice([0.02, 0.1, 0.3, 1.0]))
+        return cls(keep, reach, share, noise, bool(random.random() < 0.3))
 
     @property
     def grows(self) -> bool:
@@ -286,15 +288,25 @@ def _cover(
     return chosen
 
 
-def _filled(covered: Flags, gain: Floats, cap: Floats, number: int, aim: Aim, figures: Figures) -> Floats:
+def _filled(
+    covered: Flags,
+    gain: Floats,
+    cap: Floats,
+    number: int,
+    aim: Aim,
+    figures: Figures,
+    *,
+    spread: bool = False,
+) -> Floats:
     """``number`` weights: one on every covered kernel, the rest by marginal gain.
 
     The first weight of a kernel is worth a kernel besides its paths, the others paths alone: gains fall along
-    a kernel, so that taking the best of all is optimal for what is covered.
+    a kernel, so that taking the best of all is optimal for what is covered. With ``spread`` a new kernel is
+    worth more than any path.
     """
     for_paths, _, for_kernels = aim.weights
     is_short = figures.kernels < aim.floor.kernels
-    opening = (for_kernels + GUARD[2] * is_short) / max(figures.kernels, 1) * (gain > 0)
+    opening = (for_kernels + GUARD[2] * (is_short or spread)) / max(figures.kernels, 1) * (gain > 0)
     paths = (for_paths + 1e-6) * gain
     counts = covered.astype(np.float64)
     left = number - int(covered.sum())

@@ -131,12 +131,14 @@ class _Search:
     def _aim(self, start: Figures, layers: dict[str, int]) -> Aim:
         """The objective, over what the ascent found and what longer would have added to it."""
         for_paths, for_nodes, for_kernels = (weight + SLACK for weight in self.mixture.weights)
+        # Where nodes alone count, a longer ascent would go on trading paths for them.
+        more = -1.0 if self.mixture.weights == (0, 1, 0) else 0.7
         kernels = min(start.kernels + start.kernels // 50 + 1, sum(layers.values()))
-        floor = Figures(start.log_paths + 0.3, start.nodes + start.nodes // 50 + 1, kernels)
+        floor = Figures(start.log_paths + more, start.nodes + start.nodes // 20 + 1, kernels)
         return Aim((for_paths, for_nodes, for_kernels), floor)
 
     def _climb(self, problem: Problem, exchange: Exchange, length: int) -> None:
-        heat = 2e-3 + 3e-2 * self.mixture.weights[0]
+        heat = 2e-3 + 1e-1 * self.mixture.weights[0]
         words = "balance: exchange"
         noted = 0
         for _ in problem.progress(range(length), words, length):

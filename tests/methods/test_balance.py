@@ -1,0 +1,197 @@
+"""Balance: exact counts, layer budgets, and results above DPaI's in nodes, kernels and paths at once."""
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nets import NETS
+from torch import nn
+
+from fxprune import methods, zoo
+from fxprune.capture import capture
+from fxprune.graph.circuits import circuit
+from fxprune.graph.lower import lower
+from fxprune.graph.traverse import flow, reach
+from fxprune.methods import Problem
+from fxprune.methods._exchange import Aim, Exchange, _cover, _filled
+from fxprune.methods._objective import Figures
+from fxprune.metrics.counts import count_kernels, count_nodes
+from fxprune.sparsity.masks import Masks, is_subset, kept, total
+from methods.problems import problem
+
+
+def asked(model: nn.Module, inputs: Any, sparsity: float, **fields: Any) -> Problem:
+    gm = capture(model, inputs)
+    graph = lower(gm)
+    only = {name: gm.get_parameter(name).detach() for name in graph.kernels}
+    return problem(gm, sparsity, graph=graph, only=only, **fields)
+
+
+def small() -> tuple[nn.Module, torch.Tensor]:
+    """A chain of four convolutions and a head, 12 channels wide."""
+    convs = [nn.Conv2d(a, 12, 3, padding=1, bias=False) for a in (3, 12, 12, 12)]
+    net = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5, bias=False))
+    return net, torch.ones(1, 3, 8, 8)
+
+
+def figures(question: Problem, masks: Masks) -> tuple[int, int, float]:
+    """Effective nodes and kernels, and ln paths, at spatial resolution."""
+    effective = reach(question.graph, masks)
+    edges = {name: mask.double() for name, mask in masks.items()}
+    return (
+        sum(count_nodes(question.graph.kernels[name], mask) for name, mask in effective.items()),
+        sum(count_kernels(mask) for mask in effective.values()),
+        flow(question.graph, edges, dtype=torch.float64).log_total,
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_filled_is_optimal_by_enumeration(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    gain = random.random((1, 3, 2))
+    cap = random.integers(1, 3, (1, 3, 2)).astype(float)
+    covered = np.zeros(gain.shape, dtype=bool)
+    covered[0, 2, 1] = True
+    aim = Aim((1.0, 0.0, float(seed)), Figures(0.0, 1, 1))
+    found = _filled(covered, gain, cap, 5, aim, Figures(0.0, 1, 4))
+
+    def worth(counts: np.ndarray) -> float:
+        return float((counts * gain).sum() * (1 + 1e-6) + seed / 4 * (counts > 0).sum())
+
+    best = -math.inf
+    for values in itertools.product(*[range(int(c) + 1) for c in cap.ravel()]):
+        counts = np.array(values, dtype=float).reshape(gain.shape)
+        if counts.sum() == 5 and counts[0, 2, 1] >= 1:
+            best = max(best, worth(counts))
+    assert found.sum() == 5
+    assert worth(found) == pytest.approx(best, abs=1e-12)
+
+
+def test_covers_touch_all_that_is_asked_with_as_few_kernels_as_can_be() -> None:
+    random = np.random.default_rng(0)
+    gain = random.random((2, 5, 4))
+    inputs, outputs = random.random((2, 4)) < 0.7, random.random((2, 5)) < 0.7
+    chosen = _cover(inputs, outputs, gain, np.ones(gain.shape), 20, random)
+    assert bool((chosen.any(1) | ~inputs).all())
+    assert bool((chosen.any(2) | ~outputs).all())
+    for group in range(2):
+        assert chosen[group].sum() <= max(inputs[group].sum(), outputs[group].sum())
+    fewer = _cover(inputs, outputs, gain, np.ones(gain.shape), 3, random)
+    assert fewer.sum() == 3
+
+
+def test_every_count_of_the_search_is_exact() -> None:
+    torch.manual_seed(0)
+    net, inputs = small()
+    question = asked(net, inputs, 0.9)
+    found = circuit(question.graph)
+    assert found is not None
+    caps = {name: found.dense(name) for name in found.kernels}
+    generator = torch.Generator().manual_seed(0)
+    counts = {n: (torch.rand(c.shape, generator=generator) < 0.3).double() for n, c in caps.items()}
+    search = Exchange(found, counts, caps, {}, Aim((0.5, 1.0, 0.5), Figures(0.0, 1, 1)), generator)
+    values = [search.value]
+    for _ in range(150):
+        better = search.climb()
+        values.append(search.value)
+        assert better == (values[-1] > values[-2])
+    assert values[-1] > values[0]
+    for name, count in search.counts.items():
+        assert float(count.sum()) == float(counts[name].sum())
+        assert bool((count <= caps[name]).all())
+    # As masks, on a periodic image; each kernel has that many taps.
+    masks = {
+        name: (torch.arange(math.prod(k.shape[2:])) < search.counts[name].unsqueeze(2)).view(k.shape)
+        for name, k in question.graph.kernels.items()
+    }
+    edges = {name: mask.double() for name, mask in masks.items()}
+    expected = flow(question.graph, edges, resolution="channel", dtype=torch.float64).log_total
+    assert search.figures.log_paths == pytest.approx(expected, abs=1e-9)
+    effective = reach(question.graph, masks, resolution="channel")
+    kernels = question.graph.kernels
+    assert search.figures.nodes == sum(count_nodes(kernels[n], mask) for n, mask in effective.items())
+    assert search.figures.kernels == sum(count_kernels(mask) for mask in effective.values())
+
+
+def test_heat_lets_it_fall_and_settle_brings_it_back() -> None:
+    torch.manual_seed(0)
+    net, inputs = small()
+    found = circuit(asked(net, inputs, 0.9).graph)
+    assert found is not None
+    caps = {name: found.dense(name) for name in found.kernels}
+    counts = {name: (cap > 0).double() for name, cap in caps.items()}
+    generator = torch.Generator().manual_seed(0)
+    search = Exchange(found, counts, caps, {}, Aim((1.0, 0.0, 0.0), Figures(0.0, 1, 1)), generator)
+    values = []
+    for _ in range(60):
+        search.climb(heat=5.0)
+        values.append(search.value)
+    assert min(np.diff(values)) < 0
+    search.settle()
+    assert search.value == max(values)
+    run = found.run(search.counts)
+    assert run.log_total == search.figures.log_paths
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)])
+def test_not_below_dpai_in_any_figure(alpha: float, beta: float) -> None:
+    torch.manual_seed(0)
+    net, inputs = small()
+    found = {}
+    for name, options in (("dpai", {"steps": 600, "lr": 0.025, "tol": 0.0}), ("balance", {"steps": 1200})):
+        question = asked(net, inputs, 0.97, budget="erk")
+        masks = methods.get(name, alpha=alpha, beta=beta, **options).find(question)
+        assert kept(masks) == question.budget.layers
+        found[name] = figures(question, masks)
+    nodes, kernels, paths = found["balance"]
+    assert nodes >= found["dpai"][0]
+    assert kernels >= found["dpai"][1]
+    assert paths >= found["dpai"][2] - (0.3 if alpha >= 0.5 else 0.0)  # taps are drawn at random there
+
+
+def test_resnet20_at_865_weights() -> None:
+    # The published optimiser ends at 549 nodes, 717 kernels, ln paths 16.90 (issue 4, counted exactly).
+    net = zoo.resnet20()
+    question = asked(net, torch.ones(1, 3, 32, 32), 1 - 865 / 270896, budget="erk")
+    masks = methods.get("balance", alpha=1.0, beta=0.0, steps=1000).find(question)
+    nodes, kernels, paths = figures(question, masks)
+    assert nodes >= 590
+    assert kernels >= 750
+    assert paths >= 25
+    assert question.history["nodes"][-1] == nodes
+    assert len({len(column) for column in question.history.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    "net", ["projection", "dense", "grouped", "depthwise", "transposed", "vit", "glu", "tied"]
+)
+def test_any_network_keeps_its_budget(net: str) -> None:
+    torch.manual_seed(0)
+    question = asked(*NETS[net](), 0.7)
+    masks = methods.get("balance", steps=60).find(question)
+    assert total(masks) == question.budget.total
+    fewer = asked(*NETS[net](), 0.8, masks=masks)
+    again = methods.get("balance", steps=60).find(fewer)
+    assert is_subset(again, masks)
+    assert total(again) == fewer.budget.total
+
+
+def test_taps_on_paths_are_central_and_have_more_paths() -> None:
+    torch.manual_seed(0)
+    net, inputs = small()
+    found = {}
+    for taps in ("random", "paths"):
+        question = asked(net, inputs, 0.95, budget="erk")
+        masks = methods.get("balance", alpha=1.0, beta=1.0, steps=300, taps=taps).find(question)
+        found[taps] = figures(question, masks)[2]
+    assert found["paths"] > found["random"]
+
+
+@pytest.mark.parametrize("options", [{"alpha": -0.1}, {"beta": 2.0}, {"steps": 0}])
+def test_bad_options(options: dict[str, float]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=f"method 'balance': {name}="):
+        methods.get("balance", **options)
