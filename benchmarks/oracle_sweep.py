@@ -22,8 +22,7 @@ from typing import Any
 import timm
 import torch
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from oracle import effective_parameters, random_masks
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from fxprune.capture import capture
 from fxprune.graph import ChannelGraph, lower
 from fxprune.graph.traverse import reach
 
+HERE = Path(__file__).parent
 RESULTS = HERE / "oracle_sweep.jsonl"
 REPRESENTATIVES = HERE.parent / "tests" / "representatives.json"
 DENSITIES = (0.5, 0.05, 0.005)
@@ -128,12 +128,10 @@ def main(patterns: list[str]) -> None:
         done[name] = row
         print(json.dumps(row)[:600], flush=True)
         RESULTS.write_text("".join(json.dumps(done[key]) + "\n" for key in sorted(done)))
-    rows = done.values()
-    print(
-        f"{len(rows)} models, {sum(row['compared'] for row in rows)} comparisons, "
-        f"{sum(bool(row.get('wrong')) for row in rows)} models with mismatches, "
-        f"{sum('error' in row for row in rows)} errors, {sum(bool(row.get('opaque')) for row in rows)} with opaque ops"
-    )
+    rows = list(done.values())
+    compared = sum(row["compared"] for row in rows)
+    counts = [sum(bool(row.get(key)) for row in rows) for key in ("wrong", "error", "opaque")]
+    print(f"{len(rows)} models, {compared} comparisons; models with mismatches, errors, opaque ops: {counts}")
 
 
 if __name__ == "__main__":
