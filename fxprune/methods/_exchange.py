@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -57,10 +57,9 @@ class Aim:
 
 @dataclass
 class _State:
-    """One counted choice: what a run gave, G of every layer, and how many nodes more its budget allows."""
+    """One counted choice: what a run gave, and how many nodes more the budget of each layer allows."""
 
     found: Pass
-    gains: dict[str, Tensor]
     figures: Figures
     missing: dict[str, int]
 
@@ -94,9 +93,17 @@ class Exchange:
             name: min(int(count.sum()), circuit.kernels[name].out_space.size)
             for name, count in self.counts.items()
         }
+        self.plain = {name for name, places in self.uses.items() if self._is_plain(places)}
+        self.filled: dict[str, tuple[Tensor, NDArray[np.float32]]] = {}
         self.state = self._counted()
         self.best = self.value, self.state, dict(self.counts)
         self.runs = 1
+
+    def _is_plain(self, places: list[int]) -> bool:
+        if len(places) != 1:
+            return False
+        op = self.circuit.contractions[places[0]]
+        return op.rows == 1 and op.groups == 1 and op.is_whole and not op.transposed
 
     @property
     def figures(self) -> Figures:
@@ -109,19 +116,35 @@ class Exchange:
     # -- counting -------------------------------------------------------------------------------------------
     def _counted(self) -> _State:
         found = self.circuit.run({**self.fixed, **self.counts})
-        gains, missing, nodes, kernels = {}, {}, 0, 0
+        missing, nodes, kernels = {}, 0, 0
         for name, count in self.counts.items():
-            gain = torch.zeros_like(count)
-            for place in self.uses[name]:
-                op = self.circuit.contractions[place]
-                op.spread(found.slope[place].to(gain.dtype), found.x[place].to(gain.dtype), gain, add=True)
-            gains[name] = gain
-            alive = (gain > 0) & (count > 0)
-            used = count_nodes(self.circuit.kernels[name], alive)
+            if name in self.plain:
+                used, alive = self._alive(found, name)
+            else:
+                marked = (self._gain(found, name) > 0) & (count > 0)
+                used, alive = count_nodes(self.circuit.kernels[name], marked), int(marked.sum())
             missing[name] = self.most[name] - used
             nodes += used
-            kernels += int(alive.sum())
-        return _State(found, gains, Figures(found.log_total, nodes, kernels), missing)
+            kernels += alive
+        return _State(found, Figures(found.log_total, nodes, kernels), missing)
+
+    def _alive(self, found: Pass, name: str) -> tuple[int, int]:
+        """Effective nodes and kernels of a layer with one use: (slope > 0) of (count > 0) of (x > 0)."""
+        (place,) = self.uses[name]
+        count = self.counts[name]
+        if name not in self.filled or self.filled[name][0] is not count:
+            self.filled[name] = count, (count.numpy() > 0).astype(np.float32)
+        reached = (found.x[place][0].numpy() > 0).astype(np.float32)
+        per_output = (self.filled[name][1] @ reached)[found.slope[place][0].numpy() > 0]
+        return int(np.count_nonzero(per_output)), int(per_output.sum())
+
+    def _gain(self, found: Pass, name: str) -> Tensor:
+        """G: d ln R / d count."""
+        gain = torch.zeros_like(self.counts[name])
+        for place in self.uses[name]:
+            op = self.circuit.contractions[place]
+            op.spread(found.slope[place].to(gain.dtype), found.x[place].to(gain.dtype), gain, add=True)
+        return gain
 
     # -- searching ------------------------------------------------------------------------------------------
     def climb(self, heat: float = 0.0) -> bool:
@@ -130,17 +153,18 @@ class Exchange:
         With ``heat`` a move that loses x is kept with probability exp(-x / heat).
         """
         names = self._window()
-        plan = _Plan.drawn(self.random)
+        plan = _Plan.drawn(self.random, self.aim)
         before, value = self.state, self.value
         old = {name: self.counts[name] for name in names}
         reached = {name: self._ends(name)[0] > 0 for name in names}
         for name in names:
             fresh = (self._ends(name)[0] > 0) & ~reached[name] if name is not names[0] else None
             self.counts[name] = self._rewritten(name, plan, fresh)
-            self.state = self._counted()
             self.runs += 1
-            if self.state.figures.log_paths == -math.inf:
-                break
+            if name is names[-1]:
+                self.state = self._counted()
+            else:  # on the way only what the next layer meets is asked for
+                self.state = replace(before, found=self.circuit.run({**self.fixed, **self.counts}))
         gain = self.value - value
         if gain >= 0 or (heat > 0 and self.random.random() < math.exp(gain / heat)):
             if self.value > self.best[0]:
@@ -182,7 +206,7 @@ class Exchange:
         kernels = self.circuit.kernels[name]
         gain, count, cap = (
             _oriented(tensor.double().numpy(), kernels)
-            for tensor in (self.state.gains[name], self.counts[name], self.caps[name])
+            for tensor in (self._gain(self.state.found, name), self.counts[name], self.caps[name])
         )
         if plan.noise:
             gain = gain * np.exp(plan.noise * self.random.standard_normal(gain.shape))
@@ -219,8 +243,10 @@ class _Plan:
     spread: bool
 
     @classmethod
-    def drawn(cls, random: np.random.Generator) -> _Plan:
-        kind = random.integers(4)
+    def drawn(cls, random: np.random.Generator, aim: Aim) -> _Plan:
+        # Half of the moves that nodes have a claim to try to gain some.
+        for_nodes = random.random() < aim.weights[1] / sum(aim.weights) / 2
+        kind = random.integers(2, 4) if for_nodes else random.integers(4)
         noise = float(random.choice([0.0, 0.0, 0.3, 1.0]))
         keep, reach, share = 1.0, 0.0, 0.0
         if kind == 1:

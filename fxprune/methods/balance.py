@@ -133,7 +133,10 @@ class _Search:
         for_paths, for_nodes, for_kernels = (weight + SLACK for weight in self.mixture.weights)
         # Where nodes alone count, a longer ascent would go on trading paths for them.
         more = -1.0 if self.mixture.weights == (0, 1, 0) else 0.7
-        kernels = min(start.kernels + start.kernels // 50 + 1, sum(layers.values()))
+        whole = sum(layers.values())
+        kernels = min(start.kernels + start.kernels // 50 + 1, whole)
+        if self.mixture.weights[2] and not self.mixture.weights[0]:
+            kernels = whole  # without a claim of paths, every weight can have a kernel to itself
         floor = Figures(start.log_paths + more, start.nodes + start.nodes // 20 + 1, kernels)
         return Aim((for_paths, for_nodes, for_kernels), floor)
 
