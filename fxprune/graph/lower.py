@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.capture import CaptureError, capture_leaf
 from fxprune.graph import ir
+from fxprune.graph.aliases import Memory, written
 from fxprune.graph.builder import Builder, Constant, Parameters
 from fxprune.graph.rules import KERNEL_TARGETS, RULES
 from fxprune.graph.rules.movement import MOVES
@@ -26,16 +27,6 @@ from fxprune.graph.rules.table import Context, Unknown, substitute, tensors_in
 __all__ = ["lower"]
 
 SHAPED_LIKE = ("reshape_as", "view_as", "expand_as")
-IN_PLACE = {
-    operator.iadd,
-    operator.isub,
-    operator.imul,
-    operator.itruediv,
-    operator.ifloordiv,
-    operator.ipow,
-    operator.imatmul,
-    operator.setitem,
-}
 
 
 def lower(gm: fx.GraphModule) -> ir.ChannelGraph:
@@ -112,6 +103,7 @@ class _Walk:
     ) -> None:
         self.gm, self.build, self.path, self.leaf = gm, build, path, leaf
         self.env: dict[fx.Node, Any] = {}
+        self.memory = Memory(gm)
 
     def run(self, inputs: list[Any] | None) -> Any:
         pending = iter(inputs) if inputs is not None else None
@@ -127,7 +119,7 @@ class _Walk:
                 return self._output(self._read(node.args[0]))
             else:
                 self.env[node] = self._call(node)
-                self._write_back(node)
+                self.memory.spread(node, self.env, self.build)
         return None
 
     def _input(self, val: Any) -> Any:
@@ -160,14 +152,6 @@ class _Walk:
 
     def _read(self, args: Any) -> Any:
         return fx.node.map_arg(args, lambda node: self.env[node])
-
-    def _write_back(self, node: fx.Node) -> None:
-        """An in-place op changes what later readers of its first argument see."""
-        named = node.op == "call_method" and str(node.target).endswith("_")
-        if (named and not str(node.target).endswith("__")) or node.target in IN_PLACE:
-            first = node.args[0] if node.args else None
-            if isinstance(first, fx.Node):
-                self.env[first] = self.env[node]
 
     # -- calls ----------------------------------------------------------------------------------------------
     def _call(self, node: fx.Node) -> Any:
@@ -209,11 +193,13 @@ class _Walk:
         """A constant of constants, computed only if somebody needs its numbers."""
         operands = list(tensors_in((args, kwargs)))
         run = _runner(node, self.gm)
+        writes = written(node, self.gm) is not None
 
         @functools.cache
         def evaluate() -> Any:
             def numbers(x: ir.Value | Constant) -> Any:
-                return x.evaluate() if isinstance(x, Constant) else x
+                known = x.evaluate() if isinstance(x, Constant) else x
+                return known.clone() if writes and isinstance(known, Tensor) else known
 
             return run(substitute(args, numbers), substitute(kwargs, numbers))
 
