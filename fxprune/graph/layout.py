@@ -156,6 +156,8 @@ def layout_of_labels(labels: Tensor) -> tuple[Layout, Tensor]:
     Two entries of an axis are alike if their slices are equal. Slices are compared by a random linear hash
     modulo 2^64, so that the cost is one pass over ``labels`` per axis.
     """
+    if labels.numel() == 0:  # nothing: one absent class stands for no entry at all
+        return tuple(collapsed(size) for size in labels.shape), labels.new_zeros((1,) * labels.dim())
     axes: list[AxisMap] = []
     reduced = labels
     generator = torch.Generator().manual_seed(0x5EED)

@@ -47,6 +47,8 @@ def _assembled(x: Tensor) -> Tensor:
 
 
 ON_TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
+    "no tokens taken off, and none put back": lambda x: torch.cat([x[:, :0], x.relu()[:, 0:]], 1),
+    "a sum over nothing": lambda x: x + x[:, :0].sum(1, keepdim=True),
     "flip": lambda x: x.flip(1),
     "roll": lambda x: x.roll((1, 3), (1, 2)),
     "cat with a constant": lambda x: torch.cat([torch.ones(x.shape[0], 1, 8), x], 1),
