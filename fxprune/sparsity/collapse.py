@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 from fxprune.graph import ChannelGraph
+from fxprune.graph.channels import Circuit
+from fxprune.graph.circuits import circuit
 from fxprune.graph.traverse import flow, reach
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import WEIGHT, Granularity
@@ -21,7 +23,6 @@ from fxprune.sparsity.select import select
 
 Resolution = Literal["spatial", "channel"]
 
-_RESOLUTIONS: tuple[Resolution, ...] = ("channel", "spatial")
 _BOOSTS = (1.0, 1e10, 1e10)
 _TRIES = 16
 
@@ -75,9 +76,15 @@ def repair(
     others = dict(fixed or {})
     wanted = live_layers(reach(graph, {**others, **open_to}))
     left: set[str] = set()
-    # The search asks for paths hundreds of times, so it collapses positions; borders are checked after it.
-    for resolution in _RESOLUTIONS:
-        skeleton = _Skeleton(graph, dict(masks), dict(weights), open_to, others, resolution)
+    found = circuit(graph)
+    # The search asks for paths hundreds of times: it collapses positions, and borders are checked after it.
+    # Where kernels are as good as weights for that, it asks the circuit, which is a hundred times faster.
+    readings: list[_Reading] = [
+        _OnWeights(graph, "channel") if found is None else _OnKernels(graph, found),
+        _OnWeights(graph, "spatial"),
+    ]
+    for reading in readings:
+        skeleton = _Skeleton(graph, reading, dict(masks), _sizes(weights), open_to, others)
         chosen = skeleton.build([name for name in graph.kernels if name in wanted])
         _check_fits(chosen, budget)
         together = {name: chosen[name] | mask for name, mask in masks.items()}
@@ -135,6 +142,73 @@ def _relative(weight: torch.Tensor) -> torch.Tensor:
     return size / size.max().clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def _sizes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: (1 + _relative(weight)) / 2 for name, weight in weights.items()}
+
+
+class _Reading(Protocol):
+    """How the search sees the network: in entries, which are weights or kernels."""
+
+    def entries(self, values: torch.Tensor) -> torch.Tensor:
+        """The best of the weights in each entry."""
+
+    def weights(self, entries: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The best weight of each marked entry, by ``values``: bool, shaped as these."""
+
+    def slopes(self, edges: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """d ln R / d edge for every entry; zero everywhere without a path."""
+
+    def alive(self, edges: Mapping[str, torch.Tensor], name: str) -> bool:
+        """Whether any entry of ``name`` lies on a path."""
+
+
+@dataclass(frozen=True)
+class _OnWeights:
+    graph: ChannelGraph
+    resolution: Resolution
+
+    def entries(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def weights(self, entries: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        return entries
+
+    def slopes(self, edges: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return flow(self.graph, edges, resolution=self.resolution).gradients
+
+    def alive(self, edges: Mapping[str, torch.Tensor], name: str) -> bool:
+        masks = {key: edge > 0 for key, edge in edges.items()}
+        return bool(reach(self.graph, masks, resolution=self.resolution)[name].any())
+
+
+@dataclass(frozen=True)
+class _OnKernels:
+    graph: ChannelGraph
+    circuit: Circuit
+
+    def entries(self, values: torch.Tensor) -> torch.Tensor:
+        return values.flatten(2).amax(2) if values.dim() > 2 else values
+
+    def weights(self, entries: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if values.dim() == 2:
+            return entries
+        flat = values.flatten(2)
+        taps = torch.zeros_like(flat, dtype=torch.bool).scatter_(2, flat.argmax(2, keepdim=True), True)
+        return (taps & entries.unsqueeze(2)).view(values.shape)
+
+    def slopes(self, edges: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        dtype = self.circuit.dtype
+        counts = {name: edge.cpu().to(dtype) for name, edge in edges.items()}
+        found = self.circuit.run(counts)
+        slopes = {name: torch.zeros_like(count) for name, count in counts.items()}
+        for op, slope, x in zip(self.circuit.contractions, found.slope, found.x, strict=True):
+            op.spread(slope, x, slopes[op.name], add=True)
+        return slopes
+
+    def alive(self, edges: Mapping[str, torch.Tensor], name: str) -> bool:
+        return bool((self.slopes(edges)[name] * edges[name].cpu() > 0).any())
+
+
 @dataclass
 class _Skeleton:
     """The search for few weights that put every layer on a path.
@@ -145,22 +219,42 @@ class _Skeleton:
     """
 
     graph: ChannelGraph
+    reading: _Reading
     masks: Masks
-    weights: dict[str, torch.Tensor]
+    sizes: dict[str, torch.Tensor]
     within: Masks
     fixed: Masks
-    resolution: Resolution
+    soft: dict[str, torch.Tensor] = field(init=False)
+    fixed_entries: dict[str, torch.Tensor] = field(init=False)
     chosen: Masks = field(init=False)
 
     def __post_init__(self) -> None:
-        self.chosen = {name: torch.zeros_like(mask) for name, mask in self.masks.items()}
+        # What is kept is far better than what is pruned, and what is large a little better.
+        self.soft = {name: self.reading.entries(self._worth(name)).double().cpu() for name in self.masks}
+        others = {
+            name: self.fixed.get(name, torch.ones(kernels.shape))
+            for name, kernels in self.graph.kernels.items()
+            if name not in self.masks
+        }
+        self.fixed_entries = {
+            name: self.reading.entries(mask.double()).cpu() for name, mask in others.items()
+        }
+        self.chosen = {name: torch.zeros_like(soft, dtype=torch.bool) for name, soft in self.soft.items()}
+
+    def _worth(self, name: str) -> torch.Tensor:
+        live = self.graph.kernels[name].live_taps.to(self.within[name].device)
+        may = self.within[name] & live.expand(self.graph.kernels[name].shape)
+        return may * self.sizes[name] * torch.where(self.masks[name], 1.0, 1e-6)
 
     def build(self, layers: list[str]) -> Masks:
         """The skeleton for ``layers``."""
         for name in layers:
             if not self._alive(name, set(self.masks)):
                 self._extend(name)
-        return self.chosen
+        return {
+            name: self.reading.weights(chosen.to(self.masks[name].device), self._worth(name))
+            for name, chosen in self.chosen.items()
+        }
 
     def _extend(self, name: str) -> None:
         """Adds a path through the layer ``name``."""
@@ -181,37 +275,30 @@ class _Skeleton:
                 self._choose(waiting[0], name, hard)
                 hard.add(waiting.pop(0))
 
-    def _state(self, hard: set[str]) -> Masks:
-        soft = {name: self.chosen[name] if name in hard else mask for name, mask in self.within.items()}
-        return {**self.fixed, **soft}
+    def _edges(self, hard: set[str]) -> dict[str, torch.Tensor]:
+        """What each entry counts: in hard layers only what is chosen exists, and it is far better."""
+        return self.fixed_entries | {
+            name: self.chosen[name].double() if name in hard else soft * (1 + 99 * self.chosen[name])
+            for name, soft in self.soft.items()
+        }
 
     def _alive(self, name: str, hard: set[str]) -> bool:
-        return bool(reach(self.graph, self._state(hard), resolution=self.resolution)[name].any())
+        return self.reading.alive(self._edges(hard), name)
 
     def _choose(self, layer: str, through: str, hard: set[str]) -> None:
-        """Adds the weight of ``layer`` that lies on the best paths through the layer ``through``."""
-        edges = {
-            name: mask.float() if name in hard or name not in self.masks else self._soft(name, mask)
-            for name, mask in self._state(hard).items()
-        }
-        kernels = self.graph.kernels[through]
-        edges.setdefault(through, torch.ones(kernels.shape, device=self.masks[layer].device))
+        """Adds the entry of ``layer`` that lies on the best paths through the layer ``through``."""
+        edges = self._edges(hard)
         # Paths beside ``through`` must not count: its own are made heavier until they are all that matters.
         for boost in _BOOSTS:
             edges[through] = edges[through] * boost
-            found = flow(self.graph, edges, resolution=self.resolution).gradients
+            found = self.reading.slopes(edges)
             if float((found[through] * edges[through]).sum()) > 0.9:
                 break
-        share = (found[layer] * edges[layer]).flatten()
+        share = (found[layer].cpu() * edges[layer]).flatten()
         chosen = self.chosen[layer].view(-1)
         for index in share.topk(min(_TRIES, share.numel())).indices.tolist():
             chosen[index] = True
             if self._alive(through, hard | {layer}):
                 return
             chosen[index] = False
-        chosen |= self.within[layer].flatten()  # no single weight will do
-
-    def _soft(self, name: str, mask: torch.Tensor) -> torch.Tensor:
-        """Edge weights that make kept weights far better than pruned ones, and large ones a little better."""
-        size = (1 + _relative(self.weights[name])) / 2
-        return mask * size * torch.where(self.chosen[name], 1e2, torch.where(self.masks[name], 1.0, 1e-6))
+        chosen |= self.soft[layer].flatten() > 0  # no single one will do
