@@ -14,7 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fxprune.capture.errors import TRACE_ERRORS, CaptureError, first_line, where
+from fxprune.capture.calls import MethodCall
+from fxprune.capture.errors import TRACE_ERRORS, CaptureError, failing_method, first_line, where
 from fxprune.capture.leaves import has_hooks, is_compiled, is_leaf
 from fxprune.capture.numeric import needs_numbers
 from fxprune.capture.patches import replaced
@@ -92,7 +93,7 @@ class Caller:
             with suppress(*TRACE_ERRORS):
                 return self.as_compiler(path, module, args, kwargs)
         if module is self.root:
-            raise reason
+            return self.without_methods(path, module, args, kwargs, reason)
         try:
             result = self.leaf(path, module, args, kwargs)
         except TRACE_ERRORS:
@@ -115,6 +116,40 @@ class Caller:
         except TRACE_ERRORS:
             tape.rollback(mark)
             raise
+
+    def without_methods(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: Exception
+    ) -> Any:
+        """Trace the inside with those methods as nodes that look at numbers."""
+        with ExitStack() as stack:
+            kept: set[tuple[type, str]] = set()
+            while True:
+                found = failing_method(reason) if needs_numbers(reason) else None
+                if found is None or (type(found[0]), found[1]) in kept:
+                    raise reason
+                owner, name = found
+                kept.add((type(owner), name))
+                stack.enter_context(replaced(type(owner), name, self.method(owner, name)))
+                try:
+                    result = self.inside(path, module, args, kwargs)
+                except TRACE_ERRORS as error:
+                    reason = error
+                    continue
+                words = ", ".join(sorted(f"{kind.__name__}.{method}" for kind, method in kept))
+                place = where(reason, self.root, path)
+                self.setting.reasons[path] = f"{words} kept whole: {first_line(reason)} ({place})"
+                return result
+
+    def method(self, owner: nn.Module, name: str) -> Callable[..., Any]:
+        """What stands in for a method of ``owner`` that is not entered."""
+        original = getattr(type(owner), name)
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if module is not owner or not self.recorder.recording:
+                return original(module, *args, **kwargs)
+            return self.recorder.method(MethodCall.of(owner, name), args, kwargs)
+
+        return call
 
     def dice(self) -> tuple[Any, ...]:
         return dice() if self.setting.watching else ()

@@ -1,11 +1,14 @@
-"""Targets of call_function nodes for what has no name of its own: autograd functions, scripts, objects."""
+"""Targets of call_function nodes for what has no name of its own: autograd functions, scripts, objects,
+methods."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-__all__ = ["AutogradCall", "ObjectOf", "ScriptedCall"]
+from torch import nn
+
+__all__ = ["AutogradCall", "MethodCall", "ObjectOf", "ScriptedCall"]
 
 
 class AutogradCall:
@@ -28,6 +31,39 @@ class AutogradCall:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return AutogradCall, (self.function_class,)
+
+
+class MethodCall:
+    """Calls a method of a module that reads its plain attributes alone: no parameters, no submodules."""
+
+    def __init__(self, kind: type[nn.Module], name: str, attributes: dict[str, Any]) -> None:
+        self.kind, self.attributes = kind, attributes
+        self.__name__, self.__qualname__ = name, f"{kind.__qualname__}.{name}"
+        self.__module__ = kind.__module__
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> MethodCall:
+        """The method ``name`` of ``module``."""
+        own = vars(nn.Module()).keys() - {"training"}
+        return cls(type(module), name, {key: value for key, value in vars(module).items() if key not in own})
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        shell: Any = object.__new__(self.kind)
+        nn.Module.__init__(shell)
+        vars(shell).update(self.attributes)
+        return getattr(self.kind, self.__name__)(shell, *args, **kwargs)
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.kind, self.__name__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MethodCall) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MethodCall, (self.kind, self.__name__, self.attributes)
 
 
 class ObjectOf:

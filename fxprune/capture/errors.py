@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-__all__ = ["TRACE_ERRORS", "CaptureError", "first_line", "where"]
+__all__ = ["TRACE_ERRORS", "CaptureError", "failing_method", "first_line", "where"]
 
 LIBRARY = str(Path(torch.__file__).parent) + os.sep
 PACKAGE = str(Path(__file__).parent) + os.sep
@@ -39,6 +39,21 @@ def first_line(error: BaseException) -> str:
     text = lines[0] if lines else type(error).__name__
     unknown = re.match(r"The register_meta function for (\S+) raises", text)
     return f"the shape of {unknown[1]} depends on the numbers in a tensor" if unknown else text
+
+
+def failing_method(error: BaseException) -> tuple[nn.Module, str] | None:
+    """The method, other than ``forward``, that a module called on itself or another one when the error came.
+
+    The outermost one.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if isinstance(owner, nn.Module):
+            method = getattr(type(owner), code.co_name, None)
+            if getattr(method, "__code__", None) is code and code.co_name != "forward":
+                return owner, code.co_name
+    return None
 
 
 def where(error: BaseException, model: nn.Module, called: str = "") -> str:

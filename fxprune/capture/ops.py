@@ -8,9 +8,12 @@ whether a node may be removed when nobody reads it.
 from __future__ import annotations
 
 import builtins
+import functools
+import inspect
 import math
 import operator
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, fx
@@ -146,13 +149,22 @@ def spelling(
 
 def changes_input(node: fx.Node) -> bool:
     """Whether a node writes into its first argument (or into ``out``)."""
-    if node.target in IN_PLACE_OPERATORS or "out" in node.kwargs or node.kwargs.get("inplace") is True:
+    if node.target in IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True:
+        return True
+    if node.kwargs.get("out") is not None:  # F.normalize passes on ``out=None``
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op == "call_function" and str(getattr(node.target, "__module__", "")).endswith("nn.functional"):
-        # F.relu(x, True)
-        return True in [arg for arg in node.args if arg is True] and "dropout" not in name
+    if isinstance(node.target, FunctionType) and node.target.__module__ == "torch.nn.functional":
+        where = _place_of_inplace(node.target)
+        return (where is not None and node.args[where : where + 1] == (True,)) or name.endswith("_")
     return node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+
+
+@functools.cache
+def _place_of_inplace(function: FunctionType) -> int | None:
+    """Where a function takes ``inplace`` by position, as in ``F.relu(x, True)``."""
+    names = list(inspect.signature(function).parameters)
+    return names.index("inplace") if "inplace" in names else None
 
 
 def is_pure(node: fx.Node) -> bool:

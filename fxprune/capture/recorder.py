@@ -7,7 +7,7 @@ allocated and nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.overrides import TorchFunctionMode
 
+from fxprune.capture.calls import MethodCall
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError
 from fxprune.capture.numbers import plain
 from fxprune.capture.numeric import MadeUp, needs_numbers
@@ -55,6 +56,8 @@ class Recorder(TorchFunctionMode):
             return func(self.tape.shadows.value(args[0], name), *args[1:], **kwargs)
         if not self.recording:
             return self.tape.shadows.run(func, args, kwargs)
+        if name == "__len__" or (name == "unbind" and 0 in (*args[1:2], kwargs.get("dim"))):
+            self._check_length(args[0], name)
         if name == "__len__":
             return plain(args[0].shape[0])
         if func is torch._C._set_grad_enabled:
@@ -67,6 +70,12 @@ class Recorder(TorchFunctionMode):
         if target in RESHAPING:
             self.tape.keep_shape(args[0])
         return self.tape.record(op, target, operands, kwargs, self.tape.shadows.run(func, args, kwargs))
+
+    def _check_length(self, tensor: Tensor, name: str) -> None:
+        if self.tape.find(tensor) in self.tape.unsized:
+            raise CaptureError(
+                f"{name.strip('_')}() asks for the numbers in a tensor: they decide its length"
+            )
 
     def _property(self, func: Any, tensor: Tensor) -> Any:
         attribute = func.__self__.__name__
@@ -130,12 +139,23 @@ class Recorder(TorchFunctionMode):
             except TRACE_ERRORS as error:
                 if not needs_numbers(error):
                     raise
-                out = self._on_numbers(module, args, kwargs)
+                return self._made_up("call_module", path, module.forward, args, kwargs)
         writes = bool(getattr(module, "inplace", False))
         with torch._C.DisableTorchFunction():
             return self.tape.record("call_module", path, args, kwargs, out, writes)
 
-    def _on_numbers(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def method(self, target: MethodCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A ``call_function`` node for a method whose result depends on numbers."""
+        return self._made_up("call_function", target, target, args, kwargs)
+
+    def _made_up(self, op: str, target: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A node for what looks at its data; how long its results are is not to be relied upon."""
+        with self.paused():
+            out = self._on_numbers(function, args, kwargs)
+        with torch._C.DisableTorchFunction():
+            return self.tape.record(op, target, args, kwargs, out, unsized=True)
+
+    def _on_numbers(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """The result for made-up data; only its shapes matter."""
         shadows, numbers = self.tape.shadows, MadeUp()
 
@@ -147,6 +167,6 @@ class Recorder(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 given = [map_structure(argument, item) for item in args]
                 options = {key: map_structure(argument, item) for key, item in kwargs.items()}
-            return module.forward(*given, **options)
+            return function(*given, **options)
         finally:
             self.tape.shadows = shadows

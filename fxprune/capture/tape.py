@@ -86,6 +86,8 @@ class Tape:
         self.decisions: list[Decision] = []
         self.devices: dict[int, Tensor] = {}
         self.dtypes: dict[torch.dtype, Tensor] = {}
+        # Nodes whose result is as long as the numbers in some tensor say.
+        self.unsized: set[fx.Node] = set()
         self._nodes: dict[int, fx.Node] = {}
         self._undo: list[tuple[int, fx.Node | None]] = []
         self._alive: list[Any] = []
@@ -94,13 +96,24 @@ class Tape:
 
     # -- what happened --------------------------------------------------------------------------------------
     def record(
-        self, op: str, target: Any, args: Any, kwargs: Any, out: Any, writes: bool | None = None
+        self,
+        op: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        out: Any,
+        writes: bool | None = None,
+        *,
+        unsized: bool = False,
     ) -> Any:
         """A node for a call that gave ``out``; the result as the traced code is to see it."""
         if op != "call_module" and target is not operator.setitem and not _has_content(out):
             return out
         node = self.node(op, target, args, kwargs)
         writes = changes_input(node) if writes is None else writes
+        longs = [n.meta["val"] for n in node.all_input_nodes if n in self.unsized]
+        if unsized or any(_length(val) == _length(out) for val in longs):
+            self.unsized.add(node)
         result = self.wrap(out, node, writes)
         node.meta["val"] = map_structure(plain, result)
         if writes and isinstance(out, Tensor) and isinstance(args[0], Tensor):
@@ -294,6 +307,8 @@ class Tape:
         if not _has_content(item) or (isinstance(item, int | float) and owner not in self._live):
             return item
         part = self.node("call_function", function, (owner, key), {})
+        if owner in self.unsized:
+            self.unsized.add(part)
         result = self.wrap(item, part, False)
         part.meta["val"] = map_structure(plain, result)
         return result
@@ -352,6 +367,10 @@ class Tape:
                 self._nodes[key] = before
         del self._undo[mark[1] :], self.scope.entries[mark[2] :], self.decisions[mark[3] :]
         self._sizes.clear()
+
+
+def _length(value: Any) -> int | None:
+    return value.shape[0] if isinstance(value, Tensor) and value.dim() else None
 
 
 def _is_record(value: Any) -> bool:

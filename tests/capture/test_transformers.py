@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from oracle import effective_parameters, random_masks
 from torch import Tensor, nn
 
 import fxprune
@@ -11,7 +12,6 @@ from capture.faithful import assert_close
 from fxprune.capture import capture
 from fxprune.graph import lower
 from fxprune.graph.traverse import reach
-from oracle import effective_parameters, random_masks
 
 transformers = pytest.importorskip("transformers")
 
