@@ -55,7 +55,11 @@ def load(name: str) -> tuple[torch.nn.Module, Any]:
     with torch.device("meta"):
         if library == "timm":
             return timm.create_model(own).eval(), None
-        model = ZOO.get_model(own, weights=None, **options).eval()
+        if "regnet" in own:  # its constructor computes with numbers
+            with torch.device("cpu"):
+                model = ZOO.get_model(own, weights=None, **options).eval().to("meta")
+        else:
+            model = ZOO.get_model(own, weights=None, **options).eval()
         side = 224 if own.startswith("swin3d") else SIDES.get(own)
         if own in ZOO.list_models(ZOO.video):
             return model, (torch.zeros(2, 3, 32 if "swin" in own else 16, side or 112, side or 112),)

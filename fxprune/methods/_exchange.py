@@ -28,7 +28,7 @@ Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 FAINT = 1e-9
 """What the better end of a kernel counts where no path passes yet."""
-GUARD = (2.0, 20.0, 20.0)
+GUARD = (2.0, 20.0, 60.0)
 """Prices of falling below a floor, per unit of ln paths, ln nodes, ln kernels: above what objectives pay."""
 
 
@@ -57,11 +57,14 @@ class Aim:
 
 @dataclass
 class _State:
-    """One counted choice: what a run gave, and how many nodes more the budget of each layer allows."""
+    """One counted choice: what a run gave, and how many nodes and kernels more the budget of each layer
+    allows.
+    """
 
     found: Pass
     figures: Figures
     missing: dict[str, int]
+    spare: dict[str, int]
 
 
 class Exchange:
@@ -89,9 +92,9 @@ class Exchange:
             if op.name in self.uses:
                 self.uses[op.name].append(place)
         self.order = [name for name in self.uses if self.uses[name]]
+        self.weights = {name: int(count.sum()) for name, count in self.counts.items()}
         self.most = {
-            name: min(int(count.sum()), circuit.kernels[name].out_space.size)
-            for name, count in self.counts.items()
+            name: min(number, circuit.kernels[name].out_space.size) for name, number in self.weights.items()
         }
         self.plain = {name for name, places in self.uses.items() if self._is_plain(places)}
         self.filled: dict[str, tuple[Tensor, NDArray[np.float32]]] = {}
@@ -116,17 +119,17 @@ class Exchange:
     # -- counting -------------------------------------------------------------------------------------------
     def _counted(self) -> _State:
         found = self.circuit.run({**self.fixed, **self.counts})
-        missing, nodes, kernels = {}, 0, 0
+        missing, spare, nodes, kernels = {}, {}, 0, 0
         for name, count in self.counts.items():
             if name in self.plain:
                 used, alive = self._alive(found, name)
             else:
                 marked = (self._gain(found, name) > 0) & (count > 0)
                 used, alive = count_nodes(self.circuit.kernels[name], marked), int(marked.sum())
-            missing[name] = self.most[name] - used
+            missing[name], spare[name] = self.most[name] - used, self.weights[name] - alive
             nodes += used
             kernels += alive
-        return _State(found, Figures(found.log_total, nodes, kernels), missing)
+        return _State(found, Figures(found.log_total, nodes, kernels), missing, spare)
 
     def _alive(self, found: Pass, name: str) -> tuple[int, int]:
         """Effective nodes and kernels of a layer with one use: (slope > 0) of (count > 0) of (x > 0)."""
@@ -153,7 +156,7 @@ class Exchange:
         With ``heat`` a move that loses x is kept with probability exp(-x / heat).
         """
         names = self._window()
-        plan = _Plan.drawn(self.random, self.aim)
+        plan = _Plan.drawn(self.random, self._claim())
         before, value = self.state, self.value
         old = {name: self.counts[name] for name in names}
         reached = {name: self._ends(name)[0] > 0 for name in names}
@@ -178,12 +181,21 @@ class Exchange:
         """Back to the best choice that was met."""
         _, self.state, self.counts = self.best
 
+    def _is_short(self) -> bool:
+        return self.figures.kernels < self.aim.floor.kernels
+
+    def _claim(self) -> float:
+        """How much of the search nodes may claim: also where kernels are missing, as those need nodes."""
+        share = self.aim.weights[1] / sum(self.aim.weights)
+        return max(share, 0.5) if self._is_short() else share
+
     def _window(self) -> list[str]:
-        """A layer, or two neighbours in either order; more often where nodes are missing, if they count."""
-        missing = np.array([self.state.missing[name] for name in self.order], dtype=np.float64)
+        """A layer, or two neighbours in either order; more often where something is missing that counts."""
+        wanted = self.state.spare if self._is_short() else self.state.missing
+        missing = np.array([wanted[name] for name in self.order], dtype=np.float64)
         chance = np.full(len(missing), 1 / len(missing))
         if missing.any():
-            share = self.aim.weights[1] / sum(self.aim.weights)
+            share = self._claim()
             chance = (1 - share / 2) * chance + share / 2 * missing / missing.sum()
         place = int(self.random.choice(len(self.order), p=chance))
         kind = self.random.integers(4)
@@ -243,9 +255,9 @@ class _Plan:
     spread: bool
 
     @classmethod
-    def drawn(cls, random: np.random.Generator, aim: Aim) -> _Plan:
+    def drawn(cls, random: np.random.Generator, claim: float) -> _Plan:
         # Half of the moves that nodes have a claim to try to gain some.
-        for_nodes = random.random() < aim.weights[1] / sum(aim.weights) / 2
+        for_nodes = random.random() < claim / 2
         kind = random.integers(2, 4) if for_nodes else random.integers(4)
         noise = float(random.choice([0.0, 0.0, 0.3, 1.0]))
         keep, reach, share = 1.0, 0.0, 0.0
