@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fxprune.graph import ir
+from fxprune.graph.algebra import Counted, Scaled
 from fxprune.graph.layout import Layout
 from fxprune.graph.program import Program, Resolution, Step, compile_graph
-from fxprune.graph.traverse import _Counted, _Operands, _Run, _Scaled
+from fxprune.graph.traverse import _Operands, _Run
 
 __all__ = ["decide"]
 
@@ -58,7 +59,7 @@ def decide(
     program = compile_graph(graph, resolution)
     leaves = {name: weight.to(dtype) for name, weight in (known or {}).items()}
     device = next((weight.device for weight in leaves.values()), torch.device("cpu"))
-    algebra = _Counted(dtype, device, "sum")
+    algebra = Counted(dtype, device, "sum")
     with torch.no_grad():
         run = _Deciding(program, algebra, _Operands(graph, leaves, dtype, device), choose)
         run.total()
@@ -68,13 +69,13 @@ def decide(
 class _Deciding(_Run):
     """A traversal that fills in its own weights."""
 
-    def __init__(self, program: Program, algebra: _Counted, operands: _Operands, choose: Choose) -> None:
+    def __init__(self, program: Program, algebra: Counted, operands: _Operands, choose: Choose) -> None:
         super().__init__(program, algebra, operands)
         self.choose = choose
         self.chosen: dict[str, Tensor] = {}
         self.layouts = {step.output: step.layout for step in program.steps}
 
-    def _paths(self, step: Step) -> _Scaled:
+    def _paths(self, step: Step) -> Scaled:
         op = step.op
         if isinstance(op, ir.Kernel) and op.weight.name is not None:
             name = op.weight.name

@@ -13,21 +13,20 @@ they are constants to the derivative.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fxprune.graph import ir
+from fxprune.graph.algebra import Counted, Scaled, Tested, moderated
 from fxprune.graph.program import Half, Program, Resolution, Step, compile_graph
 from fxprune.graph.settings import Counting
 from fxprune.graph.steps import total
 
 __all__ = ["Flow", "flow", "reach"]
-
-EMPTY = -1e18  # the scale (a power of two) of a tensor without any path: below every other
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ def flow(
     *,
     resolution: Resolution = "spatial",
     pool: Literal["sum", "mean"] = "sum",
+    products: Literal["each", "mean"] = "each",
     dtype: torch.dtype = torch.float32,
 ) -> Flow:
     """Total weight R of all input-output paths, as ln R, and its derivatives.
@@ -63,6 +63,9 @@ def flow(
             ones. All on one device, where the work is done.
         resolution: ``"spatial"`` counts positions, ``"channel"`` reads images as periodic.
         pool: average pooling adds (``"sum"``, path counting) or averages (``"mean"``, as the network does).
+        products: a product of two factors on paths passes on the paths of ``"each"`` (path counting), or the
+            geometric ``"mean"`` of both: then each factor has half of the flow, however few weights it has,
+            and none can die while the other lives (values beside queries and keys, above all).
         dtype: of the computation. Relative error grows with depth: about 1e-6 in float32, 1e-14 in float64.
 
     Returns:
@@ -84,7 +87,8 @@ def flow(
     leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
     device = next((weight.device for weight in leaves.values()), torch.device("cpu"))
     with torch.enable_grad():
-        run = _Run(program, _Counted(dtype, device, pool), _Operands(graph, leaves, dtype, device))
+        algebra = Counted(dtype, device, pool, shares=products == "mean")
+        run = _Run(program, algebra, _Operands(graph, leaves, dtype, device))
         mantissa, scale = run.total()
         if float(mantissa.detach()) <= 0:
             return Flow(-math.inf, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()})
@@ -128,7 +132,7 @@ def reach(
     for leaf in leaves.values():
         leaf.requires_grad_()
     with torch.enable_grad():
-        run = _Run(program, _Tested(device), _Operands(graph, leaves, torch.float32, device, scaled=False))
+        run = _Run(program, Tested(device), _Operands(graph, leaves, torch.float32, device, scaled=False))
         gradients = _gradients(run.total()[0], leaves)
     return {name: (gradients[name] > 0.5) & (leaf.detach() > 0.5) for name, leaf in leaves.items()}
 
@@ -183,111 +187,8 @@ class _Operands:
             leaf = self.leaves.get(name)
             if leaf is None:
                 leaf = torch.ones(self.graph.kernels[name].shape, dtype=self.dtype, device=self.device)
-            self._known[name] = _moderated(leaf) if self.scaled else (leaf, leaf.new_zeros(()))
+            self._known[name] = moderated(leaf) if self.scaled else (leaf, leaf.new_zeros(()))
         return self._known[name]
-
-
-class _Rescale(torch.autograd.Function):
-    """Multiplication by a constant power of two; the derivative is kept below the range's end."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor, last: bool) -> Tensor:
-        ctx.save_for_backward(factor)
-        ctx.last = last  # a weight itself: nothing multiplies its derivative any more
-        return x * factor
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (factor,) = ctx.saved_tensors
-        limits = (1e200, 1e300) if gradient.dtype == torch.float64 else (1e25, 1e36)
-        return (gradient * factor).clamp(max=limits[ctx.last]), None, None
-
-
-def _normalised(x: Tensor, *, is_weight: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """``x = mantissa * 2 ** scale``, the largest mantissa in (0.5, 1]; and whether x has any paths."""
-    top = x.detach().amax().double() if x.numel() else torch.zeros((), dtype=torch.float64, device=x.device)
-    is_live = top > 0
-    widest = 1000 if x.dtype == torch.float64 else 120  # its inverse is finite, too
-    exponent = torch.where(is_live, top.log2().ceil(), torch.zeros_like(top)).clamp(-widest, widest)
-    rescaled: Tensor = _Rescale.apply(x, torch.exp2(-exponent).to(x.dtype), is_weight)
-    return rescaled, exponent, is_live
-
-
-def _moderated(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights as mantissa and scale; ordinary ones as they are, since there are many of them."""
-    top = float(x.detach().amax()) if x.numel() else 0.0
-    if top == 0 or 2.0**-32 <= top <= 2.0**32:
-        return x, torch.zeros((), dtype=torch.float64, device=x.device)
-    return _normalised(x, is_weight=True)[:2]
-
-
-class _Round(torch.autograd.Function):
-    """Non-negative integers to zero or one, forward and backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return (x > 0.5).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return (gradient > 0.5).to(gradient.dtype)
-
-
-class _Scaled(NamedTuple):
-    """``x * 2 ** scale``. ``level`` is the scale, or far below every scale where x is zero throughout.
-
-    A tensor without paths must not set the scale of a sum, but it has one: that of its derivatives.
-    """
-
-    x: Tensor
-    scale: Tensor
-    level: Tensor
-
-
-class _Counted:
-    """Arithmetic of counts: mantissas and powers of two."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device, pool: Counting) -> None:
-        self.dtype, self.device, self.counting = dtype, device, pool
-
-    def start(self, x: Tensor) -> _Scaled:
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        return _Scaled(x.to(self.device, self.dtype), zero, zero)
-
-    def settle(self, x: Tensor, scale: Tensor) -> _Scaled:
-        mantissa, more, is_live = _normalised(x)
-        scale = scale + more
-        return _Scaled(mantissa, scale, torch.where(is_live, scale, torch.full_like(scale, EMPTY)))
-
-    def align(self, values: Sequence[_Scaled]) -> tuple[list[Tensor], Tensor]:
-        """All mantissas at one scale, the largest of those that have paths."""
-        if len(values) == 1:
-            return [values[0].x], values[0].scale
-        top = torch.stack([value.level for value in values]).amax()
-        top = torch.where(top > EMPTY, top, values[0].scale)
-        return [
-            _Rescale.apply(value.x, torch.exp2((value.scale - top).clamp(max=64)).to(value.x.dtype), False)
-            for value in values
-        ], top
-
-
-class _Tested:
-    """Arithmetic of zeros and ones: is there any path?"""
-
-    def __init__(self, device: torch.device) -> None:
-        self.dtype, self.device = torch.float32, device
-        self.counting: Counting = "any"
-
-    def start(self, x: Tensor) -> _Scaled:
-        zero = torch.zeros((), device=self.device)
-        return _Scaled(x.to(self.device, self.dtype), zero, zero)
-
-    def settle(self, x: Tensor, scale: Tensor) -> _Scaled:
-        rounded: Tensor = _Round.apply(x)
-        return _Scaled(rounded, scale, scale)
-
-    def align(self, values: Sequence[_Scaled]) -> tuple[list[Tensor], Tensor]:
-        return [value.x for value in values], values[0].scale
 
 
 @dataclass(frozen=True)
@@ -317,9 +218,9 @@ class _Presence:
 class _Run:
     """One traversal."""
 
-    def __init__(self, program: Program, algebra: _Counted | _Tested, operands: _Operands) -> None:
+    def __init__(self, program: Program, algebra: Counted | Tested, operands: _Operands) -> None:
         self.program, self.algebra, self.operands = program, algebra, operands
-        self.paths: dict[int, _Scaled] = {}
+        self.paths: dict[int, Scaled] = {}
         self.present: dict[int, Tensor] = {}
         self.settings = _Paths(algebra.counting, operands), _Presence(operands)
 
@@ -343,14 +244,13 @@ class _Run:
         tensors, scale = self.algebra.align([self.paths[index] for index, _ in outputs])
         return total([layout for _, layout in outputs], tensors), scale
 
-    def _paths(self, step: Step) -> _Scaled:
+    def _paths(self, step: Step) -> Scaled:
         algebra = self.algebra
         if step.linear is None:
             if step.pattern is not None:
                 return algebra.start(step.pattern)
             parts = [self._half(half) for half in step.halves]
-            tensors, scale = algebra.align(parts)
-            return algebra.settle(tensors[0] if len(tensors) == 1 else tensors[0] + tensors[1], scale)
+            return parts[0] if len(parts) == 1 else algebra.join(*parts)
         live = [self.paths[value.index] for value in step.op.inputs if value.live]
         aligned, scale = algebra.align(live)
         pending = iter(aligned)
@@ -363,7 +263,7 @@ class _Run:
             scale = scale + self.operands.scale(step.op.weight)
         return algebra.settle(result, scale)
 
-    def _half(self, half: Half) -> _Scaled:
+    def _half(self, half: Half) -> Scaled:
         x, scale, _ = self.paths[half.live]
         other = self.present[half.other] if half.ones is None else x.new_ones(half.ones)
         return self.algebra.settle(half.product(x, other), scale)

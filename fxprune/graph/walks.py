@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from fxprune.graph import ir
+from fxprune.graph.algebra import Tested
 from fxprune.graph.kernel_link import KernelLink
 from fxprune.graph.links import EdgeLink, Link, edges_of
 from fxprune.graph.program import Half, Step, compile_graph
 from fxprune.graph.settings import Counting
-from fxprune.graph.traverse import _Operands, _Run, _Tested
+from fxprune.graph.traverse import _Operands, _Run
 
 __all__ = ["Visits", "Walks"]
 
@@ -154,7 +155,7 @@ class Walks:
         """Where each value is not Zero in the dense network, for products."""
         cpu = torch.device("cpu")
         operands = _Operands(self.graph, {}, torch.float32, cpu, scaled=False)
-        run = _Run(self.program, _Tested(cpu), operands)
+        run = _Run(self.program, Tested(cpu), operands)
         for step in self.program.steps:
             if step.needs_presence:
                 run.present[step.output] = run._presence(step)

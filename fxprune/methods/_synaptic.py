@@ -29,7 +29,8 @@ def in_rounds(
     """A method's ``find``: ``rounds`` rounds under an exponential schedule, or under the problem's own.
 
     R is the sum of the outputs for an all-ones input with edges ``edge(|w| * m)``, without biases, norms and
-    activations; average pooling averages. ln R and d ln R / d edge are finite for any network.
+    activations; average pooling averages, products take the geometric mean, as in SynFlow. ln R and
+    d ln R / d edge are finite for any network.
     """
     schedule = Exponential(rounds)
 
@@ -45,7 +46,7 @@ def in_rounds(
         def carried(_: Problem, masks: Masks) -> Scores:
             alive = {label: size * masks[label] for label, size in sizes.items()}
             edges = {label: edge(size) for label, size in alive.items()}
-            found = flow(problem.graph, edges | others, resolution=resolution, pool="mean")
+            found = flow(problem.graph, edges | others, resolution=resolution, pool="mean", products="mean")
             return {
                 label: score(size, found.gradients[label], found.log_total) for label, size in alive.items()
             }

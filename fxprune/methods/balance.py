@@ -131,8 +131,8 @@ class _Search:
     def _aim(self, start: Figures, layers: dict[str, int]) -> Aim:
         """The objective, over what the ascent found and what longer would have added to it."""
         for_paths, for_nodes, for_kernels = (weight + SLACK for weight in self.mixture.weights)
-        # Where nodes alone count, a longer ascent would go on trading paths for them; where paths have a small
-        # weight besides others, it would still add many.
+        # Where nodes alone count, a longer ascent would go on trading paths for them; where paths have a
+        # small weight besides others, it would still add many.
         paths = self.mixture.weights[0]
         more = -1.0 if self.mixture.weights == (0, 1, 0) else 1.5 if 0 < paths < 0.2 else 0.7
         whole = sum(layers.values())

@@ -73,7 +73,9 @@ def _find(
                 for name, size in sizes.items()
             }
         alive = {name: size * masks[name] for name, size in sizes.items()}
-        gradients = flow(problem.graph, alive | fixed, resolution=resolution, pool="mean").gradients
+        gradients = flow(
+            problem.graph, alive | fixed, resolution=resolution, pool="mean", products="mean"
+        ).gradients
         return {name: (gradients[name] * size).where(masks[name], worst) for name, size in alive.items()}
 
     return prune_in_rounds(problem, carried, schedule=schedule, regrow=True, name="npb-synflow")

@@ -60,7 +60,7 @@ def px(
             if not _is_even(problem.graph, masks):
                 weighted.set(_activities(problem, masks, some))
             alive = {name: square * masks[name] for name, square in squares.items()}
-            found = flow(weighted.graph, alive | others, resolution=resolution, pool="mean")
+            found = flow(weighted.graph, alive | others, resolution=resolution, pool="mean", products="mean")
             return {name: found.gradients[name] * square for name, square in alive.items()}
 
         return prune_in_rounds(problem, bound, schedule=Exponential(rounds), regrow=False, name="px")

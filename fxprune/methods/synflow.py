@@ -24,7 +24,9 @@ def synflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] = "s
         resolution: "spatial" is the paper's (positions count); "channel" collapses them and is faster
 
     Deviations from the authors' code, which runs the network itself: BatchNorm is left out even where it is
-    not the identity, so that trained statistics cannot make the flow negative; the count is exact.
+    not the identity, so that trained statistics cannot make the flow negative; the count is exact. Where two
+    values multiply (attention, gates), R takes the geometric mean of what each carries, so that neither
+    starves: the sum of both would let queries and keys, which meet in every channel, displace the values.
     """
     schedule = Exponential(rounds)
 
@@ -41,7 +43,9 @@ def synflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] = "s
         def carried(_: Problem, masks: Masks) -> Scores:
             for name, size in sizes.items():
                 torch.mul(size, masks[name], out=alive[name])
-            gradients = flow(problem.graph, alive | others, resolution=resolution, pool="mean").gradients
+            gradients = flow(
+                problem.graph, alive | others, resolution=resolution, pool="mean", products="mean"
+            ).gradients
             return {name: gradients[name] * size for name, size in alive.items()}
 
         return prune_in_rounds(problem, carried, schedule=schedule, regrow=False, name="synflow")
