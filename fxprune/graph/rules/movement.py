@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -173,8 +174,8 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
     values = [build.materialise(x) for x in operands]
     if not any(value.live for value in values) and _has_unknown_index(args, kwargs):
         # Entries of a table, picked by numbers that are not known (the meta device): no path, and perhaps
-        # present.
-        return present(context.shape)
+        # present; its numbers tell nothing, and are not to be computed with.
+        return replace(present(context.shape), is_learnt=True)
     run, pads = _runner(context, args, kwargs), {}
     padding = _padding(context, args, kwargs)
     if padding is not None:
