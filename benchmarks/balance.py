@@ -122,9 +122,9 @@ def plot(path: Path, target: Path) -> None:
             axis.scatter(
                 [p[column] for p in points],
                 [p["log_paths"] for p in points],
-                18,
-                colour,
-                marker,
+                s=18,
+                c=colour,
+                marker=marker,
                 label=method,
             )
             axis.set_xlabel(f"effective {column}")
