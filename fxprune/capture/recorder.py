@@ -153,6 +153,7 @@ class Recorder(TorchFunctionMode):
         with self.paused():
             out = self._on_numbers(function, args, kwargs)
         with torch._C.DisableTorchFunction():
+            out = map_structure(_at_least_one, out)
             return self.tape.record(op, target, args, kwargs, out, unsized=True)
 
     def _on_numbers(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -170,3 +171,10 @@ class Recorder(TorchFunctionMode):
             return function(*given, **options)
         finally:
             self.tape.shadows = shadows
+
+
+def _at_least_one(value: Any) -> Any:
+    """Where made-up numbers gave nothing, real ones may: one of it."""
+    if not isinstance(value, Tensor) or value.numel():
+        return value
+    return value.new_zeros([max(1, size) for size in value.shape])

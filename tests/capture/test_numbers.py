@@ -14,6 +14,7 @@ from torchvision.models import get_model
 
 from fxprune.capture import CaptureError, capture
 from fxprune.graph import lower
+from fxprune.graph.traverse import reach
 
 
 class Selects(nn.Module):
@@ -75,6 +76,20 @@ def test_methods_that_look_at_numbers_are_nodes(kind: type[Selects]) -> None:
 def test_a_length_that_depends_on_numbers_is_not_taken_for_a_constant() -> None:
     with pytest.raises(CaptureError, match="they decide its length"):
         capture(LoopsInForward(), torch.ones(2, 4))
+
+
+class SelectsNothing(Selects):
+    """Made-up numbers, which are positive, are never under this threshold."""
+
+    def select(self, scores: Tensor, *, least: int = 0) -> dict[str, Tensor]:
+        kept = torch.nonzero(scores.flatten() < -1e9)[:, 0]
+        return {"places": kept, "scores": scores.flatten()[kept] + least}
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+def test_nothing_selected_still_lies_on_paths() -> None:
+    graph = lower(capture(SelectsNothing(), torch.ones(2, 4)))
+    assert bool(reach(graph, {})["body.weight"].all())
 
 
 class Wrapped(nn.Module):
