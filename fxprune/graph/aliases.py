@@ -16,12 +16,15 @@ from torch import Tensor, fx, nn
 from fxprune.capture.ops import changes_input
 from fxprune.graph import ir
 from fxprune.graph.builder import Builder, Constant
-from fxprune.graph.rules.movement import MOVES
+from fxprune.graph.rules.movement import MOVES, SHAPED_LIKE
 
 __all__ = ["Memory", "written"]
 
-SAME = {"contiguous", "detach", "detach_", "to", "type", "type_as", "float", "requires_grad_", nn.Identity}
-SHAPED_LIKE = ("reshape_as", "view_as", "expand_as")
+# These give their input itself where it is already as asked for, or a copy.
+AS_ASKED = {
+    "contiguous", "detach", "detach_", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu",
+    "cuda", "requires_grad_", nn.Identity,
+}  # fmt: skip
 # These change how a name sees its memory, and nothing in it.
 RESHAPE_IN_PLACE = {
     "t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "detach_", "requires_grad_"
@@ -47,6 +50,7 @@ class Memory:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
+        self.calls = fx.Interpreter(gm, garbage_collect_values=False)
 
     def spread(self, node: fx.Node, env: dict[fx.Node, Any], build: Builder) -> None:
         """``node`` has written: update what the names of that memory stand for.
@@ -93,15 +97,17 @@ class Memory:
         """The node that this one may be a view of."""
         if written(node, self.gm) is not None:
             return written(node, self.gm)
-        target: Any = node.target
-        if node.op == "call_module":
-            target = type(self.gm.get_submodule(str(node.target)))
-        if target not in MOVES and target not in SAME:
+        as_asked = self._kind(node) in AS_ASKED
+        if (self._kind(node) not in MOVES and not as_asked) or node.kwargs.get("copy"):
             return None
         operands = [*node.args, *node.kwargs.values()]
-        if not operands or not isinstance(operands[0], fx.Node) or _has_tensors(operands[1:], node):
+        if not operands or not isinstance(operands[0], fx.Node):
             return None
-        return operands[0]
+        return operands[0] if as_asked or not _has_tensors(operands[1:], node) else None
+
+    def _kind(self, node: fx.Node) -> Any:
+        module = node.op == "call_module"
+        return type(self.gm.get_submodule(str(node.target))) if module else node.target
 
     def _run(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         """What ``node`` gives, in shapes and strides; a write gives what it wrote to."""
@@ -113,12 +119,13 @@ class Memory:
             val = known.get(n, n.meta["val"])
             return val.detach() if isinstance(val, Tensor) else val
 
+        parent = self._parent(node)
+        if parent is not None and self._kind(node) in AS_ASKED:
+            first, val = operand(parent), node.meta["val"]
+            # There is no device here to move to: type and strides tell whether anything was asked for.
+            return first if (first.dtype, first.stride()) == (val.dtype, val.stride()) else _blank(val)
         args, kwargs = fx.node.map_arg(node.args, operand), fx.node.map_arg(node.kwargs, operand)
-        if node.op == "call_module":
-            return self.gm.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return getattr(self.calls, node.op)(node.target, args, kwargs)
 
 
 def _has_tensors(operands: Sequence[Any], node: fx.Node) -> bool:

@@ -21,12 +21,10 @@ from fxprune.graph import ir
 from fxprune.graph.aliases import Memory, written
 from fxprune.graph.builder import Builder, Constant, Parameters
 from fxprune.graph.rules import KERNEL_TARGETS, RULES
-from fxprune.graph.rules.movement import MOVES
+from fxprune.graph.rules.movement import MOVES, SHAPED_LIKE
 from fxprune.graph.rules.table import Context, Unknown, substitute, tensors_in
 
 __all__ = ["lower"]
-
-SHAPED_LIKE = ("reshape_as", "view_as", "expand_as")
 
 
 def lower(gm: fx.GraphModule) -> ir.ChannelGraph:
@@ -192,7 +190,7 @@ class _Walk:
     def _fold(self, node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
         """A constant of constants, computed only if somebody needs its numbers."""
         operands = list(tensors_in((args, kwargs)))
-        run = _runner(node, self.gm)
+        run = functools.partial(getattr(self.memory.calls, node.op), node.target)
         writes = written(node, self.gm) is not None
 
         @functools.cache
@@ -264,16 +262,6 @@ def _map_structure(f: Callable[[Any], Any], x: Any) -> Any:
     if isinstance(x, dict):
         return {key: _map_structure(f, item) for key, item in x.items()}
     return f(x)
-
-
-def _runner(node: fx.Node, gm: fx.GraphModule) -> Callable[[Any, Any], Any]:
-    target: Any = node.target
-    if node.op == "call_function":
-        return lambda args, kwargs: target(*args, **kwargs)
-    if node.op == "call_method":
-        return lambda args, kwargs: getattr(args[0], target)(*args[1:], **kwargs)
-    module = gm.get_submodule(target)
-    return lambda args, kwargs: module(*args, **kwargs)
 
 
 def _changed(evaluate: Callable[[], Any], index: Any, new: Any) -> Callable[[], Any]:

@@ -96,6 +96,17 @@ def _turn_in_place(y: Tensor, z: Tensor) -> Tensor:
     return rows[:, :, 1].repeat(1, 2)
 
 
+def _write_to_what_was_moved_nowhere(y: Tensor, z: Tensor) -> Tensor:
+    y.to(z.device).float().contiguous().type_as(z)[:, :2].copy_(z)
+    return y
+
+
+def _write_to_a_copy_of_another_type(y: Tensor, z: Tensor) -> Tensor:
+    y.to(torch.float64)[:, :2].zero_()
+    y.to(y.dtype, copy=True)[:, 2:].zero_()
+    return y
+
+
 # (rows of ``wide`` that are effective, whether ``narrow`` is)
 CASES: list[tuple[Callable[[Tensor, Tensor], Tensor], list[int], bool]] = [
     (_add_to_a_slice, [1, 1, 1, 1], True),
@@ -109,6 +120,8 @@ CASES: list[tuple[Callable[[Tensor, Tensor], Tensor], list[int], bool]] = [
     (_write_to_a_channels_last_view, [0, 0, 1, 1], True),
     (_write_under_a_mask_made_through_a_view, [0, 0, 1, 1], True),
     (_turn_in_place, [0, 0, 1, 1], False),
+    (_write_to_what_was_moved_nowhere, [0, 0, 1, 1], True),
+    (_write_to_a_copy_of_another_type, [1, 1, 1, 1], False),
     (_a_copy_is_not_written, [1, 1, 1, 1], False),
 ]
 

@@ -20,7 +20,7 @@ from fxprune.graph.builder import Constant
 from fxprune.graph.rules.pointwise import present
 from fxprune.graph.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 
-__all__ = ["MOVES", "table"]
+__all__ = ["MOVES", "SHAPED_LIKE", "table"]
 
 table = RuleTable()
 
@@ -81,6 +81,8 @@ MOVES: set[Any] = {
     operator.setitem,
     getattr,  # x.T, x.mT, x.data
 }
+SHAPED_LIKE = ("reshape_as", "view_as", "expand_as")
+"""Of these the second tensor gives its shape alone."""
 
 
 def _is_data(x: ir.Value | Constant) -> bool:
