@@ -30,7 +30,8 @@ import fxprune
 from fxprune import zoo
 from fxprune.graph.circuits import circuit
 from fxprune.methods._ascent import Ascent
-from fxprune.methods._objective import KernelReading, Mixture
+from fxprune.methods._kernel_reading import KernelReading
+from fxprune.methods._objective import Mixture
 from fxprune.sparsity.budget import plan
 
 ZOO = {

@@ -19,8 +19,6 @@ from fxprune.sparsity.masks import Masks
 __all__ = ["Ascent"]
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
-TOGETHER = 1 << 18
-"""Units that Adam handles in one operation; it is what fits into a core's cache."""
 GROUPED = 1 << 19
 """Scores that one contest handles together, where layers are small."""
 SMALLEST, LARGEST = 1e-15, 1e15
@@ -58,7 +56,7 @@ class Ascent:
             size = len(contest.rise)
             where = {name: contest.segment(name) for name in names}
             self.contests.append(contest)
-            self.fields.append(Field(torch.zeros(size, dtype=reading.dtype), torch.zeros(size), where))
+            self.fields.append(Field(torch.zeros(size, dtype=reading.dtype), where))
             self.moments.append((torch.zeros(size), torch.zeros(size)))
         self.initial = {name: unit for name, unit in units.items() if unit.shape[1] > 1}
         self._recount()
@@ -90,11 +88,12 @@ class Ascent:
 
     def _advance(self) -> None:
         self.time += 1
-        for contest, field, moments in zip(self.contests, self.fields, self.moments, strict=True):
-            size = len(contest.rise)
-            for start in range(0, size, TOGETHER):
-                part = slice(start, min(size, start + TOGETHER))
-                self._adam(field.direction[part], contest.rise[part], moments[0][part], moments[1][part])
+        for place, (contest, field, (mean, square)) in enumerate(
+            zip(self.contests, self.fields, self.moments, strict=True)
+        ):
+            for block, part in enumerate(self.reading.blocks(place)):
+                direction = self.reading.direction(place, block)
+                self._adam(direction, contest.rise[part], mean[part], square[part])
             changed = contest.settle()
             if len(changed):
                 field.counts.numpy()[changed] = contest.counts[changed]

@@ -125,7 +125,7 @@ class Exchange:
                 used, alive = self._alive(found, name)
             else:
                 marked = (self._gain(found, name) > 0) & (count > 0)
-                used, alive = count_nodes(self.circuit.kernels[name], marked), int(marked.sum())
+                used, alive = int(count_nodes(self.circuit.kernels[name], marked)), int(marked.sum())
             missing[name], spare[name] = self.most[name] - used, self.weights[name] - alive
             nodes += used
             kernels += alive

@@ -15,8 +15,9 @@ from fxprune.graph.traverse import flow
 from fxprune.methods._ascent import Ascent
 from fxprune.methods._contract import Method, Problem
 from fxprune.methods._exchange import Aim, Exchange
+from fxprune.methods._kernel_reading import KernelReading
 from fxprune.methods._layered import is_untouched, layer_budgets, others, settled
-from fxprune.methods._objective import Figures, KernelReading, Mixture, WeightReading
+from fxprune.methods._objective import Figures, Mixture, WeightReading
 from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.masks import Masks
 

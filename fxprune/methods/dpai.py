@@ -16,7 +16,8 @@ from fxprune.graph.traverse import reach
 from fxprune.methods._ascent import Ascent
 from fxprune.methods._contest import Selection, contest_of
 from fxprune.methods._contract import Method, Problem
-from fxprune.methods._objective import Figures, KernelReading, Mixture, Reading, WeightReading
+from fxprune.methods._kernel_reading import KernelReading
+from fxprune.methods._objective import Figures, Mixture, Reading, WeightReading
 from fxprune.sparsity.budget import Budget, apportion, erk_ratios
 from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.masks import Masks, kept, total

@@ -19,7 +19,8 @@ from fxprune.graph.traverse import flow
 from fxprune.methods import Problem
 from fxprune.methods._ascent import Ascent
 from fxprune.methods._contest import Contest, Singles, contest_of
-from fxprune.methods._objective import KernelReading, Mixture, Reading, WeightReading
+from fxprune.methods._kernel_reading import KernelReading
+from fxprune.methods._objective import Mixture, Reading, WeightReading
 from fxprune.metrics import measure
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.masks import Masks, is_subset, kept
@@ -77,9 +78,12 @@ def ascent_at(graph: ChannelGraph, masks: Masks, mixture: Mixture, kind: str, lr
 
 def directions(ascent: Ascent) -> dict[str, torch.Tensor]:
     ascent.reading.climb()
-    return {
-        name: field.direction[where].clone() for field in ascent.fields for name, where in field.where.items()
-    }
+    found = {}
+    for place, field in enumerate(ascent.fields):
+        blocks = range(len(ascent.reading.blocks(place)))
+        whole = torch.cat([ascent.reading.direction(place, block).clone() for block in blocks])
+        found |= {name: whole[where] for name, where in field.where.items()}
+    return found
 
 
 def assert_direction(masks: Masks, graph: ChannelGraph, kind: str, mixture: Mixture, *rows: Any) -> None:

@@ -1,0 +1,287 @@
+"""The reading of a network on its circuit: a unit is a kernel, and a direction an outer product.
+
+Counts of kept weights per kernel come in; ln R_P, R_N, R_C and the direction of every score go out, block by
+block, so that nothing as large as the network is written down on the way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxprune.graph.channels import Circuit, Pass
+from fxprune.methods._objective import BLOCK, SOFT, Field, Figures, Mixture, count_nodes
+
+__all__ = ["KernelReading"]
+
+
+class _Piece(NamedTuple):
+    """Some units of layer ``name`` in a block: those of the output channels ``rows``, perhaps all of them.
+
+    ``out`` and ``factor`` are their places in the buffers, as (rows, units of a row) where the layer is
+    plain.
+    """
+
+    name: str
+    rows: slice
+    is_all: bool
+    out: Tensor
+    factor: Tensor
+
+
+class _Block(NamedTuple):
+    part: slice
+    pieces: list[_Piece]
+
+
+class KernelReading:
+    """Every kernel is a unit; in layers with taps that only ever see padding, every weight is.
+
+    ``fixed``: masks of parameters that are not to be pruned. All is done on ``device``.
+    """
+
+    def __init__(
+        self,
+        circuit: Circuit,
+        names: Sequence[str],
+        fixed: Mapping[str, Tensor],
+        mixture: Mixture,
+        device: torch.device | None = None,
+    ) -> None:
+        self.circuit, self.mixture, self.dtype = circuit, mixture, circuit.dtype
+        self.device = torch.device("cpu") if device is None else device
+        self.kernels = {name: circuit.kernels[name] for name in names}
+        self.whole = {name: bool(own.live_taps.all()) for name, own in self.kernels.items()}
+        self.widths = {
+            name: own.shape[2:].numel() if self.whole[name] else 1 for name, own in self.kernels.items()
+        }
+        self.counts = {
+            name: self._counted(name, fixed[name]) if name in fixed else self._dense(name)
+            for name in circuit.kernels
+            if name not in self.kernels
+        }
+        self.uses: dict[str, list[int]] = {name: [] for name in names}
+        for place, op in enumerate(circuit.contractions):
+            if op.name in self.uses:
+                self.uses[op.name].append(place)
+        # By name, the one contraction of layers with one use and no view: their direction is one product.
+        self._plain = {name: self.uses[name][0] for name in names if self._is_plain(name)}
+        self._rows = [circuit.contractions[place].rows for place in self._plain.values()]
+        self._heights = [self.kernels[name].shape[0] for name in self._plain]
+        self._outputs = [rows * height for rows, height in zip(self._rows, self._heights, strict=True)]
+        self._inputs = [
+            rows * self.kernels[name].shape[1] for name, rows in zip(self._plain, self._rows, strict=True)
+        ]
+        self._soft: dict[str, Tensor] = {}
+        self._slopes: dict[str, Tensor] = {}
+        self._x: dict[str, Tensor] = {}
+        self._nodes: dict[str, Tensor] = {}
+
+    def _is_plain(self, name: str) -> bool:
+        if len(self.uses[name]) != 1 or not self.whole[name] or self.kernels[name].transposed:
+            return False
+        op = self.circuit.contractions[self.uses[name][0]]
+        return op.groups == 1 and op.is_whole
+
+    def _dense(self, name: str) -> Tensor:
+        return self.circuit.dense(name).to(self.device)
+
+    def _counted(self, name: str, kept: Tensor) -> Tensor:
+        """Kept live weights of every kernel, from those of every weight."""
+        own = self.circuit.kernels[name]
+        taps = kept.to(self.device, self.dtype).view(*own.shape[:2], -1)
+        return (taps * own.live_taps.flatten().to(taps)).sum(2)
+
+    # -- blocks ---------------------------------------------------------------------------------------------
+    def attach(self, fields: list[Field]) -> None:
+        self.fields = fields
+        self.given = {name: field.counts[where] for field in fields for name, where in field.where.items()}
+        for name, kept in self.given.items():
+            if self.whole[name]:
+                self.counts[name] = kept.view(self.kernels[name].shape[:2])
+        parts = [self._parted(field) for field in fields]
+        most = max(part.stop - part.start for field in parts for part, _ in field)
+        self._buffer = torch.empty(most, device=self.device)
+        self._factor = torch.empty(most, device=self.device)
+        self._blocks = [[self._block(part, pieces) for part, pieces in field] for field in parts]
+
+    def _parted(self, field: Field) -> list[tuple[slice, list[tuple[str, slice]]]]:
+        """The field in blocks of about ``BLOCK`` units, cut between output channels."""
+        cuts: list[tuple[slice, list[tuple[str, slice]]]] = []
+        for name, where in field.where.items():
+            height = self.kernels[name].shape[0]
+            row = (where.stop - where.start) // height
+            step = max(1, BLOCK // row) if name in self._plain else height
+            for first in range(0, height, step):
+                rows = slice(first, min(height, first + step))
+                start, stop = where.start + rows.start * row, where.start + rows.stop * row
+                if cuts and stop - cuts[-1][0].start <= BLOCK:
+                    part, pieces = cuts.pop()
+                    cuts.append((slice(part.start, stop), [*pieces, (name, rows)]))
+                else:
+                    cuts.append((slice(start, stop), [(name, rows)]))
+        return cuts
+
+    def _block(self, part: slice, pieces: list[tuple[str, slice]]) -> _Block:
+        found, start = [], 0
+        for name, rows in pieces:
+            row = len(self.given[name]) // self.kernels[name].shape[0]
+            size = (rows.stop - rows.start) * row
+            shape = (-1, row) if name in self._plain else (-1,)
+            views = [buffer[start : start + size].view(shape) for buffer in (self._buffer, self._factor)]
+            found.append(_Piece(name, rows, rows == slice(0, self.kernels[name].shape[0]), *views))
+            start += size
+        return _Block(part, found)
+
+    def blocks(self, field: int) -> list[slice]:
+        return [block.part for block in self._blocks[field]]
+
+    # -- reading --------------------------------------------------------------------------------------------
+    def climb(self) -> float:
+        self.recount()
+        self.found = self.circuit.run(self.counts)
+        self._soft = {}
+        if self.found.log_total == -math.inf:
+            self._climb_softly()
+        else:
+            self.prepare(self.found)
+        return self.found.log_total
+
+    def recount(self) -> None:
+        """Counts of kernels whose weights are units of their own."""
+        for name, kept in self.given.items():
+            if not self.whole[name]:
+                self.counts[name] = self._counted(name, kept)
+
+    def _climb_softly(self) -> None:
+        """Towards a first path: whatever has a share in the paths that lack the fewest weights rises."""
+        self._soft = {
+            name: self.counts[name] + SOFT * (self._dense(name) - self.counts[name]) for name in self.kernels
+        }
+        self._ready = self.circuit.run(self.counts | self._soft)
+        if self._plain:
+            self._split(self._flat(self._ready.slope), self._ready.x)
+
+    def prepare(self, found: Pass) -> None:
+        """Makes ready what directions are the product of. No number is fetched from the device."""
+        self._ready = found
+        if not self._plain:
+            return
+        for_paths, for_nodes, for_kernels = self.mixture.weights
+        slopes, factor = self._flat(found.slope), None
+        if for_nodes:
+            is_passed = (self._flat(found.y) > 0) & (slopes > 0)
+            factor = (~self._per_node(is_passed)).float().mul_(for_nodes).add_(for_paths)
+        self._nodes = {}
+        self._split(slopes, found.x)
+        if factor is None:
+            if not for_kernels and for_paths != 1:
+                self._slopes = {name: slope * for_paths for name, slope in self._slopes.items()}
+            return
+        if for_kernels:
+            columns = torch.split(factor.unsqueeze(1), self._heights)
+            self._nodes = dict(zip(self._plain, columns, strict=True))
+        else:
+            factors = torch.split(factor, self._heights)
+            self._slopes = {
+                name: slope * part for (name, slope), part in zip(self._slopes.items(), factors, strict=True)
+            }
+
+    def _flat(self, values: Sequence[Tensor]) -> Tensor:
+        """Those of plain layers, one after another."""
+        return torch.cat([values[place].view(-1) for place in self._plain.values()])
+
+    def _per_node(self, passed: Tensor) -> Tensor:
+        """Whether any row of each output channel is marked, flat, from all rows."""
+        if max(self._rows) == 1:
+            return passed
+        parts = zip(torch.split(passed, self._outputs), self._rows, strict=True)
+        return torch.cat([part.view(rows, -1).any(0) for part, rows in parts])
+
+    def _split(self, slopes: Tensor, arriving: Sequence[Tensor]) -> None:
+        """Slopes and arriving paths of plain layers, in float32; rows x channels where there are rows."""
+        flat = (
+            torch.split(slopes.float(), self._outputs),
+            torch.split(self._flat(arriving).float(), self._inputs),
+        )
+        for name, rows, slope, x in zip(self._plain, self._rows, *flat, strict=True):
+            self._slopes[name] = slope if rows == 1 else slope.view(rows, -1)
+            self._x[name] = x if rows == 1 else x.view(rows, -1)
+
+    def direction(self, field: int, block: int) -> Tensor:
+        part, pieces = self._blocks[field][block]
+        size = part.stop - part.start
+        out, factor = self._buffer[:size], self._factor[:size]
+        for_paths, _, for_kernels = self.mixture.weights
+        is_factored = bool(for_kernels) and not self._soft
+        if is_factored:
+            # A kernel that is kept and on no path has no derivative: whether it is empty says enough.
+            torch.eq(self.fields[field].counts[part], 0, out=factor).mul_(for_kernels)
+            if not self._nodes:
+                factor.add_(for_paths)
+        for piece in pieces:
+            if piece.name in self._plain:
+                self._product(piece)
+                if is_factored and self._nodes:
+                    node = self._nodes[piece.name]
+                    piece.factor.add_(node if piece.is_all else node[piece.rows])
+            else:
+                self._whole_layer(piece)
+                if is_factored:
+                    piece.factor.fill_(1.0)
+        return out.mul_(factor) if is_factored else out
+
+    def _product(self, piece: _Piece) -> None:
+        slope, x = self._slopes[piece.name], self._x[piece.name]
+        if x.dim() == 1:
+            torch.outer(slope if piece.is_all else slope[piece.rows], x, out=piece.out)
+        else:
+            torch.mm(slope[:, piece.rows].t(), x, out=piece.out)
+        if self._soft:
+            piece.out.mul_(self._soft[piece.name][piece.rows])
+
+    def _whole_layer(self, piece: _Piece) -> None:
+        name, own = piece.name, self.kernels[piece.name]
+        gradient = self._gradient(self._ready, name)
+        if self._soft:
+            gradient = gradient * self._soft[name].float()
+        else:
+            alive = (gradient > 0) & (self.counts[name] > 0)
+            gradient = gradient * self.mixture.factor(alive, own)
+        if self.whole[name]:
+            piece.out.copy_(gradient.flatten())
+        else:
+            live = own.live_taps.flatten().to(gradient)
+            piece.out.copy_((gradient.unsqueeze(2) * live).flatten())
+
+    def _gradient(self, found: Pass, name: str) -> Tensor:
+        """d ln R_P / d count, shaped as the kernels."""
+        gradient = torch.zeros(self.kernels[name].shape[:2], device=self.device)
+        for place in self.uses[name]:
+            op = self.circuit.contractions[place]
+            op.spread(found.slope[place].float(), found.x[place].float(), gradient, add=True)
+        return gradient
+
+    # -- figures --------------------------------------------------------------------------------------------
+    def figures(self) -> Figures:
+        if self.found.log_total == -math.inf:
+            return Figures(-math.inf, 0, 0)
+        nodes, kernels = [], []
+        for piece in (piece for field in self._blocks for block in field for piece in block.pieces):
+            own, rows = self.kernels[piece.name], piece.rows
+            if piece.name not in self._plain:
+                alive = (self._gradient(self.found, piece.name) > 0) & (self.counts[piece.name] > 0)
+                nodes.append(count_nodes(own, alive))
+            else:
+                place = self._plain[piece.name]
+                passed = self.found.slope[place][:, rows] > 0
+                alive = torch.mm(passed.float().t(), (self.found.x[place] > 0).float()) > 0
+                alive &= self.counts[piece.name][rows] > 0
+                nodes.append(alive.any(1).sum())
+            kernels.append(alive.sum())
+        found = torch.stack([torch.stack(nodes).sum(), torch.stack(kernels).sum()]).tolist()
+        return Figures(self.found.log_total, *found)
