@@ -19,12 +19,13 @@ from torch import Tensor
 
 from fxprune.graph import ir
 
-__all__ = ["Circuit", "Closure", "Contraction", "Function", "Op", "Pass", "Wire"]
+__all__ = ["Circuit", "Closure", "Contraction", "Function", "Marking", "Op", "Pass", "Presence", "Wire"]
 
 BAND = 32.0
 """Powers of two that a value may drift from one before it is rescaled; far inside the range of float32."""
 
 Function = Callable[[Sequence[Tensor]], Tensor]
+Marking = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 
 class Pass(NamedTuple):
@@ -53,11 +54,16 @@ class Wire:
 
 @dataclass
 class Closure:
-    """Any other constant linear map, differentiated by autograd."""
+    """Any other linear map, differentiated by autograd.
+
+    ``function`` gets the inputs, and after them which entries of the values ``present`` are not Zero (0 or
+    1): the factors of a product, which passes on the paths through one where the other is present.
+    """
 
     output: int
     inputs: tuple[int, ...]
     function: Function
+    present: tuple[int, ...] = ()
     gains: tuple[float, ...] = ()
 
 
@@ -136,6 +142,18 @@ Op = Wire | Closure | Contraction
 
 
 @dataclass
+class Presence:
+    """Where ``output`` is not Zero: 1 where ``function`` of that of ``inputs`` (and of a scalar one, for the
+    dtype and device) is above 1/2. A ``contraction`` follows, with the kernels that have any weight left.
+    """
+
+    output: int
+    inputs: tuple[int, ...]
+    function: Marking
+    contraction: Contraction | None = None
+
+
+@dataclass
 class Circuit:
     """What :func:`fxprune.graph.circuits.circuit` compiles; see :meth:`run`."""
 
@@ -145,7 +163,10 @@ class Circuit:
     samples: int
     kernels: dict[str, ir.KernelSet]
     dtype: torch.dtype = torch.float64
+    presences: list[Presence] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
+    _present: dict[int, Tensor] = field(default_factory=dict)
+    _kept: dict[str, Tensor] = field(default_factory=dict)
     _powers: dict[int, float] = field(default_factory=dict)
     _base: float = 0.0
     _weights: list[tuple[int, Tensor]] = field(default_factory=list)
@@ -174,7 +195,10 @@ class Circuit:
             self._device = device
             self.sources = [(index, x.to(device)) for index, x in self.sources]
             self.outputs = [(index, x.to(device)) for index, x in self.outputs]
+            self._mark(counts)
             self._calibrate()
+        elif self.presences:
+            self._mark(counts)
         values = self._forward()
         total = self._total(values)
         if not 2.0**-BAND < total < 2.0**BAND:
@@ -187,6 +211,20 @@ class Circuit:
             return Pass(-math.inf, x, y, [torch.zeros_like(value) for value in y])
         log_total = math.log(total) + self._base * math.log(2) - math.log(self.samples)
         return Pass(log_total, x, y, self._backward(values, total))
+
+    def _mark(self, counts: Mapping[str, Tensor]) -> None:
+        """Which values are present, under the products that ask."""
+        one = torch.ones((), dtype=self.dtype, device=self._device)
+        for op in self.presences:
+            found = op.function([self._present[index] for index in op.inputs], one)
+            if op.contraction is not None:
+                count = counts[op.contraction.name]
+                kept = self._kept.get(op.contraction.name)
+                if kept is None or kept.device != count.device:
+                    kept = self._kept[op.contraction.name] = torch.empty_like(count)
+                op.contraction.read(torch.gt(count, 0, out=kept))
+                found = op.contraction.forward(found)
+            self._present[op.output] = (found > 0.5).to(self.dtype)
 
     def _total(self, values: dict[int, Tensor]) -> float:
         return float(sum(torch.dot(weight, values[index]) for index, weight in self._weights))
@@ -203,7 +241,7 @@ class Circuit:
             return y if op.gains[0] == 1 else y * op.gains[0]
         if isinstance(op, Closure):
             scaled = [values[index] * gain for index, gain in zip(op.inputs, op.gains, strict=True)]
-            return op.function(scaled)
+            return op.function([*scaled, *self._marks(op)])
         total: Tensor | None = None
         for source, index, gain in zip(op.inputs, op.indices, op.gains, strict=True):
             part = values[source] if index is None else values[source].index_select(0, index)
@@ -278,14 +316,16 @@ class Circuit:
                         part = torch.zeros_like(values[source]).index_add_(0, picked, part)
                     meet(source, part)
             elif slope is not None and isinstance(op, Closure):
-                for source, part in zip(op.inputs, _pulled(op, values, slope), strict=True):
+                for source, part in zip(op.inputs, self._pulled(op, values, slope), strict=True):
                     meet(source, part)
         return found[::-1]
 
+    def _marks(self, op: Closure) -> list[Tensor]:
+        return [self._present[index] for index in op.present]
 
-def _pulled(op: Closure, values: dict[int, Tensor], slope: Tensor) -> list[Tensor]:
-    inputs = [values[index].detach().requires_grad_() for index in op.inputs]
-    with torch.enable_grad():
-        scaled = [x * gain for x, gain in zip(inputs, op.gains, strict=True)]
-        output = op.function(scaled)
-    return list(torch.autograd.grad(output, inputs, slope))
+    def _pulled(self, op: Closure, values: dict[int, Tensor], slope: Tensor) -> list[Tensor]:
+        inputs = [values[index].detach().requires_grad_() for index in op.inputs]
+        with torch.enable_grad():
+            scaled = [x * gain for x, gain in zip(inputs, op.gains, strict=True)]
+            output = op.function([*scaled, *self._marks(op)])
+        return list(torch.autograd.grad(output, inputs, slope))

@@ -1,20 +1,21 @@
 """Compiles a channel graph into a :class:`Circuit`, where that is exact.
 
-In: a :class:`ChannelGraph`. Out: its circuit, or None where one number per kernel is not enough: a product
-whose factors may be Zero for some masks, an image with borders (uneven transposed convolutions), a parameter
-that is read in pieces that no view can describe. :func:`fxprune.graph.traverse.flow` serves those.
+In: a :class:`ChannelGraph`. Out: its circuit, or None where one number per kernel is not enough: positions
+that differ (uneven transposed convolutions), a maximum over channels, a parameter that is read in pieces that
+no view can describe. :func:`fxprune.graph.traverse.flow` serves those.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fxprune.graph import ir
-from fxprune.graph.channels import Circuit, Closure, Contraction, Function, Op, Wire
+from fxprune.graph.channels import Circuit, Closure, Contraction, Function, Marking, Op, Presence, Wire
 from fxprune.graph.layout import Layout, explicit, reader, reduced_shape
 from fxprune.graph.program import Half, Program, Step, compile_graph
 from fxprune.graph.settings import Counting
@@ -41,24 +42,25 @@ def circuit(graph: ir.ChannelGraph) -> Circuit | None:
     for step in program.steps:
         if step.op.output.live:
             compiler.add(step)
+        if step.needs_presence:
+            compiler.mark(step)
     size = sum(math.prod(kernels.shape[:2]) for kernels in graph.kernels.values())
     dtype = torch.float64 if size < WIDE else torch.float32
     outputs = [
         (compiler.known(index), _multiplicities(layout).to(dtype)) for index, layout in program.outputs
     ]
     sources = [(index, value.to(dtype)) for index, value in compiler.sources]
-    return Circuit(compiler.ops, sources, outputs, program.samples, graph.kernels, dtype)
+    return Circuit(compiler.ops, sources, outputs, program.samples, graph.kernels, dtype, compiler.presences)
 
 
 def _is_constant(graph: ir.ChannelGraph, program: Program) -> bool:
-    """Whether all steps but contractions are the same linear map whatever the masks are."""
+    """Whether all steps but contractions are the same linear map for all masks that leave as much present."""
     for step in program.steps:
-        if step.needs_presence or (step.op.output.live and any(half.ones is None for half in step.halves)):
-            return False
         op = step.op
         if isinstance(op, ir.Pool) and op.how == "max" and op.window is None and op.dims:
             return False
-        if isinstance(op, ir.Kernel) and op.output.live and op.weight.name is not None:
+        is_used = op.output.live or step.needs_presence
+        if isinstance(op, ir.Kernel) and is_used and op.weight.name is not None:
             kernels = graph.kernels[op.weight.name]
             if not (_is_alike(op, step.layout, program) and _is_view(op, kernels) and _same(op, kernels)):
                 return False
@@ -102,14 +104,23 @@ def _multiplicities(layout: Layout) -> Tensor:
     return total.flatten()
 
 
+@dataclass(frozen=True)
 class _Constants:
-    """The setting of steps without prunable weights: paths are counted, pools add up."""
+    """The setting of steps without prunable weights: paths are counted, pools add up. ``one`` says the dtype
+    and the device.
+    """
 
+    one: Tensor
     counting: Counting = "sum"
-    constant = 0.0
+    constant: float = 0.0
 
     def operand(self, weight: ir.WeightRef) -> Tensor:
-        return weight.operand(lambda name: torch.ones(weight.shape)).double()
+        return weight.operand(lambda name: torch.ones(weight.shape)).to(self.one)
+
+
+def _marking(one: Tensor) -> _Constants:
+    """The setting on the track of presence."""
+    return _Constants(one, "any", 1.0)
 
 
 class _Compiler:
@@ -119,6 +130,8 @@ class _Compiler:
         self.program = program
         self.layouts = {step.output: step.layout for step in program.steps}
         self.ops: list[Op] = []
+        self.presences: list[Presence] = []
+        self.marked: set[int] = set()
         self.sources: list[tuple[int, Tensor]] = []
         self.generator = torch.Generator().manual_seed(0x5EED)
         self.fresh = -1
@@ -140,21 +153,11 @@ class _Compiler:
             self._halves(step.output, step.halves)
 
     def _contraction(self, op: ir.Kernel, out: Layout) -> None:
-        name = op.weight.name
-        assert name is not None, "only parameters make contractions"
-        axis = -1 if op.window is None else -1 - len(op.window.kernel)
         source, layout = op.inputs[0].index, self.layouts[op.inputs[0].index]
-        fine = list(layout)
-        fine[axis] = explicit(layout[axis].size)
-        if reduced_shape(tuple(fine)) != reduced_shape(layout):
-            source = self._wired(source, layout, tuple(fine))
-        rows = math.prod(reduced_shape(out)) // out[axis].size
-        transposed = op.window is not None and op.window.transposed
-        view = _whole if op.weight.view is None else op.weight.view
-        inputs, is_whole = (self.known(source),), op.weight.view is None
-        self.ops.append(
-            Contraction(op.output.index, inputs, name, view, op.groups, transposed, rows, is_whole)
-        )
+        fine = _by_channel(op, layout)
+        if reduced_shape(fine) != reduced_shape(layout):
+            source = self._wired(source, layout, fine)
+        self.ops.append(_contraction(op, (self.known(source),), out))
 
     def _wired(self, source: int, layout: Layout, fine: Layout) -> int:
         """A new value: ``source`` read at a finer layout."""
@@ -164,7 +167,7 @@ class _Compiler:
         return self.fresh
 
     def _linear(self, step: Step) -> None:
-        linear, setting, shapes = step.linear, _Constants(), self.program.shapes
+        linear, shapes = step.linear, self.program.shapes
         assert linear is not None, "a linear step has a function"
         live = [value.live for value in step.op.inputs]
         every = [shapes[value.index] for value in step.op.inputs]
@@ -175,22 +178,56 @@ class _Compiler:
                 next(given).view(shape) if alive else tensors[0].new_zeros(shape)
                 for alive, shape in zip(live, every, strict=True)
             ]
-            return linear(setting, full).flatten()
+            return linear(_Constants(tensors[0]), full).flatten()
 
         inputs = tuple(value.index for value in step.op.inputs if value.live)
         self._emit(step.output, inputs, [shapes[index] for index in inputs], function)
 
     def _halves(self, output: int, halves: Sequence[Half]) -> None:
         shapes = [self.program.shapes[half.live] for half in halves]
+        present = [half.other for half in halves if half.ones is None]
 
         def function(tensors: Sequence[Tensor]) -> Tensor:
-            parts = [
-                half.product(tensor.view(shape), tensor.new_ones(half.ones or ()))
-                for half, tensor, shape in zip(halves, tensors, shapes, strict=True)
-            ]
+            marks = iter(tensors[len(halves) :])
+            parts = []
+            for half, tensor, shape in zip(halves, tensors, shapes, strict=False):
+                if half.ones is None:
+                    other = next(marks).view(self.program.shapes[half.other])
+                else:
+                    other = tensor.new_ones(half.ones)
+                parts.append(half.product(tensor.view(shape), other))
             return sum(parts[1:], parts[0]).flatten()
 
-        self._emit(output, tuple(half.live for half in halves), shapes, function)
+        inputs = tuple(half.live for half in halves)
+        if present:
+            self.ops.append(Closure(output, tuple(map(self.known, inputs)), function, tuple(present)))
+        else:
+            self._emit(output, inputs, shapes, function)
+
+    # -- presence -------------------------------------------------------------------------------------------
+    def mark(self, step: Step) -> None:
+        """Where the output of ``step`` is not Zero, as the interpreter has it."""
+        op = step.op
+        inputs = tuple(value.index for value in op.inputs if value.index in self.marked)
+        is_kernel = isinstance(op, ir.Kernel) and op.weight.name is not None
+        contraction = _contraction(op, (), step.layout) if isinstance(op, ir.Kernel) and is_kernel else None
+        self.presences.append(Presence(step.output, inputs, self._marking(step), contraction))
+        self.marked.add(step.output)
+
+    def _marking(self, step: Step) -> Marking:
+        op, linear, product, pattern = step.op, step.linear, step.product, step.pattern
+        if pattern is not None:
+            return lambda tensors, one: pattern.flatten().to(one)
+        tracked = [value.index in self.marked for value in op.inputs]
+        known = _Marks(tracked, [self.program.shapes[value.index] for value in op.inputs])
+        if isinstance(op, ir.Kernel) and op.weight.name is not None:
+            layout = self.layouts[op.inputs[0].index]
+            read = reader(layout, _by_channel(op, layout))
+            return lambda tensors, one: read(known.full(tensors, one)[0]).flatten()
+        if linear is not None:
+            return lambda tensors, one: linear(_marking(one), known.full(tensors, one)).flatten()
+        assert product is not None, "a step without a linear map is a product"
+        return lambda tensors, one: product(*known.factors(tensors, one)).flatten()
 
     def _emit(
         self, output: int, inputs: tuple[int, ...], shapes: Sequence[tuple[int, ...]], function: Function
@@ -213,6 +250,49 @@ class _Compiler:
             self.same[output] = inputs[0]
         else:
             self.ops.append(Wire(output, inputs, tuple(indices), tuple(coefficients)))
+
+
+class _Marks:
+    """The inputs of a step on the track of presence: those that are tracked, and ones for the others."""
+
+    def __init__(self, tracked: Sequence[bool], shapes: Sequence[tuple[int, ...]]) -> None:
+        self.tracked, self.shapes = tracked, shapes
+
+    def full(self, tensors: Sequence[Tensor], one: Tensor) -> list[Tensor]:
+        """All of their reduced shapes."""
+        given = iter(tensors)
+        return [
+            next(given).view(shape) if is_tracked else one.new_ones(shape)
+            for is_tracked, shape in zip(self.tracked, self.shapes, strict=True)
+        ]
+
+    def factors(self, tensors: Sequence[Tensor], one: Tensor) -> list[Tensor]:
+        """The same, where a factor that is present everywhere is one number."""
+        given = iter(tensors)
+        return [
+            next(given).view(shape) if is_tracked else one.new_ones((1,) * len(shape))
+            for is_tracked, shape in zip(self.tracked, self.shapes, strict=True)
+        ]
+
+
+def _by_channel(op: ir.Kernel, layout: Layout) -> Layout:
+    """The layout of the op's input with every channel told apart."""
+    axis = -1 if op.window is None else -1 - len(op.window.kernel)
+    fine = list(layout)
+    fine[axis] = explicit(layout[axis].size)
+    return tuple(fine)
+
+
+def _contraction(op: ir.Kernel, inputs: tuple[int, ...], out: Layout) -> Contraction:
+    name = op.weight.name
+    assert name is not None, "only parameters make contractions"
+    axis = -1 if op.window is None else -1 - len(op.window.kernel)
+    rows = math.prod(reduced_shape(out)) // out[axis].size
+    transposed = op.window is not None and op.window.transposed
+    view = _whole if op.weight.view is None else op.weight.view
+    return Contraction(
+        op.output.index, inputs, name, view, op.groups, transposed, rows, op.weight.view is None
+    )
 
 
 def _picked(probe: Tensor, result: Tensor) -> tuple[Tensor | None, float] | None:

@@ -205,7 +205,7 @@ class _Walk:
             return Constant(result.shape, result.dtype, _changed(result.evaluate, *args[1:]))
 
         def constant(val: Tensor, read: Callable[[], Any]) -> Constant:
-            ref = _provenance(operands, val, node, args, kwargs, run)
+            ref = _simplified(_provenance(operands, val, node, args, kwargs, run), self.build.parameters)
             return Constant(
                 tuple(val.shape),
                 val.dtype,
@@ -316,6 +316,19 @@ def _provenance(
         return ir.WeightRef(old.name, shape, view, old.direct)
     same = [x.weight for x in refs if x.shape == shape]
     return same[0] if len(same) == 1 else None
+
+
+def _simplified(ref: ir.WeightRef | None, parameters: Parameters) -> ir.WeightRef | None:
+    """Without a view that gives the parameter itself, as there and back again does (standardised weights)."""
+    if ref is None or ref.view is None or ref.name is None:
+        return ref
+    shape = parameters.tensors[ref.name].shape
+    if ref.shape != tuple(shape):
+        return ref
+    whole = torch.empty(shape, device="meta")
+    seen = ref.view(whole)
+    is_whole = seen is whole or (seen._base is whole and seen.stride() == whole.stride())
+    return ir.WeightRef(ref.name, ref.shape, direct=ref.direct) if is_whole else ref
 
 
 def _bind(inner: fx.GraphModule, args: Any, kwargs: Any) -> list[Any]:

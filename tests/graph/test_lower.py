@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxprune.capture import capture
-from fxprune.graph import ChannelGraph, KernelSet, Space, lower
+from fxprune.graph import ChannelGraph, KernelSet, Space, ir, lower
 from fxprune.graph.traverse import flow, reach
 
 
@@ -327,3 +327,21 @@ def test_torchvision(name: str) -> None:
     with torch.device(device):
         model = torchvision.models.get_model(name, weights=None)
     assert_known(model, TORCHVISION[name])
+
+
+def test_a_view_there_and_back_is_the_parameter_itself() -> None:
+    """Standardised weights go through another shape; a transposed square is another weight."""
+
+    class Viewed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            there_and_back = self.first.weight.reshape(2, 8).view(4, 4)
+            return nn.functional.linear(nn.functional.linear(x, there_and_back), self.second.weight.t())
+
+    graph = lower(capture(Viewed(), torch.ones(1, 4)))
+    views = {op.weight.name: op.weight.view for op in graph.ops if isinstance(op, ir.Kernel)}
+    assert views["first.weight"] is None
+    assert views["second.weight"] is not None
