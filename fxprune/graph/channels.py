@@ -10,7 +10,7 @@ one matrix-vector product per contraction and direction; nothing is taped or res
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,14 +18,12 @@ import torch
 from torch import Tensor
 
 from fxprune.graph import ir
+from fxprune.graph.circuit_ops import Closure, Contraction, Op, Presence, Sparse, Wire
 
-__all__ = ["Circuit", "Closure", "Contraction", "Function", "Marking", "Op", "Pass", "Presence", "Wire"]
+__all__ = ["Circuit", "Pass"]
 
 BAND = 32.0
 """Powers of two that a value may drift from one before it is rescaled; far inside the range of float32."""
-
-Function = Callable[[Sequence[Tensor]], Tensor]
-Marking = Callable[[Sequence[Tensor], Tensor], Tensor]
 
 
 class Pass(NamedTuple):
@@ -39,118 +37,6 @@ class Pass(NamedTuple):
     x: list[Tensor]
     y: list[Tensor]
     slope: list[Tensor]
-
-
-@dataclass
-class Wire:
-    """``output = sum of gain * input[index]``; ``index`` is None where it is the identity."""
-
-    output: int
-    inputs: tuple[int, ...]
-    indices: tuple[Tensor | None, ...]
-    coefficients: tuple[float, ...]
-    gains: tuple[float, ...] = ()
-
-
-@dataclass
-class Closure:
-    """Any other linear map, differentiated by autograd.
-
-    ``function`` gets the inputs, and after them which entries of the values ``present`` are not Zero (0 or
-    1): the factors of a product, which passes on the paths through one where the other is present.
-    """
-
-    output: int
-    inputs: tuple[int, ...]
-    function: Function
-    present: tuple[int, ...] = ()
-    gains: tuple[float, ...] = ()
-
-
-@dataclass
-class Contraction:
-    """``output = gain * input @ matrix``, the matrix being a view of the counts of parameter ``name``.
-
-    ``operand`` gives that view of any tensor of shape (out, in / groups), or (in, out / groups) where
-    ``transposed``; ``is_whole`` says that it is the tensor itself. ``rows``: positions that are told apart.
-    """
-
-    output: int
-    inputs: tuple[int, ...]
-    name: str
-    operand: Callable[[Tensor], Tensor]
-    groups: int
-    transposed: bool
-    rows: int
-    is_whole: bool
-    gains: tuple[float, ...] = (1.0,)
-    _matrix: Tensor | None = None
-    _columns: Tensor = field(default_factory=lambda: torch.empty(0))
-    _rows: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def columns(self, matrix: Tensor) -> Tensor:
-        """``matrix`` as (groups, out / groups, in / groups), or (out, in) where there is but one group."""
-        if self.groups == 1:
-            return matrix.t() if self.transposed else matrix
-        apart = matrix.reshape(self.groups, -1, matrix.shape[1])
-        return apart.transpose(1, 2) if self.transposed else apart
-
-    def read(self, matrix: Tensor) -> None:
-        """Takes ``matrix`` as the counts; views of it are made once, and see what is written to it later."""
-        if matrix is not self._matrix:
-            self._matrix = matrix
-            self._columns = self.columns(self.operand(matrix))
-            self._rows = self._columns.t() if self.groups == 1 else self._columns
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs, flat, of inputs ``x``, flat."""
-        if self.groups > 1:
-            return (x.view(self.rows, self.groups, 1, -1) * self._columns).sum(-1).flatten()
-        if self.rows == 1:
-            return torch.mv(self._columns, x)
-        return (x.view(self.rows, -1) @ self._rows).flatten()
-
-    def backward(self, slope: Tensor) -> Tensor:
-        """d ln R / d inputs, flat, from d ln R / d outputs, flat."""
-        if self.groups > 1:
-            return (slope.view(self.rows, self.groups, -1, 1) * self._columns).sum(-2).flatten()
-        if self.rows == 1:
-            return torch.mv(self._rows, slope)
-        return (slope.view(self.rows, -1) @ self._columns).flatten()
-
-    def spread(self, slope: Tensor, x: Tensor, out: Tensor, *, add: bool) -> None:
-        """Writes (or adds) the sum over rows of ``slope[:, o] * x[:, i]`` to ``out`` (shaped as counts)."""
-        target = self.operand(out)
-        if self.groups > 1:
-            rows = (self.rows, self.groups, -1)
-            a, b = (x, slope) if self.transposed else (slope, x)
-            product = (a.view(rows).unsqueeze(-1) * b.view(rows).unsqueeze(-2)).sum(0).view(target.shape)
-            target.add_(product) if add else target.copy_(product)
-            return
-        a, b = (x, slope) if self.transposed else (slope, x)
-        if add:
-            target.addmm_(a.t(), b)
-        elif self.rows == 1 and target.is_contiguous():
-            torch.outer(a[0], b[0], out=target)
-        elif target.is_contiguous():
-            torch.mm(a.t(), b, out=target)
-        else:
-            target.copy_(a.t() @ b)
-
-
-Op = Wire | Closure | Contraction
-
-
-@dataclass
-class Presence:
-    """Where ``output`` is not Zero: 1 where ``function`` of that of ``inputs`` (and of a scalar one, for the
-    dtype and device) is above 1/2. A ``contraction`` follows, with the kernels that have any weight left.
-    """
-
-    output: int
-    inputs: tuple[int, ...]
-    function: Marking
-    contraction: Contraction | None = None
 
 
 @dataclass
@@ -195,6 +81,9 @@ class Circuit:
             self._device = device
             self.sources = [(index, x.to(device)) for index, x in self.sources]
             self.outputs = [(index, x.to(device)) for index, x in self.outputs]
+            for part in self.ops:
+                if isinstance(part, (Sparse, Wire)):
+                    part.move(device)
             self._mark(counts)
             self._calibrate()
         elif self.presences:
@@ -239,6 +128,8 @@ class Circuit:
         if isinstance(op, Contraction):
             y = op.forward(values[op.inputs[0]])
             return y if op.gains[0] == 1 else y * op.gains[0]
+        if isinstance(op, Sparse):
+            return op.forward([values[index] for index in op.inputs])
         if isinstance(op, Closure):
             scaled = [values[index] * gain for index, gain in zip(op.inputs, op.gains, strict=True)]
             return op.function([*scaled, *self._marks(op)])
@@ -314,6 +205,10 @@ class Circuit:
                     part = slope if gain == 1 else slope * gain
                     if picked is not None:
                         part = torch.zeros_like(values[source]).index_add_(0, picked, part)
+                    meet(source, part)
+            elif slope is not None and isinstance(op, Sparse):
+                inputs = [values[index] for index in op.inputs]
+                for source, part in zip(op.inputs, op.backward(slope, inputs), strict=True):
                     meet(source, part)
             elif slope is not None and isinstance(op, Closure):
                 for source, part in zip(op.inputs, self._pulled(op, values, slope), strict=True):

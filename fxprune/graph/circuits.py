@@ -15,13 +15,26 @@ import torch
 from torch import Tensor
 
 from fxprune.graph import ir
-from fxprune.graph.channels import Circuit, Closure, Contraction, Function, Marking, Op, Presence, Wire
+from fxprune.graph.channels import Circuit
+from fxprune.graph.circuit_ops import (
+    Closure,
+    Contraction,
+    Entries,
+    Function,
+    Marking,
+    Op,
+    Presence,
+    Sparse,
+    Wire,
+)
 from fxprune.graph.layout import Layout, explicit, reader, reduced_shape
 from fxprune.graph.program import Half, Program, Step, compile_graph
 from fxprune.graph.settings import Counting
 
 __all__ = ["circuit"]
 
+PROBED = 256
+"""Entries up to which a map is read off its values one by one."""
 WIDE = 1 << 22
 """Kernels from which on counts are kept in float32."""
 
@@ -38,14 +51,14 @@ def circuit(graph: ir.ChannelGraph) -> Circuit | None:
     program = compile_graph(graph, "channel")
     if not program.outputs or not _is_constant(graph, program):
         return None
-    compiler = _Compiler(program)
+    size = sum(math.prod(kernels.shape[:2]) for kernels in graph.kernels.values())
+    dtype = torch.float64 if size < WIDE else torch.float32
+    compiler = _Compiler(program, dtype)
     for step in program.steps:
         if step.op.output.live:
             compiler.add(step)
         if step.needs_presence:
             compiler.mark(step)
-    size = sum(math.prod(kernels.shape[:2]) for kernels in graph.kernels.values())
-    dtype = torch.float64 if size < WIDE else torch.float32
     outputs = [
         (compiler.known(index), _multiplicities(layout).to(dtype)) for index, layout in program.outputs
     ]
@@ -126,8 +139,8 @@ def _marking(one: Tensor) -> _Constants:
 class _Compiler:
     """Turns steps into ops, one by one."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, dtype: torch.dtype) -> None:
+        self.program, self.dtype = program, dtype
         self.layouts = {step.output: step.layout for step in program.steps}
         self.ops: list[Op] = []
         self.presences: list[Presence] = []
@@ -232,7 +245,9 @@ class _Compiler:
     def _emit(
         self, output: int, inputs: tuple[int, ...], shapes: Sequence[tuple[int, ...]], function: Function
     ) -> None:
-        """A wire if every input is picked entry by entry (a new name, if nothing changes), or a closure."""
+        """A wire if every input is picked entry by entry (a new name, if nothing changes); else a matrix, or
+        a closure where that would take long to find.
+        """
         inputs = tuple(self.known(index) for index in inputs)
         indices: list[Tensor | None] = []
         coefficients: list[float] = []
@@ -242,7 +257,12 @@ class _Compiler:
             others = [torch.zeros(n, dtype=torch.float64) for n in sizes]
             found = _picked(probe, function([*others[:place], probe, *others[place + 1 :]]))
             if found is None:
-                self.ops.append(Closure(output, inputs, function))
+                matrices = _matrices(sizes, function, self.dtype)
+                self.ops.append(
+                    Closure(output, inputs, function)
+                    if matrices is None
+                    else Sparse(output, inputs, *matrices)
+                )
                 return
             indices.append(found[0])
             coefficients.append(found[1])
@@ -293,6 +313,30 @@ def _contraction(op: ir.Kernel, inputs: tuple[int, ...], out: Layout) -> Contrac
     return Contraction(
         op.output.index, inputs, name, view, op.groups, transposed, rows, op.weight.view is None
     )
+
+
+def _matrices(
+    sizes: Sequence[int], function: Function, dtype: torch.dtype
+) -> tuple[tuple[Entries, ...], int] | None:
+    """The matrices of a linear function, if one side of each is small enough to be probed; their height."""
+    zeros = [torch.zeros(size, dtype=torch.float64) for size in sizes]
+    height = function(zeros).numel()
+    if any(min(size, height) > PROBED for size in sizes):
+        return None
+    found: list[Entries] = []
+    for place, size in enumerate(sizes):
+        if size <= height:
+            units = torch.eye(size, dtype=torch.float64)
+            columns = [function([*zeros[:place], unit, *zeros[place + 1 :]]) for unit in units]
+            matrix = torch.stack(columns, 1)
+        else:
+            with torch.enable_grad():
+                x = zeros[place].clone().requires_grad_()
+                entries = function([*zeros[:place], x, *zeros[place + 1 :]]).unbind()
+                matrix = torch.stack([torch.autograd.grad(y, x, retain_graph=True)[0] for y in entries])
+        out, into = matrix.nonzero(as_tuple=True)
+        found.append(Entries(out, into, matrix[out, into].to(dtype)))
+    return tuple(found), height
 
 
 def _picked(probe: Tensor, result: Tensor) -> tuple[Tensor | None, float] | None:
