@@ -51,6 +51,7 @@ class Circuit:
     dtype: torch.dtype = torch.float64
     presences: list[Presence] = field(default_factory=list)
     contractions: list[Contraction] = field(default_factory=list)
+    calibrations: int = 0
     _present: dict[int, Tensor] = field(default_factory=dict)
     _kept: dict[str, Tensor] = field(default_factory=dict)
     _powers: dict[int, float] = field(default_factory=dict)
@@ -60,6 +61,11 @@ class Circuit:
 
     def __post_init__(self) -> None:
         self.contractions = [op for op in self.ops if isinstance(op, Contraction)]
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether each run is the same operations, none of which autograd differentiates."""
+        return not self.presences and not any(isinstance(op, Closure) for op in self.ops)
 
     def dense(self, name: str) -> Tensor:
         """Live weights of every kernel of ``name``: the counts of the dense network."""
@@ -74,35 +80,57 @@ class Circuit:
         two dimensions, in the circuit's ``dtype``, all on one device. Gives zero slopes where there is no
         path.
         """
+        self._meet(counts)
+        values = self._forward()
+        total = float(self._sum(values))
+        if not 2.0**-BAND < total < 2.0**BAND:
+            self._calibrate()
+            values = self._forward()
+            total = float(self._sum(values))
+        if not total > 0:
+            x, y = self._ends(values)
+            return Pass(-math.inf, x, y, [torch.zeros_like(value) for value in y])
+        log_total = math.log(total) + self._base * math.log(2) - math.log(self.samples)
+        return Pass(log_total, *self._ends(values), self._backward(values, 1 / total))
+
+    def run_ahead(self, counts: Mapping[str, Tensor]) -> Pass:
+        """The same as :meth:`run`, which must have been called before, without waiting for the device.
+
+        ``log_total`` is NaN: nobody looks at R, so that scales stay as they are. Slopes are zero where R is
+        zero, or has left the range of numbers.
+        """
+        self._meet(counts)
+        values = self._forward()
+        total = self._sum(values)
+        is_usable = (total > 0) & (total < math.inf)
+        share = torch.where(is_usable, 1 / total, torch.zeros_like(total))
+        return Pass(math.nan, *self._ends(values), self._backward(values, share))
+
+    def _meet(self, counts: Mapping[str, Tensor]) -> None:
+        """Takes the counts, on whatever device they are."""
         device = next(iter(counts.values())).device
         for op in self.contractions:
             op.read(counts[op.name])
-        if not self._weights or device != self._device:
+        is_new = not self._weights or device != self._device
+        if is_new:
             self._device = device
             self.sources = [(index, x.to(device)) for index, x in self.sources]
             self.outputs = [(index, x.to(device)) for index, x in self.outputs]
             for part in self.ops:
                 if isinstance(part, (Sparse, Wire)):
                     part.move(device)
-            self._mark(counts)
+        self._mark(counts)
+        if is_new:
             self._calibrate()
-        elif self.presences:
-            self._mark(counts)
-        values = self._forward()
-        total = self._total(values)
-        if not 2.0**-BAND < total < 2.0**BAND:
-            self._calibrate()
-            values = self._forward()
-            total = self._total(values)
+
+    def _ends(self, values: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         x = [values[op.inputs[0]].view(op.rows, -1) for op in self.contractions]
-        y = [values[op.output].view(op.rows, -1) for op in self.contractions]
-        if not total > 0:
-            return Pass(-math.inf, x, y, [torch.zeros_like(value) for value in y])
-        log_total = math.log(total) + self._base * math.log(2) - math.log(self.samples)
-        return Pass(log_total, x, y, self._backward(values, total))
+        return x, [values[op.output].view(op.rows, -1) for op in self.contractions]
 
     def _mark(self, counts: Mapping[str, Tensor]) -> None:
         """Which values are present, under the products that ask."""
+        if not self.presences:
+            return
         one = torch.ones((), dtype=self.dtype, device=self._device)
         for op in self.presences:
             found = op.function([self._present[index] for index in op.inputs], one)
@@ -115,8 +143,9 @@ class Circuit:
                 found = op.contraction.forward(found)
             self._present[op.output] = (found > 0.5).to(self.dtype)
 
-    def _total(self, values: dict[int, Tensor]) -> float:
-        return float(sum(torch.dot(weight, values[index]) for index, weight in self._weights))
+    def _sum(self, values: dict[int, Tensor]) -> Tensor:
+        parts = [torch.dot(weight, values[index]) for index, weight in self._weights]
+        return sum(parts[1:], parts[0])
 
     def _forward(self) -> dict[int, Tensor]:
         values = dict(self.sources)
@@ -146,8 +175,11 @@ class Circuit:
     def _calibrate(self) -> None:
         """Chooses the power of two that each value is divided by, and the gains that follow from it.
 
+        ``calibrations`` counts how often.
+
         All that keeps within ``BAND`` of one takes over the power of its input, and then costs nothing.
         """
+        self.calibrations += 1
         values, powers = dict(self.sources), {index: 0.0 for index, _ in self.sources}
         for op in self.ops:
             live = [powers[index] for index in op.inputs if bool(values[index].any())]
@@ -182,15 +214,15 @@ class Circuit:
             for index, coefficient in zip(op.inputs, own, strict=True)
         )
 
-    def _backward(self, values: dict[int, Tensor], total: float) -> list[Tensor]:
-        """d ln R / d output of every contraction (rows x channels), its gain included."""
+    def _backward(self, values: dict[int, Tensor], share: float | Tensor) -> list[Tensor]:
+        """d ln R / d output of every contraction (rows x channels), its gain included; ``share``: 1 / R."""
         slopes: dict[int, Tensor] = {}
 
         def meet(index: int, slope: Tensor) -> None:
             slopes[index] = slopes[index] + slope if index in slopes else slope
 
         for index, weight in self._weights:
-            meet(index, weight / total)
+            meet(index, weight * share)
         found: list[Tensor] = []
         for op in reversed(self.ops):
             slope = slopes.pop(op.output, None)

@@ -41,7 +41,8 @@ class _Block(NamedTuple):
 class KernelReading:
     """Every kernel is a unit; in layers with taps that only ever see padding, every weight is.
 
-    ``fixed``: masks of parameters that are not to be pruned. All is done on ``device``.
+    ``fixed``: masks of parameters that are not to be pruned. All is done on ``device``, ``block`` units at a
+    time.
     """
 
     def __init__(
@@ -51,13 +52,18 @@ class KernelReading:
         fixed: Mapping[str, Tensor],
         mixture: Mixture,
         device: torch.device | None = None,
+        block: int = BLOCK,
     ) -> None:
         self.circuit, self.mixture, self.dtype = circuit, mixture, circuit.dtype
-        self.device = torch.device("cpu") if device is None else device
+        self.device, self.size = torch.device("cpu") if device is None else device, block
         self.kernels = {name: circuit.kernels[name] for name in names}
         self.whole = {name: bool(own.live_taps.all()) for name, own in self.kernels.items()}
         self.widths = {
             name: own.shape[2:].numel() if self.whole[name] else 1 for name, own in self.kernels.items()
+        }
+        self._live = {
+            name: own.live_taps.flatten().to(self.device, torch.float32)
+            for name, own in circuit.kernels.items()
         }
         self.counts = {
             name: self._counted(name, fixed[name]) if name in fixed else self._dense(name)
@@ -94,7 +100,7 @@ class KernelReading:
         """Kept live weights of every kernel, from those of every weight."""
         own = self.circuit.kernels[name]
         taps = kept.to(self.device, self.dtype).view(*own.shape[:2], -1)
-        return (taps * own.live_taps.flatten().to(taps)).sum(2)
+        return (taps * self._live[name].to(self.dtype)).sum(2)
 
     # -- blocks ---------------------------------------------------------------------------------------------
     def attach(self, fields: list[Field]) -> None:
@@ -110,16 +116,16 @@ class KernelReading:
         self._blocks = [[self._block(part, pieces) for part, pieces in field] for field in parts]
 
     def _parted(self, field: Field) -> list[tuple[slice, list[tuple[str, slice]]]]:
-        """The field in blocks of about ``BLOCK`` units, cut between output channels."""
+        """The field in blocks of about so many units, cut between output channels."""
         cuts: list[tuple[slice, list[tuple[str, slice]]]] = []
         for name, where in field.where.items():
             height = self.kernels[name].shape[0]
             row = (where.stop - where.start) // height
-            step = max(1, BLOCK // row) if name in self._plain else height
+            step = max(1, self.size // row) if name in self._plain else height
             for first in range(0, height, step):
                 rows = slice(first, min(height, first + step))
                 start, stop = where.start + rows.start * row, where.start + rows.stop * row
-                if cuts and stop - cuts[-1][0].start <= BLOCK:
+                if cuts and stop - cuts[-1][0].start <= self.size:
                     part, pieces = cuts.pop()
                     cuts.append((slice(part.start, stop), [*pieces, (name, rows)]))
                 else:
@@ -151,6 +157,12 @@ class KernelReading:
             self.prepare(self.found)
         return self.found.log_total
 
+    def climb_ahead(self) -> None:
+        """The same without waiting for the device: directions are zero where there is no path."""
+        self.recount()
+        self._soft = {}
+        self.prepare(self.circuit.run_ahead(self.counts))
+
     def recount(self) -> None:
         """Counts of kernels whose weights are units of their own."""
         for name, kept in self.given.items():
@@ -167,7 +179,7 @@ class KernelReading:
             self._split(self._flat(self._ready.slope), self._ready.x)
 
     def prepare(self, found: Pass) -> None:
-        """Makes ready what directions are the product of. No number is fetched from the device."""
+        """Makes ready what directions are the product of."""
         self._ready = found
         if not self._plain:
             return
@@ -255,8 +267,7 @@ class KernelReading:
         if self.whole[name]:
             piece.out.copy_(gradient.flatten())
         else:
-            live = own.live_taps.flatten().to(gradient)
-            piece.out.copy_((gradient.unsqueeze(2) * live).flatten())
+            piece.out.copy_((gradient.unsqueeze(2) * self._live[name]).flatten())
 
     def _gradient(self, found: Pass, name: str) -> Tensor:
         """d ln R_P / d count, shaped as the kernels."""

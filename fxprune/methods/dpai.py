@@ -16,8 +16,9 @@ from fxprune.graph.traverse import reach
 from fxprune.methods._ascent import Ascent
 from fxprune.methods._contest import Selection, contest_of
 from fxprune.methods._contract import Method, Problem
+from fxprune.methods._device_ascent import DeviceAscent
 from fxprune.methods._kernel_reading import KernelReading
-from fxprune.methods._objective import Figures, Mixture, Reading, WeightReading
+from fxprune.methods._objective import Figures, Mixture, WeightReading
 from fxprune.sparsity.budget import Budget, apportion, erk_ratios
 from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.masks import Masks, kept, total
@@ -25,6 +26,8 @@ from fxprune.sparsity.schedule import OneShot, resolve
 
 EVERY = 10
 """Steps between two entries of the history."""
+LAUNCH = 1 << 26
+"""Units that an accelerator handles in one operation."""
 PATIENCE = 300
 """Steps over which figures are averaged before they are compared."""
 
@@ -127,24 +130,30 @@ class _Search:
             _warn_of_collapse(problem, masks)
         return masks
 
-    def _start(self, problem: Problem) -> Ascent:
+    def _start(self, problem: Problem) -> Ascent | DeviceAscent:
         # Drawn on the CPU, so that a seed means the same masks on every device.
         magnitudes = {
             name: torch.randn(mask.shape, generator=problem.generator).abs().where(mask.cpu(), -torch.inf)
             for name, mask in problem.masks.items()
         }
-        first = next(self._stages(problem))[0]
+        layers = _layers(next(self._stages(problem))[0])
         if problem.granularity != WEIGHT:
             rule = Selection.under(problem.granularity, problem.masks)
-            return Ascent(self._reading(problem, by_weight=True), magnitudes, _layers(first), self.lr, rule)
-        return Ascent(self._reading(problem), magnitudes, _layers(first), self.lr, contest_of)
-
-    def _reading(self, problem: Problem, *, by_weight: bool = False) -> Reading:
-        names, fixed = list(problem.masks), _fixed(problem)
-        found = None if by_weight or self.resolution == "spatial" else circuit(problem.graph)
+            return Ascent(self._whole_reading(problem), magnitudes, layers, self.lr, rule)
+        found = None if self.resolution == "spatial" else circuit(problem.graph)
         if found is None:
-            return WeightReading(problem.graph, names, fixed, self.mixture, self.resolution, problem.device)
-        return KernelReading(found, names, fixed, self.mixture)
+            return Ascent(self._whole_reading(problem), magnitudes, layers, self.lr, contest_of)
+        names, fixed = list(problem.masks), _fixed(problem)
+        if _is_host(problem.device):
+            reading = KernelReading(found, names, fixed, self.mixture)
+            return Ascent(reading, magnitudes, layers, self.lr, contest_of)
+        reading = KernelReading(found, names, fixed, self.mixture, problem.device, block=LAUNCH)
+        there = {name: score.to(problem.device) for name, score in magnitudes.items()}
+        return DeviceAscent(reading, there, layers, self.lr)
+
+    def _whole_reading(self, problem: Problem) -> WeightReading:
+        names, fixed = list(problem.masks), _fixed(problem)
+        return WeightReading(problem.graph, names, fixed, self.mixture, self.resolution, problem.device)
 
     def _stages(self, problem: Problem) -> Iterator[tuple[Budget, int]]:
         """What is kept, and for how many steps; more than one stage under a schedule."""
@@ -238,6 +247,11 @@ def _blocks(count: int) -> Iterator[int]:
 def _layers(budget: Budget) -> dict[str, int]:
     assert budget.layers is not None, "split before"
     return budget.layers
+
+
+def _is_host(device: torch.device) -> bool:
+    """Whether scores are compared where they are kept; elsewhere steps are best replayed without a look."""
+    return device.type == "cpu"
 
 
 def _fixed(problem: Problem) -> Masks:
