@@ -1,6 +1,7 @@
 """Time and memory of a step of DPaI, beside the same algorithm run on the network itself.
 
     OMP_NUM_THREADS=1 python benchmarks/dpai_speed.py [--nets resnet20 vit_base_patch16_224] [--out FILE]
+    python benchmarks/dpai_speed.py --nets vgg19_bn --alone --device cuda       # the captured step
 
 "network" is what published code does: a forward and a backward pass of the network with its masks for
 weights, a sort per layer, torch's Adam on every weight. One thread; the median over steps, and the fastest
@@ -30,8 +31,10 @@ import fxprune
 from fxprune import zoo
 from fxprune.graph.circuits import circuit
 from fxprune.methods._ascent import Ascent
+from fxprune.methods._device_ascent import DeviceAscent
 from fxprune.methods._kernel_reading import KernelReading
 from fxprune.methods._objective import Mixture
+from fxprune.methods.dpai import LAUNCH
 from fxprune.sparsity.budget import plan
 
 ZOO = {
@@ -94,8 +97,8 @@ def network_step(net: nn.Module, images: torch.Tensor, budget: dict[str, int]) -
 
 
 def circuit_step(
-    net: nn.Module, images: torch.Tensor, density: float
-) -> tuple[Callable[[], float], dict[str, int]]:
+    net: nn.Module, images: torch.Tensor, density: float, device: str
+) -> tuple[Callable[[], Any], dict[str, int]]:
     graph = fxprune.lower(fxprune.capture(net, images))
     shapes = {name: tuple(kernels.shape) for name, kernels in graph.kernels.items()}
     budget = plan("erk", 1 - density, shapes).layers
@@ -103,8 +106,18 @@ def circuit_step(
     assert found is not None
     assert budget is not None
     scores = {name: torch.randn(shape).abs_() for name, shape in shapes.items()}
-    ascent = Ascent(KernelReading(found, list(shapes), {}, MIXTURE), scores, budget, 0.005)
-    return ascent.step, budget
+    if device == "cpu":
+        return Ascent(KernelReading(found, list(shapes), {}, MIXTURE), scores, budget, 0.005).step, budget
+    reading = KernelReading(found, list(shapes), {}, MIXTURE, torch.device(device), LAUNCH)
+    there = {name: score.to(device) for name, score in scores.items()}
+    ascent = DeviceAscent(reading, there, budget, 0.005)
+    ascent.measured_step()
+
+    def step() -> None:
+        ascent.step()
+        torch.accelerator.synchronize()
+
+    return step, budget
 
 
 def peak() -> float:
@@ -112,13 +125,13 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def measure(name: str, density: float, seconds: float, with_network: bool) -> dict[str, Any]:
+def measure(name: str, density: float, seconds: float, with_network: bool, device: str) -> dict[str, Any]:
     torch.manual_seed(0)
     net, images = build(name)
     gc.collect()
     before = peak()
     with torch.no_grad():
-        step, budget = circuit_step(net, images, density)
+        step, budget = circuit_step(net, images, density, device)
         row: dict[str, Any] = {"net": name, "weights": sum(net.get_parameter(n).numel() for n in budget)}
         row["circuit"] = timed(step, seconds)
     row["memory"] = (peak() - before) / (4 * row["weights"])
@@ -136,6 +149,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.01)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--alone", action="store_true", help="leave the network out")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     wish = parser.parse_args()
     torch.set_num_threads(1)
@@ -143,7 +157,7 @@ def main() -> None:
     heads = f"{'ms/step':>9} {'fast':>9} {'memory':>7} {'network':>10} {'ratio':>6} {'fast':>6}"
     print(f"{'net':24} {'weights':>12} {heads}")
     for name in wish.nets:
-        row = measure(name, wish.density, wish.seconds, not wish.alone)
+        row = measure(name, wish.density, wish.seconds, not wish.alone, wish.device)
         rows.append(row)
         line = f"{name:24} {row['weights']:12,} {row['circuit']['median']:9.2f} {row['circuit']['fast']:9.2f}"
         line += f" {row['memory']:7.1f}"
