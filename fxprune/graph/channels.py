@@ -10,7 +10,7 @@ one matrix-vector product per contraction and direction; nothing is taped or res
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,6 +37,14 @@ class Pass(NamedTuple):
     x: list[Tensor]
     y: list[Tensor]
     slope: list[Tensor]
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def _marked(x: Tensor) -> Tensor:
+    return (x > 0).to(x.dtype)
 
 
 @dataclass
@@ -106,6 +114,16 @@ class Circuit:
         share = torch.where(is_usable, 1 / total, torch.zeros_like(total))
         return Pass(math.nan, *self._ends(values), self._backward(values, share))
 
+    def marks(self, counts: Mapping[str, Tensor]) -> Pass:
+        """Which ends of which kernels are on a path: zeros and ones for ``x``, ``y`` and ``slope``.
+
+        Exact where numbers are not: of branches with far fewer paths than others, no slope may be left.
+        ``log_total`` is NaN.
+        """
+        self._meet(counts)
+        values = self._forward(_marked)
+        return Pass(math.nan, *self._ends(values), self._backward(values, 1.0, _marked))
+
     def _meet(self, counts: Mapping[str, Tensor]) -> None:
         """Takes the counts, on whatever device they are."""
         device = next(iter(counts.values())).device
@@ -147,10 +165,10 @@ class Circuit:
         parts = [torch.dot(weight, values[index]) for index, weight in self._weights]
         return sum(parts[1:], parts[0])
 
-    def _forward(self) -> dict[int, Tensor]:
-        values = dict(self.sources)
+    def _forward(self, settle: Callable[[Tensor], Tensor] = _unchanged) -> dict[int, Tensor]:
+        values = {index: settle(x) for index, x in self.sources}
         for op in self.ops:
-            values[op.output] = self._step(op, values)
+            values[op.output] = settle(self._step(op, values))
         return values
 
     def _step(self, op: Op, values: dict[int, Tensor]) -> Tensor:
@@ -214,12 +232,17 @@ class Circuit:
             for index, coefficient in zip(op.inputs, own, strict=True)
         )
 
-    def _backward(self, values: dict[int, Tensor], share: float | Tensor) -> list[Tensor]:
+    def _backward(
+        self,
+        values: dict[int, Tensor],
+        share: float | Tensor,
+        settle: Callable[[Tensor], Tensor] = _unchanged,
+    ) -> list[Tensor]:
         """d ln R / d output of every contraction (rows x channels), its gain included; ``share``: 1 / R."""
         slopes: dict[int, Tensor] = {}
 
         def meet(index: int, slope: Tensor) -> None:
-            slopes[index] = slopes[index] + slope if index in slopes else slope
+            slopes[index] = settle(slopes[index] + slope if index in slopes else slope)
 
         for index, weight in self._weights:
             meet(index, weight * share)
@@ -229,7 +252,7 @@ class Circuit:
             if isinstance(op, Contraction):
                 if slope is None:
                     slope = torch.zeros_like(values[op.output])
-                slope = slope if op.gains[0] == 1 else slope * op.gains[0]
+                slope = settle(slope if op.gains[0] == 1 else slope * op.gains[0])
                 found.append(slope.view(op.rows, -1))
                 meet(op.inputs[0], op.backward(slope))
             elif slope is not None and isinstance(op, Wire):

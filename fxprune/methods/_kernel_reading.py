@@ -281,16 +281,16 @@ class KernelReading:
     def figures(self) -> Figures:
         if self.found.log_total == -math.inf:
             return Figures(-math.inf, 0, 0)
+        marks = self.circuit.marks(self.counts)
         nodes, kernels = [], []
         for piece in (piece for field in self._blocks for block in field for piece in block.pieces):
             own, rows = self.kernels[piece.name], piece.rows
             if piece.name not in self._plain:
-                alive = (self._gradient(self.found, piece.name) > 0) & (self.counts[piece.name] > 0)
+                alive = (self._gradient(marks, piece.name) > 0) & (self.counts[piece.name] > 0)
                 nodes.append(count_nodes(own, alive))
             else:
                 place = self._plain[piece.name]
-                passed = self.found.slope[place][:, rows] > 0
-                alive = torch.mm(passed.float().t(), (self.found.x[place] > 0).float()) > 0
+                alive = torch.mm(marks.slope[place][:, rows].t(), marks.x[place]) > 0
                 alive &= self.counts[piece.name][rows] > 0
                 nodes.append(alive.any(1).sum())
             kernels.append(alive.sum())

@@ -13,7 +13,7 @@ from torch import nn
 import fxprune
 from fxprune import methods, zoo
 from fxprune.capture import capture
-from fxprune.graph import ChannelGraph, lower
+from fxprune.graph import ChannelGraph, circuits, lower
 from fxprune.graph.circuits import circuit
 from fxprune.graph.traverse import flow
 from fxprune.methods import Problem
@@ -180,6 +180,30 @@ def test_a_circuit_of_any_depth() -> None:
     cut = found.run(thin)
     assert cut.log_total == -math.inf
     assert not any(bool(part.any()) for part in cut.slope)
+
+
+class Uneven(nn.Module):
+    """Branches side by side, each with e^300 times as many paths as the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(depth))) for depth in (240, 120, 1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = torch.cat([self.branches[1](x), self.branches[2](x)], 1)
+        return torch.cat([self.branches[0](x), inner], 1)
+
+
+def test_nodes_of_a_branch_with_far_fewer_paths_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No float32 tells the slopes of the last branch from zero; large networks are counted in float32."""
+    monkeypatch.setattr(circuits, "WIDE", 0)
+    graph = lower(capture(Uneven(), torch.ones(1, 16)))
+    ones = {name: torch.ones(own.shape, dtype=torch.bool) for name, own in graph.kernels.items()}
+    figures = ascent_at(graph, ones, Mixture(0.5, 0.5), "kernel").figures()
+    assert figures.log_paths == pytest.approx(241 * math.log(16))
+    assert (figures.nodes, figures.kernels) == (361 * 16, 361 * 16**2)
 
 
 @pytest.mark.parametrize("width", [1, 3, 9])
