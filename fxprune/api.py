@@ -94,7 +94,7 @@ def apply(
     12
     """
     general = {name: method_options.pop(name) for name in GENERAL if name in method_options}
-    inside = model.module if isinstance(model, DistributedDataParallel) else model
+    inside = _inside(model)
     wish = Request(
         resolve_method(method, **method_options), sparsity, data, loss_fn,
         "global" if budget is None else budget, resolve_granularity(granularity), schedule, listed(exclude),
@@ -103,8 +103,7 @@ def apply(
     wish.check(inside)
     sharding.check(inside, wish)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        pruned = _prune(inside, example_inputs, wish, Display(enabled=progress))
-    return cast(fx.GraphModule, model) if wish.returns == "inplace" else pruned
+        return _prune(model, example_inputs, wish, Display(enabled=progress))
 
 
 def analyze(
@@ -149,7 +148,13 @@ def _has_shapes(model: nn.Module) -> bool:
     return isinstance(model, fx.GraphModule) and all("val" in node.meta for node in model.graph.nodes)
 
 
-def _prune(model: nn.Module, example_inputs: Any, wish: Request, display: Display) -> fx.GraphModule:
+def _inside(model: nn.Module) -> nn.Module:
+    wrapped = isinstance(model, DistributedDataParallel)
+    return cast(nn.Module, model.module) if wrapped else model
+
+
+def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Display) -> fx.GraphModule:
+    model = _inside(given)
     before = read(model)
     sharded = sharding.is_sharded(model)
     source = bare(model) if before or sharded else model
@@ -168,9 +173,9 @@ def _prune(model: nn.Module, example_inputs: Any, wish: Request, display: Displa
         masks = _settled(problem, masks, before, wish)
     if wish.returns != "graph":
         # The caller's own class: typed as a graph, for that is what apply gives unless asked for this.
-        pruned = cast(fx.GraphModule, model if wish.returns == "inplace" else duplicate(source))
+        pruned = cast(fx.GraphModule, given if wish.returns == "inplace" else duplicate(source))
         everywhere = [name for name in direct_reads(gm) if name in before or name in masks]
-        _draw_anew(pruned, before, wish)
+        _draw_anew(_inside(pruned), before, wish)
         set_masks(pruned, {**before, **masks}, direct=everywhere)
     else:
         pruned = cast(fx.GraphModule, problem.model) if wish.device is None else duplicate(gm)

@@ -128,8 +128,8 @@ def _check(model: Any) -> None:
         )
     if any(isinstance(tensor, DTensor) for tensor in model.parameters()):
         raise ValueError(
-            "model: its parameters are split over processes; capture it before fully_shard (fxprune.analyze takes "
-            "it as it is, and so does fxprune.apply with returns='inplace')"
+            "model: its parameters are split over processes; capture it before fully_shard (fxprune.analyze"
+            " takes it as it is, and so does fxprune.apply with returns='inplace')"
         )
     lazy = [name for name, tensor in model.named_parameters() if is_lazy(tensor)]
     if lazy:

@@ -59,8 +59,8 @@ def save(
     else obtained), ``kept`` and ``total`` (weights), ``seed``, ``torch``, ``fxprune`` and the ``shapes``.
 
     Args:
-        gm: a masked graph module or plain module; of one that ``fully_shard`` has split, all processes have to
-            write the ticket, which gathers weights; one of them is enough for masks.
+        gm: a masked graph module or plain module. Where ``fully_shard`` has split it, all processes have to
+            call for a ticket, which gathers weights; for masks, one of them is enough.
         path: the file to write.
         form: "masks", or "ticket".
         facts: entries for the header, over those that the model remembers.

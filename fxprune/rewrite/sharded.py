@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
-# What fully_shard leaves among a module's attributes, besides its hooks.
-_TRACES = ("__composable_api_", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
+# What fully_shard leaves among a module's attributes, besides its hooks; and code compiled for the module.
+_TRACES = ("__composable_api_", "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_compiled_call_impl")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -90,7 +90,7 @@ def _without_values(parameter: DTensor) -> nn.Parameter:
 
 
 def _own_state(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module, less those that ``fully_shard`` gave it."""
+    """The attributes of a module that a copy has too, less those that ``fully_shard`` gave it."""
     state: dict[str, Any] = {}
     for name, value in vars(module).items():
         if name.startswith(_TRACES) or (name == "_graph" and isinstance(module, GraphModule)):
