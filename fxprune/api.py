@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -166,7 +167,8 @@ def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Displa
     problem = _problem(source, gm, graph, before, wish, display)
     if sharded:
         problem = sharding.split(problem, model, wish.method)
-    masks = _checked(wish.method, wish.method.find(problem), problem)
+    with sharding.unmasked(model) if sharded else nullcontext():
+        masks = _checked(wish.method, wish.method.find(problem), problem)
     if sharded:
         masks = sharding.gathered(masks, problem, model)
     with display.step(f"look for layers without a path (on_collapse={wish.on_collapse!r})"):

@@ -8,7 +8,8 @@ that are not to be pruned, where a method of the second kind looks at their zero
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -19,12 +20,13 @@ from fxprune.methods import Method, Problem, agree, as_dtensors, local_rows
 from fxprune.methods import get as get_method
 from fxprune.methods import names as list_methods
 from fxprune.request import Request
+from fxprune.rewrite.names import mask_at, masked_places
 from fxprune.rewrite.sharded import home, is_sharded
 from fxprune.sparsity.granularity import NM, WEIGHT
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.sharded import own_part
 
-__all__ = ["check", "gathered", "is_sharded", "split"]
+__all__ = ["check", "gathered", "is_sharded", "split", "unmasked"]
 
 
 def check(model: nn.Module, wish: Request) -> None:
@@ -45,7 +47,7 @@ def check(model: nn.Module, wish: Request) -> None:
         )
     if wish.method.shards == "rows" and wish.granularity != WEIGHT and not isinstance(wish.granularity, NM):
         raise ValueError(
-            f"granularity={str(wish.granularity)!r}: its groups may lie in several processes; {remedy}, or "
+            f"granularity {wish.granularity}: its groups may lie in several processes; {remedy}, or "
             "take 'weight' or 'nm(...)'"
         )
     if wish.on_collapse == "repair":
@@ -71,6 +73,20 @@ def split(problem: Problem, model: nn.Module, method: Method) -> Problem:
         assert isinstance(parameter, DTensor)
         own[name] = own_part(problem.masks[name].to(device), parameter).to(row.device)
     return replace(problem, model=model, weights=rows, masks=own, device=device, group=None, shards=group)
+
+
+@contextmanager
+def unmasked(model: nn.Module) -> Iterator[None]:
+    """The model without its masks, in place: as ``bare``, which such a model has without values only."""
+    masks = [mask_at(place) for place in masked_places(model)]
+    before = [mask.clone() for mask in masks]
+    try:
+        for mask in masks:
+            mask.fill_(True)
+        yield
+    finally:
+        for mask, values in zip(masks, before, strict=True):
+            mask.copy_(values)
 
 
 def gathered(masks: Mapping[str, torch.Tensor], problem: Problem, model: nn.Module) -> Masks:
