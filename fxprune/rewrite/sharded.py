@@ -72,14 +72,13 @@ def plain_twin(model: nn.Module) -> nn.Module:
     modules = list(model.modules())
     for module in modules:
         cls = plain_class(type(module))
-        if isinstance(module, GraphModule):
-            # A graph module writes the code of its graph into its class, which the two must not share.
-            cls = type(cls.__name__, (cls,), {})
-        memo[id(module)] = object.__new__(cls)
+        # A graph module writes its code into its class: __new__ makes each a class of its own.
+        memo[id(module)] = cls.__new__(cls) if issubclass(cls, GraphModule) else object.__new__(cls)
     for module in modules:
         vars(memo[id(module)]).update(copy.deepcopy(_own_state(module), memo))
         if isinstance(module, GraphModule):
             memo[id(module)].graph = copy.deepcopy(module.graph)
+            type(memo[id(module)]).__name__ = plain_class(type(module)).__name__
     twin: nn.Module = memo[id(model)]
     return twin
 

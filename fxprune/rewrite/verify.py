@@ -136,8 +136,11 @@ def _check_graph(path: str, gm: GraphModule) -> None:
         if node.op == "call_function" and node.target in KERNELS:
             operand = weight_operand(node.args, node.kwargs)
             region = constant_region(operand) if isinstance(operand, torch.fx.Node) else None
-            for source in region or ():
-                if source.op == "get_attr" and mask_of(gm, str(source.target)) is not None:
+            reads = [source for source in region or () if source.op == "get_attr"]
+            if any(isinstance(attribute_at(gm, str(source.target)), DTensor) for source in reads):
+                continue  # whole only in a forward
+            for source in reads:
+                if mask_of(gm, str(source.target)) is not None:
                     mask = mask_of(gm, str(source.target))
                     assert mask is not None
                     assert region is not None
