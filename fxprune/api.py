@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import fx, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fxprune import sharding
 from fxprune.capture import capture
 from fxprune.graph import ChannelGraph, lower
 from fxprune.graph.traverse import reach
@@ -22,7 +24,7 @@ from fxprune.methods import resolve as resolve_method
 from fxprune.metrics import Report, measure
 from fxprune.progress import Display
 from fxprune.request import Exclusion, Request, listed, resolve_device
-from fxprune.rewrite import bare, direct_reads, install, read, stamp
+from fxprune.rewrite import bare, direct_reads, install, read, set_masks, stamp
 from fxprune.rewrite.copying import duplicate
 from fxprune.rewrite.names import check as check_places
 from fxprune.sparsity.budget import Allocation, plan
@@ -31,8 +33,9 @@ from fxprune.sparsity.granularity import WEIGHT, Granularity
 from fxprune.sparsity.granularity import resolve as resolve_granularity
 from fxprune.sparsity.masks import Masks, is_subset, kept, validate
 from fxprune.sparsity.schedule import DensityFunction, Schedule
+from fxprune.sparsity.sharded import kept_overall
 
-Returns = Literal["graph", "module"]
+Returns = Literal["graph", "module", "inplace"]
 OnCollapse = Literal["warn", "raise", "repair"]
 
 GENERAL = ("reinit", "micro_batch")
@@ -77,14 +80,14 @@ def apply(
         seed: decides all randomness, here and on any device.
         device: where to score. The result is on the model's own device.
         progress: bars on stderr for what takes over a second.
-        returns: "graph", a ``torch.fx.GraphModule``; "module", the model's own class, masked alike.
+        returns: "graph", a ``torch.fx.GraphModule``; "module", the own class; "inplace", the model itself.
         on_collapse: what to do when a layer lies on no path any more: "warn", "raise", or "repair".
 
     Raises:
         TypeError, ValueError: an argument that does not fit, named, before anything is scored.
         RuntimeError: layers collapsed under ``on_collapse="raise"``, or could not be repaired.
 
-    The caller's model, its modes and the global random state are left alone.
+    The caller's model (unless "inplace"), its modes and the global random state are left alone.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> pruned = apply(net, "magnitude", 0.75, example_inputs=torch.ones(2, 4))
@@ -92,13 +95,14 @@ def apply(
     12
     """
     general = {name: method_options.pop(name) for name in GENERAL if name in method_options}
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    inside = _inside(model)
     wish = Request(
         resolve_method(method, **method_options), sparsity, data, loss_fn,
         "global" if budget is None else budget, resolve_granularity(granularity), schedule, listed(exclude),
         seed, device, returns, on_collapse, **general,
     )  # fmt: skip
-    wish.check(model)
+    wish.check(inside)
+    sharding.check(inside, wish)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         return _prune(model, example_inputs, wish, Display(enabled=progress))
 
@@ -131,7 +135,7 @@ def analyze(
         raise TypeError(f"gm: expected a torch.nn.Module, got a {type(gm).__name__}")
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         masks = read(gm)
-        source = bare(gm) if masks else gm
+        source = bare(gm) if masks or sharding.is_sharded(gm) else gm
         if example_inputs is None and _has_shapes(source):
             graph = lower(cast(fx.GraphModule, source))
         else:
@@ -145,23 +149,36 @@ def _has_shapes(model: nn.Module) -> bool:
     return isinstance(model, fx.GraphModule) and all("val" in node.meta for node in model.graph.nodes)
 
 
-def _prune(model: nn.Module, example_inputs: Any, wish: Request, display: Display) -> fx.GraphModule:
+def _inside(model: nn.Module) -> nn.Module:
+    wrapped = isinstance(model, DistributedDataParallel)
+    return cast(nn.Module, model.module) if wrapped else model
+
+
+def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Display) -> fx.GraphModule:
+    model = _inside(given)
     before = read(model)
-    source = bare(model) if before else model
+    sharded = sharding.is_sharded(model)
+    source = bare(model) if before or sharded else model
     with display.step("capture"):
         gm = capture(source, example_inputs)
     with display.step("lower"):
         graph = lower(gm)
+    _demand_values(model if sharded else gm, graph)
     problem = _problem(source, gm, graph, before, wish, display)
-    masks = _checked(wish.method, wish.method.find(problem), problem)
+    if sharded:
+        problem = sharding.split(problem, model, wish.method)
+    with sharding.unmasked(model) if sharded else nullcontext():
+        masks = _checked(wish.method, wish.method.find(problem), problem)
+    if sharded:
+        masks = sharding.gathered(masks, problem, model)
     with display.step(f"look for layers without a path (on_collapse={wish.on_collapse!r})"):
         masks = _settled(problem, masks, before, wish)
-    if wish.returns == "module":
+    if wish.returns != "graph":
         # The caller's own class: typed as a graph, for that is what apply gives unless asked for this.
-        pruned = cast(fx.GraphModule, duplicate(source))
+        pruned = cast(fx.GraphModule, given if wish.returns == "inplace" else duplicate(source))
         everywhere = [name for name in direct_reads(gm) if name in before or name in masks]
-        _draw_anew(pruned, before, wish)
-        install(pruned, {**before, **masks}, direct=everywhere)
+        _draw_anew(_inside(pruned), before, wish)
+        set_masks(pruned, {**before, **masks}, direct=everywhere)
     else:
         pruned = cast(fx.GraphModule, problem.model) if wish.device is None else duplicate(gm)
         _draw_anew(pruned, before, wish)
@@ -170,6 +187,15 @@ def _prune(model: nn.Module, example_inputs: Any, wish: Request, display: Displa
     if problem.history and isinstance(pruned, fx.GraphModule):
         pruned.meta["fxprune"] = {"history": problem.history}
     return pruned
+
+
+def _demand_values(network: nn.Module, graph: ChannelGraph) -> None:
+    """``ValueError`` for weights that have none."""
+    for name in graph.kernels:
+        if network.get_parameter(name).is_meta:
+            raise ValueError(
+                f"model: {name!r} has no values (it is on the meta device); load the weights first"
+            )
 
 
 def _draw_anew(pruned: nn.Module, before: Masks, wish: Request) -> None:
@@ -194,17 +220,15 @@ def _problem(
         if not wish.excludes(source, (name, *kernels.aliases))
     }
     parameters = {name: gm.get_parameter(name) for name in prunable}
-    for name, parameter in parameters.items():
-        if parameter.is_meta:
-            raise ValueError(
-                f"model: {name!r} has no values (it is on the meta device); load the weights first"
-            )
-    home = next((parameter.device for parameter in parameters.values()), torch.device("cpu"))
+    # What fully_shard has split is on the meta device here.
+    present = [parameter.device for parameter in parameters.values() if not parameter.is_meta]
+    home = present[0] if present else torch.device("cpu")
     device = resolve_device(wish.device) or home
-    masks = {
-        name: before[name] if name in before else torch.ones_like(parameter, dtype=torch.bool)
-        for name, parameter in parameters.items()
-    }
+    masks: Masks = {}
+    for name, parameter in parameters.items():
+        where = home if parameter.is_meta else parameter.device
+        whole = torch.ones(parameter.shape, dtype=torch.bool, device=where)
+        masks[name] = before.get(name, whole)
     shapes = {name: tuple(kernels.shape) for name, kernels in prunable.items()}
     budget = plan(wish.budget, wish.sparsity, shapes, kept(masks))
     check_places(gm, masks)
@@ -212,7 +236,10 @@ def _problem(
     return Problem(
         model=copy if device == home else copy.to(device),
         graph=graph,
-        weights={name: copy.get_parameter(name).detach().to(device) for name in prunable},
+        weights={
+            name: weight if weight.is_meta else weight.to(device)
+            for name, weight in ((name, copy.get_parameter(name).detach()) for name in prunable)
+        },
         masks={name: mask.to(device) for name, mask in masks.items()},
         budget=budget,
         data=wish.data,
@@ -238,7 +265,7 @@ def _checked(method: Method, found: Any, problem: Problem) -> Masks:
     masks = {name: found[name].to(problem.device) for name in problem.weights}
     if not is_subset(masks, problem.masks):
         raise ValueError(f"method {method.name!r} keeps weights that were pruned before")
-    numbers, budget = kept(masks), problem.budget
+    numbers, budget = kept_overall(masks, problem.shards), problem.budget
     asked = {"the model": budget.total} if budget.layers is None else budget.layers
     given = {"the model": sum(numbers.values())} if budget.layers is None else numbers
     for where, number in asked.items():

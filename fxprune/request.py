@@ -46,8 +46,8 @@ class Request:
         """Everything that can be said without looking into the network; raises what :func:`apply` says."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
-        if self.returns not in ("graph", "module"):
-            raise ValueError(f"returns={self.returns!r}: expected 'graph' or 'module'")
+        if self.returns not in ("graph", "module", "inplace"):
+            raise ValueError(f"returns={self.returns!r}: expected 'graph', 'module' or 'inplace'")
         if self.on_collapse not in ("warn", "raise", "repair"):
             raise ValueError(f"on_collapse={self.on_collapse!r}: expected 'warn', 'raise' or 'repair'")
         if self.loss_fn is not None and not callable(self.loss_fn):

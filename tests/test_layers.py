@@ -14,8 +14,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fxprune"
 RANKS = {
     "capture": 0, "progress": 0, "sources": 0, "data": 0, "zoo": 0, "plot": 0, "graph": 1, "sparsity": 2,
-    "methods": 3, "rewrite": 3, "metrics": 3, "request": 3.5, "api": 4, "training": 4.5, "__init__": 5,
-    "cli": 5, "__main__": 6,
+    "methods": 3, "rewrite": 3, "metrics": 3, "request": 3.5, "sharding": 3.7, "api": 4, "training": 4.5,
+    "__init__": 5, "cli": 5, "__main__": 6,
 }  # fmt: skip
 OPTIONAL = {"matplotlib", "sklearn", "transformers", "lightning", "scipy"}
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}

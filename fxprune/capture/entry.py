@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -124,6 +125,11 @@ def _check(model: Any) -> None:
     if is_compiled(model):
         raise ValueError(
             "model: got a compiled module; capture the one in it (model._orig_mod), then compile"
+        )
+    if any(isinstance(tensor, DTensor) for tensor in model.parameters()):
+        raise ValueError(
+            "model: its parameters are split over processes; capture it before fully_shard (fxprune.analyze"
+            " takes it as it is, and so does fxprune.apply with returns='inplace')"
         )
     lazy = [name for name, tensor in model.named_parameters() if is_lazy(tensor)]
     if lazy:

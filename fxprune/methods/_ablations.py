@@ -12,10 +12,10 @@ from typing import Literal
 
 import torch
 
-from fxprune.methods._contract import Method, Problem
+from fxprune.methods._contract import Method, Problem, choose, noise
 from fxprune.sparsity.budget import Budget
-from fxprune.sparsity.masks import Masks, kept
-from fxprune.sparsity.select import select
+from fxprune.sparsity.masks import Masks
+from fxprune.sparsity.sharded import kept_overall
 
 
 def ablated(
@@ -53,22 +53,15 @@ def _shuffled(problem: Problem, masks: Masks, scope: str) -> Masks:
 
     Layers whose channels are tied are shuffled together.
     """
-    noise = {
-        name: torch.rand(mask.shape, generator=problem.generator).to(mask.device)
-        for name, mask in masks.items()
-    }
-    bundles = problem.granularity.bundles(noise, problem.masks)
-    counts = kept(masks)
+    order = {name: noise(problem, name).to(mask.device) for name, mask in masks.items()}
+    bundles = problem.granularity.bundles(order, problem.masks)
+    counts = kept_overall(masks, problem.shards)
     shuffled: Masks = {}
     for names in [tuple(masks)] if scope == "global" else [bundle.names for bundle in bundles]:
         sizes = {name: problem.budget.sizes[name] for name in names}
-        shuffled |= select(
-            {name: noise[name] for name in names},
-            Budget(sum(counts[name] for name in names), sizes),
-            within={name: problem.masks[name] for name in names},
-            granularity=problem.granularity,
-            method="shuffle",
-        )
+        budget = Budget(sum(counts[name] for name in names), sizes)
+        within = {name: problem.masks[name] for name in names}
+        shuffled |= choose(problem, {name: order[name] for name in names}, budget, within, "shuffle")
     return {name: shuffled[name] for name in masks}
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from fxprune.graph.ir import ChannelGraph
@@ -91,7 +92,10 @@ class Method:
     """A pruning method: ``find`` is all it must have.
 
     ``needs``: ``{"data"}`` for a method that cannot run without. ``scored``: whether it ranks scores by
-    ``from_scores`` or ``prune_in_rounds``; False where it builds masks directly. ``summary``: one line.
+    ``from_scores`` or ``prune_in_rounds``; False where it builds masks directly. ``shards``: what ``find``
+    takes where parameters are split over processes: "rows", those of its process, as ``Problem.shards`` says;
+    "shapes", whole parameters on the meta device, for it needs no values, and finds the same masks in every
+    process; "no", nothing: it needs whole parameters. ``summary``: one line.
     ``paper``: authors, year and arXiv id. Methods outside the package are such objects too, passed as
     ``method=``.
     """
@@ -102,6 +106,7 @@ class Method:
     summary: str = ""
     paper: str = ""
     scored: bool = True
+    shards: Literal["rows", "shapes", "no"] = "no"
 
     def check(self, *, data: object) -> None:
         """``ValueError`` if the method needs ``data`` and there is none."""
@@ -159,18 +164,31 @@ def prune_in_rounds(
         scores = criterion(problem, masks)
         if problem.invert:
             scores = {label: -score for label, score in scores.items()}
-        masks = _select(problem, scores, budget, within, name)
+        masks = choose(problem, scores, budget.capped(_room(problem, within)), within, name)
     if problem.group is not None and problem.shards is None:
         agree(masks, problem.group)
     return masks
 
 
-def _select(problem: Problem, scores: Scores, budget: Budget, within: Masks, name: str) -> Masks:
-    granularity = problem.granularity
-    capped = budget.capped(_room(problem, within))
+def noise(problem: Problem, name: str) -> torch.Tensor:
+    """U(0, 1) for every weight of a parameter, or of this process's rows of it, on the CPU.
+
+    A seed means the same on any device and for any number of processes: a parameter is drawn in full.
+    """
     if problem.shards is None:
-        return select(scores, capped, within=within, granularity=granularity, method=name)
-    return select_sharded(scores, capped, problem.shards, within=within, granularity=granularity, method=name)
+        return torch.rand(problem.masks[name].shape, generator=problem.generator)
+    whole = torch.rand(tuple(problem.model.get_parameter(name).shape), generator=problem.generator)
+    rows = -(-len(whole) // dist.get_world_size(problem.shards))
+    first = rows * dist.get_rank(problem.shards)
+    return whole[first : first + rows].clone()
+
+
+def choose(problem: Problem, scores: Scores, budget: Budget, within: Masks, name: str) -> Masks:
+    """The masks of the highest scores under the problem's granularity, over all shards."""
+    granularity = problem.granularity
+    if problem.shards is None:
+        return select(scores, budget, within=within, granularity=granularity, method=name)
+    return select_sharded(scores, budget, problem.shards, within=within, granularity=granularity, method=name)
 
 
 def _room(problem: Problem, masks: Masks) -> dict[str, int]:

@@ -81,19 +81,32 @@ def local_rows(
     """This process's rows of sharded parameters, and the group over which they are split.
 
     They share memory with the model. Raises ``ValueError`` for parameters that are not sharded over rows by
-    ``fully_shard``.
+    ``fully_shard``, or not all over the same processes.
     """
     found: dict[str, torch.Tensor] = {}
     group: dist.ProcessGroup | None = None
     for name in names:
         parameter = model.get_parameter(name)
-        if not isinstance(parameter, DTensor) or parameter.placements[-1] != Shard(0):
-            raise ValueError(f"{name!r} is not sharded over its rows; wrap the model with fully_shard")
+        if not isinstance(parameter, DTensor) or not _is_by_rows(parameter):
+            how = parameter.placements if isinstance(parameter, DTensor) else "not at all"
+            raise ValueError(
+                f"model: {name!r} has to be split over its rows, as fully_shard does it, but is split {how}; "
+                "call fully_shard on the root too, or exclude the parameter"
+            )
         found[name] = parameter.to_local().detach()
-        group = parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
+        own = parameter.device_mesh.get_group(parameter.device_mesh.ndim - 1)
+        if group is not None and own != group:
+            raise ValueError(f"model: {name!r} is split over other processes than the parameters before it")
+        group = own
     if group is None:
         raise ValueError("no sharded parameters were named")
     return found, group
+
+
+def _is_by_rows(parameter: DTensor) -> bool:
+    """Whether consecutive rows lie along the last dimension of the mesh, and copies along the others."""
+    *copies, split = parameter.placements
+    return split == Shard(0) and all(placement.is_replicate() for placement in copies)
 
 
 def as_dtensors(masks: Masks, model: torch.nn.Module) -> dict[str, DTensor]:

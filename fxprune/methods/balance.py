@@ -72,6 +72,7 @@ def balance(
         summary="paths, nodes and kernels balanced by an exact search; no data, no weights",
         paper="this library; the objective is that of Xiang et al. 2025, ICLR (DPaI)",
         scored=False,
+        shards="shapes",
     )
 
 

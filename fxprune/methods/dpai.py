@@ -80,6 +80,7 @@ def dpai(
         summary="masks that climb towards many paths, nodes and kernels; no data, no weights",
         paper="Xiang, Nguyen-Tri et al. 2025, DPaI, ICLR",
         scored=False,
+        shards="shapes",
     )
 
 

@@ -42,4 +42,5 @@ def force(*, rounds: int = 60, batches: int = 1, mode: Mode = "train", regrow: b
         needs=frozenset({"data"}),
         summary="SNIP's score at the pruned network, in many rounds; pruned weights may return",
         paper="de Jorge et al. 2021, arXiv 2006.09081",
+        shards="rows",
     )

@@ -35,4 +35,5 @@ def iter_snip(*, rounds: int = 60, batches: int = 1, mode: Mode = "train") -> Me
         needs=frozenset({"data"}),
         summary="SNIP in many rounds; what is pruned stays pruned",
         paper="de Jorge et al. 2021, arXiv 2006.09081",
+        shards="rows",
     )

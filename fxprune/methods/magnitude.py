@@ -18,6 +18,7 @@ def magnitude() -> Method:
         find=from_scores(_size, name="magnitude"),
         summary="keeps the largest weights",
         paper="Han et al. 2015, arXiv 1506.02626",
+        shards="rows",
     )
 
 

@@ -69,6 +69,7 @@ def npb(
         summary="balances nodes and paths in every layer, by an exact programme; no data",
         paper="Pham et al. 2023, NeurIPS (Towards data-agnostic pruning at initialization)",
         scored=False,
+        shards="shapes" if inside == "random" else "no",
     )
 
 

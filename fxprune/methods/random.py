@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from fxprune.methods._contract import Method, Problem, Scores, from_scores
+from fxprune.methods._contract import Method, Problem, Scores, from_scores, noise
 from fxprune.sparsity.masks import Masks
 
 
@@ -19,12 +17,9 @@ def random() -> Method:
         find=from_scores(_noise, name="random"),
         summary="independent noise for every weight",
         paper="Liu et al. 2022, arXiv 2202.02643",
+        shards="rows",
     )
 
 
 def _noise(problem: Problem, masks: Masks) -> Scores:
-    # Drawn on the CPU, so that a seed means the same masks on every device.
-    return {
-        name: torch.rand(weight.shape, generator=problem.generator).to(weight.device)
-        for name, weight in problem.weights.items()
-    }
+    return {name: noise(problem, name).to(weight.device) for name, weight in problem.weights.items()}

@@ -55,4 +55,5 @@ def snip(
         needs=frozenset({"data"}),
         summary="keeps the weights whose removal changes the loss most",
         paper="Lee et al. 2019, arXiv 1810.02340",
+        shards="rows" if average == "gradient" else "no",
     )

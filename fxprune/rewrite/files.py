@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -58,7 +59,8 @@ def save(
     else obtained), ``kept`` and ``total`` (weights), ``seed``, ``torch``, ``fxprune`` and the ``shapes``.
 
     Args:
-        gm: a masked graph module or plain module.
+        gm: a masked graph module or plain module. Where ``fully_shard`` has split it, all processes have to
+            call for a ticket, which gathers weights; for masks, one of them is enough.
         path: the file to write.
         form: "masks", or "ticket".
         facts: entries for the header, over those that the model remembers.
@@ -99,7 +101,18 @@ def save(
     tensors = {name: pack(mask) for name, mask in masks.items()}
     if form == "ticket":
         tensors |= ticket_tensors(gm)
-    save_file(tensors, path, metadata=header)
+    _write(tensors, path, header)
+
+
+def _write(tensors: dict[str, torch.Tensor], path: str | os.PathLike[str], header: dict[str, str]) -> None:
+    """Processes that write the same file do not write into each other's: the last one's is left."""
+    part = f"{os.fspath(path)}.{uuid.uuid4().hex}"
+    try:
+        save_file(tensors, part, metadata=header)
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
 
 
 def load_masks(path: str | os.PathLike[str]) -> Masks:

@@ -20,6 +20,7 @@ from fxprune.rewrite.reads import (
     is_mask_product,
     unmask_reads,
 )
+from fxprune.rewrite.sharded import is_sharded, plain_twin
 from fxprune.rewrite.zeroing import release
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,12 +40,20 @@ def finalize(model: Model) -> Model:
     Returns:
         The copy, of the same kind. Training it would revive pruned weights.
 
+    Raises:
+        ValueError: ``fully_shard`` has split the model, which cannot be copied then.
+
     >>> from fxprune.rewrite import install
     >>> layer = nn.Linear(2, 1)
     >>> install(layer, {"weight": torch.tensor([[True, False]])})
     >>> type(finalize(layer)).__name__
     'Linear'
     """
+    if is_sharded(model):
+        raise ValueError(
+            "model: fully_shard has split it, so that it cannot be copied; load its full state dict (torch."
+            "distributed.checkpoint.state_dict.get_model_state_dict) into a masked model that is not split"
+        )
     final = duplicate(unwrap(model))
     for module in list(final.modules()):
         form = form_of(module)
@@ -59,7 +68,8 @@ def finalize(model: Model) -> Model:
 def bare(model: Model) -> Model:
     """The masked model as it was: original classes, no masks, *sharing* parameters and buffers with it.
 
-    For looking at, as capture and lowering do: its weights have the zeros, nothing holds them there.
+    For looking at, as capture and lowering do: its weights have the zeros, nothing holds them there. Of a
+    model that ``fully_shard`` has split, it is the whole one, with weights on the meta device.
 
     >>> from fxprune.rewrite import install
     >>> layer = nn.Linear(2, 1)
@@ -68,7 +78,10 @@ def bare(model: Model) -> Model:
     True
     """
     inside = unwrap(model)
-    twin = duplicate(inside, [*inside.parameters(), *inside.buffers()])
+    if is_sharded(inside):
+        twin = plain_twin(inside)
+    else:
+        twin = duplicate(inside, [*inside.parameters(), *inside.buffers()])
     _strip(twin)
     return twin  # type: ignore[return-value]
 

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.rewrite.kernels import KERNELS, weight_operand, with_weight_operand
 from fxprune.rewrite.loading import adapt
+from fxprune.rewrite.sharded import plain_class
 from fxprune.rewrite.zeroing import enrol
 
 SUFFIX = "_mask"
@@ -48,8 +49,8 @@ def form_of(module: nn.Module) -> Form | None:
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module had before it was masked."""
-    base: type[nn.Module] = getattr(type(module), "masked_base", type(module))
+    """The class that the module had before it was masked, and before ``fully_shard``."""
+    base: type[nn.Module] = getattr(type(module), "masked_base", plain_class(type(module)))
     return base
 
 

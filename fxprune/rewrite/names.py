@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
@@ -94,11 +95,12 @@ def check(model: nn.Module, masks: Any) -> dict[int, torch.Tensor]:
     if lazy:
         raise ValueError(f"masks[{lazy[0]!r}]: the parameter is lazy; run the model once before masking it")
     validate(masks, {name: parameter_at(place).shape for name, place in ready.items()}, whole=False)
+    split = any(isinstance(module, FSDPModule) for module in model.modules())
     chosen: dict[int, torch.Tensor] = {}
     first: dict[int, str] = {}
     for name, mask in masks.items():
         key = id(parameter_at(named[name]))
-        _check_place(name, named[name])
+        _check_place(name, named[name], split)
         if key in chosen and not torch.equal(chosen[key], mask.to(chosen[key].device)):
             raise ValueError(
                 f"masks[{first[key]!r}] and masks[{name!r}] differ, but the two weights are tied"
@@ -108,15 +110,16 @@ def check(model: nn.Module, masks: Any) -> dict[int, torch.Tensor]:
     return chosen
 
 
-def _check_place(name: str, place: Place) -> None:
-    """Raises where a parameter cannot take a mask (any more)."""
+def _check_place(name: str, place: Place, split: bool) -> None:
+    """Raises where a parameter cannot take a mask (any more). ``split``: by ``fully_shard``, if at all."""
     _, module, attribute = place
     if isinstance(module, torch.jit.ScriptModule):
         raise ValueError(f"masks[{name!r}]: a TorchScript module cannot be masked; mask it before scripting")
     masked = attribute + SUFFIX in module._buffers
-    if isinstance(parameter_at(place), DTensor) and not masked:
+    if isinstance(parameter_at(place), DTensor) and not masked and not split:
         raise RuntimeError(
-            f"masks[{name!r}]: the parameter is sharded already (DTensor); set the masks before fully_shard"
+            f"masks[{name!r}]: the parameter is a DTensor, and not of fully_shard; set the masks before it is"
+            " distributed"
         )
     if "forward" in module.__dict__ and not isinstance(module, GraphModule):
         raise ValueError(

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.rewrite.copying import duplicate
 from fxprune.rewrite.kernels import KERNELS, weight_operand
+from fxprune.rewrite.sharded import is_sharded, plain_twin
 
 FAILURES = (
     RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ArithmeticError,
@@ -118,7 +119,7 @@ def needs_operand_mask(module: nn.Module, attribute: str) -> bool:
 
 def private_twin(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy on the CPU in eval mode, to be run at will; its values are made up where the module has none."""
-    twin = duplicate(module)
+    twin = plain_twin(module) if is_sharded(module) else duplicate(module)
     if any(tensor.is_meta for tensor in [*twin.parameters(), *twin.buffers()]):
         twin = twin.to_empty(device="cpu")
         for tensor in [*twin.parameters(), *twin.buffers()]:

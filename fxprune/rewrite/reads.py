@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node, map_arg
 from torch.fx.graph import Graph
 
 from fxprune.rewrite.form import SUFFIX
 from fxprune.rewrite.kernels import KERNELS, weight_operand, with_weight_operand
 from fxprune.rewrite.probing import FAILURES, UnfollowableError, moves_zeros
+from fxprune.rewrite.sharded import plain_class
 
 # The second is what capturing a masked plain module gives.
 _PRODUCTS = (torch.mul, operator.mul)
@@ -41,7 +43,15 @@ def mask_reads(gm: GraphModule) -> None:
         changed |= _mask_operand(gm, node)
     if changed:
         gm.graph.lint()
-        gm.recompile()
+        _recompile(gm)
+
+
+def _recompile(gm: GraphModule) -> None:
+    # Code written into a class that fully_shard has put on top of the graph's own would call itself for ever.
+    own = type(gm)
+    gm.__class__ = plain_class(own)  # type: ignore[assignment]
+    gm.recompile()
+    gm.__class__ = own
 
 
 def direct_reads(gm: GraphModule) -> list[str]:
@@ -153,8 +163,8 @@ def constant_region(node: Node) -> list[Node] | None:
 def evaluate(gm: GraphModule, region: list[Node], given: dict[Node, torch.Tensor] | None = None) -> Any:
     """The value of the last node of a :func:`constant_region`.
 
-    With ``given``, in float64 on the CPU, those nodes having those values, and masks being left out; else as
-    the model would compute it.
+    With ``given``, in float64 on the CPU, those nodes having those values, and masks being left out; values
+    of parameters that are split over processes are made up. Else as the model would compute it.
     """
     values: dict[Node, Any] = dict(given or {})
     for node in region:
@@ -163,6 +173,8 @@ def evaluate(gm: GraphModule, region: list[Node], given: dict[Node, torch.Tensor
         args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "get_attr":
             value = attribute_at(gm, str(node.target))
+            if given is not None and isinstance(value, DTensor):
+                value = torch.ones(value.shape)
             double = given is not None and isinstance(value, torch.Tensor) and value.is_floating_point()
             values[node] = value.detach().to("cpu", torch.float64) if double else value
         elif node.op == "call_function":

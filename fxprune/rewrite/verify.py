@@ -12,6 +12,7 @@ from fxprune.rewrite.kernels import KERNELS, weight_operand
 from fxprune.rewrite.names import Place, join, mask_at, masked_places, parameter_at, tied, unwrap
 from fxprune.rewrite.probing import FAILURES, example_input, private_twin, recorded
 from fxprune.rewrite.reads import attribute_at, constant_region, evaluate, is_mask_product, mask_of
+from fxprune.rewrite.sharded import home, reshard
 from fxprune.rewrite.zeroing import local_part
 
 
@@ -37,6 +38,7 @@ def verify(model: nn.Module) -> None:
     >>> verify(layer)
     """
     model = unwrap(model)
+    reshard(model)
     _check_bypass(model)
     found = list(masked_places(model))
     if not found:
@@ -73,7 +75,7 @@ def _check_bypass(model: nn.Module) -> None:
 def _check_storage(place: Place, same: list[Place]) -> None:
     name = join(place[0], place[2])
     parameter, mask = parameter_at(place), mask_at(place)
-    if mask.dtype != torch.bool or mask.shape != parameter.shape or mask.device != parameter.device:
+    if mask.dtype != torch.bool or mask.shape != parameter.shape or mask.device != home(parameter):
         raise RuntimeError(
             f"{name} ({tuple(parameter.shape)}, {parameter.device}) does not fit its mask"
             f" ({mask.dtype}, {tuple(mask.shape)}, {mask.device})"
@@ -134,8 +136,11 @@ def _check_graph(path: str, gm: GraphModule) -> None:
         if node.op == "call_function" and node.target in KERNELS:
             operand = weight_operand(node.args, node.kwargs)
             region = constant_region(operand) if isinstance(operand, torch.fx.Node) else None
-            for source in region or ():
-                if source.op == "get_attr" and mask_of(gm, str(source.target)) is not None:
+            reads = [source for source in region or () if source.op == "get_attr"]
+            if any(isinstance(attribute_at(gm, str(source.target)), DTensor) for source in reads):
+                continue  # whole only in a forward
+            for source in reads:
+                if mask_of(gm, str(source.target)) is not None:
                     mask = mask_of(gm, str(source.target))
                     assert mask is not None
                     assert region is not None

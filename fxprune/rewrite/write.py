@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.fx import GraphModule
 
 from fxprune.rewrite.form import SUFFIX, Form, form_of, is_stock, masked_class, original_class
@@ -14,6 +15,7 @@ from fxprune.rewrite.loading import adapt
 from fxprune.rewrite.names import CONTAINERS, Place, check, join, tied, unwrap
 from fxprune.rewrite.probing import needs_operand_mask
 from fxprune.rewrite.reads import check_reads, mask_reads
+from fxprune.rewrite.sharded import home, reshard, sharded_class
 from fxprune.rewrite.zeroing import enrol, zero
 
 
@@ -35,13 +37,17 @@ def install(module: nn.Module, masks: Mapping[str, torch.Tensor], direct: Iterab
     Raises:
         TypeError, ValueError: a mask of wrong name, shape or dtype; tied masks that differ; a weight that is
             re-parametrised. Nothing is changed then.
-        RuntimeError: the parameter is sharded already.
+        RuntimeError: the parameter is split over processes, and not by ``fully_shard``.
+
+    A model that ``fully_shard`` has split takes whole masks, the same in all processes, before or after it is
+    split.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> install(layer, {"weight": torch.tensor([[True, False]])})
     >>> bool(layer.weight[0, 1] == 0), isinstance(layer, nn.Linear)
     (True, True)
     """
+    reshard(module)
     chosen = check(module, masks)
     everywhere = tied(module)
     targets = [(place, chosen[key]) for key in chosen for place in everywhere[key]]
@@ -61,7 +67,7 @@ def install(module: nn.Module, masks: Mapping[str, torch.Tensor], direct: Iterab
         mask_reads(graph)
 
 
-def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, direct: Iterable[str] = ()) -> None:
     """Sets the masks of a model, in place; names that ``masks`` lacks keep the mask they have, or none.
 
     Args:
@@ -69,6 +75,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
             averaged model.
         masks: parameter name in the original model -> bool tensor of its shape, ``True`` = kept. What
             becomes kept starts from 0.0, what becomes pruned is 0.0 from now on.
+        direct: as for :func:`install`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`install`; nothing is applied in part.
@@ -80,7 +87,7 @@ def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """
     inside = unwrap(model)
     classes = [type(module) for module in inside.modules()]
-    install(inside, masks)
+    install(inside, masks, direct)
     if inside is not model and classes != [type(module) for module in inside.modules()]:
         # Code compiled for the dense model may not be guarded by the class of torch's layers (torch 2.9).
         torch.compiler.reset()
@@ -96,7 +103,7 @@ def _put(owner: nn.Module, attribute: str, mask: torch.Tensor) -> None:
     assert parameter is not None
     present = owner._buffers.get(attribute + SUFFIX)
     if present is None:
-        owner.register_buffer(attribute + SUFFIX, mask.detach().to(parameter.device, copy=True))
+        owner.register_buffer(attribute + SUFFIX, mask.detach().to(home(parameter), copy=True))
     else:
         present.copy_(mask)
     zero(parameter, mask)
@@ -110,7 +117,8 @@ def _reclass(owner: nn.Module, form: Form | None) -> None:
         if _adapt_hook not in [entry.hook for entry in hooks.values()]:
             owner.register_load_state_dict_pre_hook(_adapt_hook)  # type: ignore[no-untyped-call]
     elif form_of(owner) != form:
-        owner.__class__ = masked_class(original_class(owner), form)
+        cls = masked_class(original_class(owner), form)
+        owner.__class__ = sharded_class(cls, owner) if isinstance(owner, FSDPModule) else cls
     enrol(owner)
 
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from fxprune.sparsity.sharded import own_part
 
 _living: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -46,9 +48,7 @@ def local_part(tensor: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, 
     """What this process holds of a tensor that may be sharded, and its part of the (replicated) mask."""
     if not isinstance(tensor, DTensor):
         return tensor, mask
-    mesh, places = tensor.device_mesh, tensor.placements
-    whole = DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return tensor.to_local(), whole.redistribute(mesh, places).to_local()
+    return tensor.to_local(), own_part(mask, tensor)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:

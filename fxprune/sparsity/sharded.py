@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
 
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import NEVER, NM, WEIGHT, Bundle, Granularity
@@ -124,6 +125,13 @@ def summed(numbers: list[int], group: dist.ProcessGroup | None) -> list[int]:
     dist.all_reduce(total, group=group)
     found: list[int] = total.tolist()
     return found
+
+
+def own_part(whole: torch.Tensor, like: DTensor) -> torch.Tensor:
+    """This process's part of a tensor that every process has in full, split as ``like``; nothing travels."""
+    mesh = like.device_mesh
+    placed = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return placed.redistribute(mesh, like.placements).to_local()
 
 
 def kept_overall(masks: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> dict[str, int]:

@@ -111,6 +111,27 @@ def test_returns_module_masks_parameters_that_others_read() -> None:
         assert torch.allclose(pruned(x), pruned.head(x @ ones.T), atol=1e-6)
 
 
+def test_inplace_prunes_the_model_itself() -> None:
+    model = small_net()
+    weights = {id(parameter) for parameter in model.parameters()}
+    expected = prune(model, "random", 0.5, returns="module")
+    assert not fxprune.masks(model)
+    assert prune(model, "random", 0.5, returns="inplace") is model
+    assert {id(parameter) for parameter in model.parameters()} == weights
+    fxprune.verify(model)
+    for other in (expected, prune(small_net(), "random", 0.5)):
+        masks = fxprune.masks(other)
+        assert all(torch.equal(mask, masks[name]) for name, mask in fxprune.masks(model).items())
+    before = fxprune.masks(model)
+    prune(model, "magnitude", 0.8, returns="inplace")
+    assert all(not bool((mask & ~before[name]).any()) for name, mask in fxprune.masks(model).items())
+    assert kept(model) == round(0.2 * (8 * 27 + 8 * 72 + 8 * 4))
+    gm = fxprune.capture(small_net(), IMAGES)
+    assert prune(gm, "random", 0.5, returns="inplace") is gm
+    assert kept(gm) == kept(expected)
+    fxprune.verify(gm)
+
+
 @pytest.mark.parametrize("returns", ["graph", "module"])
 def test_pruning_again_only_removes(returns: str) -> None:
     first = prune(small_net(), "random", 0.3, returns=returns, exclude="6")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.fx import symbolic_trace
 
-from fxprune.rewrite import load_masks, read, read_header, save, set_masks, stamp
+from fxprune.rewrite import files, load_masks, read, read_header, save, set_masks, stamp
 from rewrite import nets
 
 
@@ -40,6 +40,22 @@ def test_round_trip(gm, tmp_path):
     assert (header["kept"], header["total"]) == (str(alive), str(weights))
     assert header["torch"] == torch.__version__
     assert json.loads(header["shapes"])["0.weight"] == [6, 3, 3, 3]
+
+
+def test_a_file_is_there_in_full_or_as_it_was(gm, tmp_path, monkeypatch):
+    file = tmp_path / "masks.safetensors"
+    save(gm, file)
+    before = file.read_bytes()
+
+    def fails(tensors, path, metadata):
+        open(path, "wb").write(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(files, "save_file", fails)
+    with pytest.raises(OSError, match="no space left"):
+        save(gm, file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_bit_for_a_weight(tmp_path):

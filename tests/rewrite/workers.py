@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from fxprune.rewrite import read, set_masks, verify
+from fxprune.rewrite import finalize, read, set_masks, verify
 from rewrite import nets
 
 WORLD = 2
@@ -87,10 +87,12 @@ def compare(model, masks):
 
 
 def run(rank, port):
-    """Both tests in one pair of processes: starting them takes longer than running."""
+    """All tests in one pair of processes: starting them takes longer than running."""
     start(rank, port)
     data_parallel(rank)
     fully_sharded(rank)
+    masked_after_sharding(rank)
+    split_by_others()
     dist.destroy_process_group()
 
 
@@ -123,8 +125,35 @@ def fully_sharded(rank):
     for name, mask in changed.items():
         assert (whole(model.get_parameter(name).detach())[~mask] == 0).all(), name
     verify(model)
-    dense = Net()
-    for part in (dense.conv, dense):
+
+
+def masked_after_sharding(rank):
+    mesh = init_device_mesh("cpu", (WORLD,))
+    model = Net()
+    masks = nets.masks_for(model)
+    for part in (model.conv, model.std, model.attention, model.fc):
         fully_shard(part, mesh=mesh)
-    with pytest.raises(RuntimeError, match=r"conv\.weight.*before fully_shard"):
-        set_masks(dense, masks)
+    fully_shard(model, mesh=mesh)
+    set_masks(model, masks)
+    classes = [type(part).__name__ for part in (model.conv, model.fc)]
+    assert classes == ["FSDPMaskedConv2d", "FSDPMaskedLinear"]
+    assert isinstance(model.fc, FSDPModule)
+    verify(model)
+    train(model, slice(2 * rank, 2 * rank + 2))
+    compare(model, masks)
+    # A forward leaves the root's parameters whole: masks reach what is stored all the same.
+    wide = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    fully_shard(wide, mesh=mesh)
+    wide(torch.ones(1, 4))
+    assert not isinstance(wide[0].weight, DTensor)
+    set_masks(wide, {"0.weight": torch.eye(4) > 0})
+    assert (wide[0].weight.full_tensor()[~read(wide)["0.weight"]] == 0).all()
+    with pytest.raises(ValueError, match=r"full state dict.*not split"):
+        finalize(wide)
+
+
+def split_by_others():
+    model = nn.Linear(4, 4)
+    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (WORLD,))))
+    with pytest.raises(RuntimeError, match=r"'weight'.*before it is distributed"):
+        set_masks(model, {"weight": torch.eye(4) > 0})
