@@ -90,7 +90,7 @@ def apply(
     The caller's model (unless "inplace"), its modes and the global random state are left alone.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> pruned = apply(net, "magnitude", 0.75, example_inputs=torch.ones(2, 4))
+    >>> pruned = apply(net, "synflow", 0.75, example_inputs=torch.ones(2, 4))
     >>> sum(int(mask.sum()) for mask in read(pruned).values())
     12
     """
