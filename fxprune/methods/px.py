@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune.graph import ChannelGraph, ir
 from fxprune.graph.traverse import flow
-from fxprune.methods._activity import Activity
+from fxprune.methods._activity import EMPTY, Activity, Number, added, at_power
 from fxprune.methods._contract import Method, Problem, Scores, prune_in_rounds
 from fxprune.methods._data import Batch
 from fxprune.methods._data import batches as read_batches
-from fxprune.methods._distributed import average
+from fxprune.methods._distributed import average, largest
 from fxprune.methods._gradients import count_of, run_at, scoring, twice_differentiable
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.schedule import Exponential
@@ -84,28 +84,34 @@ def _is_even(graph: ChannelGraph, masks: Masks) -> bool:
     return last.weight.name not in masks or bool(masks[last.weight.name].all())
 
 
-def _activities(problem: Problem, masks: Masks, some: list[Batch]) -> list[torch.Tensor]:
-    """For every real output, the squared gains of the active paths that end in it, summed over samples."""
-    total: list[torch.Tensor] = []
+def _activities(problem: Problem, masks: Masks, some: list[Batch]) -> list[Number]:
+    """For every real output, the squared gains of the active paths that end in it, a mean over processes.
+
+    They are summed over samples, and come in float64, all under one power of two.
+    """
+    found: list[list[Number]] = []
     with scoring(problem, "eval"), torch.no_grad(), twice_differentiable(), _plain_attention():
         for batch in some:
-            found = _active_paths(problem, masks, batch)
-            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
-    average(total, problem.group)
-    return total
+            found.append(_active_paths(problem, masks, batch))
+    totals = [added(numbers, numbers[0].values.shape) for numbers in zip(*found, strict=True)]
+    power = largest(max((number.power for number in totals), default=EMPTY), problem.group)
+    values = [at_power(number, power) for number in totals]
+    average(values, problem.group)
+    return [Number(one, power) for one in values]
 
 
-def _active_paths(problem: Problem, masks: Masks, batch: Batch) -> list[torch.Tensor]:
+def _active_paths(problem: Problem, masks: Masks, batch: Batch) -> list[Number]:
     weights = {name: (w * masks[name]).to(problem.device) for name, w in problem.weights.items()}
     activity = Activity({weights[name]: mask.to(problem.device) for name, mask in masks.items()})
-    found: list[torch.Tensor] = []
+    found: list[Number] = []
 
     def follow(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         activity.start((args, kwargs))
 
     def collect(model: torch.nn.Module, args: Any, output: Any) -> None:
         real = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-        found[:] = [activity.paths.get(x, torch.zeros_like(x, dtype=torch.float64)).sum(0) for x in real]
+        ends = [activity.paths.get(x, Number(torch.zeros_like(x), EMPTY)) for x in real]
+        found[:] = [Number(values.double().sum(0), power) for values, power in ends]
 
     hooks = (
         problem.model.register_forward_pre_hook(follow, with_kwargs=True),
@@ -154,12 +160,15 @@ class _Weighted:
             ops.append(replace(op, inputs=tuple(outputs)))
         self.graph = replace(graph, ops=tuple(ops), programs={})
 
-    def set(self, activities: list[torch.Tensor]) -> None:
-        """Sets the numbers to the sums of ``activities`` (of the outputs' shapes, without the batch)."""
+    def set(self, activities: list[Number]) -> None:
+        """Sets the numbers to the sums of ``activities`` (of the outputs' shapes, without the batch).
+
+        Only their ratios matter; all are under one power of two.
+        """
         if len(activities) != len(self.axes):
             return  # outputs that are no tensors of the graph: all count alike
         sums = []
-        for activity, axis in zip(activities, self.axes, strict=True):
+        for (activity, _), axis in zip(activities, self.axes, strict=True):
             rest = [dim for dim in range(activity.dim()) if dim != axis]
             sums.append(activity.sum(rest) if rest else activity)
         top = max((float(one.max()) for one in sums), default=0.0)
