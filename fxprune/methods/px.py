@@ -41,8 +41,9 @@ def px(
     real, masked network in eval mode; ``_activity`` says it for gates, attention and pooling.
 
     Deviations from the authors' code, which takes norms with batch statistics, and the classifier's signed
-    weights as they are: scores are never negative, and every layer keeps a path. As long as the classifier is
-    dense, all outputs have the same activity, and the order is that of squared weights alone.
+    weights as they are: a score is positive where the weight lies on a path to an output that is active on
+    the data, and zero elsewhere. As long as the classifier is dense, all outputs have the same activity, and
+    the order is that of squared weights alone.
     """
     count_of("px", "batches", batches)
 

@@ -184,6 +184,56 @@ def test_activity_depends_on_the_data_alone_once_the_masks_are_given() -> None:
     assert torch.allclose(2 * activities(asked)[0], activities(twice)[0])
 
 
+def test_more_paths_than_a_float_can_count() -> None:
+    # Every path is active, each layer multiplies their number by 64: 64^400 is 10^722.
+    layers = [layer for _ in range(400) for layer in (nn.Linear(64, 64, bias=False), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Linear(64, 3))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(2**-6)
+    x = torch.rand(5, 64, generator=torch.Generator().manual_seed(0))
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in net.named_parameters() if p.dim() > 1}
+    masks["800.weight"][0, ::2] = False
+    (found,) = _activities(px_problem(net, (x, None), masks=masks), masks, [Batch(x)])
+    assert torch.allclose(found.values / found.values[1], torch.tensor([0.5, 1.0, 1.0], dtype=torch.float64))
+    expected = float(x.double().square().sum().log2()) + 400 * 6
+    assert float(found.values[1].log2()) + found.power == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("exponent", [-70, 60])
+def test_activity_scales_with_the_square_of_the_data(exponent: int) -> None:
+    # Squares of these leave float32; a residual sum and a product meet numbers of other sizes.
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    torch.manual_seed(1)
+    weights = [net[0].weight, net[2].weight]
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    numbers = []
+    for inputs in (x, x * 2.0**exponent):
+        with Activity({w: torch.ones_like(w) for w in weights}) as activity, torch.no_grad():
+            activity.start(inputs)
+            numbers.append(activity.paths[net(inputs)])
+    small, large = numbers
+    assert torch.equal(small.values, large.values)
+    assert large.power - small.power == 2 * exponent
+
+
+def test_sums_of_very_different_numbers() -> None:
+    # y = x + b x with a deep, dense b: the branch has all the paths but for one part in 10^60.
+    x = torch.rand(2, 8, generator=torch.Generator().manual_seed(0))
+    ones = torch.ones(8, 8)
+    none = torch.zeros(8, 8)
+    with Activity({ones: ones, none: none}) as activity, torch.no_grad():
+        activity.start(x)
+        branch = x
+        for _ in range(70):
+            branch = branch @ ones / 8
+        left, right = activity.paths[x + branch], activity.paths[branch]
+        unlit = activity.paths[x * 2.0**-70 + x @ none]
+    assert left.power == right.power
+    assert torch.allclose(left.values, right.values)
+    assert torch.allclose(unlit.values * 2.0**unlit.power, x.square())
+
+
 def test_no_layer_collapses_in_a_hundred_rounds(scored: list[Scores]) -> None:
     torch.manual_seed(0)
     layers = [
