@@ -11,13 +11,14 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fxprune.graph import ChannelGraph, ir
-from fxprune.graph.traverse import flow
+from fxprune.graph.traverse import flow, reach
 from fxprune.methods._activity import EMPTY, Activity, Number, added, at_power
 from fxprune.methods._contract import Method, Problem, Scores, prune_in_rounds
 from fxprune.methods._data import Batch
 from fxprune.methods._data import batches as read_batches
 from fxprune.methods._distributed import average, largest
 from fxprune.methods._gradients import count_of, run_at, scoring, twice_differentiable
+from fxprune.sparsity.collapse import live_layers, repair
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.schedule import Exponential
 
@@ -42,8 +43,9 @@ def px(
 
     Deviations from the authors' code, which takes norms with batch statistics, and the classifier's signed
     weights as they are: a score is positive where the weight lies on a path to an output that is active on
-    the data, and zero elsewhere. As long as the classifier is dense, all outputs have the same activity, and
-    the order is that of squared weights alone.
+    the data, and zero elsewhere. At the end, residual branches that have lost their last path get one back
+    (the paper's promise, which its scores keep in layers that all paths cross). As long as the classifier
+    is dense, all outputs have the same activity, and the order is that of squared weights alone.
     """
     count_of("px", "batches", batches)
 
@@ -64,7 +66,8 @@ def px(
             found = flow(weighted.graph, alive | others, resolution=resolution, pool="mean", products="mean")
             return {name: found.gradients[name] * square for name, square in alive.items()}
 
-        return prune_in_rounds(problem, bound, schedule=Exponential(rounds), regrow=False, name="px")
+        masks = prune_in_rounds(problem, bound, schedule=Exponential(rounds), regrow=False, name="px")
+        return masks if problem.invert else _with_every_layer(problem, masks)
 
     return Method(
         name="px",
@@ -73,6 +76,31 @@ def px(
         summary="keeps the weights on paths that are active on the data, in many rounds",
         paper="Iurada et al. 2024, arXiv 2406.01820",
     )
+
+
+def _with_every_layer(problem: Problem, masks: Masks) -> Masks:
+    """``masks``, with a path again in layers that lost their last one, if the budget has room for it.
+
+    Layers that all paths cross have the same sum of scores, and cannot lose all of it. Branches between which
+    paths choose share that sum; what is pruned in one flows through the others, down to nothing.
+    """
+    fixed = {
+        name: problem.model.get_parameter(name).detach() != 0
+        for name in problem.graph.kernels
+        if name not in masks
+    }
+    alive = live_layers(reach(problem.graph, masks | fixed))
+    if len(alive) == len(problem.graph.kernels):
+        return masks
+    if live_layers(reach(problem.graph, problem.masks | fixed)) <= alive:
+        return masks
+    try:
+        return repair(
+            problem.graph, masks, problem.weights, problem.budget,
+            within=problem.masks, fixed=fixed, granularity=problem.granularity,
+        )  # fmt: skip
+    except RuntimeError:  # so says repair where a path for every layer does not fit
+        return masks
 
 
 def _is_even(graph: ChannelGraph, masks: Masks) -> bool:

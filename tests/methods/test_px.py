@@ -1,6 +1,7 @@
 """PX against the hand example, the explicit list of paths, and its promises."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from fxprune import methods
 from fxprune.capture import capture
 from fxprune.graph import lower
+from fxprune.graph.traverse import reach
 from fxprune.methods import Problem, Scores
 from fxprune.methods._activity import Activity, Number
 from fxprune.methods._data import Batch
@@ -248,6 +250,47 @@ def test_no_layer_collapses_in_a_hundred_rounds(scored: list[Scores]) -> None:
         assert all(bool((score >= 0).all()) for score in scores.values())
         assert sum(int((score > 0).sum()) for score in later.values()) > 0
     assert all(bool((score > 0).all()) for score in scored[0].values())
+
+
+class Residual(nn.Module):
+    """Three residual branches that carry next to nothing, one of them already pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.branches = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        with torch.no_grad():
+            for branch in self.branches:
+                branch.weight.mul_(1e-3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for branch in self.branches:
+            x = x + branch(x).relu()
+        return self.last(x)
+
+
+def test_branches_that_a_skip_passes_keep_a_path() -> None:
+    # All paths cross the first and the last layer; the sum of scores of a branch may fall to nothing.
+    asked = px_problem(Residual(), (X, torch.zeros(6)), 0.9)
+    asked.masks["branches.1.weight"][:] = False
+    masks = methods.get("px").find(asked)
+    kept = {name: int(mask.sum()) for name, mask in masks.items()}
+    assert sum(kept.values()) == asked.budget.total == 14
+    assert (kept["branches.0.weight"], kept["branches.1.weight"], kept["branches.2.weight"]) == (1, 0, 1)
+    on_path = reach(asked.graph, masks)
+    assert on_path["branches.0.weight"].any()
+    assert on_path["branches.2.weight"].any()
+    untouched = methods.get("px").find(replace(asked, invert=True))
+    assert total(untouched) == 14
+
+
+def test_a_budget_that_is_too_small_for_every_branch() -> None:
+    asked = px_problem(Residual(), (X, torch.zeros(6)), 0.98)
+    masks = methods.get("px").find(asked)
+    assert total(masks) == asked.budget.total == 3
+    assert reach(asked.graph, masks)["last.weight"].any()
 
 
 def test_a_dense_classifier_needs_no_pass() -> None:
