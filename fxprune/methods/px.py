@@ -51,11 +51,7 @@ def px(
 
     def find(problem: Problem) -> Masks:
         squares = {name: weight.float().square() for name, weight in problem.weights.items()}
-        others = {
-            name: problem.model.get_parameter(name).detach().float().square().to(problem.device)
-            for name in problem.graph.kernels
-            if name not in squares
-        }
+        others = {name: weight.float().square() for name, weight in _others(problem).items()}
         weighted = _Weighted(problem.graph)
 
         def bound(_: Problem, masks: Masks) -> Scores:
@@ -78,17 +74,23 @@ def px(
     )
 
 
+def _others(problem: Problem) -> dict[str, torch.Tensor]:
+    """Kernels that are not to be pruned, beside the problem's weights on their device."""
+    home = next(iter(problem.weights.values())).device
+    return {
+        name: problem.model.get_parameter(name).detach().to(home)
+        for name in problem.graph.kernels
+        if name not in problem.weights
+    }
+
+
 def _with_every_layer(problem: Problem, masks: Masks) -> Masks:
     """``masks``, with a path again in layers that lost their last one, if the budget has room for it.
 
     Layers that all paths cross have the same sum of scores, and cannot lose all of it. Branches between which
     paths choose share that sum; what is pruned in one flows through the others, down to nothing.
     """
-    fixed = {
-        name: problem.model.get_parameter(name).detach() != 0
-        for name in problem.graph.kernels
-        if name not in masks
-    }
+    fixed = {name: weight != 0 for name, weight in _others(problem).items()}
     alive = live_layers(reach(problem.graph, masks | fixed))
     if len(alive) == len(problem.graph.kernels):
         return masks
