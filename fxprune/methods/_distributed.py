@@ -30,6 +30,16 @@ def average(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None) ->
         tensor.copy_(travelling.div_(size))
 
 
+def largest(number: int, group: dist.ProcessGroup | None) -> int:
+    """The largest ``number`` that any process of ``group`` has; this one's where it is None."""
+    if group is None:
+        return number
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    own = torch.tensor(number, dtype=torch.int64, device=device)
+    dist.all_reduce(own, dist.ReduceOp.MAX, group=group)
+    return int(own)
+
+
 def average_differentiably(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """The mean over the processes, through which gradients flow back to all of them."""
     if group is None:

@@ -11,13 +11,14 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fxprune.graph import ChannelGraph, ir
-from fxprune.graph.traverse import flow
-from fxprune.methods._activity import Activity
+from fxprune.graph.traverse import flow, reach
+from fxprune.methods._activity import EMPTY, Activity, Number, added, at_power
 from fxprune.methods._contract import Method, Problem, Scores, prune_in_rounds
 from fxprune.methods._data import Batch
 from fxprune.methods._data import batches as read_batches
-from fxprune.methods._distributed import average
+from fxprune.methods._distributed import average, largest
 from fxprune.methods._gradients import count_of, run_at, scoring, twice_differentiable
+from fxprune.sparsity.collapse import live_layers, repair
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.schedule import Exponential
 
@@ -41,18 +42,16 @@ def px(
     real, masked network in eval mode; ``_activity`` says it for gates, attention and pooling.
 
     Deviations from the authors' code, which takes norms with batch statistics, and the classifier's signed
-    weights as they are: scores are never negative, and every layer keeps a path. As long as the classifier is
-    dense, all outputs have the same activity, and the order is that of squared weights alone.
+    weights as they are: a score is positive where the weight lies on a path to an output that is active on
+    the data, and zero elsewhere. At the end, residual branches that have lost their last path get one back
+    (the paper's promise, which its scores keep in layers that all paths cross). As long as the classifier
+    is dense, all outputs have the same activity, and the order is that of squared weights alone.
     """
     count_of("px", "batches", batches)
 
     def find(problem: Problem) -> Masks:
         squares = {name: weight.float().square() for name, weight in problem.weights.items()}
-        others = {
-            name: problem.model.get_parameter(name).detach().float().square().to(problem.device)
-            for name in problem.graph.kernels
-            if name not in squares
-        }
+        others = {name: weight.float().square() for name, weight in _others(problem).items()}
         weighted = _Weighted(problem.graph)
 
         def bound(_: Problem, masks: Masks) -> Scores:
@@ -63,7 +62,8 @@ def px(
             found = flow(weighted.graph, alive | others, resolution=resolution, pool="mean", products="mean")
             return {name: found.gradients[name] * square for name, square in alive.items()}
 
-        return prune_in_rounds(problem, bound, schedule=Exponential(rounds), regrow=False, name="px")
+        masks = prune_in_rounds(problem, bound, schedule=Exponential(rounds), regrow=False, name="px")
+        return masks if problem.invert else _with_every_layer(problem, masks)
 
     return Method(
         name="px",
@@ -72,6 +72,37 @@ def px(
         summary="keeps the weights on paths that are active on the data, in many rounds",
         paper="Iurada et al. 2024, arXiv 2406.01820",
     )
+
+
+def _others(problem: Problem) -> dict[str, torch.Tensor]:
+    """Kernels that are not to be pruned, beside the problem's weights on their device."""
+    home = next(iter(problem.weights.values())).device
+    return {
+        name: problem.model.get_parameter(name).detach().to(home)
+        for name in problem.graph.kernels
+        if name not in problem.weights
+    }
+
+
+def _with_every_layer(problem: Problem, masks: Masks) -> Masks:
+    """``masks``, with a path again in layers that lost their last one, if the budget has room for it.
+
+    Layers that all paths cross have the same sum of scores, and cannot lose all of it. Branches between which
+    paths choose share that sum; what is pruned in one flows through the others, down to nothing.
+    """
+    fixed = {name: weight != 0 for name, weight in _others(problem).items()}
+    alive = live_layers(reach(problem.graph, masks | fixed))
+    if len(alive) == len(problem.graph.kernels):
+        return masks
+    if live_layers(reach(problem.graph, problem.masks | fixed)) <= alive:
+        return masks
+    try:
+        return repair(
+            problem.graph, masks, problem.weights, problem.budget,
+            within=problem.masks, fixed=fixed, granularity=problem.granularity,
+        )  # fmt: skip
+    except RuntimeError:  # so says repair where a path for every layer does not fit
+        return masks
 
 
 def _is_even(graph: ChannelGraph, masks: Masks) -> bool:
@@ -84,28 +115,34 @@ def _is_even(graph: ChannelGraph, masks: Masks) -> bool:
     return last.weight.name not in masks or bool(masks[last.weight.name].all())
 
 
-def _activities(problem: Problem, masks: Masks, some: list[Batch]) -> list[torch.Tensor]:
-    """For every real output, the squared gains of the active paths that end in it, summed over samples."""
-    total: list[torch.Tensor] = []
+def _activities(problem: Problem, masks: Masks, some: list[Batch]) -> list[Number]:
+    """For every real output, the squared gains of the active paths that end in it, a mean over processes.
+
+    They are summed over samples, and come in float64, all under one power of two.
+    """
+    found: list[list[Number]] = []
     with scoring(problem, "eval"), torch.no_grad(), twice_differentiable(), _plain_attention():
         for batch in some:
-            found = _active_paths(problem, masks, batch)
-            total = [a + b for a, b in zip(total, found, strict=True)] if total else found
-    average(total, problem.group)
-    return total
+            found.append(_active_paths(problem, masks, batch))
+    totals = [added(numbers, numbers[0].values.shape) for numbers in zip(*found, strict=True)]
+    power = largest(max((number.power for number in totals), default=EMPTY), problem.group)
+    values = [at_power(number, power) for number in totals]
+    average(values, problem.group)
+    return [Number(one, power) for one in values]
 
 
-def _active_paths(problem: Problem, masks: Masks, batch: Batch) -> list[torch.Tensor]:
+def _active_paths(problem: Problem, masks: Masks, batch: Batch) -> list[Number]:
     weights = {name: (w * masks[name]).to(problem.device) for name, w in problem.weights.items()}
     activity = Activity({weights[name]: mask.to(problem.device) for name, mask in masks.items()})
-    found: list[torch.Tensor] = []
+    found: list[Number] = []
 
     def follow(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         activity.start((args, kwargs))
 
     def collect(model: torch.nn.Module, args: Any, output: Any) -> None:
         real = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]
-        found[:] = [activity.paths.get(x, torch.zeros_like(x, dtype=torch.float64)).sum(0) for x in real]
+        ends = [activity.paths.get(x, Number(torch.zeros_like(x), EMPTY)) for x in real]
+        found[:] = [Number(values.double().sum(0), power) for values, power in ends]
 
     hooks = (
         problem.model.register_forward_pre_hook(follow, with_kwargs=True),
@@ -154,12 +191,15 @@ class _Weighted:
             ops.append(replace(op, inputs=tuple(outputs)))
         self.graph = replace(graph, ops=tuple(ops), programs={})
 
-    def set(self, activities: list[torch.Tensor]) -> None:
-        """Sets the numbers to the sums of ``activities`` (of the outputs' shapes, without the batch)."""
+    def set(self, activities: list[Number]) -> None:
+        """Sets the numbers to the sums of ``activities`` (of the outputs' shapes, without the batch).
+
+        Only their ratios matter; all are under one power of two.
+        """
         if len(activities) != len(self.axes):
             return  # outputs that are no tensors of the graph: all count alike
         sums = []
-        for activity, axis in zip(activities, self.axes, strict=True):
+        for (activity, _), axis in zip(activities, self.axes, strict=True):
             rest = [dim for dim in range(activity.dim()) if dim != axis]
             sums.append(activity.sum(rest) if rest else activity)
         top = max((float(one.max()) for one in sums), default=0.0)

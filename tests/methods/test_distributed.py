@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fxprune import methods
 from fxprune.methods import Problem, agree, as_dtensors, local_rows
+from fxprune.methods._data import Batch
+from fxprune.methods.px import _activities
 from fxprune.sparsity.budget import Budget, plan
 from fxprune.sparsity.granularity import KERNEL, NM, WEIGHT, Granularity
 from fxprune.sparsity.masks import Masks, kept
@@ -250,8 +252,25 @@ def test_the_search_over_shards_finds_what_selection_finds(results: list[dict[st
         assert "900 are asked for" in part[22]
 
 
+def activity(rank: int | None) -> torch.Tensor:
+    """What PX reads off the data, of which every batch is larger than the last by far; of all, for None."""
+    batches = [Batch(1e6**place * x, y) for place, (x, y) in enumerate(BATCHES)]
+    group = None if rank is None else dist.group.WORLD
+    asked = problem(net(), 0.6, group=group)
+    own = batches if rank is None else batches[rank :: dist.get_world_size()]
+    (found,) = _activities(asked, asked.masks, own)
+    return found.values * 2.0**found.power
+
+
+def test_processes_add_activity_of_any_size(results: list[dict[str, Any]]) -> None:
+    expected = activity(None)
+    for result in results:
+        assert torch.allclose(result["activity"] * len(results), expected)
+
+
 def everything(rank: int) -> dict[str, Any]:
     return {
+        "activity": activity(rank),
         "scored": score(rank),
         "disagreed": disagree(rank),
         "wrapped": wrapped(rank),

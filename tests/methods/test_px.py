@@ -1,6 +1,7 @@
 """PX against the hand example, the explicit list of paths, and its promises."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -12,8 +13,9 @@ from torch import nn
 from fxprune import methods
 from fxprune.capture import capture
 from fxprune.graph import lower
+from fxprune.graph.traverse import reach
 from fxprune.methods import Problem, Scores
-from fxprune.methods._activity import Activity
+from fxprune.methods._activity import Activity, Number
 from fxprune.methods._data import Batch
 from fxprune.methods.px import _activities
 from fxprune.sparsity.budget import plan
@@ -45,7 +47,14 @@ def px_problem(
 
 
 def activities(asked: Problem, masks: Masks | None = None) -> list[torch.Tensor]:
-    return _activities(asked, masks or asked.masks, [Batch(*asked.data)])
+    found = _activities(asked, masks or asked.masks, [Batch(*asked.data)])
+    return [values * 2.0**power for values, power in found]
+
+
+def real(activity: Activity, y: torch.Tensor) -> torch.Tensor:
+    """The second number of y."""
+    values, power = activity.paths[y]
+    return values.double() * 2.0**power
 
 
 def test_toy_a(scored: list[Scores]) -> None:
@@ -125,9 +134,9 @@ def test_gains_of_activations(
 ) -> None:
     z = torch.linspace(-4, 4, 30)
     with Activity({}) as activity:
-        activity.paths[z] = torch.full_like(z, 3.0, dtype=torch.float64)
+        activity.paths[z] = Number(torch.full_like(z, 3.0), 0)
         y = activation(z)
-        found = activity.paths[y]
+        found = real(activity, y)
     assert torch.allclose(found, 3.0 * gain(z.double()).double().square(), atol=1e-4)
 
 
@@ -142,7 +151,7 @@ def test_values_times_gains_are_the_network() -> None:
         h = F.hardswish(F.conv2d(x, first, padding=1, groups=4))
         h = F.max_pool2d(F.gelu(F.batch_norm(h, torch.zeros(4), torch.ones(4), eps=0)), 2)
         y = F.leaky_relu(F.conv2d(h, second, groups=4).transpose(2, 3).flatten(2))
-        found = activity.paths[y]
+        found = real(activity, y)
     assert torch.allclose(found, y.double().square(), rtol=1e-4, atol=1e-7)
 
 
@@ -152,7 +161,7 @@ def test_attention_passes_values() -> None:
     with Activity({}) as activity, torch.no_grad():
         activity.start((q, k, v))
         y = (q @ k.mT).softmax(-1) @ v
-        found = activity.paths[y]
+        found = real(activity, y)
     weights = (q @ k.mT).softmax(-1).double()
     assert torch.allclose(found, weights.square() @ v.double().square())
 
@@ -177,6 +186,56 @@ def test_activity_depends_on_the_data_alone_once_the_masks_are_given() -> None:
     assert torch.allclose(2 * activities(asked)[0], activities(twice)[0])
 
 
+def test_more_paths_than_a_float_can_count() -> None:
+    # Every path is active, each layer multiplies their number by 64: 64^400 is 10^722.
+    layers = [layer for _ in range(400) for layer in (nn.Linear(64, 64, bias=False), nn.ReLU())]
+    net = nn.Sequential(*layers, nn.Linear(64, 3))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.fill_(2**-6)
+    x = torch.rand(5, 64, generator=torch.Generator().manual_seed(0))
+    masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in net.named_parameters() if p.dim() > 1}
+    masks["800.weight"][0, ::2] = False
+    (found,) = _activities(px_problem(net, (x, None), masks=masks), masks, [Batch(x)])
+    assert torch.allclose(found.values / found.values[1], torch.tensor([0.5, 1.0, 1.0], dtype=torch.float64))
+    expected = float(x.double().square().sum().log2()) + 400 * 6
+    assert float(found.values[1].log2()) + found.power == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("exponent", [-70, 60])
+def test_activity_scales_with_the_square_of_the_data(exponent: int) -> None:
+    # Squares of these leave float32; a residual sum and a product meet numbers of other sizes.
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    torch.manual_seed(1)
+    weights = [net[0].weight, net[2].weight]
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    numbers = []
+    for inputs in (x, x * 2.0**exponent):
+        with Activity({w: torch.ones_like(w) for w in weights}) as activity, torch.no_grad():
+            activity.start(inputs)
+            numbers.append(activity.paths[net(inputs)])
+    small, large = numbers
+    assert torch.equal(small.values, large.values)
+    assert large.power - small.power == 2 * exponent
+
+
+def test_sums_of_very_different_numbers() -> None:
+    # y = x + b x with a deep, dense b: the branch has all the paths but for one part in 10^60.
+    x = torch.rand(2, 8, generator=torch.Generator().manual_seed(0))
+    ones = torch.ones(8, 8)
+    none = torch.zeros(8, 8)
+    with Activity({ones: ones, none: none}) as activity, torch.no_grad():
+        activity.start(x)
+        branch = x
+        for _ in range(70):
+            branch = branch @ ones / 8
+        left, right = activity.paths[x + branch], activity.paths[branch]
+        unlit = activity.paths[x * 2.0**-70 + x @ none]
+    assert left.power == right.power
+    assert torch.allclose(left.values, right.values)
+    assert torch.allclose(unlit.values * 2.0**unlit.power, x.square())
+
+
 def test_no_layer_collapses_in_a_hundred_rounds(scored: list[Scores]) -> None:
     torch.manual_seed(0)
     layers = [
@@ -191,6 +250,47 @@ def test_no_layer_collapses_in_a_hundred_rounds(scored: list[Scores]) -> None:
         assert all(bool((score >= 0).all()) for score in scores.values())
         assert sum(int((score > 0).sum()) for score in later.values()) > 0
     assert all(bool((score > 0).all()) for score in scored[0].values())
+
+
+class Residual(nn.Module):
+    """Three residual branches that carry next to nothing, one of them already pruned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(3, 6), nn.Linear(6, 2)
+        self.branches = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        with torch.no_grad():
+            for branch in self.branches:
+                branch.weight.mul_(1e-3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for branch in self.branches:
+            x = x + branch(x).relu()
+        return self.last(x)
+
+
+def test_branches_that_a_skip_passes_keep_a_path() -> None:
+    # All paths cross the first and the last layer; the sum of scores of a branch may fall to nothing.
+    asked = px_problem(Residual(), (X, torch.zeros(6)), 0.9)
+    asked.masks["branches.1.weight"][:] = False
+    masks = methods.get("px").find(asked)
+    kept = {name: int(mask.sum()) for name, mask in masks.items()}
+    assert sum(kept.values()) == asked.budget.total == 14
+    assert (kept["branches.0.weight"], kept["branches.1.weight"], kept["branches.2.weight"]) == (1, 0, 1)
+    on_path = reach(asked.graph, masks)
+    assert on_path["branches.0.weight"].any()
+    assert on_path["branches.2.weight"].any()
+    untouched = methods.get("px").find(replace(asked, invert=True))
+    assert total(untouched) == 14
+
+
+def test_a_budget_that_is_too_small_for_every_branch() -> None:
+    asked = px_problem(Residual(), (X, torch.zeros(6)), 0.98)
+    masks = methods.get("px").find(asked)
+    assert total(masks) == asked.budget.total == 3
+    assert reach(asked.graph, masks)["last.weight"].any()
 
 
 def test_a_dense_classifier_needs_no_pass() -> None:
