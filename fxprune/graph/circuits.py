@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,8 +27,16 @@ WIDE = 1 << 22
 """Kernels from which on counts are kept in float32."""
 
 
-def circuit(graph: ir.ChannelGraph) -> Circuit | None:
+def circuit(
+    graph: ir.ChannelGraph,
+    *,
+    pool: Literal["sum", "mean"] = "sum",
+    products: Literal["each", "mean"] = "each",
+) -> Circuit | None:
     """The circuit of ``graph`` at channel resolution, or None where it has none; see the module's notes.
+
+    ``pool`` and ``products`` are those of :func:`fxprune.graph.traverse.flow`; geometric means of two factors
+    that both carry paths are no linear map, and have no circuit.
 
     >>> import fxprune
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -37,7 +47,9 @@ def circuit(graph: ir.ChannelGraph) -> Circuit | None:
     program = compile_graph(graph, "channel")
     if not program.outputs or not _is_constant(graph, program):
         return None
-    compiler = _Compiler(program)
+    if products == "mean" and any(step.op.output.live and len(step.halves) > 1 for step in program.steps):
+        return None
+    compiler = _Compiler(program, _Constants(pool))
     for step in program.steps:
         if step.op.output.live:
             compiler.add(step)
@@ -102,11 +114,12 @@ def _multiplicities(layout: Layout) -> Tensor:
     return total.flatten()
 
 
+@dataclass(frozen=True)
 class _Constants:
-    """The setting of steps without prunable weights: paths are counted, pools add up."""
+    """The setting of steps without prunable weights: paths are counted."""
 
-    counting: Counting = "sum"
-    constant = 0.0
+    counting: Counting
+    constant: float = 0.0
 
     def operand(self, weight: ir.WeightRef) -> Tensor:
         return weight.operand(lambda name: torch.ones(weight.shape)).double()
@@ -115,8 +128,8 @@ class _Constants:
 class _Compiler:
     """Turns steps into ops, one by one."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, setting: _Constants) -> None:
+        self.program, self.setting = program, setting
         self.layouts = {step.output: step.layout for step in program.steps}
         self.ops: list[Op] = []
         self.sources: list[tuple[int, Tensor]] = []
@@ -164,7 +177,7 @@ class _Compiler:
         return self.fresh
 
     def _linear(self, step: Step) -> None:
-        linear, setting, shapes = step.linear, _Constants(), self.program.shapes
+        linear, setting, shapes = step.linear, self.setting, self.program.shapes
         assert linear is not None, "a linear step has a function"
         live = [value.live for value in step.op.inputs]
         every = [shapes[value.index] for value in step.op.inputs]

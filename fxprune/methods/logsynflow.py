@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from fxprune.methods._contract import Method
-from fxprune.methods._synaptic import in_rounds
+from fxprune.methods._synaptic import Synapse, in_rounds
 
 
 def logsynflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] = "spatial") -> Method:
@@ -28,16 +28,12 @@ def logsynflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] =
     """
     return Method(
         name="logsynflow",
-        find=in_rounds(_magnitudes, _tamed, rounds=rounds, resolution=resolution, name="logsynflow"),
+        find=in_rounds(Synapse(gain=_tamed), rounds=rounds, resolution=resolution, name="logsynflow"),
         summary="SynFlow with the logarithm of the gradient; no data",
         paper="Cavagnero et al. 2022, FreeREA, arXiv 2207.05135",
     )
 
 
-def _magnitudes(size: Tensor) -> Tensor:
-    return size
-
-
-def _tamed(size: Tensor, gradient: Tensor, log_total: float) -> Tensor:
+def _tamed(gradient: Tensor, log_total: float) -> Tensor:
     """ln(1 + dR/d|w|) = softplus(ln R + ln(d ln R / d|w|)); zero where the gradient is, or R."""
-    return size * softplus(gradient.log() + log_total)
+    return softplus(gradient.log() + log_total)
