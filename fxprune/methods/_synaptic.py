@@ -207,7 +207,7 @@ class _Wired:
 
 
 def _balanced(slope: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float32, with one as the largest ``x``; cut off, so that sums over rows of products are finite."""
+    """Both in float32, the largest ``x`` being one; cut off, so that sums of their products are finite."""
     top = x.amax().double()
     top = torch.where(top > 0, top, torch.ones_like(top))
     limit = LARGEST / len(slope)

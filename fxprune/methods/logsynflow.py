@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from fxprune.methods._contract import Method
 from fxprune.methods._synaptic import Synapse, in_rounds
+
+NEGLIGIBLE = 1e-7
+"""Where ln(1 + x) and x are the same number, in float32."""
 
 
 def logsynflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] = "spatial") -> Method:
@@ -35,5 +40,17 @@ def logsynflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] =
 
 
 def _tamed(gradient: Tensor, log_total: float) -> Tensor:
-    """ln(1 + dR/d|w|) = softplus(ln R + ln(d ln R / d|w|)); zero where the gradient is, or R."""
-    return softplus(gradient.log() + log_total)
+    """ln(1 + dR/d|w|), divided by R where that is below one; zero where the gradient d ln R / d|w| is, or R.
+
+    The divisor leaves the order as it is. Without it, the flow of a deep and sparse network would leave
+    nothing but subnormal numbers to rank.
+    """
+    if log_total < 0:
+        total = math.exp(log_total)
+        slope = gradient * total
+        if not bool((slope > NEGLIGIBLE).any()):
+            return gradient
+        return torch.where(slope > NEGLIGIBLE, slope.log1p() / total, gradient)
+    # softplus(ln dR/d|w|). Logarithms of zeros and of subnormal numbers would take ten times as long.
+    least = torch.finfo(gradient.dtype).tiny
+    return softplus(gradient.clamp(min=least).log_().add_(log_total)).mul_(gradient > 0)
