@@ -1,4 +1,4 @@
-"""The rounds of SynFlow and its variants against the naive loop: score everything, sort everything, repeat."""
+"""The rounds of SynFlow and its variants against the naive loop: score all, sort all, repeat."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -222,7 +222,7 @@ def test_flow_beyond_every_float(variant: str, factor: float) -> None:
 def test_weights_that_are_not_finite() -> None:
     question = asked("conv_chain")
     next(iter(question.weights.values()))[0, 0] = math.nan
-    with pytest.raises(ValueError, match="synflow: scores of .* are not finite"):
+    with pytest.raises(ValueError, match=r"synflow: scores of .* are not finite"):
         found_by(question, "synflow", "channel")
 
 
