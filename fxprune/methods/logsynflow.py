@@ -14,6 +14,8 @@ from fxprune.methods._synaptic import Synapse, in_rounds
 
 NEGLIGIBLE = 1e-7
 """Where ln(1 + x) and x are the same number, in float32."""
+SATURATED = 17.0
+"""Where ln(1 + e^x) and x are."""
 
 
 def logsynflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] = "spatial") -> Method:
@@ -51,6 +53,9 @@ def _tamed(gradient: Tensor, log_total: float) -> Tensor:
         if not bool((slope > NEGLIGIBLE).any()):
             return gradient
         return torch.where(slope > NEGLIGIBLE, slope.log1p() / total, gradient)
-    # softplus(ln dR/d|w|). Logarithms of zeros and of subnormal numbers would take ten times as long.
     least = torch.finfo(gradient.dtype).tiny
-    return softplus(gradient.clamp(min=least).log_().add_(log_total)).mul_(gradient > 0)
+    # Logarithms of zeros and of subnormal numbers would take ten times as long.
+    logarithm = gradient.clamp(min=least).log_().add_(log_total)
+    if bool(logarithm.amin() < SATURATED):
+        logarithm = softplus(logarithm)
+    return logarithm if bool(gradient.amin() > 0) else logarithm.mul_(gradient > 0)
