@@ -66,8 +66,9 @@ def naive(question: Problem, variant: str, resolution: str) -> Masks:
         budget = question.budget
         if t < ROUNDS:
             budget = budget.towards(lambda target, t=t: schedule.density(t, target), start)
+        scores = scores_of(question, variant, resolution, masks)
         masks = select(
-            scores_of(question, variant, resolution, masks),
+            {name: -score for name, score in scores.items()} if question.invert else scores,
             budget.capped(question.granularity.room(masks)),
             within=masks,
             granularity=question.granularity,
@@ -200,6 +201,24 @@ def test_slopes_beyond_the_range_of_the_circuit(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Circuit, "run", lost)
     question = asked("residual")
     assert agree(found_by(question, "synflow", "channel"), naive(question, "synflow", "channel"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_inverted_scores(variant: str) -> None:
+    question = asked("residual", invert=True)
+    assert agree(found_by(question, variant, "channel"), naive(question, variant, "channel"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flow_that_float32_cannot_hold(variant: str) -> None:
+    torch.manual_seed(0)
+    deep = nn.Sequential(*(nn.Linear(8, 8) for _ in range(20)))
+    with torch.no_grad():
+        for parameter in deep.parameters():
+            parameter.mul_(1e-3)  # R is about 1e-60
+    gm = capture(deep, torch.zeros(2, 8))
+    question = problem(gm, 0.6, graph=lower(gm))
+    assert agree(found_by(question, variant, "channel"), naive(question, variant, "channel"))
 
 
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
