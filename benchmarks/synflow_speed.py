@@ -11,10 +11,10 @@ threads, which a machine that is shared with other work disturbs less. Memory is
 peak during ``find``, in units of the weights (float32): all of it for the first method, what is more for the
 next ones.
 
-ResNet-50 to 90 %, channel resolution, an EPYC of two cores that other work kept busy, processor seconds of one
-thread: SynFlow 7.2 to 9.2 (7.3 of wall time, when a core was free), SynFlow-L2 8.7, LogSynFlow 29; the naive
-loop 312. Memory: 2.4 x the weights. With two threads 8.8 processor seconds in all (OMP_WAIT_POLICY=passive;
-threads that spin while others hold the cores waste any amount of time).
+ResNet-50 to 90 %, channel resolution, an EPYC of two cores that other work kept busy, processor seconds of
+one thread: SynFlow 7.2 to 9.2 (7.3 of wall time, when a core was free), SynFlow-L2 8.7, LogSynFlow 29; the
+naive loop 312. Memory: 2.4 x the weights. With two threads 8.8 processor seconds in all
+(OMP_WAIT_POLICY=passive; threads that spin while others hold the cores waste any amount of time).
 """
 
 from __future__ import annotations
