@@ -220,6 +220,11 @@ class Circuit:
         self._weights = [
             (index, weight * 2.0 ** min(powers[index] - self._base, 100.0)) for index, weight in self.outputs
         ]
+        total = float(self._sum(values))
+        if total > 0:  # or many outputs would leave the band at once, and each run calibrate
+            shift = math.ceil(math.log2(total))
+            self._base += shift
+            self._weights = [(index, weight * 2.0**-shift) for index, weight in self._weights]
 
     def _set_gains(self, op: Op, own: Sequence[float], powers: dict[int, float]) -> None:
         # A dead input may stand at any power; bounded gains keep it finite until the next calibration.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,8 +40,16 @@ WIDE = 1 << 22
 """Kernels from which on counts are kept in float32."""
 
 
-def circuit(graph: ir.ChannelGraph) -> Circuit | None:
+def circuit(
+    graph: ir.ChannelGraph,
+    *,
+    pool: Literal["sum", "mean"] = "sum",
+    products: Literal["each", "mean"] = "each",
+) -> Circuit | None:
     """The circuit of ``graph`` at channel resolution, or None where it has none; see the module's notes.
+
+    ``pool`` and ``products`` are those of :func:`fxprune.graph.traverse.flow`; geometric means of two factors
+    that both carry paths are no linear map, and have no circuit.
 
     >>> import fxprune
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
@@ -51,9 +60,11 @@ def circuit(graph: ir.ChannelGraph) -> Circuit | None:
     program = compile_graph(graph, "channel")
     if not program.outputs or not _is_constant(graph, program):
         return None
+    if products == "mean" and any(step.op.output.live and len(step.halves) > 1 for step in program.steps):
+        return None
     size = sum(math.prod(kernels.shape[:2]) for kernels in graph.kernels.values())
     dtype = torch.float64 if size < WIDE else torch.float32
-    compiler = _Compiler(program, dtype)
+    compiler = _Compiler(program, pool, dtype)
     for step in program.steps:
         if step.op.output.live:
             compiler.add(step)
@@ -119,12 +130,10 @@ def _multiplicities(layout: Layout) -> Tensor:
 
 @dataclass(frozen=True)
 class _Constants:
-    """The setting of steps without prunable weights: paths are counted, pools add up. ``one`` says the dtype
-    and the device.
-    """
+    """The setting of steps without prunable weights: paths are counted. ``one`` says the dtype and device."""
 
     one: Tensor
-    counting: Counting = "sum"
+    counting: Counting
     constant: float = 0.0
 
     def operand(self, weight: ir.WeightRef) -> Tensor:
@@ -139,8 +148,8 @@ def _marking(one: Tensor) -> _Constants:
 class _Compiler:
     """Turns steps into ops, one by one."""
 
-    def __init__(self, program: Program, dtype: torch.dtype) -> None:
-        self.program, self.dtype = program, dtype
+    def __init__(self, program: Program, pool: Counting, dtype: torch.dtype) -> None:
+        self.program, self.pool, self.dtype = program, pool, dtype
         self.layouts = {step.output: step.layout for step in program.steps}
         self.ops: list[Op] = []
         self.presences: list[Presence] = []
@@ -191,7 +200,7 @@ class _Compiler:
                 next(given).view(shape) if alive else tensors[0].new_zeros(shape)
                 for alive, shape in zip(live, every, strict=True)
             ]
-            return linear(_Constants(tensors[0]), full).flatten()
+            return linear(_Constants(tensors[0], self.pool), full).flatten()
 
         inputs = tuple(value.index for value in step.op.inputs if value.live)
         self._emit(step.output, inputs, [shapes[index] for index in inputs], function)

@@ -6,7 +6,7 @@ much each weight is worth: it owns rounds, regrowth and selection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -147,12 +147,29 @@ def prune_in_rounds(
     keep as much as it has. Errors: ``ValueError`` for scores that do not fit or are not finite, for a budget
     the granularity cannot meet, and for a schedule whose density rises although pruned weights stay pruned.
     """
+    masks = dict(problem.masks)
+    for budget in round_budgets(problem, schedule=schedule, regrow=regrow, name=name):
+        within = problem.masks if regrow else masks
+        scores = criterion(problem, masks)
+        if problem.invert:
+            scores = {label: -score for label, score in scores.items()}
+        masks = select_within(problem, scores, budget, within, name)
+    if problem.group is not None and problem.shards is None:
+        agree(masks, problem.group)
+    return masks
+
+
+def round_budgets(problem: Problem, *, schedule: Schedule, regrow: bool, name: str) -> Iterator[Budget]:
+    """What is to be kept after each round, with progress shown; none where the masks meet the budget already.
+
+    Errors: those of ``prune_in_rounds`` that do not concern scores.
+    """
     plan = resolve(problem.schedule, schedule)
     start = kept_overall(problem.masks, problem.shards)
     _check_room(problem, start)
-    if problem.budget.total == sum(start.values()):
-        return dict(problem.masks)
-    masks, before = dict(problem.masks), sum(start.values())
+    before = sum(start.values())
+    if problem.budget.total == before:
+        return
     for t in problem.progress(range(1, plan.rounds + 1), name, plan.rounds):
         budget = _round_budget(problem.budget, plan, t, start)
         if budget.total > before and not regrow:
@@ -160,14 +177,12 @@ def prune_in_rounds(
                 f"schedule: {before} weights before round {t}, {budget.total} after; it must not rise"
             )
         before = budget.total
-        within = problem.masks if regrow else masks
-        scores = criterion(problem, masks)
-        if problem.invert:
-            scores = {label: -score for label, score in scores.items()}
-        masks = choose(problem, scores, budget.capped(_room(problem, within)), within, name)
-    if problem.group is not None and problem.shards is None:
-        agree(masks, problem.group)
-    return masks
+        yield budget
+
+
+def select_within(problem: Problem, scores: Scores, budget: Budget, within: Masks, name: str) -> Masks:
+    """The masks of the highest ``scores`` within ``within``, as ``problem`` wants weights to be pruned."""
+    return choose(problem, scores, budget.capped(_room(problem, within)), within, name)
 
 
 def noise(problem: Problem, name: str) -> torch.Tensor:

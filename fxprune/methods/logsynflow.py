@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from fxprune.methods._contract import Method
-from fxprune.methods._synaptic import in_rounds
+from fxprune.methods._synaptic import Synapse, in_rounds
+
+NEGLIGIBLE = 1e-7
+"""Where ln(1 + x) and x are the same number, in float32."""
+SATURATED = 17.0
+"""Where ln(1 + e^x) and x are."""
 
 
 def logsynflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] = "spatial") -> Method:
@@ -28,16 +35,27 @@ def logsynflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] =
     """
     return Method(
         name="logsynflow",
-        find=in_rounds(_magnitudes, _tamed, rounds=rounds, resolution=resolution, name="logsynflow"),
+        find=in_rounds(Synapse(gain=_tamed), rounds=rounds, resolution=resolution, name="logsynflow"),
         summary="SynFlow with the logarithm of the gradient; no data",
         paper="Cavagnero et al. 2022, FreeREA, arXiv 2207.05135",
     )
 
 
-def _magnitudes(size: Tensor) -> Tensor:
-    return size
+def _tamed(gradient: Tensor, log_total: float) -> Tensor:
+    """ln(1 + dR/d|w|), divided by R where that is below one; zero where the gradient d ln R / d|w| is, or R.
 
-
-def _tamed(size: Tensor, gradient: Tensor, log_total: float) -> Tensor:
-    """ln(1 + dR/d|w|) = softplus(ln R + ln(d ln R / d|w|)); zero where the gradient is, or R."""
-    return size * softplus(gradient.log() + log_total)
+    The divisor leaves the order as it is. Without it, the flow of a deep and sparse network would leave
+    nothing but subnormal numbers to rank.
+    """
+    if log_total < 0:
+        total = math.exp(log_total)
+        slope = gradient * total
+        if not bool((slope > NEGLIGIBLE).any()):
+            return gradient
+        return torch.where(slope > NEGLIGIBLE, slope.log1p() / total, gradient)
+    least = torch.finfo(gradient.dtype).tiny
+    # Logarithms of zeros and of subnormal numbers would take ten times as long.
+    logarithm = gradient.clamp(min=least).log_().add_(log_total)
+    if bool(logarithm.amin() < SATURATED):
+        logarithm = softplus(logarithm)
+    return logarithm if bool(gradient.amin() > 0) else logarithm.mul_(gradient > 0)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from fxprune.methods._contract import Method
-from fxprune.methods._synaptic import in_rounds
+from fxprune.methods._synaptic import Synapse, in_rounds
 
 
 def synflow_l2(
@@ -33,23 +32,10 @@ def synflow_l2(
     Deviation from those codes: ln R instead of R leaves the order as it is and cannot overflow; norms are
     left out, where the code squares them.
     """
+    synapse = Synapse(strength=torch.square) if form == "squared" else Synapse(edge=torch.square)
     return Method(
         name="synflow-l2",
-        find=in_rounds(
-            torch.square,
-            _squared if form == "squared" else _linear,
-            rounds=rounds,
-            resolution=resolution,
-            name="synflow-l2",
-        ),
+        find=in_rounds(synapse, rounds=rounds, resolution=resolution, name="synflow-l2"),
         summary="keeps the weights that carry the most flow of squared weights; no data",
         paper="Gebhart et al. 2021, arXiv 2101.10552",
     )
-
-
-def _squared(size: Tensor, gradient: Tensor, log_total: float) -> Tensor:
-    return size.square() * gradient
-
-
-def _linear(size: Tensor, gradient: Tensor, log_total: float) -> Tensor:
-    return size * gradient

@@ -202,9 +202,7 @@ def _bracket(
     scores: Sequence[torch.Tensor], sizes: Sequence[int | torch.Tensor], share: float, low: float, high: float
 ) -> tuple[float, float]:
     """Two scores that likely enclose the cut at ``share`` of the weights between ``low`` and ``high``."""
-    stride = max(1, sum(values.numel() for values in scores) // _SAMPLE)
-    while math.gcd(stride, 210) > 1 and stride > 1:  # not in step with taps, channels or tokens
-        stride += 1
+    stride = sample_stride(sum(values.numel() for values in scores), _SAMPLE)
     some = [size if isinstance(size, int) else size[::stride] for size in sizes]
     values, masses = _flat([values[::stride] for values in scores], some, low, high)
     if len(values) < 64:
@@ -217,6 +215,14 @@ def _bracket(
     over = float(values[middle - margin]) if middle >= margin else high
     under = float(values[middle + margin]) if middle + margin < len(values) else low
     return under, over
+
+
+def sample_stride(number: int, wanted: int) -> int:
+    """The stride that samples about ``wanted`` of ``number`` entries, not in step with taps or channels."""
+    stride = max(1, number // wanted)
+    while math.gcd(stride, 210) > 1 and stride > 1:
+        stride += 1
+    return stride
 
 
 def _cut_inside(

@@ -14,6 +14,7 @@ import fxprune
 from fxprune import methods, zoo
 from fxprune.capture import capture
 from fxprune.graph import ChannelGraph, circuits, lower
+from fxprune.graph.channels import Circuit
 from fxprune.graph.circuits import circuit
 from fxprune.graph.traverse import flow
 from fxprune.methods import Problem
@@ -160,6 +161,47 @@ def test_a_circuit_counts_what_the_interpreter_counts(name: str) -> None:
         for n, gradient in expected.gradients.items():
             reference = gradient.flatten(2).amax(2) if gradient.dim() > 2 else gradient
             assert torch.allclose(gradients[n], reference, rtol=1e-9, atol=1e-12), n
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_circuit_carries_flow_as_the_interpreter_does(name: str) -> None:
+    """Average pooling averages, and products take the geometric mean, unless only one factor has paths."""
+    torch.manual_seed(0)
+    graph = lower(capture(*NETS[name]()))
+    found = circuit(graph, pool="mean", products="mean")
+    sums = circuit(graph)
+    assert found is None or sums is not None
+    generator = torch.Generator().manual_seed(1)
+    sizes = {n: torch.rand(own.shape, generator=generator).double() for n, own in graph.kernels.items()}
+    expected = flow(graph, sizes, resolution="channel", pool="mean", products="mean", dtype=torch.float64)
+    if found is None:
+        # That of ``"each"``, where there is one, would give something else.
+        each = flow(graph, sizes, resolution="channel", pool="mean", dtype=torch.float64)
+        assert sums is None or each.log_total != pytest.approx(expected.log_total, abs=1e-6)
+        return
+    live = {n: w * graph.kernels[n].live_taps if w.dim() > 2 else w for n, w in sizes.items()}
+    result = found.run({n: w.flatten(2).sum(2) if w.dim() > 2 else w for n, w in live.items()})
+    assert result.log_total == pytest.approx(expected.log_total, abs=1e-10)
+
+
+def test_a_circuit_of_many_outputs_keeps_its_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Their sum is beyond the band of a single value.
+    wide = nn.Sequential(nn.Linear(4, 4096), nn.Linear(4096, 4096))
+    found = circuit(lower(capture(wide, torch.ones(4, 4))))
+    assert found is not None
+    counts = {name: found.dense(name) * 2.0**8 for name in found.kernels}
+    calls = 0
+    calibrate = Circuit._calibrate
+
+    def counted(self: Circuit) -> None:
+        nonlocal calls
+        calls += 1
+        calibrate(self)
+
+    monkeypatch.setattr(Circuit, "_calibrate", counted)
+    for _ in range(3):
+        assert found.run(counts).log_total == pytest.approx(math.log(4 * 4096**2) + 16 * math.log(2))
+    assert calls == 1
 
 
 def test_a_circuit_of_any_depth() -> None:
