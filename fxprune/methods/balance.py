@@ -9,14 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fxprune.graph.channels import Circuit
 from fxprune.graph.circuits import circuit
 from fxprune.graph.ir import ChannelGraph, KernelSet
-from fxprune.graph.traverse import flow
 from fxprune.methods._ascent import Ascent
 from fxprune.methods._contract import Method, Problem
 from fxprune.methods._exchange import Aim, Exchange
 from fxprune.methods._layered import is_untouched, layer_budgets, others, settled
 from fxprune.methods._objective import Figures, KernelReading, Mixture, WeightReading
+from fxprune.methods._sweep import Sweeps
+from fxprune.methods._taps import Polish, counted, placed
 from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.masks import Masks
 
@@ -24,6 +26,10 @@ REACH = 15.0
 """How far the ascent moves a score in all: DPaI's 3000 steps of 0.005."""
 SHARE = 6
 """One count in so many goes to the ascent."""
+LAST = 10
+"""Where paths matter most, one in so many goes to the exchange; the others to beginnings anew."""
+DRAW = 60
+"""Counts that such a beginning takes the time of, about."""
 SLACK = 1e-3
 """Weight of a figure that the objective leaves out, so that it grows where that costs nothing."""
 EVERY = 50
@@ -100,20 +106,8 @@ class _Search:
             masks, start = ascent.masks(), ascent.figures()
         self._note(problem, length, start)
         if found is not None and start.log_paths > -math.inf and isinstance(reading, KernelReading):
-            usable = {name: mask.cpu() & _live(problem.graph, name) for name, mask in problem.masks.items()}
-            counts = {name: _counted(mask & usable[name]) for name, mask in masks.items()}
-            exchange = Exchange(
-                found,
-                counts,
-                {name: _counted(mask) for name, mask in usable.items()},
-                {name: reading.counts[name] for name in found.kernels if name not in masks},
-                self._aim(start, layers),
-                problem.generator,
-            )
-            self._climb(problem, exchange, self.steps - length)
-            masks = {name: _placed(exchange.counts[name], usable[name], problem.generator) for name in masks}
-            if self.on_paths:
-                masks = _on_paths(problem, masks, exchange.counts, usable, fixed)
+            unpruned = {name: reading.counts[name] for name in found.kernels if name not in masks}
+            masks = self._exchanged(problem, found, masks, fixed, unpruned, self._aim(start, layers))
         return _settled(problem, masks, layers)
 
     def _ascended(
@@ -128,6 +122,42 @@ class _Search:
             ascent.step()
         return ascent
 
+    def _exchanged(
+        self,
+        problem: Problem,
+        found: Circuit,
+        masks: Masks,
+        fixed: dict[str, Tensor],
+        unpruned: dict[str, Tensor],
+        aim: Aim,
+    ) -> Masks:
+        """What the search makes of ``masks``. ``unpruned``: the counts of ``fixed``."""
+        usable = {name: mask.cpu() & _live(problem.graph, name) for name, mask in problem.masks.items()}
+        caps = {name: counted(mask) for name, mask in usable.items()}
+        counts = {name: counted(mask & usable[name]) for name, mask in masks.items()}
+        exchange = Exchange(found, counts, caps, unpruned, aim, problem.generator)
+        spent = self.steps // SHARE
+        if self.on_paths:
+            sweeps = Sweeps(found, counts, caps, unpruned, exchange.random)
+            self._draw(problem, exchange, sweeps, self.steps - spent - self.steps // LAST)
+            spent = self.steps - self.steps // LAST
+        self._climb(problem, exchange, spent)
+        exchange.settle()
+        masks = {name: placed(exchange.counts[name], usable[name], problem.generator) for name in masks}
+        if self.on_paths:
+            polish = Polish(problem.graph, usable, fixed, aim, exchange.random)
+            masks = polish(masks)
+            exchange.take({name: counted(mask) for name, mask in masks.items()})
+        self._note(problem, self.steps, exchange.figures)
+        return masks
+
+    def _draw(self, problem: Problem, exchange: Exchange, sweeps: Sweeps, length: int) -> None:
+        """Other beginnings, of more paths than the ascent found."""
+        number = max(1, length // DRAW)
+        for _ in problem.progress(range(number), "balance: sweeps", number):
+            exchange.offer(sweeps.drawn())
+        exchange.runs = 1
+
     def _aim(self, start: Figures, layers: dict[str, int]) -> Aim:
         """The objective, over what the ascent found and what longer would have added to it."""
         for_paths, for_nodes, for_kernels = (weight + SLACK for weight in self.mixture.weights)
@@ -139,22 +169,22 @@ class _Search:
         kernels = min(start.kernels + start.kernels // 50 + 1, whole)
         if self.mixture.weights[2] and not self.mixture.weights[0]:
             kernels = whole  # without a claim of paths, every weight can have a kernel to itself
-        floor = Figures(start.log_paths + more, start.nodes + start.nodes // 20 + 1, kernels)
+        # More nodes than the ascent's are worth having, but not where most paths are asked for.
+        nodes = start.nodes if self.on_paths else start.nodes + start.nodes // 20 + 1
+        floor = Figures(start.log_paths + more, nodes, kernels)
         return Aim((for_paths, for_nodes, for_kernels), floor)
 
-    def _climb(self, problem: Problem, exchange: Exchange, length: int) -> None:
+    def _climb(self, problem: Problem, exchange: Exchange, spent: int) -> None:
+        """The exchange, for all counts but ``spent``."""
         heat = 2e-3 + 1e-1 * self.mixture.weights[0]
-        words = "balance: exchange"
-        noted = 0
-        for _ in problem.progress(range(length), words, length):
+        noted, length = 0, self.steps - spent
+        for _ in problem.progress(range(length), "balance: exchange", length):
             if exchange.runs > length:
                 break
             exchange.climb(heat * max(0.0, 1 - exchange.runs / (0.7 * length)))
             if exchange.runs >= noted + EVERY:
                 noted = exchange.runs
-                self._note(problem, self.steps // SHARE + exchange.runs, exchange.figures)
-        exchange.settle()
-        self._note(problem, self.steps, exchange.figures)
+                self._note(problem, spent + exchange.runs, exchange.figures)
 
     def _note(self, problem: Problem, step: int, figures: Figures) -> None:
         row = {"step": step, **figures._asdict(), "objective": self.mixture.value(figures)}
@@ -165,52 +195,6 @@ class _Search:
 def _live(graph: ChannelGraph, name: str) -> Tensor:
     kernels: KernelSet = graph.kernels[name]
     return kernels.live_taps.expand(kernels.shape)
-
-
-def _counted(mask: Tensor) -> Tensor:
-    return mask.flatten(2).sum(2).double() if mask.dim() > 2 else mask.double()
-
-
-def _placed(counts: Tensor, usable: Tensor, generator: torch.Generator) -> Tensor:
-    """Masks with so many weights in every kernel, anywhere."""
-    return _best(torch.rand(usable.shape, generator=generator), counts, usable)
-
-
-def _best(scores: Tensor, counts: Tensor, usable: Tensor) -> Tensor:
-    """The ``counts`` highest scores of every kernel among the usable."""
-    ranked = scores.where(usable, -torch.inf).reshape(*usable.shape[:2], -1)
-    order = ranked.argsort(2, descending=True)
-    place = torch.empty_like(order).scatter_(2, order, torch.arange(order.shape[2]).expand(order.shape))
-    return (place < counts.unsqueeze(2)).view(usable.shape) & usable
-
-
-def _on_paths(
-    problem: Problem, masks: Masks, counts: Masks, usable: Masks, fixed: dict[str, Tensor]
-) -> Masks:
-    """The same kernels, with the taps that most paths pass, position by position.
-
-    R is linear in one layer's weights, so that a layer's best taps are those of the largest derivatives. All
-    layers are tried together while that helps, and one by one after that.
-    """
-
-    def counted(trial: Masks) -> tuple[float, dict[str, Tensor]]:
-        edges = {**fixed, **trial}
-        found = flow(
-            problem.graph, {name: mask.double() for name, mask in edges.items()}, dtype=torch.float64
-        )
-        return found.log_total, found.gradients
-
-    value, gradients = counted(masks)
-    several = [name for name, mask in masks.items() if mask.dim() > 2 and mask[0, 0].numel() > 1]
-    for group in [several] * 3 + [[name] for name in several]:
-        better = {name: _best(gradients[name], counts[name], usable[name]) for name in group}
-        trial = {**masks, **better}
-        if all(torch.equal(trial[name], masks[name]) for name in group):
-            continue
-        new, slopes = counted(trial)
-        if new > value:
-            masks, value, gradients = trial, new, slopes
-    return masks
 
 
 def _settled(problem: Problem, masks: Masks, layers: dict[str, int]) -> Masks:
