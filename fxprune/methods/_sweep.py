@@ -30,7 +30,7 @@ WITHIN = 0.3
 """Noise of a kernel, in units of that of a channel."""
 WAKING = 0.3
 """How often a channel that leads nowhere is tried in the place of one that does."""
-COOLING, REFINING = 6, 6
+COOLING, REFINING = 5, 6
 """Runs with noise, and those without it at most."""
 STALLED = 1e-5
 """A gain in ln R after which another run is not worth its time."""
@@ -94,12 +94,12 @@ class Sweeps:
             visit=self._rewrite if op.name in self.free else None,
         )  # fmt: skip
 
-    def drawn(self) -> dict[str, Tensor]:
-        """Counts of many paths, others at every call."""
+    def drawn(self, start: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Counts of many paths, others at every call; near ``start``, if that is given."""
         for op in self.circuit.contractions:
             assert isinstance(op, _Met)
             op.slope = None
-        for name, count in self.start.items():
+        for name, count in (start or self.start).items():
             self.edges[name].copy_(count)
         last = -np.inf
         for turn in range(COOLING + REFINING):

@@ -28,7 +28,7 @@ SHARE = 6
 """One count in so many goes to the ascent."""
 LAST = 10
 """Where paths matter most, one in so many goes to the exchange; the others to beginnings anew."""
-DRAW = 60
+DRAW = 50
 """Counts that such a beginning takes the time of, about."""
 SLACK = 1e-3
 """Weight of a figure that the objective leaves out, so that it grows where that costs nothing."""
@@ -152,10 +152,10 @@ class _Search:
         return masks
 
     def _draw(self, problem: Problem, exchange: Exchange, sweeps: Sweeps, length: int) -> None:
-        """Other beginnings, of more paths than the ascent found."""
+        """Other beginnings, of more paths than the ascent found: half of them anywhere, half near the best."""
         number = max(1, length // DRAW)
-        for _ in problem.progress(range(number), "balance: sweeps", number):
-            exchange.offer(sweeps.drawn())
+        for turn in problem.progress(range(number), "balance: sweeps", number):
+            exchange.offer(sweeps.drawn(exchange.counts if 2 * turn > number else None))
         exchange.runs = 1
 
     def _aim(self, start: Figures, layers: dict[str, int]) -> Aim:
