@@ -31,6 +31,9 @@ FAINT = 1e-9
 GUARD = (2.0, 20.0, 60.0)
 """Prices of falling below a floor, per unit of ln paths, ln nodes, ln kernels: above what objectives pay."""
 
+NEAR = 0.95
+"""What share of a floor may stand in for it where all is given up for something else."""
+
 
 @dataclass(frozen=True)
 class Aim:
@@ -53,6 +56,11 @@ class Aim:
             weight * value + price * min(0.0, value - floor)
             for weight, value, floor, price in zip(self.weights, found, floors, GUARD, strict=True)
         )
+
+
+    def allows(self, figures: Figures) -> bool:
+        """Whether nodes and kernels are on their floors, or nearly: no number of paths pays for many."""
+        return figures.nodes >= NEAR * self.floor.nodes and figures.kernels >= NEAR * self.floor.kernels
 
 
 @dataclass
@@ -185,12 +193,14 @@ class Exchange:
         if self.value > self.best[0]:
             self.best = self.value, self.state, dict(self.counts)
 
-    def offer(self, counts: Mapping[str, Tensor]) -> None:
-        """Goes on from other counts if they are better."""
-        before, old, value = self.state, self.counts, self.value
+    def offer(self, counts: Mapping[str, Tensor]) -> bool:
+        """Goes on from other counts if they are better, and near the floors. Whether it does."""
+        before, old, best, value = self.state, self.counts, self.best, self.value
         self.take(counts)
-        if self.value <= value:
-            self.state, self.counts = before, old
+        if self.value > value and self.aim.allows(self.figures):
+            return True
+        self.state, self.counts, self.best = before, old, best
+        return False
 
     def settle(self) -> None:
         """Back to the best choice that was met."""
@@ -225,8 +235,8 @@ class Exchange:
         shape = _shape(self.circuit.kernels[name])
         if name in self.plain:
             (place,) = self.uses[name]
-            x, slope = (each[place].double() for each in (self.state.found.x, self.state.found.slope))
-            return x.numpy(), slope.numpy()
+            met = self.state.found.x[place], self.state.found.slope[place]
+            return met[0].double().numpy(), met[1].double().numpy()
         x = sum(self.state.found.x[place].double().sum(0) for place in self.uses[name])
         slope = sum(self.state.found.slope[place].double().sum(0) for place in self.uses[name])
         assert isinstance(x, Tensor)

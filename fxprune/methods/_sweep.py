@@ -82,6 +82,7 @@ class Sweeps:
             name: tuple(oriented(x[name].numpy(), circuit.kernels[name]) for x in (self.edges, self.caps))
             for name in self.free
         }
+        self.pruned = {name for name in self.free if not bool(self.caps[name].all())}
         self.noise = 0.0
         ops = [self._met(op) if isinstance(op, Contraction) else replace(op) for op in circuit.ops]
         self.circuit = Circuit(
@@ -126,11 +127,15 @@ class Sweeps:
                 on = np.append(on, dead)
                 slope = np.append(slope, slope[:, :, [self.random.integers(slope.shape[2])]], 2)
         gain = slope.transpose(1, 2, 0) @ x.transpose(1, 0, 2)
-        if self.noise:
-            gain *= np.exp(WITHIN * self.noise * self.random.standard_normal(gain.shape))
         number = self.numbers[op.name]
         count, cap = self.oriented[op.name]
+        if op.name in self.pruned:
+            gain *= cap[:, on[:, None], to] > 0
+        if self.noise:
+            gain *= np.exp(WITHIN * self.noise * self.random.standard_normal(gain.shape))
         best = _best(gain.ravel(), number)
+        if not len(best):
+            return
         best, i = np.divmod(best, len(to))
         group, o = np.divmod(best, len(on))
         place = group, on[o], to[i]

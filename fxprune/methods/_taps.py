@@ -117,8 +117,8 @@ class Polish:
         covered = torch.zeros_like(best, dtype=torch.bool)
         number = int(mask.sum())
         oriented(covered.numpy(), kernels)[...] = cover(
-            alive.any(1),
-            alive.any(2),
+            np.any(alive, axis=1),
+            np.any(alive, axis=2),
             oriented(best.numpy(), kernels),
             oriented(counted(self.usable[name]).numpy(), kernels),
             number,

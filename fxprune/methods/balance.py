@@ -30,6 +30,8 @@ LAST = 10
 """Where paths matter most, one in so many goes to the exchange; the others to beginnings anew."""
 DRAW = 50
 """Counts that such a beginning takes the time of, about."""
+TRIED = 4
+"""Beginnings without use after which no other is made."""
 SLACK = 1e-3
 """Weight of a figure that the objective leaves out, so that it grows where that costs nothing."""
 EVERY = 50
@@ -139,8 +141,7 @@ class _Search:
         spent = self.steps // SHARE
         if self.on_paths:
             sweeps = Sweeps(found, counts, caps, unpruned, exchange.random)
-            self._draw(problem, exchange, sweeps, self.steps - spent - self.steps // LAST)
-            spent = self.steps - self.steps // LAST
+            spent += self._draw(problem, exchange, sweeps, self.steps - spent - self.steps // LAST)
         self._climb(problem, exchange, spent)
         exchange.settle()
         masks = {name: placed(exchange.counts[name], usable[name], problem.generator) for name in masks}
@@ -151,12 +152,19 @@ class _Search:
         self._note(problem, self.steps, exchange.figures)
         return masks
 
-    def _draw(self, problem: Problem, exchange: Exchange, sweeps: Sweeps, length: int) -> None:
-        """Other beginnings, of more paths than the ascent found: half of them anywhere, half near the best."""
-        number = max(1, length // DRAW)
+    def _draw(self, problem: Problem, exchange: Exchange, sweeps: Sweeps, length: int) -> int:
+        """Other beginnings, of more paths than the ascent found: half anywhere, half near the best.
+
+        Returns how many counts that stands for: up to ``length``, or few where the first ones are of no use.
+        """
+        number, taken = max(1, length // DRAW), 0
         for turn in problem.progress(range(number), "balance: sweeps", number):
-            exchange.offer(sweeps.drawn(exchange.counts if 2 * turn > number else None))
+            if turn == TRIED and not taken:
+                length = TRIED * DRAW
+                break
+            taken += exchange.offer(sweeps.drawn(exchange.counts if 2 * turn > number else None))
         exchange.runs = 1
+        return length
 
     def _aim(self, start: Figures, layers: dict[str, int]) -> Aim:
         """The objective, over what the ascent found and what longer would have added to it."""
