@@ -57,7 +57,6 @@ class Aim:
             for weight, value, floor, price in zip(self.weights, found, floors, GUARD, strict=True)
         )
 
-
     def allows(self, figures: Figures) -> bool:
         """Whether nodes and kernels are on their floors, or nearly: no number of paths pays for many."""
         return figures.nodes >= NEAR * self.floor.nodes and figures.kernels >= NEAR * self.floor.kernels

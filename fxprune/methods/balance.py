@@ -52,13 +52,14 @@ def balance(
     DPaI's ascent with steps six times as long. What it finds, and a little more, becomes a floor under all
     three figures. The other steps rewrite one layer, or two neighbours, so that they cover chosen channels
     and give the rest to the best gains; paths, nodes and kernels are counted exactly after each, and a change
-    is kept if the objective does not fall (early on, if it falls by little). ``docs/balance.md`` shows what
-    that gains. Needs neither data nor weights.
+    is kept if the objective does not fall (early on, if it falls by little). For alpha below 0.5 most of them
+    go to beginnings anew, by coordinate ascent on ln R_P alone. ``docs/balance.md`` shows what that gains.
+    Needs neither data nor weights.
 
     Options:
         alpha: weight of nodes and kernels, against paths, in [0, 1]
         beta: weight of kernels, against nodes, in [0, 1]
-        steps: exact counts of paths, at most; the ascent takes one in six
+        steps: counts of paths, or what takes as long; the ascent takes one in six
         taps: which weights inside a kernel: "random" ones; those on most "paths", which are the central ones,
             as an image has borders; "auto" is "paths" for alpha below 0.5, where paths matter most
 
@@ -89,6 +90,11 @@ class _Search:
     mixture: Mixture
     steps: int
     on_paths: bool
+
+    @property
+    def for_paths(self) -> bool:
+        """Whether paths matter most."""
+        return self.mixture.alpha < 0.5
 
     def find(self, problem: Problem) -> Masks:
         if is_untouched(problem):
@@ -139,7 +145,7 @@ class _Search:
         counts = {name: counted(mask & usable[name]) for name, mask in masks.items()}
         exchange = Exchange(found, counts, caps, unpruned, aim, problem.generator)
         spent = self.steps // SHARE
-        if self.on_paths:
+        if self.for_paths:
             sweeps = Sweeps(found, counts, caps, unpruned, exchange.random)
             spent += self._draw(problem, exchange, sweeps, self.steps - spent - self.steps // LAST)
         self._climb(problem, exchange, spent)
@@ -178,7 +184,7 @@ class _Search:
         if self.mixture.weights[2] and not self.mixture.weights[0]:
             kernels = whole  # without a claim of paths, every weight can have a kernel to itself
         # More nodes than the ascent's are worth having, but not where most paths are asked for.
-        nodes = start.nodes if self.on_paths else start.nodes + start.nodes // 20 + 1
+        nodes = start.nodes if self.for_paths else start.nodes + start.nodes // 20 + 1
         floor = Figures(start.log_paths + more, nodes, kernels)
         return Aim((for_paths, for_nodes, for_kernels), floor)
 
