@@ -22,7 +22,7 @@ from fxprune.graph.channels import Circuit, Pass
 from fxprune.graph.ir import KernelSet
 from fxprune.methods._objective import Figures, count_nodes
 
-__all__ = ["Aim", "Exchange"]
+__all__ = ["Aim", "Exchange", "cover", "oriented"]
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -30,6 +30,9 @@ FAINT = 1e-9
 """What the better end of a kernel counts where no path passes yet."""
 GUARD = (2.0, 20.0, 60.0)
 """Prices of falling below a floor, per unit of ln paths, ln nodes, ln kernels: above what objectives pay."""
+
+NEAR = 0.95
+"""What share of a floor may stand in for it where all is given up for something else."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class Aim:
             weight * value + price * min(0.0, value - floor)
             for weight, value, floor, price in zip(self.weights, found, floors, GUARD, strict=True)
         )
+
+    def allows(self, figures: Figures) -> bool:
+        """Whether nodes and kernels are on their floors, or nearly: no number of paths pays for many."""
+        return figures.nodes >= NEAR * self.floor.nodes and figures.kernels >= NEAR * self.floor.kernels
 
 
 @dataclass
@@ -159,9 +166,9 @@ class Exchange:
         plan = _Plan.drawn(self.random, self._claim())
         before, value = self.state, self.value
         old = {name: self.counts[name] for name in names}
-        reached = {name: self._ends(name)[0] > 0 for name in names}
+        reached = {name: self._ends(name)[0] > 0 for name in names[1:]}
         for name in names:
-            fresh = (self._ends(name)[0] > 0) & ~reached[name] if name is not names[0] else None
+            fresh = (self._ends(name)[0] > 0) & ~reached[name] if name in reached else None
             self.counts[name] = self._rewritten(name, plan, fresh)
             self.runs += 1
             if name is names[-1]:
@@ -175,6 +182,23 @@ class Exchange:
             return gain > 0
         self.counts.update(old)
         self.state = before
+        return False
+
+    def take(self, counts: Mapping[str, Tensor]) -> None:
+        """Goes on from other counts, of as many weights in every layer."""
+        self.counts = {name: count.to(self.circuit.dtype) for name, count in counts.items()}
+        self.state = self._counted()
+        self.runs += 1
+        if self.value > self.best[0]:
+            self.best = self.value, self.state, dict(self.counts)
+
+    def offer(self, counts: Mapping[str, Tensor]) -> bool:
+        """Goes on from other counts if they are better, and near the floors. Whether it does."""
+        before, old, best, value = self.state, self.counts, self.best, self.value
+        self.take(counts)
+        if self.value > value and self.aim.allows(self.figures):
+            return True
+        self.state, self.counts, self.best = before, old, best
         return False
 
     def settle(self) -> None:
@@ -197,7 +221,8 @@ class Exchange:
         if missing.any():
             share = self._claim()
             chance = (1 - share / 2) * chance + share / 2 * missing / missing.sum()
-        place = int(self.random.choice(len(self.order), p=chance))
+        until = np.cumsum(chance)
+        place = int(np.searchsorted(until / until[-1], self.random.random(), side="right"))
         kind = self.random.integers(4)
         if kind < 2:
             return [self.order[place]]
@@ -207,6 +232,10 @@ class Exchange:
     def _ends(self, name: str) -> tuple[Floats, Floats]:
         """Paths to every input channel, (groups, in), and on from every output channel, (groups, out)."""
         shape = _shape(self.circuit.kernels[name])
+        if name in self.plain:
+            (place,) = self.uses[name]
+            met = self.state.found.x[place], self.state.found.slope[place]
+            return met[0].double().numpy(), met[1].double().numpy()
         x = sum(self.state.found.x[place].double().sum(0) for place in self.uses[name])
         slope = sum(self.state.found.slope[place].double().sum(0) for place in self.uses[name])
         assert isinstance(x, Tensor)
@@ -217,7 +246,7 @@ class Exchange:
         """New counts of one layer: what covers the channels of the plan first, then the best gains."""
         kernels = self.circuit.kernels[name]
         gain, count, cap = (
-            _oriented(tensor.double().numpy(), kernels)
+            oriented(tensor.double().numpy(), kernels)
             for tensor in (self._gain(self.state.found, name), self.counts[name], self.caps[name])
         )
         if plan.noise:
@@ -235,10 +264,10 @@ class Exchange:
         number = round(float(count.sum()))
         # What is on no path yet has no gain; the better end of a kernel decides there.
         hope = (slope / (slope.max() or 1.0) + FAINT)[:, :, None] * (x / (x.max() or 1.0) + FAINT)[:, None, :]
-        covered = _cover(inputs, outputs, gain + FAINT * hope, cap, number, self.random)
+        covered = cover(inputs, outputs, gain + FAINT * hope, cap, number, self.random)
         new = _filled(covered, gain, cap, number, self.aim, self.figures, spread=plan.spread)
         result = torch.empty_like(self.counts[name])
-        _oriented(result.numpy(), kernels)[...] = new
+        oriented(result.numpy(), kernels)[...] = new
         return result
 
 
@@ -284,7 +313,7 @@ def _shape(kernels: KernelSet) -> tuple[int, int, int]:
     return (kernels.groups, second, first) if kernels.transposed else (kernels.groups, first, second)
 
 
-def _oriented(matrix: NDArray[np.generic], kernels: KernelSet) -> Floats:
+def oriented(matrix: NDArray[np.generic], kernels: KernelSet) -> Floats:
     """A view (groups, outputs, inputs) of a matrix shaped as the parameter's first two dimensions."""
     apart = matrix.reshape(kernels.groups, -1, matrix.shape[1])
     return apart.transpose(0, 2, 1) if kernels.transposed else apart  # type: ignore[return-value]
@@ -295,7 +324,7 @@ def _channels(values: Tensor, groups: int, size: int) -> Floats:
     return found
 
 
-def _cover(
+def cover(
     inputs: Flags, outputs: Flags, gain: Floats, cap: Floats, number: int, random: np.random.Generator
 ) -> Flags:
     """Kernels, one weight each, that together touch the channels marked, the best with the best.

@@ -9,15 +9,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fxprune.graph.channels import Circuit
 from fxprune.graph.circuits import circuit
 from fxprune.graph.ir import ChannelGraph, KernelSet
-from fxprune.graph.traverse import flow
 from fxprune.methods._ascent import Ascent
 from fxprune.methods._contract import Method, Problem
 from fxprune.methods._exchange import Aim, Exchange
 from fxprune.methods._kernel_reading import KernelReading
 from fxprune.methods._layered import is_untouched, layer_budgets, others, settled
 from fxprune.methods._objective import Figures, Mixture, WeightReading
+from fxprune.methods._sweep import Sweeps
+from fxprune.methods._taps import Polish, counted, placed
 from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.masks import Masks
 
@@ -25,6 +27,12 @@ REACH = 15.0
 """How far the ascent moves a score in all: DPaI's 3000 steps of 0.005."""
 SHARE = 6
 """One count in so many goes to the ascent."""
+LAST = 10
+"""Where paths matter most, one in so many goes to the exchange; the others to beginnings anew."""
+DRAW = 50
+"""Counts that such a beginning takes the time of, about."""
+TRIED = 4
+"""Beginnings without use after which no other is made."""
 SLACK = 1e-3
 """Weight of a figure that the objective leaves out, so that it grows where that costs nothing."""
 EVERY = 50
@@ -45,19 +53,20 @@ def balance(
     DPaI's ascent with steps six times as long. What it finds, and a little more, becomes a floor under all
     three figures. The other steps rewrite one layer, or two neighbours, so that they cover chosen channels
     and give the rest to the best gains; paths, nodes and kernels are counted exactly after each, and a change
-    is kept if the objective does not fall (early on, if it falls by little). ``docs/balance.md`` shows what
-    that gains. Needs neither data nor weights.
+    is kept if the objective does not fall (early on, if it falls by little). For alpha below 0.5 most of them
+    go to beginnings anew, by coordinate ascent on ln R_P alone. ``docs/balance.md`` shows what that gains.
+    Needs neither data nor weights.
 
     Options:
         alpha: weight of nodes and kernels, against paths, in [0, 1]
         beta: weight of kernels, against nodes, in [0, 1]
-        steps: exact counts of paths, at most; the ascent takes one in six
+        steps: counts of paths, or what takes as long; the ascent takes one in six
         taps: which weights inside a kernel: "random" ones; those on most "paths", which are the central ones,
             as an image has borders; "auto" is "paths" for alpha below 0.5, where paths matter most
 
     The history holds ``step``, ``log_paths``, ``nodes``, ``kernels`` and ``objective`` at channel resolution.
-    On networks where a product may be cut by masks alone (attention or gates without biases), and under a
-    granularity other than weights, the ascent is all there is, with DPaI's own steps.
+    Under a granularity other than weights, and on networks without a circuit (positions that differ, as after
+    a pixel shuffle), the ascent is all there is, with DPaI's own steps.
     """
     for option, value in (("alpha", alpha), ("beta", beta)):
         if not 0 <= value <= 1:
@@ -84,6 +93,11 @@ class _Search:
     steps: int
     on_paths: bool
 
+    @property
+    def for_paths(self) -> bool:
+        """Whether paths matter most."""
+        return self.mixture.alpha < 0.5
+
     def find(self, problem: Problem) -> Masks:
         if is_untouched(problem):
             return dict(problem.masks)
@@ -102,20 +116,8 @@ class _Search:
             masks, start = ascent.masks(), ascent.figures()
         self._note(problem, length, start)
         if found is not None and start.log_paths > -math.inf and isinstance(reading, KernelReading):
-            usable = {name: mask.cpu() & _live(problem.graph, name) for name, mask in problem.masks.items()}
-            counts = {name: _counted(mask & usable[name]) for name, mask in masks.items()}
-            exchange = Exchange(
-                found,
-                counts,
-                {name: _counted(mask) for name, mask in usable.items()},
-                {name: reading.counts[name] for name in found.kernels if name not in masks},
-                self._aim(start, layers),
-                problem.generator,
-            )
-            self._climb(problem, exchange, self.steps - length)
-            masks = {name: _placed(exchange.counts[name], usable[name], problem.generator) for name in masks}
-            if self.on_paths:
-                masks = _on_paths(problem, masks, exchange.counts, usable, fixed)
+            unpruned = {name: reading.counts[name] for name in found.kernels if name not in masks}
+            masks = self._exchanged(problem, found, masks, fixed, unpruned, self._aim(start, layers))
         return _settled(problem, masks, layers)
 
     def _ascended(
@@ -130,6 +132,48 @@ class _Search:
             ascent.step()
         return ascent
 
+    def _exchanged(
+        self,
+        problem: Problem,
+        found: Circuit,
+        masks: Masks,
+        fixed: dict[str, Tensor],
+        unpruned: dict[str, Tensor],
+        aim: Aim,
+    ) -> Masks:
+        """What the search makes of ``masks``. ``unpruned``: the counts of ``fixed``."""
+        usable = {name: mask.cpu() & _live(problem.graph, name) for name, mask in problem.masks.items()}
+        caps = {name: counted(mask) for name, mask in usable.items()}
+        counts = {name: counted(mask & usable[name]) for name, mask in masks.items()}
+        exchange = Exchange(found, counts, caps, unpruned, aim, problem.generator)
+        spent = self.steps // SHARE
+        if self.for_paths:
+            sweeps = Sweeps(found, counts, caps, unpruned, exchange.random)
+            spent += self._draw(problem, exchange, sweeps, self.steps - spent - self.steps // LAST)
+        self._climb(problem, exchange, spent)
+        exchange.settle()
+        masks = {name: placed(exchange.counts[name], usable[name], problem.generator) for name in masks}
+        if self.on_paths:
+            polish = Polish(problem.graph, usable, fixed, aim, exchange.random)
+            masks = polish(masks)
+            exchange.take({name: counted(mask) for name, mask in masks.items()})
+        self._note(problem, self.steps, exchange.figures)
+        return masks
+
+    def _draw(self, problem: Problem, exchange: Exchange, sweeps: Sweeps, length: int) -> int:
+        """Other beginnings, of more paths than the ascent found: half anywhere, half near the best.
+
+        Returns how many counts that stands for: up to ``length``, or few where the first ones are of no use.
+        """
+        number, taken = max(1, length // DRAW), 0
+        for turn in problem.progress(range(number), "balance: sweeps", number):
+            if turn == TRIED and not taken:
+                length = TRIED * DRAW
+                break
+            taken += exchange.offer(sweeps.drawn(exchange.counts if 2 * turn > number else None))
+        exchange.runs = 1
+        return length
+
     def _aim(self, start: Figures, layers: dict[str, int]) -> Aim:
         """The objective, over what the ascent found and what longer would have added to it."""
         for_paths, for_nodes, for_kernels = (weight + SLACK for weight in self.mixture.weights)
@@ -141,22 +185,22 @@ class _Search:
         kernels = min(start.kernels + start.kernels // 50 + 1, whole)
         if self.mixture.weights[2] and not self.mixture.weights[0]:
             kernels = whole  # without a claim of paths, every weight can have a kernel to itself
-        floor = Figures(start.log_paths + more, start.nodes + start.nodes // 20 + 1, kernels)
+        # More nodes than the ascent's are worth having, but not where most paths are asked for.
+        nodes = start.nodes if self.for_paths else start.nodes + start.nodes // 20 + 1
+        floor = Figures(start.log_paths + more, nodes, kernels)
         return Aim((for_paths, for_nodes, for_kernels), floor)
 
-    def _climb(self, problem: Problem, exchange: Exchange, length: int) -> None:
+    def _climb(self, problem: Problem, exchange: Exchange, spent: int) -> None:
+        """The exchange, for all counts but ``spent``."""
         heat = 2e-3 + 1e-1 * self.mixture.weights[0]
-        words = "balance: exchange"
-        noted = 0
-        for _ in problem.progress(range(length), words, length):
+        noted, length = 0, self.steps - spent
+        for _ in problem.progress(range(length), "balance: exchange", length):
             if exchange.runs > length:
                 break
             exchange.climb(heat * max(0.0, 1 - exchange.runs / (0.7 * length)))
             if exchange.runs >= noted + EVERY:
                 noted = exchange.runs
-                self._note(problem, self.steps // SHARE + exchange.runs, exchange.figures)
-        exchange.settle()
-        self._note(problem, self.steps, exchange.figures)
+                self._note(problem, spent + exchange.runs, exchange.figures)
 
     def _note(self, problem: Problem, step: int, figures: Figures) -> None:
         row = {"step": step, **figures._asdict(), "objective": self.mixture.value(figures)}
@@ -167,52 +211,6 @@ class _Search:
 def _live(graph: ChannelGraph, name: str) -> Tensor:
     kernels: KernelSet = graph.kernels[name]
     return kernels.live_taps.expand(kernels.shape)
-
-
-def _counted(mask: Tensor) -> Tensor:
-    return mask.flatten(2).sum(2).double() if mask.dim() > 2 else mask.double()
-
-
-def _placed(counts: Tensor, usable: Tensor, generator: torch.Generator) -> Tensor:
-    """Masks with so many weights in every kernel, anywhere."""
-    return _best(torch.rand(usable.shape, generator=generator), counts, usable)
-
-
-def _best(scores: Tensor, counts: Tensor, usable: Tensor) -> Tensor:
-    """The ``counts`` highest scores of every kernel among the usable."""
-    ranked = scores.where(usable, -torch.inf).reshape(*usable.shape[:2], -1)
-    order = ranked.argsort(2, descending=True)
-    place = torch.empty_like(order).scatter_(2, order, torch.arange(order.shape[2]).expand(order.shape))
-    return (place < counts.unsqueeze(2)).view(usable.shape) & usable
-
-
-def _on_paths(
-    problem: Problem, masks: Masks, counts: Masks, usable: Masks, fixed: dict[str, Tensor]
-) -> Masks:
-    """The same kernels, with the taps that most paths pass, position by position.
-
-    R is linear in one layer's weights, so that a layer's best taps are those of the largest derivatives. All
-    layers are tried together while that helps, and one by one after that.
-    """
-
-    def counted(trial: Masks) -> tuple[float, dict[str, Tensor]]:
-        edges = {**fixed, **trial}
-        found = flow(
-            problem.graph, {name: mask.double() for name, mask in edges.items()}, dtype=torch.float64
-        )
-        return found.log_total, found.gradients
-
-    value, gradients = counted(masks)
-    several = [name for name, mask in masks.items() if mask.dim() > 2 and mask[0, 0].numel() > 1]
-    for group in [several] * 3 + [[name] for name in several]:
-        better = {name: _best(gradients[name], counts[name], usable[name]) for name in group}
-        trial = {**masks, **better}
-        if all(torch.equal(trial[name], masks[name]) for name in group):
-            continue
-        new, slopes = counted(trial)
-        if new > value:
-            masks, value, gradients = trial, new, slopes
-    return masks
 
 
 def _settled(problem: Problem, masks: Masks, layers: dict[str, int]) -> Masks:

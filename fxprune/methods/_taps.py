@@ -1,0 +1,132 @@
+"""Where weights go inside their kernels, position by position.
+
+Numbers of kept weights per kernel come in, or masks; masks go out. A search at channel resolution sees
+periodic images, on which all taps of a kernel are alike. On real ones central taps have more paths than those
+at a border, and kernels that were alike differ a little. R is linear in the weights of one layer here too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxprune.graph.ir import ChannelGraph
+from fxprune.graph.traverse import flow
+from fxprune.methods._exchange import Aim, cover, oriented
+from fxprune.methods._objective import Figures, count_nodes
+from fxprune.sparsity.masks import Masks
+
+__all__ = ["Polish", "counted", "placed"]
+
+ROUNDS = 2
+"""Times that every layer is tried."""
+
+
+def counted(mask: Tensor) -> Tensor:
+    """Kept weights of every kernel."""
+    return mask.flatten(2).sum(2).double() if mask.dim() > 2 else mask.double()
+
+
+def placed(counts: Tensor, usable: Tensor, generator: torch.Generator) -> Tensor:
+    """Masks with so many weights in every kernel, anywhere."""
+    return _best(torch.rand(usable.shape, generator=generator), counts, usable)
+
+
+def _best(scores: Tensor, counts: Tensor, usable: Tensor) -> Tensor:
+    """The ``counts`` highest scores of every kernel among the usable."""
+    ranked = scores.where(usable, -torch.inf).reshape(*usable.shape[:2], -1)
+    order = ranked.argsort(2, descending=True)
+    place = torch.empty_like(order).scatter_(2, order, torch.arange(order.shape[2]).expand(order.shape))
+    return (place < counts.unsqueeze(2)).view(usable.shape) & usable
+
+
+@dataclass
+class _Counted:
+    """Masks with their figures at spatial resolution, and d ln R / d weight."""
+
+    masks: Masks
+    figures: Figures
+    gradients: dict[str, Tensor]
+
+
+class Polish:
+    """Masks rewritten layer by layer with what the interpreter says of every weight.
+
+    ``usable``: which weights may be kept; ``fixed``: masks of all other parameters.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        usable: Masks,
+        fixed: Mapping[str, Tensor],
+        aim: Aim,
+        random: np.random.Generator,
+    ) -> None:
+        self.graph, self.usable, self.fixed, self.aim, self.random = graph, usable, dict(fixed), aim, random
+
+    def __call__(self, masks: Masks) -> Masks:
+        """Masks of as many weights in every layer, no worse by the aim."""
+        state = self._counted(masks)
+        order = list(masks)
+        for group in [order] * 2:  # taps of all layers at once, as long as that helps
+            state = self._better(state, self._moved(state, group))
+        for turn in range(ROUNDS):
+            before = state
+            for name in order[:: 1 if turn % 2 else -1]:
+                state = self._better(state, {name: self._rewritten(state, name)})
+            if state is before:
+                break
+        return state.masks
+
+    def _counted(self, masks: Masks) -> _Counted:
+        edges = {name: mask.double() for name, mask in {**self.fixed, **masks}.items()}
+        found = flow(self.graph, edges, dtype=torch.float64)
+        nodes = kernels = 0
+        for name, mask in masks.items():
+            alive = counted(mask & (found.gradients[name] > 0)) > 0
+            nodes += int(count_nodes(self.graph.kernels[name], alive))
+            kernels += int(alive.sum())
+        return _Counted(masks, Figures(found.log_total, nodes, kernels), found.gradients)
+
+    def _better(self, state: _Counted, change: Masks) -> _Counted:
+        if all(torch.equal(state.masks[name], mask) for name, mask in change.items()):
+            return state
+        trial = self._counted({**state.masks, **change})
+        return trial if self.aim.value(trial.figures) > self.aim.value(state.figures) else state
+
+    def _moved(self, state: _Counted, names: list[str]) -> Masks:
+        """As many weights in every kernel, on the taps of most paths."""
+        return {
+            name: _best(state.gradients[name], counted(state.masks[name]), self.usable[name])
+            for name in names
+            if state.masks[name].dim() > 2
+        }
+
+    def _rewritten(self, state: _Counted, name: str) -> Tensor:
+        """The weights of most paths, channels that are in use staying so."""
+        mask, kernels = state.masks[name], self.graph.kernels[name]
+        worth = state.gradients[name].where(self.usable[name], -1.0)
+        taps = worth.reshape(*worth.shape[:2], -1)
+        best, first = taps.max(2)
+        alive = oriented((counted(mask & (worth > 0)) > 0).numpy(), kernels)
+        covered = torch.zeros_like(best, dtype=torch.bool)
+        number = int(mask.sum())
+        oriented(covered.numpy(), kernels)[...] = cover(
+            np.any(alive, axis=1),
+            np.any(alive, axis=2),
+            oriented(best.numpy(), kernels),
+            oriented(counted(self.usable[name]).numpy(), kernels),
+            number,
+            self.random,
+        )
+        scores = taps + 1e-9 * mask.reshape(taps.shape)  # what is as good may stay
+        scores.scatter_add_(2, first.unsqueeze(2), 1e9 * covered.unsqueeze(2).double())
+        flat = scores.flatten()
+        chosen = torch.zeros_like(flat, dtype=torch.bool)
+        chosen[flat.topk(number).indices] = True
+        return chosen.view(mask.shape)
