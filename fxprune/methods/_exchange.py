@@ -125,27 +125,30 @@ class Exchange:
 
     # -- counting -------------------------------------------------------------------------------------------
     def _counted(self) -> _State:
-        found = self.circuit.run({**self.fixed, **self.counts})
+        edges = {**self.fixed, **self.counts}
+        found = self.circuit.run(edges)
+        # In float32 branches of few paths have no slopes left.
+        marks = self.circuit.marks(edges) if self.circuit.dtype == torch.float32 else found
         missing, spare, nodes, kernels = {}, {}, 0, 0
         for name, count in self.counts.items():
             if name in self.plain:
-                used, alive = self._alive(found, name)
+                used, alive = self._alive(marks, name)
             else:
-                marked = (self._gain(found, name) > 0) & (count > 0)
+                marked = (self._gain(marks, name) > 0) & (count > 0)
                 used, alive = int(count_nodes(self.circuit.kernels[name], marked)), int(marked.sum())
             missing[name], spare[name] = self.most[name] - used, self.weights[name] - alive
             nodes += used
             kernels += alive
         return _State(found, Figures(found.log_total, nodes, kernels), missing, spare)
 
-    def _alive(self, found: Pass, name: str) -> tuple[int, int]:
+    def _alive(self, marks: Pass, name: str) -> tuple[int, int]:
         """Effective nodes and kernels of a layer with one use: (slope > 0) of (count > 0) of (x > 0)."""
         (place,) = self.uses[name]
         count = self.counts[name]
         if name not in self.filled or self.filled[name][0] is not count:
             self.filled[name] = count, (count.numpy() > 0).astype(np.float32)
-        reached = (found.x[place][0].numpy() > 0).astype(np.float32)
-        per_output = (self.filled[name][1] @ reached)[found.slope[place][0].numpy() > 0]
+        reached = (marks.x[place][0].numpy() > 0).astype(np.float32)
+        per_output = (self.filled[name][1] @ reached)[marks.slope[place][0].numpy() > 0]
         return int(np.count_nonzero(per_output)), int(per_output.sum())
 
     def _gain(self, found: Pass, name: str) -> Tensor:

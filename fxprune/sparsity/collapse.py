@@ -6,14 +6,14 @@ nothing were pruned. ``repair`` gives every such layer a path again and spends n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 
 from fxprune.graph import ChannelGraph
-from fxprune.graph.channels import Circuit
+from fxprune.graph.channels import Circuit, Pass
 from fxprune.graph.circuits import circuit
 from fxprune.graph.traverse import flow, reach
 from fxprune.sparsity.budget import Budget
@@ -24,6 +24,8 @@ from fxprune.sparsity.select import select
 Resolution = Literal["spatial", "channel"]
 
 _BOOSTS = (1.0, 1e10, 1e10)
+CHOSEN = 128.0
+"""How much better an entry of the skeleton is than others of its layer; exact to multiply by and divide."""
 _TRIES = 16
 
 
@@ -55,9 +57,10 @@ def repair(
 ) -> Masks:
     """Masks of the same ``budget`` under which every layer lies on a path that can lie on one.
 
-    A small *skeleton* of weights is found first, in which every layer lies on a path; it prefers weights that
-    ``masks`` keep, then large ones. The rest of the budget goes to what ``masks`` keep: effective weights
-    before those on no path, large before small within a layer.
+    A weight for every layer that lies on no path is tried first, which joins it to what ``masks`` keep. Where
+    the rest then cannot spare that many, a small *skeleton* of weights is found, in which every layer lies on
+    a path by itself. Both prefer weights that ``masks`` keep, then large ones. The rest of the budget goes to
+    what ``masks`` keep: effective weights before those on no path, large before small within a layer.
 
     Args:
         graph: the network.
@@ -76,16 +79,7 @@ def repair(
     others = dict(fixed or {})
     wanted = live_layers(reach(graph, {**others, **open_to}))
     left: set[str] = set()
-    found = circuit(graph)
-    # The search asks for paths hundreds of times: it collapses positions, and borders are checked after it.
-    # Where kernels are as good as weights for that, it asks the circuit, which is a hundred times faster.
-    readings: list[_Reading] = [
-        _OnWeights(graph, "channel") if found is None else _OnKernels(graph, found),
-        _OnWeights(graph, "spatial"),
-    ]
-    for reading in readings:
-        skeleton = _Skeleton(graph, reading, dict(masks), _sizes(weights), open_to, others)
-        chosen = skeleton.build([name for name in graph.kernels if name in wanted])
+    for chosen in _plans(graph, masks, weights, open_to, others, [n for n in graph.kernels if n in wanted]):
         _check_fits(chosen, budget)
         together = {name: chosen[name] | mask for name, mask in masks.items()}
         scores = _scores(masks, chosen, reach(graph, {**others, **together}), weights)
@@ -97,6 +91,27 @@ def repair(
         f"on_collapse='repair': {', '.join(sorted(left))} cannot live on {budget.total} weights under "
         f"{granularity}; ask for a lower sparsity"
     )
+
+
+def _plans(
+    graph: ChannelGraph,
+    masks: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
+    within: Masks,
+    fixed: Masks,
+    wanted: list[str],
+) -> Iterator[Masks]:
+    """Weights to keep before all others, from the cheapest guess to the most thorough search."""
+    found = circuit(graph)
+    # The searches ask for paths hundreds of times: they collapse positions, and borders are checked after it.
+    # Where kernels are as good as weights for that, they ask the circuit, which is a hundred times faster.
+    first: _Reading = _OnWeights(graph, "channel") if found is None else _OnKernels(graph, found)
+    sizes = _sizes(weights)
+    bridges = _Skeleton(graph, first, dict(masks), sizes, within, fixed).bridge(wanted)
+    if bridges is not None:
+        yield bridges
+    for reading in (first, _OnWeights(graph, "spatial")):
+        yield _Skeleton(graph, reading, dict(masks), sizes, within, fixed).build(wanted)
 
 
 def _scores(
@@ -147,7 +162,10 @@ def _sizes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class _Reading(Protocol):
-    """How the search sees the network: in entries, which are weights or kernels."""
+    """How the search sees the network: in entries, which are weights or kernels, numbers of ``dtype``."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def entries(self, values: torch.Tensor) -> torch.Tensor:
         """The best of the weights in each entry."""
@@ -155,8 +173,8 @@ class _Reading(Protocol):
     def weights(self, entries: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """The best weight of each marked entry, by ``values``: bool, shaped as these."""
 
-    def slopes(self, edges: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """d ln R / d edge for every entry; zero everywhere without a path."""
+    def slope(self, edges: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        """d ln R / d edge for the entries of ``name``; zero everywhere without a path."""
 
     def alive(self, edges: Mapping[str, torch.Tensor], name: str) -> bool:
         """Whether any entry of ``name`` lies on a path."""
@@ -166,6 +184,7 @@ class _Reading(Protocol):
 class _OnWeights:
     graph: ChannelGraph
     resolution: Resolution
+    dtype: torch.dtype = torch.float64
 
     def entries(self, values: torch.Tensor) -> torch.Tensor:
         return values
@@ -173,8 +192,8 @@ class _OnWeights:
     def weights(self, entries: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return entries
 
-    def slopes(self, edges: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        return flow(self.graph, edges, resolution=self.resolution).gradients
+    def slope(self, edges: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        return flow(self.graph, edges, resolution=self.resolution).gradients[name]
 
     def alive(self, edges: Mapping[str, torch.Tensor], name: str) -> bool:
         masks = {key: edge > 0 for key, edge in edges.items()}
@@ -196,17 +215,23 @@ class _OnKernels:
         taps = torch.zeros_like(flat, dtype=torch.bool).scatter_(2, flat.argmax(2, keepdim=True), True)
         return (taps & entries.unsqueeze(2)).view(values.shape)
 
-    def slopes(self, edges: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        dtype = self.circuit.dtype
-        counts = {name: edge.cpu().to(dtype) for name, edge in edges.items()}
-        found = self.circuit.run(counts)
-        slopes = {name: torch.zeros_like(count) for name, count in counts.items()}
-        for op, slope, x in zip(self.circuit.contractions, found.slope, found.x, strict=True):
-            op.spread(slope, x, slopes[op.name], add=True)
-        return slopes
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.circuit.dtype
+
+    def slope(self, edges: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+        return self._spread(self.circuit.run(edges), edges[name], name)
 
     def alive(self, edges: Mapping[str, torch.Tensor], name: str) -> bool:
-        return bool((self.slopes(edges)[name] * edges[name].cpu() > 0).any())
+        return bool((self._spread(self.circuit.marks(edges), edges[name], name) * edges[name] > 0).any())
+
+    def _spread(self, found: Pass, like: torch.Tensor, name: str) -> torch.Tensor:
+        """The sum over all uses of ``name`` of its outputs' slopes times what arrives at its inputs."""
+        slope = torch.zeros_like(like)
+        for place, op in enumerate(self.circuit.contractions):
+            if op.name == name:
+                op.spread(found.slope[place], found.x[place], slope, add=True)
+        return slope
 
 
 @dataclass
@@ -225,35 +250,63 @@ class _Skeleton:
     within: Masks
     fixed: Masks
     soft: dict[str, torch.Tensor] = field(init=False)
+    hard: dict[str, torch.Tensor] = field(init=False)
     fixed_entries: dict[str, torch.Tensor] = field(init=False)
-    chosen: Masks = field(init=False)
 
     def __post_init__(self) -> None:
-        # What is kept is far better than what is pruned, and what is large a little better.
-        self.soft = {name: self.reading.entries(self._worth(name)).double().cpu() for name in self.masks}
+        # What is kept is far better than what is pruned, and what is large a little better. What an entry
+        # counts while its layer is soft, and while it is hard, is kept up to date: runs are many.
+        self.soft = {
+            name: self.reading.entries(self._worth(name)).to("cpu", self.reading.dtype) for name in self.masks
+        }
+        self.hard = {name: torch.zeros_like(soft) for name, soft in self.soft.items()}
         others = {
             name: self.fixed.get(name, torch.ones(kernels.shape))
             for name, kernels in self.graph.kernels.items()
             if name not in self.masks
         }
         self.fixed_entries = {
-            name: self.reading.entries(mask.double()).cpu() for name, mask in others.items()
+            name: self.reading.entries(mask.to("cpu", self.reading.dtype)) for name, mask in others.items()
         }
-        self.chosen = {name: torch.zeros_like(soft, dtype=torch.bool) for name, soft in self.soft.items()}
 
     def _worth(self, name: str) -> torch.Tensor:
         live = self.graph.kernels[name].live_taps.to(self.within[name].device)
         may = self.within[name] & live.expand(self.graph.kernels[name].shape)
         return may * self.sizes[name] * torch.where(self.masks[name], 1.0, 1e-6)
 
+    def bridge(self, layers: list[str]) -> Masks | None:
+        """One weight for each of ``layers`` that has no path under the masks, if that is enough for paths.
+
+        Other layers are what the masks leave of them; layers without a path are soft, until one weight of
+        them is taken, in the order of execution.
+        """
+        kept = {
+            name: soft * (self.reading.entries(self.masks[name].to(soft)) > 0)
+            for name, soft in self.soft.items()
+        }
+        edges = self.fixed_entries | kept
+        dead = [name for name in layers if name in self.masks and not self.reading.alive(edges, name)]
+        edges |= {name: self.soft[name] for name in dead}
+        for name in dead:
+            share = self.reading.slope(edges, name).cpu() * edges[name]
+            if not float(share.max()) > 0:
+                return None
+            best = share.flatten().argmax()
+            self._put(name, best, True)
+            edges[name] = kept[name] + self.hard[name]
+        return self._weights()
+
     def build(self, layers: list[str]) -> Masks:
         """The skeleton for ``layers``."""
         for name in layers:
             if not self._alive(name, set(self.masks)):
                 self._extend(name)
+        return self._weights()
+
+    def _weights(self) -> Masks:
         return {
-            name: self.reading.weights(chosen.to(self.masks[name].device), self._worth(name))
-            for name, chosen in self.chosen.items()
+            name: self.reading.weights((chosen > 0).to(self.masks[name].device), self._worth(name))
+            for name, chosen in self.hard.items()
         }
 
     def _extend(self, name: str) -> None:
@@ -278,9 +331,13 @@ class _Skeleton:
     def _edges(self, hard: set[str]) -> dict[str, torch.Tensor]:
         """What each entry counts: in hard layers only what is chosen exists, and it is far better."""
         return self.fixed_entries | {
-            name: self.chosen[name].double() if name in hard else soft * (1 + 99 * self.chosen[name])
-            for name, soft in self.soft.items()
+            name: self.hard[name] if name in hard else soft for name, soft in self.soft.items()
         }
+
+    def _put(self, layer: str, entries: torch.Tensor, chosen: bool) -> None:
+        """Takes entries of ``layer`` (flat indices) into the skeleton, or out of it."""
+        self.hard[layer].view(-1)[entries] = float(chosen)
+        self.soft[layer].view(-1)[entries] *= CHOSEN if chosen else 1 / CHOSEN
 
     def _alive(self, name: str, hard: set[str]) -> bool:
         return self.reading.alive(self._edges(hard), name)
@@ -291,14 +348,17 @@ class _Skeleton:
         # Paths beside ``through`` must not count: its own are made heavier until they are all that matters.
         for boost in _BOOSTS:
             edges[through] = edges[through] * boost
-            found = self.reading.slopes(edges)
-            if float((found[through] * edges[through]).sum()) > 0.9:
+            if float((self.reading.slope(edges, through).cpu() * edges[through]).sum()) > 0.9:
                 break
-        share = (found[layer].cpu() * edges[layer]).flatten()
-        chosen = self.chosen[layer].view(-1)
-        for index in share.topk(min(_TRIES, share.numel())).indices.tolist():
-            chosen[index] = True
+        share = (self.reading.slope(edges, layer).cpu() * edges[layer]).flatten()
+        fresh = self.hard[layer].view(-1) == 0
+        for index in share.topk(min(_TRIES, share.numel())).indices:
+            if not fresh[index]:
+                continue
+            self._put(layer, index, True)
             if self._alive(through, hard | {layer}):
                 return
-            chosen[index] = False
-        chosen |= self.soft[layer].flatten() > 0  # no single one will do
+            self._put(layer, index, False)
+        self._put(
+            layer, ((self.soft[layer].view(-1) > 0) & fresh).nonzero().flatten(), True
+        )  # no one will do

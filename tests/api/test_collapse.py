@@ -9,6 +9,7 @@ from nets import NETS
 from torch import nn
 
 import fxprune
+from fxprune import zoo
 from fxprune.methods import Problem
 from fxprune.sparsity.budget import count
 
@@ -121,6 +122,31 @@ def test_repair_keeps_to_budget_granularity_and_exclusions(options: dict[str, An
         assert report.kept_params <= int(report.params * 0.2 + 0.5)
     if "exclude" in options:
         assert "2.weight" not in fxprune.masks(pruned)
+
+
+def test_repair_of_a_branch_takes_a_weight_for_each_of_its_layers() -> None:
+    """Where the rest can spare them, all other weights stay what they were."""
+    torch.manual_seed(0)
+    x = torch.ones(1, 3, 32, 32)
+    net = zoo.resnet20()
+    before = fxprune.masks(fxprune.apply(net, "magnitude", 0.5, example_inputs=x))
+    dead = [name for name in before if name.startswith(("blocks.1.", "blocks.8."))]
+
+    def cut(problem: Problem) -> dict[str, torch.Tensor]:
+        masks = {name: mask & (name not in dead) for name, mask in before.items()}
+        for name in masks.keys() - dead:
+            spare = problem.budget.total - sum(int(mask.sum()) for mask in masks.values())
+            masks[name].view(-1)[(~masks[name]).flatten().nonzero().flatten()[:spare]] = True
+        return masks
+
+    cutting = fxprune.Method("cut", cut)
+    with pytest.warns(UserWarning, match="no path is left through"):
+        given = fxprune.masks(fxprune.apply(net, cutting, 0.5, example_inputs=x))
+    repaired = fxprune.masks(fxprune.apply(net, cutting, 0.5, example_inputs=x, on_collapse="repair"))
+    fresh = {name: int((repaired[name] & ~given[name]).sum()) for name in given}
+    assert len(dead) == 4
+    assert {name: number for name, number in fresh.items() if number} == dict.fromkeys(dead, 1)
+    assert sum(int((given[name] & ~repaired[name]).sum()) for name in given) == 4
 
 
 def test_repair_of_a_model_pruned_before_brings_nothing_back() -> None:
