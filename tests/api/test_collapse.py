@@ -134,7 +134,7 @@ def test_repair_of_a_branch_takes_a_weight_for_each_of_its_layers() -> None:
 
     def cut(problem: Problem) -> dict[str, torch.Tensor]:
         masks = {name: mask & (name not in dead) for name, mask in before.items()}
-        for name in masks.keys() - dead:
+        for name in sorted(masks.keys() - dead):
             spare = problem.budget.total - sum(int(mask.sum()) for mask in masks.values())
             masks[name].view(-1)[(~masks[name]).flatten().nonzero().flatten()[:spare]] = True
         return masks
