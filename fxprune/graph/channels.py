@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fxprune.graph import ir
-from fxprune.graph.circuit_ops import Closure, Contraction, Op, Presence, Sparse, Wire
+from fxprune.graph.circuit_ops import Closure, Contraction, Kept, Op, Presence, Sparse, Wire
 
 __all__ = ["Circuit", "Pass"]
 
@@ -81,12 +81,12 @@ class Circuit:
         live = int(kernels.live_taps.sum()) if kernels.shape[2:] else 1
         return torch.full(kernels.shape[:2], float(live), dtype=self.dtype, device=self._device)
 
-    def run(self, counts: Mapping[str, Tensor]) -> Pass:
+    def run(self, counts: Mapping[str, Tensor | Kept]) -> Pass:
         """Paths, with all that is needed for their derivatives.
 
         ``counts``: for every parameter the number of kept live weights in each kernel, shaped as its first
-        two dimensions, in the circuit's ``dtype``, all on one device. Gives zero slopes where there is no
-        path.
+        two dimensions, in the circuit's ``dtype``, or the places of the kept, all on one device. Gives zero
+        slopes where there is no path.
         """
         self._meet(counts)
         values = self._forward()
@@ -101,7 +101,7 @@ class Circuit:
         log_total = math.log(total) + self._base * math.log(2) - math.log(self.samples)
         return Pass(log_total, *self._ends(values), self._backward(values, 1 / total))
 
-    def run_ahead(self, counts: Mapping[str, Tensor]) -> Pass:
+    def run_ahead(self, counts: Mapping[str, Tensor | Kept]) -> Pass:
         """The same as :meth:`run`, which must have been called before, without waiting for the device.
 
         ``log_total`` is NaN: nobody looks at R, so that scales stay as they are. Slopes are zero where R is
@@ -114,7 +114,7 @@ class Circuit:
         share = torch.where(is_usable, 1 / total, torch.zeros_like(total))
         return Pass(math.nan, *self._ends(values), self._backward(values, share))
 
-    def marks(self, counts: Mapping[str, Tensor]) -> Pass:
+    def marks(self, counts: Mapping[str, Tensor | Kept]) -> Pass:
         """Which ends of which kernels are on a path: zeros and ones for ``x``, ``y`` and ``slope``.
 
         Exact where numbers are not: of branches with far fewer paths than others, no slope may be left.
@@ -124,7 +124,7 @@ class Circuit:
         values = self._forward(_marked)
         return Pass(math.nan, *self._ends(values), self._backward(values, 1.0, _marked))
 
-    def _meet(self, counts: Mapping[str, Tensor]) -> None:
+    def _meet(self, counts: Mapping[str, Tensor | Kept]) -> None:
         """Takes the counts, on whatever device they are."""
         device = next(iter(counts.values())).device
         for op in self.contractions:
@@ -145,7 +145,7 @@ class Circuit:
         x = [values[op.inputs[0]].view(op.rows, -1) for op in self.contractions]
         return x, [values[op.output].view(op.rows, -1) for op in self.contractions]
 
-    def _mark(self, counts: Mapping[str, Tensor]) -> None:
+    def _mark(self, counts: Mapping[str, Tensor | Kept]) -> None:
         """Which values are present, under the products that ask."""
         if not self.presences:
             return
@@ -154,6 +154,10 @@ class Circuit:
             found = op.function([self._present[index] for index in op.inputs], one)
             if op.contraction is not None:
                 count = counts[op.contraction.name]
+                if isinstance(count, Kept):
+                    op.contraction.read(count)
+                    self._present[op.output] = (op.contraction.forward(found) > 0.5).to(self.dtype)
+                    continue
                 kept = self._kept.get(op.contraction.name)
                 if kept is None or kept.device != count.device:
                     kept = self._kept[op.contraction.name] = torch.empty_like(count)

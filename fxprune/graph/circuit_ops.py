@@ -13,7 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Closure", "Contraction", "Entries", "Function", "Marking", "Op", "Presence", "Sparse", "Wire"]
+__all__ = [
+    "Closure",
+    "Contraction",
+    "Entries",
+    "Function",
+    "Kept",
+    "Marking",
+    "Op",
+    "Presence",
+    "Sparse",
+    "Wire",
+]
 
 Function = Callable[[Sequence[Tensor]], Tensor]
 Marking = Callable[[Sequence[Tensor], Tensor], Tensor]
@@ -87,6 +98,31 @@ class Closure:
     gains: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A matrix of counts by the places of its ones, all else being zero: ``out[k]`` and ``into[k]``.
+
+    It serves layers with one weight per kernel that are read whole, in one group.
+    """
+
+    out: Tensor
+    into: Tensor
+    shape: tuple[int, int]
+
+    @property
+    def device(self) -> torch.device:
+        return self.out.device
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs (rows x outputs) of inputs ``x`` (rows x inputs)."""
+        return x.new_zeros(len(x), self.shape[0]).index_add_(1, self.out, x.index_select(1, self.into))
+
+    def backward(self, slope: Tensor) -> Tensor:
+        """d ln R / d inputs, from d ln R / d outputs."""
+        part = slope.index_select(1, self.out)
+        return slope.new_zeros(len(slope), self.shape[1]).index_add_(1, self.into, part)
+
+
 @dataclass
 class Contraction:
     """``output = gain * input @ matrix``, the matrix being a view of the counts of parameter ``name``.
@@ -104,7 +140,7 @@ class Contraction:
     rows: int
     is_whole: bool
     gains: tuple[float, ...] = (1.0,)
-    _matrix: Tensor | None = None
+    _matrix: Tensor | Kept | None = None
     _columns: Tensor = field(default_factory=lambda: torch.empty(0))
     _rows: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -115,15 +151,19 @@ class Contraction:
         apart = matrix.reshape(self.groups, -1, matrix.shape[1])
         return apart.transpose(1, 2) if self.transposed else apart
 
-    def read(self, matrix: Tensor) -> None:
+    def read(self, matrix: Tensor | Kept) -> None:
         """Takes ``matrix`` as the counts; views of it are made once, and see what is written to it later."""
-        if matrix is not self._matrix:
+        if isinstance(matrix, Kept):
+            self._matrix = matrix
+        elif matrix is not self._matrix:
             self._matrix = matrix
             self._columns = self.columns(self.operand(matrix))
             self._rows = self._columns.t() if self.groups == 1 else self._columns
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs, flat, of inputs ``x``, flat."""
+        if isinstance(self._matrix, Kept):
+            return self._matrix.forward(x.view(self.rows, -1)).flatten()
         if self.groups > 1:
             return (x.view(self.rows, self.groups, 1, -1) * self._columns).sum(-1).flatten()
         if self.rows == 1:
@@ -132,6 +172,8 @@ class Contraction:
 
     def backward(self, slope: Tensor) -> Tensor:
         """d ln R / d inputs, flat, from d ln R / d outputs, flat."""
+        if isinstance(self._matrix, Kept):
+            return self._matrix.backward(slope.view(self.rows, -1)).flatten()
         if self.groups > 1:
             return (slope.view(self.rows, self.groups, -1, 1) * self._columns).sum(-2).flatten()
         if self.rows == 1:

@@ -12,7 +12,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxprune.methods._contest import Contest, Rule, Selection, Singles, contest_of, gathered
+from fxprune.methods._contest import (
+    Contest,
+    Listed,
+    Rule,
+    Selection,
+    Singles,
+    contest_of,
+    gathered,
+    is_sparse,
+)
 from fxprune.methods._objective import Field, Figures, Reading
 from fxprune.sparsity.masks import Masks
 
@@ -46,21 +55,30 @@ class Ascent:
         self.shapes = {name: score.shape for name, score in magnitudes.items()}
         units = {name: score.reshape(-1, reading.widths[name]) for name, score in magnitudes.items()}
         sizes = {name: len(unit) for name, unit in units.items()}
-        self.contests: list[Contest | Singles | Selection] = []
+        self.contests: list[Contest | Listed | Singles | Selection] = []
         self.fields: list[Field] = []
         self.moments: list[tuple[Tensor, Tensor]] = []
         # Groups of weights may span layers, so that all layers are one contest then.
         together = gathered(reading.widths, sizes, GROUPED) if rule is contest_of else [list(units)]
         for names in together:
-            contest = rule({name: units[name] for name in names}, budget)
+            own = {name: units[name] for name in names}
+            contest = Listed(own, budget) if self._is_listed(names, sizes, budget) else rule(own, budget)
             size = len(contest.rise)
             where = {name: contest.segment(name) for name in names}
+            counts = torch.zeros(0 if isinstance(contest, Listed) else size, dtype=reading.dtype)
             self.contests.append(contest)
-            self.fields.append(Field(torch.zeros(size, dtype=reading.dtype), where))
+            self.fields.append(Field(counts, where))
             self.moments.append((torch.zeros(size), torch.zeros(size)))
         self.initial = {name: unit for name, unit in units.items() if unit.shape[1] > 1}
         self._recount()
         reading.attach(self.fields)
+
+    def _is_listed(self, names: list[str], sizes: Mapping[str, int], budget: Mapping[str, int]) -> bool:
+        return (
+            len(names) == 1
+            and names[0] in self.reading.listable
+            and is_sparse(sizes[names[0]], budget[names[0]])
+        )
 
     def figures(self) -> Figures:
         """ln R_P, nodes and kernels of the present masks."""
@@ -94,6 +112,12 @@ class Ascent:
             for block, part in enumerate(self.reading.blocks(place)):
                 direction = self.reading.direction(place, block)
                 self._adam(direction, contest.rise[part], mean[part], square[part])
+                if isinstance(contest, Listed):
+                    contest.look(part)
+            if isinstance(contest, Listed):
+                if contest.settle():
+                    field.kept = torch.from_numpy(contest.kept)
+                continue
             changed = contest.settle()
             if len(changed):
                 field.counts.numpy()[changed] = contest.counts[changed]
@@ -103,6 +127,11 @@ class Ascent:
         found: Masks = {}
         for contest, field in zip(self.contests, self.fields, strict=True):
             for name, where in field.where.items():
+                if isinstance(contest, Listed):
+                    mask = torch.zeros(self.shapes[name], dtype=torch.bool)
+                    mask.view(-1)[torch.from_numpy(contest.kept)] = True
+                    found[name] = mask
+                    continue
                 kept = torch.from_numpy(contest.counts[where]).unsqueeze(1)
                 if name not in self.initial:
                     found[name] = (kept > 0).view(self.shapes[name])
@@ -114,7 +143,10 @@ class Ascent:
 
     def _recount(self) -> None:
         for contest, field in zip(self.contests, self.fields, strict=True):
-            field.counts.copy_(torch.from_numpy(contest.counts))
+            if isinstance(contest, Listed):
+                field.kept = torch.from_numpy(contest.kept)
+            else:
+                field.counts.copy_(torch.from_numpy(contest.counts))
 
     def _adam(self, direction: Tensor, rise: Tensor, mean: Tensor, square: Tensor) -> None:
         """Kingma, Ba 2015, algorithm 1, in the order of operations that needs the fewest passes."""

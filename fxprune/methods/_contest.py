@@ -22,10 +22,12 @@ from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import Granularity
 from fxprune.sparsity.select import select
 
-__all__ = ["Contest", "Rule", "Selection", "Singles", "contest_of", "gathered"]
+__all__ = ["Contest", "Listed", "Rule", "Selection", "Singles", "contest_of", "gathered", "is_sparse"]
 
 Floats = NDArray[np.float32]
 UP = np.float32(np.inf)
+RARE = 16
+"""A layer that keeps less than one weight in so many is listed."""
 
 
 class Contest:
@@ -165,18 +167,62 @@ class Singles:
         if not excess:
             return np.empty(0, dtype=np.intp)
         inside = np.flatnonzero(is_in)
-        values = self._values[inside]
-        self.threshold = (
-            np.partition(values, excess)[excess] if self.number else np.nextafter(values.max(), UP)
-        )
-        # Ties at the threshold: the lower indices stay.
-        ties = np.flatnonzero(values == self.threshold)
-        stays = values > self.threshold
-        stays[ties[: self.number - int(stays.sum())]] = True
+        stays, self.threshold = _stays(self._values[inside], self.number)
         is_changed = stays != (self.counts[inside] > 0)
         changed: NDArray[np.intp] = inside[is_changed]
         self.counts[changed] = stays[is_changed]
         return changed
+
+
+class Listed:
+    """A contest of one large layer, each weight a unit, of which few are kept: their places are listed.
+
+    ``rise`` is the scores themselves, as in :class:`Singles`. After a rise :meth:`look` has to see every
+    part, best while it is in the cache. ``kept``: the places of the best, ascending.
+    """
+
+    def __init__(self, scores: Mapping[str, Tensor], budget: Mapping[str, int]) -> None:
+        ((self.name, score),) = scores.items()
+        self.rise = score.float().flatten()
+        self._values: Floats = self.rise.numpy()
+        self._inside: list[NDArray[np.intp]] = []
+        self.resize(budget)
+
+    def segment(self, name: str) -> slice:
+        """Where the units of the layer are."""
+        return slice(0, len(self._values))
+
+    def resize(self, budget: Mapping[str, int]) -> None:
+        """Chooses anew, for another number of weights to keep."""
+        self.number = budget[self.name]
+        kept, self.threshold = _best(self._values, self.number)
+        self.kept = np.flatnonzero(kept)
+
+    def look(self, part: slice) -> None:
+        """Notes who is at or above the threshold as it was."""
+        places = np.flatnonzero(self._values[part] >= self.threshold)
+        places += part.start
+        self._inside.append(places)
+
+    def settle(self) -> bool:
+        """Chooses after a rise, of all parts; whether any place has changed."""
+        inside = np.concatenate(self._inside)
+        self._inside.clear()
+        if len(inside) == self.number:
+            return False
+        stays, self.threshold = _stays(self._values[inside], self.number)
+        before, self.kept = self.kept, inside[stays]
+        return not np.array_equal(before, self.kept)
+
+
+def _stays(values: Floats, number: int) -> tuple[NDArray[np.bool_], np.float32]:
+    """The ``number`` largest of more than that, ties by index, and the threshold: the least of them."""
+    excess = len(values) - number
+    threshold = np.partition(values, excess)[excess] if number else np.nextafter(values.max(), UP)
+    stays = values > threshold
+    ties = np.flatnonzero(values == threshold)
+    stays[ties[: number - int(stays.sum())]] = True
+    return stays, threshold
 
 
 class Selection:
@@ -234,6 +280,11 @@ def contest_of(scores: Mapping[str, Tensor], budget: Mapping[str, int]) -> Conte
     if len(scores) == 1 and all(score.shape[1] == 1 for score in scores.values()):
         return Singles(scores, budget)
     return Contest(scores, budget)
+
+
+def is_sparse(size: int, number: int) -> bool:
+    """Whether so few of so many units are kept that a list of them is better than a number for each."""
+    return number * RARE < size
 
 
 def gathered(widths: Mapping[str, int], sizes: Mapping[str, int], limit: int) -> list[list[str]]:

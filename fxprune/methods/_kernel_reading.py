@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxprune.graph.channels import Circuit, Pass
+from fxprune.graph.circuit_ops import Kept
 from fxprune.methods._objective import BLOCK, SOFT, Field, Figures, Mixture, count_nodes
 
 __all__ = ["KernelReading"]
@@ -76,6 +77,7 @@ class KernelReading:
                 self.uses[op.name].append(place)
         # By name, the one contraction of layers with one use and no view: their direction is one product.
         self._plain = {name: self.uses[name][0] for name in names if self._is_plain(name)}
+        self.listable = frozenset(name for name in self._plain if self.widths[name] == 1)
         self._rows = [circuit.contractions[place].rows for place in self._plain.values()]
         self._heights = [self.kernels[name].shape[0] for name in self._plain]
         self._outputs = [rows * height for rows, height in zip(self._rows, self._heights, strict=True)]
@@ -86,6 +88,10 @@ class KernelReading:
         self._slopes: dict[str, Tensor] = {}
         self._x: dict[str, Tensor] = {}
         self._nodes: dict[str, Tensor] = {}
+        # Layers whose kept units are listed, and what their directions are less there than elsewhere.
+        self.lists: dict[str, Kept] = {}
+        self._places: dict[str, Tensor] = {}
+        self._less: dict[str, Tensor] = {}
 
     def _is_plain(self, name: str) -> bool:
         if len(self.uses[name]) != 1 or not self.whole[name] or self.kernels[name].transposed:
@@ -105,7 +111,13 @@ class KernelReading:
     # -- blocks ---------------------------------------------------------------------------------------------
     def attach(self, fields: list[Field]) -> None:
         self.fields = fields
-        self.given = {name: field.counts[where] for field in fields for name, where in field.where.items()}
+        self._listed = {next(iter(field.where)): field for field in fields if field.kept is not None}
+        self.given = {
+            name: field.counts[where]
+            for field in fields
+            for name, where in field.where.items()
+            if name not in self._listed
+        }
         for name, kept in self.given.items():
             if self.whole[name]:
                 self.counts[name] = kept.view(self.kernels[name].shape[:2])
@@ -135,7 +147,7 @@ class KernelReading:
     def _block(self, part: slice, pieces: list[tuple[str, slice]]) -> _Block:
         found, start = [], 0
         for name, rows in pieces:
-            row = len(self.given[name]) // self.kernels[name].shape[0]
+            row = self.kernels[name].shape.numel() // (self.kernels[name].shape[0] * self.widths[name])
             size = (rows.stop - rows.start) * row
             shape = (-1, row) if name in self._plain else (-1,)
             views = [buffer[start : start + size].view(shape) for buffer in (self._buffer, self._factor)]
@@ -149,7 +161,7 @@ class KernelReading:
     # -- reading --------------------------------------------------------------------------------------------
     def climb(self) -> float:
         self.recount()
-        self.found = self.circuit.run(self.counts)
+        self.found = self.circuit.run(self._edges)
         self._soft = {}
         if self.found.log_total == -math.inf:
             self._climb_softly()
@@ -161,19 +173,35 @@ class KernelReading:
         """The same without waiting for the device: directions are zero where there is no path."""
         self.recount()
         self._soft = {}
-        self.prepare(self.circuit.run_ahead(self.counts))
+        self.prepare(self.circuit.run_ahead(self._edges))
+
+    @property
+    def _edges(self) -> dict[str, Tensor | Kept]:
+        return {**self.counts, **self.lists}
 
     def recount(self) -> None:
-        """Counts of kernels whose weights are units of their own."""
+        """Counts of kernels whose weights are units of their own, and of those that are listed."""
+        for name, field in self._listed.items():
+            assert field.kept is not None
+            if name not in self._places or self._places[name] is not field.kept:
+                self._places[name] = field.kept
+                height, width = self.kernels[name].shape[:2]
+                out = torch.div(field.kept, width, rounding_mode="floor")
+                self.lists[name] = Kept(out, field.kept - out * width, (height, width))
         for name, kept in self.given.items():
             if not self.whole[name]:
                 self.counts[name] = self._counted(name, kept)
 
     def _climb_softly(self) -> None:
         """Towards a first path: whatever has a share in the paths that lack the fewest weights rises."""
-        self._soft = {
-            name: self.counts[name] + SOFT * (self._dense(name) - self.counts[name]) for name in self.kernels
-        }
+        self._soft = {}
+        for name in self.kernels:
+            dense = self._dense(name)
+            if name in self.lists:
+                self._soft[name] = dense * SOFT
+                self._soft[name][self.lists[name].out, self.lists[name].into] = 1.0
+            else:
+                self._soft[name] = self.counts[name] + SOFT * (dense - self.counts[name])
         self._ready = self.circuit.run(self.counts | self._soft)
         if self._plain:
             self._split(self._flat(self._ready.slope), self._ready.x)
@@ -193,15 +221,26 @@ class KernelReading:
         if factor is None:
             if not for_kernels and for_paths != 1:
                 self._slopes = {name: slope * for_paths for name, slope in self._slopes.items()}
+            elif for_kernels:
+                self._prepare_lists()
             return
         if for_kernels:
             columns = torch.split(factor.unsqueeze(1), self._heights)
             self._nodes = dict(zip(self._plain, columns, strict=True))
+            self._prepare_lists()
         else:
             factors = torch.split(factor, self._heights)
             self._slopes = {
                 name: slope * part for (name, slope), part in zip(self._slopes.items(), factors, strict=True)
             }
+
+    def _prepare_lists(self) -> None:
+        """Where few units are kept, slopes take the factor of all others; the few have theirs put right."""
+        for_paths, _, for_kernels = self.mixture.weights
+        for name in self.lists:
+            node = self._nodes[name].squeeze(1) if self._nodes else torch.tensor(for_paths)
+            self._slopes[name] = self._slopes[name] * (node + for_kernels)
+            self._less[name] = (node / (node + for_kernels)).expand(self.kernels[name].shape[0])
 
     def _flat(self, values: Sequence[Tensor]) -> Tensor:
         """Those of plain layers, one after another."""
@@ -229,6 +268,12 @@ class KernelReading:
         size = part.stop - part.start
         out, factor = self._buffer[:size], self._factor[:size]
         for_paths, _, for_kernels = self.mixture.weights
+        if self.fields[field].kept is not None:
+            for piece in pieces:
+                self._product(piece)
+                if for_kernels and not self._soft:
+                    self._correct(piece.name, part, out)
+            return out
         is_factored = bool(for_kernels) and not self._soft
         if is_factored:
             # A kernel that is kept and on no path has no derivative: whether it is empty says enough.
@@ -246,6 +291,14 @@ class KernelReading:
                 if is_factored:
                     piece.factor.fill_(1.0)
         return out.mul_(factor) if is_factored else out
+
+    def _correct(self, name: str, part: slice, out: Tensor) -> None:
+        """Of the kept units in ``part`` of a listed layer, none opens a kernel."""
+        places = self._places[name]
+        first, last = torch.searchsorted(places, torch.tensor([part.start, part.stop])).tolist()
+        own = places[first:last] - part.start
+        less = self._less[name].index_select(0, self.lists[name].out[first:last])
+        out[own] = out.index_select(0, own) * less
 
     def _product(self, piece: _Piece) -> None:
         slope, x = self._slopes[piece.name], self._x[piece.name]
@@ -281,10 +334,17 @@ class KernelReading:
     def figures(self) -> Figures:
         if self.found.log_total == -math.inf:
             return Figures(-math.inf, 0, 0)
-        marks = self.circuit.marks(self.counts)
+        marks = self.circuit.marks(self._edges)
         nodes, kernels = [], []
+        for name, listed in self.lists.items():
+            slope, x = marks.slope[self._plain[name]], marks.x[self._plain[name]]
+            alive = (slope[:, listed.out] * x[:, listed.into]).amax(0) > 0
+            nodes.append(torch.zeros(listed.shape[0]).index_fill_(0, listed.out[alive], 1.0).sum().long())
+            kernels.append(alive.sum())
         for piece in (piece for field in self._blocks for block in field for piece in block.pieces):
             own, rows = self.kernels[piece.name], piece.rows
+            if piece.name in self.lists:
+                continue
             if piece.name not in self._plain:
                 alive = (self._gradient(marks, piece.name) > 0) & (self.counts[piece.name] > 0)
                 nodes.append(count_nodes(own, alive))

@@ -20,7 +20,7 @@ from fxprune.graph.traverse import flow
 
 __all__ = ["BLOCK", "SOFT", "Field", "Figures", "Mixture", "Reading", "WeightReading", "count_nodes"]
 
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 """Units that a direction is computed and used for in one go; it is what fits into a core's cache."""
 SOFT = 1e-9
 """What a pruned weight counts while the kept ones make no path: the paths with the fewest of them decide."""
@@ -85,18 +85,23 @@ def count_nodes(kernels: KernelSet, marked: Tensor) -> Tensor:
 class Field:
     """Units of some layers, one after another: what an optimiser and a reading share.
 
-    ``counts``: kept weights of every unit; ``where``: the units of each layer.
+    ``counts``: kept weights of every unit; ``where``: the units of each layer. ``kept``: of a single layer
+    with one weight per unit, the places of the kept units, ascending (int64), instead of ``counts``.
     """
 
     counts: Tensor
     where: dict[str, slice]
+    kept: Tensor | None = None
 
 
 class Reading(Protocol):
-    """How an optimiser reads a network. ``widths``: weights per unit, by layer; ``dtype``: of the counts."""
+    """How an optimiser reads a network. ``widths``: weights per unit, by layer; ``dtype``: of the counts;
+    ``listable``: the layers for which places of kept units will do.
+    """
 
     widths: dict[str, int]
     dtype: torch.dtype
+    listable: frozenset[str]
 
     def attach(self, fields: list[Field]) -> None:
         """Where ``climb`` reads counts from now on."""
@@ -124,6 +129,7 @@ class WeightReading:
     """
 
     dtype = torch.float32
+    listable: frozenset[str] = frozenset()
 
     def __init__(
         self,

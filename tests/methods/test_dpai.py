@@ -17,9 +17,9 @@ from fxprune.graph import ChannelGraph, circuits, lower
 from fxprune.graph.channels import Circuit
 from fxprune.graph.circuits import circuit
 from fxprune.graph.traverse import flow
-from fxprune.methods import Problem
+from fxprune.methods import Problem, _ascent, _contest
 from fxprune.methods._ascent import Ascent
-from fxprune.methods._contest import Contest, Singles, contest_of
+from fxprune.methods._contest import Contest, Listed, Singles, contest_of
 from fxprune.methods._kernel_reading import KernelReading
 from fxprune.methods._objective import Mixture, Reading, WeightReading
 from fxprune.metrics import measure
@@ -313,6 +313,66 @@ def test_the_lean_contest_is_the_general_one(is_coarse: bool) -> None:
             chosen = [lean.rise[torch.tensor(c.counts) > 0].sort().values for c in (lean, general)]
             assert torch.allclose(*chosen)
             assert is_coarse or (lean.counts == general.counts).all()
+
+
+@pytest.mark.parametrize("is_coarse", [False, True])
+def test_the_listed_contest_is_the_lean_one(is_coarse: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+
+    def draw() -> torch.Tensor:
+        values = torch.rand(200, 1, generator=generator)
+        return (values * 4).round() / 4 if is_coarse else values
+
+    start = draw()
+    start[:9] = -torch.inf
+    for number in (0, 1, 12, 191):
+        listed, lean = (
+            Listed({"a": start.clone()}, {"a": number}),
+            Singles({"a": start.clone()}, {"a": number}),
+        )
+        for step in range(80):
+            rise = draw().flatten() * (torch.rand(200, generator=generator) < 0.2)
+            listed.rise.add_(rise)
+            lean.rise.add_(rise)
+            before = listed.kept.copy()
+            for part in (slice(0, 64), slice(64, 200)):
+                listed.look(part)
+            assert listed.settle() == (before.tolist() != listed.kept.tolist())
+            lean.settle()
+            if step == 40:
+                listed.resize({"a": number // 2})
+                lean.resize({"a": number // 2})
+            assert listed.kept.tolist() == lean.counts.nonzero()[0].tolist()
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "mixer", "glu_free", "vit"])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.9, 0.3)])
+def test_layers_that_are_listed_end_as_those_that_are_not(
+    name: str, alpha: float, beta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    graph = lower(capture(*NETS[name]()))
+    found: list[tuple[Masks, dict[str, list[float]]]] = []
+    for rare in (0, 1):
+        asked = problem(nn.Identity(), 0.8, graph=graph, only=dense_weights(graph), seed=4)
+        monkeypatch.setattr(_contest, "RARE", rare or 10**9)
+        monkeypatch.setattr(_ascent, "GROUPED", 1)
+        masks = methods.get("dpai", alpha=alpha, beta=beta, steps=40).find(asked)
+        found.append((masks, asked.history))
+    ascent = ascent_at(graph, found[1][0], Mixture(alpha, beta), "kernel")
+    ascent.figures()
+    assert isinstance(ascent.reading, KernelReading)
+    assert ascent.reading.lists
+    (masks, history), (others, other_history) = found
+    assert all(torch.equal(masks[label], others[label]) for label in masks)
+    for column, values in history.items():
+        assert other_history[column] == pytest.approx(values)
+
+
+def test_a_first_path_through_listed_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_contest, "RARE", 1)
+    monkeypatch.setattr(_ascent, "GROUPED", 1)
+    test_a_first_path_is_found_where_the_random_masks_have_none()
 
 
 def naive_dpai(question: Problem, mixture: Mixture, steps: int, resolution: Any) -> Masks:
