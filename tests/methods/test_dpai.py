@@ -354,7 +354,7 @@ def test_layers_that_are_listed_end_as_those_that_are_not(
     graph = lower(capture(*NETS[name]()))
     found: list[tuple[Masks, dict[str, list[float]]]] = []
     for rare in (0, 1):
-        asked = problem(nn.Identity(), 0.8, graph=graph, only=dense_weights(graph), seed=4)
+        asked = problem(nn.Identity(), 0.5, graph=graph, only=dense_weights(graph), seed=4)
         monkeypatch.setattr(_contest, "RARE", rare or 10**9)
         monkeypatch.setattr(_ascent, "GROUPED", 1)
         masks = methods.get("dpai", alpha=alpha, beta=beta, steps=40).find(asked)
