@@ -369,12 +369,6 @@ def test_layers_that_are_listed_end_as_those_that_are_not(
         assert other_history[column] == pytest.approx(values)
 
 
-def test_a_first_path_through_listed_layers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_contest, "RARE", 1)
-    monkeypatch.setattr(_ascent, "GROUPED", 1)
-    test_a_first_path_is_found_where_the_random_masks_have_none()
-
-
 def naive_dpai(question: Problem, mixture: Mixture, steps: int, resolution: Any) -> Masks:
     """The algorithm word by word: signed scores, a sort in every step, torch's own Adam."""
     layers = plan("erk", 1 - question.budget.density, {n: tuple(m.shape) for n, m in question.masks.items()})
@@ -548,7 +542,13 @@ def test_it_stops_when_nothing_changes() -> None:
     assert steps[0.0] == 700
 
 
-def test_a_first_path_is_found_where_the_random_masks_have_none() -> None:
+@pytest.mark.parametrize("is_listed", [False, True])
+def test_a_first_path_is_found_where_the_random_masks_have_none(
+    is_listed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_listed:
+        monkeypatch.setattr(_contest, "RARE", 1)
+        monkeypatch.setattr(_ascent, "GROUPED", 1)
     deep = nn.Sequential(*(nn.Linear(12, 12) for _ in range(10)))
     graph = lower(capture(deep, torch.ones(1, 12)))
     asked = problem(deep, 1 - 40 / graph.prunable, graph=graph, budget="uniform")
