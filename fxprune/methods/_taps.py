@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from fxprune.graph.ir import ChannelGraph
-from fxprune.graph.traverse import flow
+from fxprune.graph.traverse import flow, reach
 from fxprune.methods._exchange import Aim, cover, oriented
 from fxprune.methods._objective import Figures, count_nodes
 from fxprune.sparsity.masks import Masks
 
-__all__ = ["Polish", "counted", "placed"]
+__all__ = ["Polish", "counted", "placed", "settled_inside"]
 
 ROUNDS = 2
 """Times that every layer is tried."""
@@ -42,6 +42,49 @@ def _best(scores: Tensor, counts: Tensor, usable: Tensor) -> Tensor:
     order = ranked.argsort(2, descending=True)
     place = torch.empty_like(order).scatter_(2, order, torch.arange(order.shape[2]).expand(order.shape))
     return (place < counts.unsqueeze(2)).view(usable.shape) & usable
+
+
+def settled_inside(
+    graph: ChannelGraph,
+    masks: Masks,
+    counts: Mapping[str, Tensor],
+    usable: Masks,
+    fixed: Mapping[str, Tensor],
+) -> Masks:
+    """``masks`` with the taps of kernels moved that lie on a path of the channels, but on none of positions.
+
+    On an image of 2 x 2 pixels, two corner taps in a row lead out of it. Such kernels get the taps that most
+    paths of the dense network pass, the central ones, until none is left or nothing helps.
+    """
+    edges = {**fixed, **masks}
+    wanted = {name: counted(mask) > 0 for name, mask in reach(graph, edges, resolution="channel").items()}
+    tried = {name: torch.zeros_like(counts[name], dtype=torch.bool) for name in masks}
+    worth: dict[str, Tensor] = {}
+    while True:
+        alive = reach(graph, {**fixed, **masks})
+        lost = {
+            name: wanted[name] & (counted(alive[name]) == 0) & ~tried[name]
+            for name, mask in masks.items()
+            if mask.dim() > 2
+        }
+        lost = {name: kernels for name, kernels in lost.items() if bool(kernels.any())}
+        if not lost:
+            return masks
+        if not worth:
+            worth = {name: slope.sum((0, 1), keepdim=True) for name, slope in _dense_slopes(graph).items()}
+        masks = dict(masks)
+        for name, kernels in lost.items():
+            tried[name] |= kernels
+            central = _best(worth[name].expand(usable[name].shape), counts[name], usable[name])
+            at = kernels.view(*kernels.shape, *[1] * (central.dim() - 2))
+            masks[name] = torch.where(at, central, masks[name])
+
+
+def _dense_slopes(graph: ChannelGraph) -> dict[str, Tensor]:
+    """d ln R / d weight of layers with taps, all weights kept."""
+    dense = {name: torch.ones(own.shape) for name, own in graph.kernels.items()}
+    slopes = flow(graph, dense).gradients
+    return {name: slope for name, slope in slopes.items() if slope.dim() > 2}
 
 
 @dataclass

@@ -19,7 +19,7 @@ from fxprune.methods._kernel_reading import KernelReading
 from fxprune.methods._layered import is_untouched, layer_budgets, others, settled
 from fxprune.methods._objective import Figures, Mixture, WeightReading
 from fxprune.methods._sweep import Sweeps
-from fxprune.methods._taps import Polish, counted, placed
+from fxprune.methods._taps import Polish, counted, placed, settled_inside
 from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.masks import Masks
 
@@ -153,6 +153,7 @@ class _Search:
         self._climb(problem, exchange, spent)
         exchange.settle()
         masks = {name: placed(exchange.counts[name], usable[name], problem.generator) for name in masks}
+        masks = settled_inside(problem.graph, masks, exchange.counts, usable, fixed)
         if self.on_paths:
             polish = Polish(problem.graph, usable, fixed, aim, exchange.random)
             masks = polish(masks)

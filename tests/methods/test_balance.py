@@ -72,7 +72,7 @@ def test_what_is_filled_is_optimal_by_enumeration(seed: int) -> None:
     assert worth(found) == pytest.approx(best, abs=1e-12)
 
 
-def testcovers_touch_all_that_is_asked_with_as_few_kernels_as_can_be() -> None:
+def test_covers_touch_all_that_is_asked_with_as_few_kernels_as_can_be() -> None:
     random = np.random.default_rng(0)
     gain = random.random((2, 5, 4))
     inputs, outputs = random.random((2, 4)) < 0.7, random.random((2, 5)) < 0.7
@@ -308,3 +308,13 @@ def test_paths_of_resnet20_at_865_weights() -> None:
     assert kernels >= 165
     assert len({len(column) for column in question.history.values()}) == 1
     assert (question.history["nodes"][-1], question.history["kernels"][-1]) == (nodes, kernels)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (1.0, 1.0), (0.9, 0.5)])
+def test_nodes_of_small_images_live_position_by_position(alpha: float, beta: float) -> None:
+    """On 2 x 2 pixels two corner taps in a row lead nowhere: what the channels have, positions have too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Conv2d(12, 12, 3, padding=1, bias=False) for _ in range(6)))
+    question = asked(net, torch.ones(1, 12, 2, 2), 0.98, budget="uniform")
+    masks = methods.get("balance", alpha=alpha, beta=beta, steps=120).find(question)
+    assert figures(question, masks)[:2] == (question.history["nodes"][-1], question.history["kernels"][-1])
