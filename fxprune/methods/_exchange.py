@@ -20,46 +20,15 @@ from torch import Tensor
 
 from fxprune.graph.channels import Circuit, Pass
 from fxprune.graph.ir import KernelSet
+from fxprune.methods._aim import GUARD, Aim
 from fxprune.methods._objective import Figures, count_nodes
 
-__all__ = ["Aim", "Exchange", "cover", "oriented"]
+__all__ = ["Exchange", "cover", "oriented"]
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 FAINT = 1e-9
 """What the better end of a kernel counts where no path passes yet."""
-GUARD = (2.0, 20.0, 60.0)
-"""Prices of falling below a floor, per unit of ln paths, ln nodes, ln kernels: above what objectives pay."""
-
-NEAR = 0.95
-"""What share of a floor may stand in for it where all is given up for something else."""
-
-
-@dataclass(frozen=True)
-class Aim:
-    """What is maximised: ``weights`` of ln paths, ln nodes and ln kernels, none of which shall fall below
-    its ``floor`` (a :class:`Figures`).
-    """
-
-    weights: tuple[float, float, float]
-    floor: Figures
-
-    def value(self, figures: Figures) -> float:
-        """The objective, less what is missing to the floors."""
-        if figures.log_paths == -math.inf:
-            return -math.inf
-        found, floors = (
-            (x.log_paths, math.log(max(x.nodes, 1)), math.log(max(x.kernels, 1)))
-            for x in (figures, self.floor)
-        )
-        return sum(
-            weight * value + price * min(0.0, value - floor)
-            for weight, value, floor, price in zip(self.weights, found, floors, GUARD, strict=True)
-        )
-
-    def allows(self, figures: Figures) -> bool:
-        """Whether nodes and kernels are on their floors, or nearly: no number of paths pays for many."""
-        return figures.nodes >= NEAR * self.floor.nodes and figures.kernels >= NEAR * self.floor.kernels
 
 
 @dataclass

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fxprune.graph.ir import ChannelGraph
 from fxprune.graph.traverse import flow, reach
-from fxprune.methods._exchange import Aim, cover, oriented
+from fxprune.methods._aim import Aim
+from fxprune.methods._exchange import cover, oriented
 from fxprune.methods._objective import Figures, count_nodes
 from fxprune.sparsity.masks import Masks
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from fxprune.graph.channels import Circuit
 from fxprune.graph.circuits import circuit
 from fxprune.graph.ir import ChannelGraph, KernelSet
+from fxprune.methods._aim import NOTHING, Aim
 from fxprune.methods._ascent import Ascent
 from fxprune.methods._contract import Method, Problem
-from fxprune.methods._exchange import Aim, Exchange
+from fxprune.methods._exchange import Exchange
 from fxprune.methods._kernel_reading import KernelReading
 from fxprune.methods._layered import is_untouched, layer_budgets, others, settled
 from fxprune.methods._objective import Figures, Mixture, WeightReading
@@ -189,7 +190,9 @@ class _Search:
         # More nodes than the ascent's are worth having, but not where most paths are asked for.
         nodes = start.nodes if self.for_paths else start.nodes + start.nodes // 20 + 1
         floor = Figures(start.log_paths + more, nodes, kernels)
-        return Aim((for_paths, for_nodes, for_kernels), floor)
+        # Nothing pays for nodes and kernels that were there, but for paths where these are all that is asked.
+        least = NOTHING if self.for_paths else Figures(NOTHING.log_paths, start.nodes, start.kernels)
+        return Aim((for_paths, for_nodes, for_kernels), floor, least)
 
     def _climb(self, problem: Problem, exchange: Exchange, spent: int) -> None:
         """The exchange, for all counts but ``spent``."""

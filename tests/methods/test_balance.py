@@ -16,7 +16,8 @@ from fxprune.graph.circuits import circuit
 from fxprune.graph.lower import lower
 from fxprune.graph.traverse import flow, reach
 from fxprune.methods import Problem
-from fxprune.methods._exchange import Aim, Exchange, _filled, cover
+from fxprune.methods._aim import Aim
+from fxprune.methods._exchange import Exchange, _filled, cover
 from fxprune.methods._objective import Figures
 from fxprune.methods._sweep import Sweeps
 from fxprune.methods._taps import Polish
@@ -318,3 +319,12 @@ def test_nodes_of_small_images_live_position_by_position(alpha: float, beta: flo
     question = asked(net, torch.ones(1, 12, 2, 2), 0.98, budget="uniform")
     masks = methods.get("balance", alpha=alpha, beta=beta, steps=120).find(question)
     assert figures(question, masks)[:2] == (question.history["nodes"][-1], question.history["kernels"][-1])
+
+
+def test_nothing_pays_for_a_node_that_was_there() -> None:
+    """Of 5000 nodes one is a 5000th; a floor of kernels out of reach must not buy it."""
+    start = Figures(60.0, 5000, 100_000)
+    aim = Aim((1e-3, 1.0, 1e-3), Figures(61.0, 5250, 102_000), start)
+    assert aim.value(start) > aim.value(Figures(90.0, 4999, 110_000))
+    assert aim.value(start) > aim.value(Figures(90.0, 5100, 99_999))
+    assert aim.value(Figures(60.0, 5000, 100_001)) > aim.value(start)
