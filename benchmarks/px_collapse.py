@@ -10,7 +10,8 @@ until the last round, and those that are empty in the end.
 
 Measured, one thread: resnet20 100 of 100 rounds right, the smallest positive score 1.1e-18 of all; selection
 empties four of nine residual branches (blocks 3, 6, 7 and 8, both convolutions of each), and in the end no
-layer is empty, with 4876 weights kept of 270,896.
+layer is empty, with 4876 weights kept of 270,896. vgg19_bn 100 of 100, 5.1e-22, no layer is emptied, 102 s;
+resnet18_tiny 100 of 100, 7.7e-24, blocks 4 to 7 are emptied, and none in the end, 203 s.
 """
 
 from __future__ import annotations
