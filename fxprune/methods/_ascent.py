@@ -22,16 +22,16 @@ from fxprune.methods._contest import (
     gathered,
     is_sparse,
 )
-from fxprune.methods._objective import Field, Figures, Reading
+from fxprune.methods._objective import LARGEST, SMALLEST, Field, Figures, Reading
 from fxprune.sparsity.masks import Masks
 
 __all__ = ["Ascent"]
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8
+LEAP = (1 - BETAS[0]) / math.sqrt((1 - BETAS[1]) * (1 - BETAS[0] ** 2 / BETAS[1]))
+"""No step of Adam is longer, in learning rates: Cauchy and Schwarz on its two means of the same gradients."""
 GROUPED = 1 << 19
 """Scores that one contest handles together, where layers are small."""
-SMALLEST, LARGEST = 1e-15, 1e15
-"""Derivatives below move nothing in float32, but are slow; those above would overflow when squared."""
 TIDY = 64
 """Steps between two removals of what has all but decayed."""
 
@@ -62,13 +62,15 @@ class Ascent:
         together = gathered(reading.widths, sizes, GROUPED) if rule is contest_of else [list(units)]
         for names in together:
             own = {name: units[name] for name in names}
-            contest = Listed(own, budget) if self._is_listed(names, sizes, budget) else rule(own, budget)
+            is_listed = self._is_listed(names, sizes, budget)
+            contest = Listed(own, budget, LEAP * lr) if is_listed else rule(own, budget)
             size = len(contest.rise)
             where = {name: contest.segment(name) for name in names}
             counts = torch.zeros(0 if isinstance(contest, Listed) else size, dtype=reading.dtype)
             self.contests.append(contest)
             self.fields.append(Field(counts, where))
             self.moments.append((torch.zeros(size), torch.zeros(size)))
+        self._clock = torch.zeros(())
         self.initial = {name: unit for name, unit in units.items() if unit.shape[1] > 1}
         self._recount()
         reading.attach(self.fields)
@@ -106,11 +108,16 @@ class Ascent:
 
     def _advance(self) -> None:
         self.time += 1
+        self._clock.fill_(self.time)
         for place, (contest, field, (mean, square)) in enumerate(
             zip(self.contests, self.fields, self.moments, strict=True)
         ):
+            is_moderate = self.reading.is_moderate(place)
             for block, part in enumerate(self.reading.blocks(place)):
                 direction = self.reading.direction(place, block)
+                if not is_moderate:
+                    direction.clamp_(max=LARGEST)
+                    torch.threshold_(direction, SMALLEST, 0.0)
                 self._adam(direction, contest.rise[part], mean[part], square[part])
                 if isinstance(contest, Listed):
                     contest.look(part)
@@ -149,14 +156,12 @@ class Ascent:
                 field.counts.copy_(torch.from_numpy(contest.counts))
 
     def _adam(self, direction: Tensor, rise: Tensor, mean: Tensor, square: Tensor) -> None:
-        """Kingma, Ba 2015, algorithm 1, in the order of operations that needs the fewest passes."""
-        direction.clamp_(max=LARGEST)
-        torch.threshold_(direction, SMALLEST, 0.0)
-        mean.lerp_(direction, 1 - BETAS[0])
-        square.mul_(BETAS[1]).addcmul_(direction, direction, value=1 - BETAS[1])
-        first, second = 1 - BETAS[0] ** self.time, math.sqrt(1 - BETAS[1] ** self.time)
-        scale = torch.sqrt(square, out=direction).add_(EPSILON * second)
-        rise.addcdiv_(mean, scale, value=self.lr * second / first)
+        """Kingma, Ba 2015, algorithm 1, upwards, in the one pass of torch's own optimiser."""
+        torch._fused_adam_(
+            [rise], [direction], [mean], [square], [], [self._clock],
+            lr=-self.lr, beta1=BETAS[0], beta2=BETAS[1], eps=EPSILON,
+            weight_decay=0.0, amsgrad=False, maximize=False,
+        )  # fmt: skip
         if self.time % TIDY == 0:
             torch.threshold_(mean, SMALLEST**2, 0.0)
             torch.threshold_(square, SMALLEST**2 / 1e6, 0.0)

@@ -26,6 +26,8 @@ __all__ = ["Contest", "Listed", "Rule", "Selection", "Singles", "contest_of", "g
 
 Floats = NDArray[np.float32]
 UP = np.float32(np.inf)
+AHEAD, NEAR = 8, 0.3
+"""Rises between two looks at every score of a listed layer: so many, if that is no farther."""
 RARE = 16
 """A layer that keeps less than one weight in so many is listed."""
 
@@ -178,14 +180,16 @@ class Listed:
     """A contest of one large layer, each weight a unit, of which few are kept: their places are listed.
 
     ``rise`` is the scores themselves, as in :class:`Singles`. After a rise :meth:`look` has to see every
-    part, best while it is in the cache. ``kept``: the places of the best, ascending.
+    part, best while it is in the cache. ``leap``: what no score rises by more in one go. ``kept``: the places
+    of the best, ascending.
     """
 
-    def __init__(self, scores: Mapping[str, Tensor], budget: Mapping[str, int]) -> None:
+    def __init__(self, scores: Mapping[str, Tensor], budget: Mapping[str, int], leap: float) -> None:
         ((self.name, score),) = scores.items()
         self.rise = score.float().flatten()
+        self.leap, self._ahead = leap, max(1, min(AHEAD, int(NEAR / leap)))
         self._values: Floats = self.rise.numpy()
-        self._inside: list[NDArray[np.intp]] = []
+        self._inside: list[tuple[NDArray[np.intp], Floats]] = []
         self.resize(budget)
 
     def segment(self, name: str) -> slice:
@@ -197,20 +201,29 @@ class Listed:
         self.number = budget[self.name]
         kept, self.threshold = _best(self._values, self.number)
         self.kept = np.flatnonzero(kept)
+        # By the start of a part, who can be at the threshold within so many rises; it never falls.
+        self._near: dict[int, NDArray[np.intp]] = {}
+        self._left = 0
 
     def look(self, part: slice) -> None:
         """Notes who is at or above the threshold as it was."""
-        places = np.flatnonzero(self._values[part] >= self.threshold)
-        places += part.start
-        self._inside.append(places)
+        values = self._values[part]
+        if not self._left:
+            reach = np.float32(1.001 * (self._ahead - 1) * self.leap)  # and something for rounding
+            self._near[part.start] = np.flatnonzero(values >= self.threshold - reach)
+        near = self._near[part.start]
+        reached = values[near]
+        is_in = reached >= self.threshold
+        self._inside.append((near[is_in] + part.start, reached[is_in]))
 
     def settle(self) -> bool:
         """Chooses after a rise, of all parts; whether any place has changed."""
-        inside = np.concatenate(self._inside)
+        self._left = (self._left or self._ahead) - 1
+        inside, values = (np.concatenate(found) for found in zip(*self._inside, strict=True))
         self._inside.clear()
         if len(inside) == self.number:
             return False
-        stays, self.threshold = _stays(self._values[inside], self.number)
+        stays, self.threshold = _stays(values, self.number)
         before, self.kept = self.kept, inside[stays]
         return not np.array_equal(before, self.kept)
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from fxprune.methods._ascent import BETAS, EPSILON, LARGEST, SMALLEST
+from fxprune.methods._ascent import BETAS, EPSILON
 from fxprune.methods._kernel_reading import KernelReading
-from fxprune.methods._objective import Field, Figures
+from fxprune.methods._objective import LARGEST, SMALLEST, Field, Figures
 from fxprune.sparsity.masks import Masks
 
 __all__ = ["DeviceAscent"]

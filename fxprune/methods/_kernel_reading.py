@@ -10,14 +10,27 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fxprune.graph.channels import Circuit, Pass
 from fxprune.graph.circuit_ops import Kept
-from fxprune.methods._objective import BLOCK, SOFT, Field, Figures, Mixture, count_nodes
+from fxprune.methods._objective import (
+    BLOCK,
+    LARGEST,
+    SMALLEST,
+    SOFT,
+    Field,
+    Figures,
+    Mixture,
+    count_nodes,
+)
 
 __all__ = ["KernelReading"]
+
+FEW = 3
+"""Up to so many outer products are faster one after another than as a product of matrices."""
 
 
 class _Piece(NamedTuple):
@@ -292,18 +305,28 @@ class KernelReading:
                     piece.factor.fill_(1.0)
         return out.mul_(factor) if is_factored else out
 
+    def is_moderate(self, field: int) -> bool:
+        if self.fields[field].kept is None or self._soft:
+            return False  # a look at small layers costs no less than what it may save
+        (name,) = self.fields[field].where
+        (least, most), (least_x, most_x) = _range(self._slopes[name]), _range(self._x[name])
+        return least * least_x > SMALLEST and most * most_x * self._x[name].numel() < LARGEST
+
     def _correct(self, name: str, part: slice, out: Tensor) -> None:
         """Of the kept units in ``part`` of a listed layer, none opens a kernel."""
-        places = self._places[name]
-        first, last = torch.searchsorted(places, torch.tensor([part.start, part.stop])).tolist()
+        places = self._places[name].numpy()
+        first, last = np.searchsorted(places, (part.start, part.stop))
         own = places[first:last] - part.start
-        less = self._less[name].index_select(0, self.lists[name].out[first:last])
-        out[own] = out.index_select(0, own) * less
+        out.numpy()[own] *= self._less[name].numpy()[self.lists[name].out.numpy()[first:last]]
 
     def _product(self, piece: _Piece) -> None:
         slope, x = self._slopes[piece.name], self._x[piece.name]
         if x.dim() == 1:
             torch.outer(slope if piece.is_all else slope[piece.rows], x, out=piece.out)
+        elif len(x) <= FEW:
+            torch.outer(slope[0, piece.rows], x[0], out=piece.out)
+            for row in range(1, len(x)):
+                piece.out.addr_(slope[row, piece.rows], x[row])
         else:
             torch.mm(slope[:, piece.rows].t(), x, out=piece.out)
         if self._soft:
@@ -356,3 +379,10 @@ class KernelReading:
             kernels.append(alive.sum())
         found = torch.stack([torch.stack(nodes).sum(), torch.stack(kernels).sum()]).tolist()
         return Figures(self.found.log_total, *found)
+
+
+def _range(values: Tensor) -> tuple[float, float]:
+    """A bound on the least of the values above zero (NaN for none) and the largest (float32, none below)."""
+    found = values.numpy()
+    least = (found.view(np.uint32) - np.uint32(1)).min()  # zero comes after all others
+    return float(least.view(np.float32)), float(found.max())

@@ -18,10 +18,23 @@ from torch import Tensor
 from fxprune.graph.ir import ChannelGraph, KernelSet
 from fxprune.graph.traverse import flow
 
-__all__ = ["BLOCK", "SOFT", "Field", "Figures", "Mixture", "Reading", "WeightReading", "count_nodes"]
+__all__ = [
+    "BLOCK",
+    "LARGEST",
+    "SMALLEST",
+    "SOFT",
+    "Field",
+    "Figures",
+    "Mixture",
+    "Reading",
+    "WeightReading",
+    "count_nodes",
+]
 
 BLOCK = 1 << 19
 """Units that a direction is computed and used for in one go; it is what fits into a core's cache."""
+SMALLEST, LARGEST = 1e-15, 1e15
+"""Derivatives below move nothing in float32, but are slow; those above would overflow when squared."""
 SOFT = 1e-9
 """What a pruned weight counts while the kept ones make no path: the paths with the fewest of them decide."""
 
@@ -118,6 +131,9 @@ class Reading(Protocol):
         The tensor is the caller's until the next call.
         """
 
+    def is_moderate(self, field: int) -> bool:
+        """Whether directions in a field are known to be zero, or from ``SMALLEST`` to ``LARGEST``."""
+
     def figures(self) -> Figures:
         """Those of the last ``climb``."""
 
@@ -164,6 +180,9 @@ class WeightReading:
 
     def direction(self, field: int, block: int) -> Tensor:
         return self._whole[field][self.blocks(field)[block]]
+
+    def is_moderate(self, field: int) -> bool:
+        return False
 
     def climb(self) -> float:
         masks = {name: kept.to(self.device) for name, kept in self.counts.items()}

@@ -18,10 +18,10 @@ from fxprune.graph.channels import Circuit
 from fxprune.graph.circuits import circuit
 from fxprune.graph.traverse import flow
 from fxprune.methods import Problem, _ascent, _contest
-from fxprune.methods._ascent import Ascent
+from fxprune.methods._ascent import LEAP, TIDY, Ascent
 from fxprune.methods._contest import Contest, Listed, Singles, contest_of
 from fxprune.methods._kernel_reading import KernelReading
-from fxprune.methods._objective import Mixture, Reading, WeightReading
+from fxprune.methods._objective import LARGEST, SMALLEST, Mixture, Reading, WeightReading
 from fxprune.metrics import measure
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.masks import Masks, is_subset, kept
@@ -225,12 +225,12 @@ def test_a_circuit_of_any_depth() -> None:
 
 
 class Uneven(nn.Module):
-    """Branches side by side, each with e^300 times as many paths as the next."""
+    """Branches side by side: at depths of 240, 120 and 1 each has e^300 times the next one's paths."""
 
-    def __init__(self) -> None:
+    def __init__(self, depths: tuple[int, int, int]) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
-            nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(depth))) for depth in (240, 120, 1)
+            nn.Sequential(*(nn.Linear(16, 16, bias=False) for _ in range(depth))) for depth in depths
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -241,11 +241,28 @@ class Uneven(nn.Module):
 def test_nodes_of_a_branch_with_far_fewer_paths_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """No float32 tells the slopes of the last branch from zero; large networks are counted in float32."""
     monkeypatch.setattr(circuits, "WIDE", 0)
-    graph = lower(capture(Uneven(), torch.ones(1, 16)))
+    graph = lower(capture(Uneven((240, 120, 1)), torch.ones(1, 16)))
     ones = {name: torch.ones(own.shape, dtype=torch.bool) for name, own in graph.kernels.items()}
     figures = ascent_at(graph, ones, Mixture(0.5, 0.5), "kernel").figures()
     assert figures.log_paths == pytest.approx(241 * math.log(16))
     assert (figures.nodes, figures.kernels) == (361 * 16, 361 * 16**2)
+
+
+def test_what_is_known_to_be_moderate_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of one weight per kernel are listed; that of a branch of few paths is not moderate."""
+    monkeypatch.setattr(_ascent, "GROUPED", 1)
+    monkeypatch.setattr(_contest, "RARE", 1)
+    graph = lower(capture(Uneven((16, 8, 1)), torch.ones(1, 16)))
+    masks = {name: torch.rand(own.shape).argsort(1) < 15 for name, own in graph.kernels.items()}
+    ascent = ascent_at(graph, masks, Mixture(0.0, 0.0), "kernel")
+    ascent.figures()
+    known = []
+    for place, direction in enumerate(directions(ascent).values()):
+        assert ascent.fields[place].kept is not None
+        known.append(ascent.reading.is_moderate(place))
+        is_moderate = (direction == 0) | ((direction > SMALLEST) & (direction < LARGEST))
+        assert bool(is_moderate.all()) >= known[-1]
+    assert known == [name != "branches.2.0.weight" for name in graph.kernels]
 
 
 @pytest.mark.parametrize("width", [1, 3, 9])
@@ -315,8 +332,9 @@ def test_the_lean_contest_is_the_general_one(is_coarse: bool) -> None:
             assert is_coarse or (lean.counts == general.counts).all()
 
 
+@pytest.mark.parametrize("leap", [1.0, 0.125, 0.03125])
 @pytest.mark.parametrize("is_coarse", [False, True])
-def test_the_listed_contest_is_the_lean_one(is_coarse: bool) -> None:
+def test_the_listed_contest_is_the_lean_one(is_coarse: bool, leap: float) -> None:
     generator = torch.Generator().manual_seed(2)
 
     def draw() -> torch.Tensor:
@@ -327,11 +345,11 @@ def test_the_listed_contest_is_the_lean_one(is_coarse: bool) -> None:
     start[:9] = -torch.inf
     for number in (0, 1, 12, 191):
         listed, lean = (
-            Listed({"a": start.clone()}, {"a": number}),
+            Listed({"a": start.clone()}, {"a": number}, leap),
             Singles({"a": start.clone()}, {"a": number}),
         )
         for step in range(80):
-            rise = draw().flatten() * (torch.rand(200, generator=generator) < 0.2)
+            rise = draw().flatten() * leap * (torch.rand(200, generator=generator) < 0.2)
             listed.rise.add_(rise)
             lean.rise.add_(rise)
             before = listed.kept.copy()
@@ -367,6 +385,21 @@ def test_layers_that_are_listed_end_as_those_that_are_not(
     assert all(torch.equal(masks[label], others[label]) for label in masks)
     for column, values in history.items():
         assert other_history[column] == pytest.approx(values)
+
+
+@pytest.mark.parametrize("growth", [1.0, 1.05, 0.999 / 0.9, 1.2, 2.0, 1e3])
+def test_no_step_is_longer_than_the_leap(growth: float) -> None:
+    """The worst are gradients that grow as the weights of the two means part: these all but reach it."""
+    score = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    optimiser = torch.optim.Adam([score], lr=0.25, maximize=True)
+    longest = before = 0.0
+    for step in range(4000 if growth < 1.15 else 200):
+        power = step - 2000 if growth < 1.15 else step % 50
+        score.grad = torch.tensor(growth**power, dtype=torch.float64)
+        optimiser.step()
+        longest, before = max(longest, float(score.detach()) - before), float(score.detach())
+    assert longest <= 0.25 * LEAP
+    assert growth != 0.999 / 0.9 or longest > 0.99 * 0.25 * LEAP
 
 
 def naive_dpai(question: Problem, mixture: Mixture, steps: int, resolution: Any) -> Masks:
@@ -408,13 +441,15 @@ def naive_dpai(question: Problem, mixture: Mixture, steps: int, resolution: Any)
 @pytest.mark.parametrize("resolution", ["channel", "spatial"])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.9, 0.3)])
 def test_masks_are_those_of_the_naive_loop(resolution: str, alpha: float, beta: float) -> None:
+    steps = TIDY + 10
     for name in ("residual", "grouped", "dead_taps"):
         torch.manual_seed(0)
         model, example = NETS[name]()
         graph = lower(capture(model, example))
         asked = problem(model, 0.8, graph=graph, seed=4)
-        expected = naive_dpai(problem(model, 0.8, graph=graph, seed=4), Mixture(alpha, beta), 40, resolution)
-        method = methods.get("dpai", alpha=alpha, beta=beta, steps=40, resolution=resolution)
+        once_more = problem(model, 0.8, graph=graph, seed=4)
+        expected = naive_dpai(once_more, Mixture(alpha, beta), steps, resolution)
+        method = methods.get("dpai", alpha=alpha, beta=beta, steps=steps, resolution=resolution)
         found = method.find(asked)
         assert all(torch.equal(found[n], expected[n]) for n in expected), name
 
