@@ -164,14 +164,15 @@ class Exchange:
         if self.value > self.best[0]:
             self.best = self.value, self.state, dict(self.counts)
 
-    def offer(self, counts: Mapping[str, Tensor]) -> bool:
-        """Goes on from other counts if they are better, and near the floors. Whether it does."""
+    def offer(self, counts: Mapping[str, Tensor]) -> tuple[bool, Figures]:
+        """Goes on from other counts if they are better, and near the floors. Whether it does; theirs."""
         before, old, best, value = self.state, self.counts, self.best, self.value
         self.take(counts)
         if self.value > value and self.aim.allows(self.figures):
-            return True
+            return True, self.figures
+        figures = self.figures
         self.state, self.counts, self.best = before, old, best
-        return False
+        return False, figures
 
     def settle(self) -> None:
         """Back to the best choice that was met."""

@@ -55,20 +55,24 @@ def settled_inside(
     """``masks`` with the taps of kernels moved that lie on a path of the channels, but on none of positions.
 
     On an image of 2 x 2 pixels, two corner taps in a row lead out of it. Such kernels get the taps that most
-    paths of the dense network pass, the central ones, until none is left or nothing helps.
+    paths of the dense network pass, the central ones; where that is not enough, all that share a path of
+    channels with them do, until none is left or nothing helps.
     """
-    edges = {**fixed, **masks}
-    wanted = {name: counted(mask) > 0 for name, mask in reach(graph, edges, resolution="channel").items()}
-    tried = {name: torch.zeros_like(counts[name], dtype=torch.bool) for name in masks}
+    wanted = _on_channels(graph, {**fixed, **masks})
+    tried = {
+        name: torch.zeros_like(counts[name], dtype=torch.bool)
+        for name, mask in masks.items()
+        if mask.dim() > 2
+    }
     worth: dict[str, Tensor] = {}
     while True:
         alive = reach(graph, {**fixed, **masks})
-        lost = {
-            name: wanted[name] & (counted(alive[name]) == 0) & ~tried[name]
-            for name, mask in masks.items()
-            if mask.dim() > 2
-        }
-        lost = {name: kernels for name, kernels in lost.items() if bool(kernels.any())}
+        dead = {name: wanted[name] & (counted(alive[name]) == 0) for name in masks}
+        lost = _untried(dead, tried)
+        for name, kernels in dead.items():
+            if not lost and bool(kernels.any()):  # those around have to be moved, layer by layer
+                own = masks[name] & kernels.view(*kernels.shape, *[1] * (masks[name].dim() - 2))
+                lost = _untried(_on_channels(graph, {**fixed, **masks, name: own}), tried)
         if not lost:
             return masks
         if not worth:
@@ -79,6 +83,17 @@ def settled_inside(
             central = _best(worth[name].expand(usable[name].shape), counts[name], usable[name])
             at = kernels.view(*kernels.shape, *[1] * (central.dim() - 2))
             masks[name] = torch.where(at, central, masks[name])
+
+
+def _on_channels(graph: ChannelGraph, edges: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Kernels on a path of channels, whatever the positions."""
+    return {name: counted(mask) > 0 for name, mask in reach(graph, edges, resolution="channel").items()}
+
+
+def _untried(kernels: Mapping[str, Tensor], tried: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose taps can be moved and have not been, by layer, where there are any."""
+    found = {name: kernels[name] & ~done for name, done in tried.items()}
+    return {name: some for name, some in found.items() if bool(some.any())}
 
 
 def _dense_slopes(graph: ChannelGraph) -> dict[str, Tensor]:

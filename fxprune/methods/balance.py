@@ -24,16 +24,18 @@ from fxprune.methods._taps import Polish, counted, placed, settled_inside
 from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.masks import Masks
 
-REACH = 15.0
-"""How far the ascent moves a score in all: DPaI's 3000 steps of 0.005."""
+LR = 0.005
+"""How far a score goes in a step of DPaI."""
 SHARE = 6
-"""One count in so many goes to the ascent."""
+"""One count in so many goes to the ascent, whose steps are as many times longer."""
 LAST = 10
 """Where paths matter most, one in so many goes to the exchange; the others to beginnings anew."""
 DRAW = 50
 """Counts that such a beginning takes the time of, about."""
-TRIED = 4
-"""Beginnings without use after which no other is made."""
+TRIED = 10
+"""Beginnings that are all below the floors of nodes and kernels, after which no other is made."""
+STALLED, LITTLE = 200, 1e-4
+"""Counts without heat in which the exchange has to gain so much, or it ends."""
 SLACK = 1e-3
 """Weight of a figure that the objective leaves out, so that it grows where that costs nothing."""
 EVERY = 50
@@ -113,7 +115,7 @@ class _Search:
                 )
             else:
                 reading = KernelReading(found, list(problem.masks), fixed, self.mixture)
-            ascent = self._ascended(problem, reading, layers, length)
+            ascent = self._ascended(problem, reading, layers, length, LR * self.steps / length)
             masks, start = ascent.masks(), ascent.figures()
         self._note(problem, length, start)
         if found is not None and start.log_paths > -math.inf and isinstance(reading, KernelReading):
@@ -122,13 +124,18 @@ class _Search:
         return _settled(problem, masks, layers)
 
     def _ascended(
-        self, problem: Problem, reading: KernelReading | WeightReading, layers: dict[str, int], length: int
+        self,
+        problem: Problem,
+        reading: KernelReading | WeightReading,
+        layers: dict[str, int],
+        length: int,
+        lr: float,
     ) -> Ascent:
         magnitudes = {
             name: torch.randn(mask.shape, generator=problem.generator).abs().where(mask.cpu(), -torch.inf)
             for name, mask in problem.masks.items()
         }
-        ascent = Ascent(reading, magnitudes, layers, REACH / length)
+        ascent = Ascent(reading, magnitudes, layers, lr)
         for _ in problem.progress(range(length), "balance: ascent", length):
             ascent.step()
         return ascent
@@ -147,11 +154,16 @@ class _Search:
         caps = {name: counted(mask) for name, mask in usable.items()}
         counts = {name: counted(mask & usable[name]) for name, mask in masks.items()}
         exchange = Exchange(found, counts, caps, unpruned, aim, problem.generator)
-        spent = self.steps // SHARE
+        exchange.runs, heat = self.steps // SHARE, 2e-3 + 1e-1 * self.mixture.weights[0]
         if self.for_paths:
             sweeps = Sweeps(found, counts, caps, unpruned, exchange.random)
-            spent += self._draw(problem, exchange, sweeps, self.steps - spent - self.steps // LAST)
-        self._climb(problem, exchange, spent)
+            low = self._draw(problem, exchange, sweeps)
+            if low is not None:
+                heat = 0.0
+                exchange.take(low)
+                self._climb(problem, exchange, (exchange.runs + self.steps) // 2, heat)
+                exchange.settle()
+        self._climb(problem, exchange, self.steps, heat)
         exchange.settle()
         masks = {name: placed(exchange.counts[name], usable[name], problem.generator) for name in masks}
         masks = settled_inside(problem.graph, masks, exchange.counts, usable, fixed)
@@ -162,19 +174,25 @@ class _Search:
         self._note(problem, self.steps, exchange.figures)
         return masks
 
-    def _draw(self, problem: Problem, exchange: Exchange, sweeps: Sweeps, length: int) -> int:
+    def _draw(self, problem: Problem, exchange: Exchange, sweeps: Sweeps) -> dict[str, Tensor] | None:
         """Other beginnings, of more paths than the ascent found: half anywhere, half near the best.
 
-        Returns how many counts that stands for: up to ``length``, or few where the first ones are of no use.
+        Where all are far below the floors of nodes and kernels, as on large networks, the one of most paths
+        is returned: the exchange can raise it to them.
         """
-        number, taken = max(1, length // DRAW), 0
+        number = max(1, (self.steps - exchange.runs - self.steps // LAST) // DRAW)
+        richest, low, taken, before = -math.inf, None, 0, exchange.runs
         for turn in problem.progress(range(number), "balance: sweeps", number):
             if turn == TRIED and not taken:
-                length = TRIED * DRAW
+                number = TRIED
                 break
-            taken += exchange.offer(sweeps.drawn(exchange.counts if 2 * turn > number else None))
-        exchange.runs = 1
-        return length
+            drawn = sweeps.drawn(exchange.counts if 2 * turn > number else None)
+            is_taken, figures = exchange.offer(drawn)
+            taken += is_taken
+            if figures.log_paths > richest:
+                richest, low = figures.log_paths, drawn
+        exchange.runs = before + DRAW * number
+        return None if taken else low
 
     def _aim(self, start: Figures, layers: dict[str, int]) -> Aim:
         """The objective, over what the ascent found and what longer would have added to it."""
@@ -194,17 +212,20 @@ class _Search:
         least = NOTHING if self.for_paths else Figures(NOTHING.log_paths, start.nodes, start.kernels)
         return Aim((for_paths, for_nodes, for_kernels), floor, least)
 
-    def _climb(self, problem: Problem, exchange: Exchange, spent: int) -> None:
-        """The exchange, for all counts but ``spent``."""
-        heat = 2e-3 + 1e-1 * self.mixture.weights[0]
-        noted, length = 0, self.steps - spent
+    def _climb(self, problem: Problem, exchange: Exchange, until: int, heat: float) -> None:
+        """The exchange, up to so many counts in all, or until it stalls; seven in ten of them are heated."""
+        start = noted = risen = exchange.runs
+        length, best = until - start, exchange.value
         for _ in problem.progress(range(length), "balance: exchange", length):
-            if exchange.runs > length:
+            cold = (exchange.runs - start) / (0.7 * length)
+            if exchange.runs > until or (exchange.runs > risen + STALLED and (cold > 1 or not heat)):
                 break
-            exchange.climb(heat * max(0.0, 1 - exchange.runs / (0.7 * length)))
+            exchange.climb(heat * max(0.0, 1 - cold))
+            if exchange.value > best + LITTLE:
+                risen, best = exchange.runs, exchange.value
             if exchange.runs >= noted + EVERY:
                 noted = exchange.runs
-                self._note(problem, spent + exchange.runs, exchange.figures)
+                self._note(problem, noted, exchange.figures)
 
     def _note(self, problem: Problem, step: int, figures: Figures) -> None:
         row = {"step": step, **figures._asdict(), "objective": self.mixture.value(figures)}

@@ -268,9 +268,13 @@ def test_offers_are_taken_only_if_better_and_near_the_floors() -> None:
             found, counts, caps, {}, Aim((1.0, 0.0, 0.0), floor), torch.Generator().manual_seed(0)
         )
         before = search.figures
-        assert search.offer(drawn) is expected
+        is_taken, offered = search.offer(drawn)
+        assert is_taken is expected
         assert (search.figures != before) is expected
-        assert search.offer(counts) is False
+        assert search.offer(counts)[0] is False
+        search.take(drawn)
+        assert search.figures == offered
+        search.take(counts)
         search.settle()
         assert (search.figures != before) is expected
 
@@ -311,13 +315,14 @@ def test_paths_of_resnet20_at_865_weights() -> None:
     assert (question.history["nodes"][-1], question.history["kernels"][-1]) == (nodes, kernels)
 
 
+@pytest.mark.parametrize("steps", [60, 120, 240])
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (1.0, 1.0), (0.9, 0.5)])
-def test_nodes_of_small_images_live_position_by_position(alpha: float, beta: float) -> None:
+def test_nodes_of_small_images_live_position_by_position(alpha: float, beta: float, steps: int) -> None:
     """On 2 x 2 pixels two corner taps in a row lead nowhere: what the channels have, positions have too."""
     torch.manual_seed(0)
     net = nn.Sequential(*(nn.Conv2d(12, 12, 3, padding=1, bias=False) for _ in range(6)))
     question = asked(net, torch.ones(1, 12, 2, 2), 0.98, budget="uniform")
-    masks = methods.get("balance", alpha=alpha, beta=beta, steps=120).find(question)
+    masks = methods.get("balance", alpha=alpha, beta=beta, steps=steps).find(question)
     assert figures(question, masks)[:2] == (question.history["nodes"][-1], question.history["kernels"][-1])
 
 
