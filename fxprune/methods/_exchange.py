@@ -92,6 +92,11 @@ class Exchange:
     def value(self) -> float:
         return self.aim.value(self.state.figures)
 
+    def aim_at(self, aim: Aim) -> None:
+        """Another aim, from here on."""
+        self.aim = aim
+        self.best = self.value, self.state, dict(self.counts)
+
     # -- counting -------------------------------------------------------------------------------------------
     def _counted(self) -> _State:
         edges = {**self.fixed, **self.counts}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -160,6 +160,7 @@ class _Search:
             low = self._draw(problem, exchange, sweeps)
             if low is not None:
                 heat = 0.0
+                exchange.aim_at(_with_more_nodes(aim))
                 exchange.take(low)
                 self._climb(problem, exchange, (exchange.runs + self.steps) // 2, heat)
                 exchange.settle()
@@ -168,7 +169,7 @@ class _Search:
         masks = {name: placed(exchange.counts[name], usable[name], problem.generator) for name in masks}
         masks = settled_inside(problem.graph, masks, exchange.counts, usable, fixed)
         if self.on_paths:
-            polish = Polish(problem.graph, usable, fixed, aim, exchange.random)
+            polish = Polish(problem.graph, usable, fixed, exchange.aim, exchange.random)
             masks = polish(masks)
             exchange.take({name: counted(mask) for name, mask in masks.items()})
         self._note(problem, self.steps, exchange.figures)
@@ -231,6 +232,11 @@ class _Search:
         row = {"step": step, **figures._asdict(), "objective": self.mixture.value(figures)}
         for name, value in row.items():
             problem.history.setdefault(name, []).append(value)
+
+
+def _with_more_nodes(aim: Aim) -> Aim:
+    """A floor that DPaI's nodes at full length stay below: on large networks the ascent alone is less sure."""
+    return replace(aim, floor=aim.floor._replace(nodes=aim.floor.nodes + aim.floor.nodes // 10))
 
 
 def _live(graph: ChannelGraph, name: str) -> Tensor:
