@@ -89,25 +89,44 @@ class Contest:
         np.maximum.at(tops, self.layer[newcomers], reach[newcomers])
         # Of those that are kept, only what is not above every newcomer can leave.
         weakest = np.add(self._last, self._rise, out=self._work)
-        is_near = weakest <= (tops[0] if len(tops) == 1 else np.repeat(tops, self.sizes))
+        if len(tops) == 1:
+            tops[0] = min(tops[0], self._most_that_leaves(newcomers, weakest[weakest <= tops[0]]))
+            is_near = weakest <= tops[0]
+        else:
+            is_near = weakest <= np.repeat(tops, self.sizes)
         is_near[newcomers] = True
         return self._contend(np.flatnonzero(is_near), tops)
 
+    def _most_that_leaves(self, newcomers: NDArray[np.intp], weakest: Floats) -> np.float32:
+        """A value above which nothing leaves a single layer: at least as many as come are at or below it.
+
+        ``weakest``: the least kept value of every unit that has one below the highest newcomer.
+        """
+        values = self.table.take(newcomers, 0)
+        values += self._rise[newcomers, None]
+        comes = (self._columns >= self.counts[newcomers, None]) & (values >= self.thresholds[0])
+        number = np.count_nonzero(comes)
+        return np.partition(weakest, number - 1)[number - 1] if 0 < number <= len(weakest) else UP
+
     def _contend(self, near: NDArray[np.intp], tops: Floats) -> NDArray[np.intp]:
+        """Chooses among the units ``near``; values above ``tops`` are kept (by layer; -inf: no change)."""
         layer, before = self.layer[near], self.counts[near]
-        values = self.table[near] + self._rise[near, None]
+        values = self.table.take(near, 0)
+        values += self._rise[near, None]
         kept = self._columns < before[:, None]
-        open_ = (values <= tops[layer, None]) & (kept | (values >= self.thresholds[layer, None]))
-        rows, columns = open_.nonzero()
+        is_above = values > (tops[0] if len(tops) == 1 else tops[layer, None])
+        floor = self.thresholds[0] if len(tops) == 1 else self.thresholds[layer, None]
+        rows, columns = (~is_above & (kept | (values >= floor))).nonzero()
         owner, value = layer[rows], values[rows, columns]
+        # Of those in question as many are kept as were before, less those that are above and were not.
         room = np.bincount(owner, kept[rows, columns], len(tops)).astype(np.int64)
-        order = np.lexsort((-value, owner))  # stable: equal scores stay in the order of their indices
-        ends = np.bincount(owner, minlength=len(tops)).cumsum()
-        # Ranks start anew with each layer; the best are taken until its room is full.
-        last = ends - np.diff(ends, prepend=0) + room
-        chosen = order[np.arange(len(order)) < last[owner[order]]]
-        counts = (kept & ~open_).sum(1) + np.bincount(rows[chosen], minlength=len(near))
-        lowest = np.nextafter(tops, UP)  # nobody at or below the highest newcomer is kept, so far
+        room -= np.bincount(layer, _counted(is_above & ~kept), len(tops)).astype(np.int64)
+        if len(tops) == 1:
+            chosen = np.flatnonzero(_stays(value, int(room[0]))[0])
+        else:
+            chosen = _chosen(owner, value, room)
+        counts = _counted(is_above) + np.bincount(rows[chosen], minlength=len(near))
+        lowest = np.nextafter(tops, UP)  # nobody at or below is kept, so far
         lowest[room > 0] = UP
         np.minimum.at(lowest, owner[chosen], value[chosen])
         for place in (tops > -UP).nonzero()[0].tolist():
@@ -126,6 +145,21 @@ class Contest:
         worst = self.table[units, np.maximum(counts, 1) - 1]
         self._next[units] = np.where(counts < width, best, -UP)
         self._last[units] = np.where(counts > 0, worst, UP)
+
+
+def _counted(flags: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """How many are set in each row; a product is many times faster than a sum over short rows."""
+    return (flags.astype(np.float32) @ np.ones(flags.shape[1], dtype=np.float32)).astype(np.int32)
+
+
+def _chosen(owner: NDArray[np.int16], value: Floats, room: NDArray[np.int64]) -> NDArray[np.intp]:
+    """The places of the best of each owner, as many as it has room for, ties by index."""
+    order = np.lexsort((-value, owner))  # stable: equal scores stay in the order of their indices
+    ends = np.bincount(owner, minlength=len(room)).cumsum()
+    # Ranks start anew with each owner; the best are taken until its room is full.
+    last = ends - np.diff(ends, prepend=0) + room
+    chosen: NDArray[np.intp] = order[np.arange(len(order)) < last[owner[order]]]
+    return chosen
 
 
 def _best(values: Floats, number: int) -> tuple[NDArray[np.bool_], np.float32]:

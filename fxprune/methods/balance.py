@@ -34,7 +34,7 @@ DRAW = 50
 """Counts that such a beginning takes the time of, about."""
 TRIED = 10
 """Beginnings that are all below the floors of nodes and kernels, after which no other is made."""
-STALLED, LITTLE = 200, 1e-4
+STALLED, LITTLE = 200, 1e-5
 """Counts without heat in which the exchange has to gain so much, or it ends."""
 SLACK = 1e-3
 """Weight of a figure that the objective leaves out, so that it grows where that costs nothing."""
@@ -235,7 +235,7 @@ class _Search:
 
 
 def _with_more_nodes(aim: Aim) -> Aim:
-    """A floor that DPaI's nodes at full length stay below: on large networks the ascent alone is less sure."""
+    """A higher floor: on large networks DPaI at full length may end with more nodes than the short ascent."""
     return replace(aim, floor=aim.floor._replace(nodes=aim.floor.nodes + aim.floor.nodes // 10))
 
 
