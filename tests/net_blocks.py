@@ -142,6 +142,21 @@ class LayerScale(nn.Module):
         return self.last(x + self.gamma * self.branch(x))
 
 
+class Across(nn.Module):
+    """Convolutions of one tap over tokens: tokens are channels there, and features positions told apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 6, bias=False)
+        self.mix, self.gate = (nn.Conv1d(5, 4, 1, bias=False) for _ in range(2))
+        self.grouped = nn.Conv1d(4, 6, 1, groups=2, bias=False)
+        self.last = nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.last(self.grouped(self.mix(x) * self.gate(x)))
+
+
 class MultiHead(nn.Module):
     """A pre-norm block around `nn.MultiheadAttention`."""
 

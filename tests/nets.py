@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from net_blocks import (
+    Across,
     CrossAttention,
     Dense,
     DictInput,
@@ -161,6 +162,7 @@ NETS: dict[str, Callable[[], Example]] = {
     "glu": net(lambda: Gated(bias=True), lambda: torch.randn(2, 5)),
     "glu_free": net(lambda: Gated(bias=False), lambda: torch.randn(2, 5)),
     "layer_scale": net(LayerScale, lambda: image(6, 4)),
+    "across": net(Across, tokens),
     "multihead": net(MultiHead, tokens),
     "cross_attention": net(CrossAttention, lambda: (torch.randn(2, 5, 8), torch.randn(2, 4, 6))),
     "attention": net(lambda: SelfAttention("matmul"), tokens),

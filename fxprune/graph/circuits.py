@@ -8,7 +8,7 @@ no view can describe. :func:`fxprune.graph.traverse.flow` serves those.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +20,6 @@ from fxprune.graph.channels import Circuit
 from fxprune.graph.circuit_ops import (
     Closure,
     Contraction,
-    Entries,
     Function,
     Marking,
     Op,
@@ -29,13 +28,12 @@ from fxprune.graph.circuit_ops import (
     Wire,
 )
 from fxprune.graph.layout import Layout, explicit, reader, reduced_shape
+from fxprune.graph.probing import matrices, picked
 from fxprune.graph.program import Half, Program, Step, compile_graph
 from fxprune.graph.settings import Counting
 
 __all__ = ["circuit"]
 
-PROBED = 256
-"""Entries up to which a map is read off its values one by one."""
 WIDE = 1 << 22
 """Kernels from which on counts are kept in float32."""
 
@@ -92,13 +90,24 @@ def _is_constant(graph: ir.ChannelGraph, program: Program) -> bool:
 
 
 def _is_alike(op: ir.Kernel, layout: Layout, program: Program) -> bool:
-    """Whether all positions are alike, before and after."""
-    if op.window is None:
+    """Whether all positions are alike, before and after, or each is read by itself."""
+    if op.window is None or _is_position_wise(op):
         return True
     rank = len(op.window.kernel)
     uneven = op.window.transposed and any(stride > 1 for stride in op.window.stride)
     spots = program.shapes[op.inputs[0].index][-rank:]
     return not uneven and all(n == 1 for n in spots) and all(axis.is_collapsed for axis in layout[-rank:])
+
+
+def _is_position_wise(op: ir.Kernel) -> bool:
+    """Whether a convolution is a matrix product at every position."""
+    window = op.window
+    return (
+        window is not None
+        and window.is_pointwise
+        and not window.transposed
+        and all(stride == 1 for stride in window.stride)
+    )
 
 
 def _is_view(op: ir.Kernel, kernels: ir.KernelSet) -> bool:
@@ -177,15 +186,27 @@ class _Compiler:
     def _contraction(self, op: ir.Kernel, out: Layout) -> None:
         source, layout = op.inputs[0].index, self.layouts[op.inputs[0].index]
         fine = _by_channel(op, layout)
-        if reduced_shape(fine) != reduced_shape(layout):
-            source = self._wired(source, layout, fine)
-        self.ops.append(_contraction(op, (self.known(source),), out))
+        if reduced_shape(fine) != reduced_shape(layout) or _positions(op, out) > 1:
+            source = self._wired(source, layout, fine, op)
+        if _positions(op, out) == 1:
+            self.ops.append(_contraction(op, (self.known(source),), op.output.index, out))
+            return
+        self.fresh -= 1
+        self.ops.append(_contraction(op, (self.known(source),), self.fresh, out))
+        shape = _last(op, torch.empty(reduced_shape(out))).shape
+        back = _back(op, shape)
+        self._emit(op.output.index, (self.fresh,), [shape], lambda tensors: back(tensors[0]))
 
-    def _wired(self, source: int, layout: Layout, fine: Layout) -> int:
-        """A new value: ``source`` read at a finer layout."""
+    def _wired(self, source: int, layout: Layout, fine: Layout, op: ir.Kernel) -> int:
+        """A new value: ``source`` read at a finer layout, channels last."""
         read, shape = reader(layout, fine), reduced_shape(layout)
         self.fresh -= 1
-        self._emit(self.fresh, (source,), [shape], lambda tensors: read(tensors[0].view(shape)).flatten())
+        self._emit(
+            self.fresh,
+            (source,),
+            [shape],
+            lambda tensors: _last(op, read(tensors[0].view(shape))).flatten(),
+        )
         return self.fresh
 
     def _linear(self, step: Step) -> None:
@@ -232,8 +253,19 @@ class _Compiler:
         op = step.op
         inputs = tuple(value.index for value in op.inputs if value.index in self.marked)
         is_kernel = isinstance(op, ir.Kernel) and op.weight.name is not None
-        contraction = _contraction(op, (), step.layout) if isinstance(op, ir.Kernel) and is_kernel else None
-        self.presences.append(Presence(step.output, inputs, self._marking(step), contraction))
+        if not (isinstance(op, ir.Kernel) and is_kernel):
+            self.presences.append(Presence(step.output, inputs, self._marking(step)))
+        elif _positions(op, step.layout) == 1:
+            contraction = _contraction(op, (), step.output, step.layout)
+            self.presences.append(Presence(step.output, inputs, self._marking(step), contraction))
+        else:
+            self.fresh -= 1
+            contraction = _contraction(op, (), self.fresh, step.layout)
+            back = _back(op, _last(op, torch.empty(reduced_shape(step.layout))).shape)
+            self.presences += [
+                Presence(self.fresh, inputs, self._marking(step), contraction),
+                Presence(step.output, (self.fresh,), lambda tensors, one: back(tensors[0])),
+            ]
         self.marked.add(step.output)
 
     def _marking(self, step: Step) -> Marking:
@@ -245,7 +277,7 @@ class _Compiler:
         if isinstance(op, ir.Kernel) and op.weight.name is not None:
             layout = self.layouts[op.inputs[0].index]
             read = reader(layout, _by_channel(op, layout))
-            return lambda tensors, one: read(known.full(tensors, one)[0]).flatten()
+            return lambda tensors, one: _last(op, read(known.full(tensors, one)[0])).flatten()
         if linear is not None:
             return lambda tensors, one: linear(_marking(one), known.full(tensors, one)).flatten()
         assert product is not None, "a step without a linear map is a product"
@@ -264,13 +296,13 @@ class _Compiler:
         for place, size in enumerate(sizes):
             probe = 1 + torch.rand(size, generator=self.generator, dtype=torch.float64)
             others = [torch.zeros(n, dtype=torch.float64) for n in sizes]
-            found = _picked(probe, function([*others[:place], probe, *others[place + 1 :]]))
+            found = picked(probe, function([*others[:place], probe, *others[place + 1 :]]))
             if found is None:
-                matrices = _matrices(sizes, function, self.dtype)
+                found_matrices = matrices(sizes, function, self.dtype)
                 self.ops.append(
                     Closure(output, inputs, function)
-                    if matrices is None
-                    else Sparse(output, inputs, *matrices)
+                    if found_matrices is None
+                    else Sparse(output, inputs, *found_matrices)
                 )
                 return
             indices.append(found[0])
@@ -304,62 +336,40 @@ class _Marks:
         ]
 
 
+def _axis(op: ir.Kernel) -> int:
+    """Where channels are, in the input as in the output."""
+    return -1 if op.window is None else -1 - len(op.window.kernel)
+
+
 def _by_channel(op: ir.Kernel, layout: Layout) -> Layout:
     """The layout of the op's input with every channel told apart."""
-    axis = -1 if op.window is None else -1 - len(op.window.kernel)
     fine = list(layout)
-    fine[axis] = explicit(layout[axis].size)
+    fine[_axis(op)] = explicit(layout[_axis(op)].size)
     return tuple(fine)
 
 
-def _contraction(op: ir.Kernel, inputs: tuple[int, ...], out: Layout) -> Contraction:
+def _positions(op: ir.Kernel, out: Layout) -> int:
+    """Positions that are told apart behind the channels."""
+    return 1 if op.window is None else math.prod(reduced_shape(out[_axis(op) + 1 :]))
+
+
+def _last(op: ir.Kernel, values: Tensor) -> Tensor:
+    """Channels behind the positions."""
+    return values.movedim(_axis(op), -1)
+
+
+def _back(op: ir.Kernel, shape: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Flat values of ``shape``, channels last, as the op has them, flat."""
+    return lambda values: values.view(*shape).movedim(-1, _axis(op)).flatten()
+
+
+def _contraction(op: ir.Kernel, inputs: tuple[int, ...], output: int, out: Layout) -> Contraction:
     name = op.weight.name
     assert name is not None, "only parameters make contractions"
-    axis = -1 if op.window is None else -1 - len(op.window.kernel)
-    rows = math.prod(reduced_shape(out)) // out[axis].size
+    rows = math.prod(reduced_shape(out)) // out[_axis(op)].size
     transposed = op.window is not None and op.window.transposed
     view = _whole if op.weight.view is None else op.weight.view
-    return Contraction(
-        op.output.index, inputs, name, view, op.groups, transposed, rows, op.weight.view is None
-    )
-
-
-def _matrices(
-    sizes: Sequence[int], function: Function, dtype: torch.dtype
-) -> tuple[tuple[Entries, ...], int] | None:
-    """The matrices of a linear function, if one side of each is small enough to be probed; their height."""
-    zeros = [torch.zeros(size, dtype=torch.float64) for size in sizes]
-    height = function(zeros).numel()
-    if any(min(size, height) > PROBED for size in sizes):
-        return None
-    found: list[Entries] = []
-    for place, size in enumerate(sizes):
-        if size <= height:
-            units = torch.eye(size, dtype=torch.float64)
-            columns = [function([*zeros[:place], unit, *zeros[place + 1 :]]) for unit in units]
-            matrix = torch.stack(columns, 1)
-        else:
-            with torch.enable_grad():
-                x = zeros[place].clone().requires_grad_()
-                entries = function([*zeros[:place], x, *zeros[place + 1 :]]).unbind()
-                matrix = torch.stack([torch.autograd.grad(y, x, retain_graph=True)[0] for y in entries])
-        out, into = matrix.nonzero(as_tuple=True)
-        found.append(Entries(out, into, matrix[out, into].to(dtype)))
-    return tuple(found), height
-
-
-def _picked(probe: Tensor, result: Tensor) -> tuple[Tensor | None, float] | None:
-    """``(index, c)`` with ``result = c * probe[index]`` (index None: the identity), if there are such."""
-    if result.numel() == probe.numel() and result.numel():
-        ratio = result / probe
-        coefficient = float(ratio[0])
-        if coefficient > 0 and bool((ratio - coefficient).abs().max() <= 1e-12 * coefficient):
-            return None, float(f"{coefficient:.12g}")
-    ordered, order = probe.sort()
-    place = torch.searchsorted(ordered, result.contiguous()).clamp(max=probe.numel() - 1)
-    if probe.numel() and torch.equal(ordered[place], result):
-        return order[place], 1.0
-    return None
+    return Contraction(output, inputs, name, view, op.groups, transposed, rows, op.weight.view is None)
 
 
 def _whole(weight: Tensor) -> Tensor:
