@@ -146,9 +146,10 @@ def measure(
         step, budget = circuit_step(net, images, density, device)
         row: dict[str, Any] = {"net": name, "weights": sum(net.get_parameter(n).numel() for n in budget)}
         row["circuit"] = timed(step, seconds)
+        row["memory"] = (peak() - before) / (4 * row["weights"])
         if steps:
-            row["course"] = course(circuit_step(net, images, density, device)[0], steps)
-    row["memory"] = (peak() - before) / (4 * row["weights"])
+            step, _ = circuit_step(net, images, density, device)
+            row["course"] = course(step, steps)
     del step
     if with_network:
         row["network"] = timed(network_step(net, images, budget), seconds)
