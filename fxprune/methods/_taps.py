@@ -7,6 +7,7 @@ at a border, and kernels that were alike differ a little. R is linear in the wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -65,16 +66,18 @@ def settled_inside(
         if mask.dim() > 2
     }
     worth: dict[str, Tensor] = {}
+    best, fewest, before = masks, math.inf, math.inf
     while True:
         alive = reach(graph, {**fixed, **masks})
         dead = {name: wanted[name] & (counted(alive[name]) == 0) for name in masks}
+        number = sum(int(kernels.sum()) for kernels in dead.values())
+        if number < fewest:
+            best, fewest = masks, number
         lost = _untried(dead, tried)
-        for name, kernels in dead.items():
-            if not lost and bool(kernels.any()):  # those around have to be moved, layer by layer
-                own = masks[name] & kernels.view(*kernels.shape, *[1] * (masks[name].dim() - 2))
-                lost = _untried(_on_channels(graph, {**fixed, **masks, name: own}), tried)
+        if not lost and number < before:  # those around have to be moved, as long as that helps
+            before, lost = number, _around(graph, masks, fixed, dead, tried)
         if not lost:
-            return masks
+            return best
         if not worth:
             worth = {name: slope.sum((0, 1), keepdim=True) for name, slope in _dense_slopes(graph).items()}
         masks = dict(masks)
@@ -83,6 +86,23 @@ def settled_inside(
             central = _best(worth[name].expand(usable[name].shape), counts[name], usable[name])
             at = kernels.view(*kernels.shape, *[1] * (central.dim() - 2))
             masks[name] = torch.where(at, central, masks[name])
+
+
+def _around(
+    graph: ChannelGraph,
+    masks: Masks,
+    fixed: Mapping[str, Tensor],
+    kernels: Mapping[str, Tensor],
+    tried: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Untried kernels on a path of channels with ``kernels`` of the first layer where there are such."""
+    for name, some in kernels.items():
+        if bool(some.any()):
+            own = masks[name] & some.view(*some.shape, *[1] * (masks[name].dim() - 2))
+            lost = _untried(_on_channels(graph, {**fixed, **masks, name: own}), tried)
+            if lost:
+                return lost
+    return {}
 
 
 def _on_channels(graph: ChannelGraph, edges: Mapping[str, Tensor]) -> dict[str, Tensor]:
