@@ -164,6 +164,7 @@ class _Search:
                 exchange.take(low)
                 self._climb(problem, exchange, (exchange.runs + self.steps) // 2, heat)
                 exchange.settle()
+                exchange.aim_at(_without_sale(exchange.aim, exchange.figures))
         self._climb(problem, exchange, self.steps, heat)
         exchange.settle()
         masks = {name: placed(exchange.counts[name], usable[name], problem.generator) for name in masks}
@@ -237,6 +238,12 @@ class _Search:
 def _with_more_nodes(aim: Aim) -> Aim:
     """A higher floor: on large networks DPaI at full length may end with more nodes than the short ascent."""
     return replace(aim, floor=aim.floor._replace(nodes=aim.floor.nodes + aim.floor.nodes // 10))
+
+
+def _without_sale(aim: Aim, figures: Figures) -> Aim:
+    """Nodes and kernels up to the floors are not given away any more, where ``figures`` have them."""
+    nodes, kernels = min(aim.floor.nodes, figures.nodes), min(aim.floor.kernels, figures.kernels)
+    return replace(aim, least=Figures(NOTHING.log_paths, nodes, kernels))
 
 
 def _live(graph: ChannelGraph, name: str) -> Tensor:
