@@ -2,6 +2,7 @@
 
     python benchmarks/balance.py run balance.jsonl --seeds 1
     python benchmarks/balance.py table balance.jsonl
+    python benchmarks/balance.py larger larger.jsonl       # ResNet-18 and VGG-19, 99 %
     python benchmarks/balance.py plot balance.jsonl docs/balance.svg
 
 Figures are effective nodes, effective kernels and ln paths at spatial resolution with average pooling as a
@@ -26,18 +27,27 @@ ALPHAS, BETAS = (0.0, 0.1, 0.5, 0.9, 0.99, 1.0), (0.0, 0.1, 0.5, 0.8, 0.9, 1.0)
 GRID = [(alpha, beta) for alpha in ALPHAS for beta in BETAS if alpha or not beta]  # alpha = 0: no beta
 OWN = [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)]  # paths alone, nodes alone, kernels alone
 SPARSITY = 1 - 865 / 270896
+NETS = {
+    "resnet20": (zoo.resnet20, 32),
+    "resnet18_tiny": (zoo.resnet18_tiny, 64),
+    "vgg19_bn": (zoo.vgg19_bn, 32),
+}
+LARGER = ("resnet18_tiny", "vgg19_bn")
 COLUMNS = ("nodes", "kernels", "log_paths")
 
 
-def measure(method: str, alpha: float, beta: float, seed: int) -> dict[str, Any]:
+def measure(
+    method: str, alpha: float, beta: float, seed: int, net: str = "resnet20", sparsity: float = SPARSITY
+) -> dict[str, Any]:
     """One mask and its figures."""
     options = {"tol": 0.0} if method == "dpai" else {}
-    image = torch.ones(1, 3, 32, 32)
+    make, size = NETS[net]
+    image = torch.ones(1, 3, size, size)
     start = time.process_time()
     pruned = fxprune.apply(
-        zoo.resnet20(),
+        make(),
         method,
-        SPARSITY,
+        sparsity,
         example_inputs=image,
         budget="erk",
         alpha=alpha,
@@ -70,6 +80,18 @@ def run(path: Path, seeds: int, methods: list[str], cells: list[tuple[float, flo
                 for method in methods:
                     if (method, alpha, beta, seed) not in done:
                         print(json.dumps(measure(method, alpha, beta, seed)), file=file, flush=True)
+
+
+def larger(path: Path) -> None:
+    """Both methods on larger networks, one seed, written down and shown."""
+    torch.set_num_threads(1)
+    with path.open("w") as file:
+        for net in LARGER:
+            for alpha, beta in (*OWN, (0.99, 0.5)):
+                for method in ("dpai", "balance"):
+                    row = {"net": net, **measure(method, alpha, beta, 0, net, 0.99)}
+                    print(json.dumps(row), file=file, flush=True)
+                    print(*(row[name] for name in ("net", "method", "alpha", "beta", *COLUMNS, "seconds")))
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -137,7 +159,7 @@ def plot(path: Path, target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=("run", "table", "plot"))
+    parser.add_argument("what", choices=("run", "table", "plot", "larger"))
     parser.add_argument("path", type=Path)
     parser.add_argument("target", type=Path, nargs="?", default=Path("docs/balance.svg"))
     parser.add_argument("--seeds", type=int, default=1)
@@ -146,6 +168,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "run":
         run(given.path, given.seeds, given.methods, OWN if given.own else GRID)
+    elif given.what == "larger":
+        larger(given.path)
     elif given.what == "table":
         table(given.path)
     else:

@@ -208,7 +208,7 @@ class _Search:
         if self.mixture.weights[2] and not self.mixture.weights[0]:
             kernels = whole  # without a claim of paths, every weight can have a kernel to itself
         # More nodes than the ascent's are worth having, but not where most paths are asked for.
-        nodes = start.nodes if self.for_paths else start.nodes + start.nodes // 20 + 1
+        nodes = start.nodes if self.for_paths else start.nodes + start.nodes // (20 if paths else 10) + 1
         floor = Figures(start.log_paths + more, nodes, kernels)
         # Nothing pays for nodes and kernels that were there, but for paths where these are all that is asked.
         least = NOTHING if self.for_paths else Figures(NOTHING.log_paths, start.nodes, start.kernels)
