@@ -37,14 +37,16 @@ class _Piece(NamedTuple):
     """Some units of layer ``name`` in a block: those of the output channels ``rows``, perhaps all of them.
 
     ``out`` and ``factor`` are their places in the buffers, as (rows, units of a row) where the layer is
-    plain.
+    plain; only then are there the parts of what its direction is the product of.
     """
 
     name: str
     rows: slice
-    is_all: bool
     out: Tensor
     factor: Tensor
+    slope: Tensor | None = None
+    x: Tensor | None = None
+    node: Tensor | None = None
 
 
 class _Block(NamedTuple):
@@ -98,9 +100,13 @@ class KernelReading:
             rows * self.kernels[name].shape[1] for name, rows in zip(self._plain, self._rows, strict=True)
         ]
         self._soft: dict[str, Tensor] = {}
-        self._slopes: dict[str, Tensor] = {}
-        self._x: dict[str, Tensor] = {}
-        self._nodes: dict[str, Tensor] = {}
+        # What directions are the product of, of all plain layers one after another, and its parts by name.
+        self._all_slopes, self._slopes = self._apart(self._outputs)
+        self._all_x, self._x = self._apart(self._inputs)
+        self._all_nodes = torch.empty(sum(self._heights), device=self.device)
+        columns = torch.split(self._all_nodes.unsqueeze(1), self._heights)
+        self._nodes = dict(zip(self._plain, columns, strict=True))
+        self._is_by_node = bool(self.mixture.weights[1] and self.mixture.weights[2])
         # Layers whose kept units are listed, and what their directions are less there than elsewhere.
         self.lists: dict[str, Kept] = {}
         self._places: dict[str, Tensor] = {}
@@ -111,6 +117,12 @@ class KernelReading:
             return False
         op = self.circuit.contractions[self.uses[name][0]]
         return op.groups == 1 and op.is_whole
+
+    def _apart(self, sizes: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Room for so many numbers per plain layer; the room of each, rows x channels where rows differ."""
+        whole = torch.empty(sum(sizes), device=self.device)
+        parts = zip(self._plain, self._rows, torch.split(whole, list(sizes)), strict=True)
+        return whole, {name: part if rows == 1 else part.view(rows, -1) for name, rows, part in parts}
 
     def _dense(self, name: str) -> Tensor:
         return self.circuit.dense(name).to(self.device)
@@ -164,7 +176,9 @@ class KernelReading:
             size = (rows.stop - rows.start) * row
             shape = (-1, row) if name in self._plain else (-1,)
             views = [buffer[start : start + size].view(shape) for buffer in (self._buffer, self._factor)]
-            found.append(_Piece(name, rows, rows == slice(0, self.kernels[name].shape[0]), *views))
+            if name in self._plain:
+                views += [self._slopes[name][..., rows], self._x[name], self._nodes[name][rows]]
+            found.append(_Piece(name, rows, *views))
             start += size
         return _Block(part, found)
 
@@ -225,39 +239,37 @@ class KernelReading:
         if not self._plain:
             return
         for_paths, for_nodes, for_kernels = self.mixture.weights
-        slopes, factor = self._flat(found.slope), None
-        if for_nodes:
-            is_passed = (self._flat(found.y) > 0) & (slopes > 0)
-            factor = (~self._per_node(is_passed)).float().mul_(for_nodes).add_(for_paths)
-        self._nodes = {}
+        slopes = self._flat(found.slope)
         self._split(slopes, found.x)
-        if factor is None:
-            if not for_kernels and for_paths != 1:
-                self._slopes = {name: slope * for_paths for name, slope in self._slopes.items()}
-            elif for_kernels:
-                self._prepare_lists()
-            return
+        if for_nodes:
+            is_passed = self._per_node((self._flat(found.y) > 0) & (slopes > 0))
+            torch.logical_not(is_passed, out=self._all_nodes).mul_(for_nodes).add_(for_paths)
+            if not for_kernels:
+                self._scale_by_node()
+        elif not for_kernels and for_paths != 1:
+            self._all_slopes.mul_(for_paths)
         if for_kernels:
-            columns = torch.split(factor.unsqueeze(1), self._heights)
-            self._nodes = dict(zip(self._plain, columns, strict=True))
             self._prepare_lists()
-        else:
-            factors = torch.split(factor, self._heights)
-            self._slopes = {
-                name: slope * part for (name, slope), part in zip(self._slopes.items(), factors, strict=True)
-            }
+
+    def _scale_by_node(self) -> None:
+        if max(self._rows) == 1:
+            self._all_slopes.mul_(self._all_nodes)
+            return
+        for name, slope in self._slopes.items():
+            slope.mul_(self._nodes[name].squeeze(1))
 
     def _prepare_lists(self) -> None:
         """Where few units are kept, slopes take the factor of all others; the few have theirs put right."""
         for_paths, _, for_kernels = self.mixture.weights
         for name in self.lists:
-            node = self._nodes[name].squeeze(1) if self._nodes else torch.tensor(for_paths)
-            self._slopes[name] = self._slopes[name] * (node + for_kernels)
+            node = self._nodes[name].squeeze(1) if self._is_by_node else torch.tensor(for_paths)
+            self._slopes[name].mul_(node + for_kernels)
             self._less[name] = (node / (node + for_kernels)).expand(self.kernels[name].shape[0])
 
     def _flat(self, values: Sequence[Tensor]) -> Tensor:
         """Those of plain layers, one after another."""
-        return torch.cat([values[place].view(-1) for place in self._plain.values()])
+        own = [values[place] for place in self._plain.values()]
+        return torch.cat(own, 1).squeeze(0) if max(self._rows) == 1 else torch.cat([x.flatten() for x in own])
 
     def _per_node(self, passed: Tensor) -> Tensor:
         """Whether any row of each output channel is marked, flat, from all rows."""
@@ -267,14 +279,9 @@ class KernelReading:
         return torch.cat([part.view(rows, -1).any(0) for part, rows in parts])
 
     def _split(self, slopes: Tensor, arriving: Sequence[Tensor]) -> None:
-        """Slopes and arriving paths of plain layers, in float32; rows x channels where there are rows."""
-        flat = (
-            torch.split(slopes.float(), self._outputs),
-            torch.split(self._flat(arriving).float(), self._inputs),
-        )
-        for name, rows, slope, x in zip(self._plain, self._rows, *flat, strict=True):
-            self._slopes[name] = slope if rows == 1 else slope.view(rows, -1)
-            self._x[name] = x if rows == 1 else x.view(rows, -1)
+        """Takes slopes and arriving paths of plain layers, to be seen by name in float32."""
+        self._all_slopes.copy_(slopes)
+        self._all_x.copy_(self._flat(arriving))
 
     def direction(self, field: int, block: int) -> Tensor:
         part, pieces = self._blocks[field][block]
@@ -291,18 +298,17 @@ class KernelReading:
         if is_factored:
             # A kernel that is kept and on no path has no derivative: whether it is empty says enough.
             torch.eq(self.fields[field].counts[part], 0, out=factor).mul_(for_kernels)
-            if not self._nodes:
+            if not self._is_by_node:
                 factor.add_(for_paths)
         for piece in pieces:
-            if piece.name in self._plain:
-                self._product(piece)
-                if is_factored and self._nodes:
-                    node = self._nodes[piece.name]
-                    piece.factor.add_(node if piece.is_all else node[piece.rows])
-            else:
+            if piece.node is None:
                 self._whole_layer(piece)
                 if is_factored:
                     piece.factor.fill_(1.0)
+                continue
+            self._product(piece)
+            if is_factored and self._is_by_node:
+                piece.factor.add_(piece.node)
         return out.mul_(factor) if is_factored else out
 
     def is_moderate(self, field: int) -> bool:
@@ -320,15 +326,17 @@ class KernelReading:
         out.numpy()[own] *= self._less[name].numpy()[self.lists[name].out.numpy()[first:last]]
 
     def _product(self, piece: _Piece) -> None:
-        slope, x = self._slopes[piece.name], self._x[piece.name]
+        slope, x = piece.slope, piece.x
+        assert slope is not None, "only plain layers are products"
+        assert x is not None, "a product has two sides"
         if x.dim() == 1:
-            torch.outer(slope if piece.is_all else slope[piece.rows], x, out=piece.out)
+            torch.outer(slope, x, out=piece.out)
         elif len(x) <= FEW:
-            torch.outer(slope[0, piece.rows], x[0], out=piece.out)
+            torch.outer(slope[0], x[0], out=piece.out)
             for row in range(1, len(x)):
-                piece.out.addr_(slope[row, piece.rows], x[row])
+                piece.out.addr_(slope[row], x[row])
         else:
-            torch.mm(slope[:, piece.rows].t(), x, out=piece.out)
+            torch.mm(slope.t(), x, out=piece.out)
         if self._soft:
             piece.out.mul_(self._soft[piece.name][piece.rows])
 
