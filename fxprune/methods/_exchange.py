@@ -242,7 +242,9 @@ class Exchange:
         number = round(float(count.sum()))
         # What is on no path yet has no gain; the better end of a kernel decides there.
         hope = (slope / (slope.max() or 1.0) + FAINT)[:, :, None] * (x / (x.max() or 1.0) + FAINT)[:, None, :]
-        covered = cover(inputs, outputs, gain + FAINT * hope, cap, number, self.random)
+        hope *= FAINT
+        hope += gain
+        covered = cover(inputs, outputs, hope, cap, number, self.random)
         new = _filled(covered, gain, cap, number, self.aim, self.figures, spread=plan.spread)
         result = torch.empty_like(self.counts[name])
         oriented(result.numpy(), kernels)[...] = new
@@ -351,24 +353,28 @@ def _filled(
     """
     for_paths, _, for_kernels = aim.weights
     is_short = figures.kernels < aim.floor.kernels
-    opening = (for_kernels + GUARD[2] * (is_short or spread)) / max(figures.kernels, 1) * (gain > 0)
-    paths = (for_paths + 1e-6) * gain
     counts = covered.astype(np.float64)
-    left = number - int(covered.sum())
+    left = number - int(np.count_nonzero(covered))
     if left <= 0:
         return counts
-    first = np.where(covered | (cap < 1), -1.0, paths + opening)
-    other = np.where(cap - 1 >= 1, paths, -1.0)
-    worth = np.concatenate([first.ravel(), other.ravel()])
-    sizes = np.concatenate([np.ones(first.size), np.maximum(cap.ravel() - 1, 0)])
-    candidates = np.flatnonzero(worth >= 0)
-    if len(candidates) > 4 * left + 16:
-        candidates = candidates[np.argpartition(-worth[candidates], 4 * left)[: 4 * left + 1]]
-        candidates.sort()
-    candidates = candidates[np.argsort(-worth[candidates], kind="stable")]
-    before = np.cumsum(sizes[candidates]) - sizes[candidates]
-    taken = np.clip(left - before, 0, sizes[candidates])
-    added = np.zeros(len(worth))
-    added[candidates] = taken
-    result: Floats = counts + (added[: first.size] + added[first.size :]).reshape(gain.shape)
-    return result
+    first, other = worth = np.empty((2, gain.size))
+    opening = (for_kernels + GUARD[2] * (is_short or spread)) / max(figures.kernels, 1)
+    np.multiply(gain.ravel(), for_paths + 1e-6, out=other)
+    np.multiply(gain.ravel() > 0, opening, out=first)
+    first += other
+    first[(covered | (cap < 1)).ravel()] = -1.0
+    other[(cap < 2).ravel()] = -1.0
+    candidates = _best(worth.ravel(), left)
+    sizes = np.where(candidates < gain.size, 1.0, cap.ravel()[candidates % gain.size] - 1)
+    before = np.cumsum(sizes) - sizes
+    added = np.clip(left - before, 0, sizes)
+    np.add.at(counts.ravel(), candidates % gain.size, added)
+    return counts
+
+
+def _best(values: Floats, number: int) -> NDArray[np.intp]:
+    """Where the ``number`` largest are, in falling order, ties by index; none below zero."""
+    found = np.flatnonzero(values >= 0)
+    if len(found) > number:
+        found = np.flatnonzero(values >= max(0.0, np.partition(values, -number)[-number]))
+    return found[np.argsort(-values[found], kind="stable")[:number]]

@@ -73,6 +73,26 @@ def test_what_is_filled_is_optimal_by_enumeration(seed: int) -> None:
     assert worth(found) == pytest.approx(best, abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_filled_in_a_large_layer_is_taken_one_by_one(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    gain = random.integers(0, 4, (2, 30, 20)).astype(float)  # with ties, and kernels on no path
+    cap = random.integers(0, 4, gain.shape).astype(float)
+    covered = (random.random(gain.shape) < 0.01) & (cap > 0)
+    number = int(covered.sum()) + 400 * (seed % 2) + 30
+    found = _filled(covered, gain, cap, number, Aim((1.0, 0.0, 4.0), Figures(0.0, 1, 1)), Figures(0.0, 1, 4))
+
+    naive = covered.astype(float)
+    for _ in range(number - int(covered.sum())):
+        worth = gain * (1 + 1e-6) + (naive == 0) * (gain > 0)
+        worth[naive >= cap] = -1.0
+        # Ties go to first weights of kernels, in order, then to kernels that have been begun.
+        tied = worth.ravel() == worth.max()
+        first = np.flatnonzero(tied & (naive.ravel() == 0))
+        naive.ravel()[first[0] if len(first) else np.flatnonzero(tied)[0]] += 1
+    assert (found == naive).all()
+
+
 def test_covers_touch_all_that_is_asked_with_as_few_kernels_as_can_be() -> None:
     random = np.random.default_rng(0)
     gain = random.random((2, 5, 4))
