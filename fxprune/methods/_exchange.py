@@ -374,7 +374,10 @@ def _filled(
 
 def _best(values: Floats, number: int) -> NDArray[np.intp]:
     """Where the ``number`` largest are, in falling order, ties by index; none below zero."""
-    found = np.flatnonzero(values >= 0)
-    if len(found) > number:
-        found = np.flatnonzero(values >= max(0.0, np.partition(values, -number)[-number]))
+    positive = values[values > 0]
+    if len(positive) > number:  # a partition with many equal values is slow: zeros stay out of it
+        found = np.flatnonzero(values >= np.partition(positive, -number)[-number])
+    else:
+        zeros = np.flatnonzero(values == 0)[: number - len(positive)]
+        found = np.concatenate([np.flatnonzero(values > 0), zeros])
     return found[np.argsort(-values[found], kind="stable")[:number]]
