@@ -28,7 +28,8 @@ BAND = 32.0
 
 class Pass(NamedTuple):
     """One run: ``log_total`` is ln R per sample (``-inf`` without any path), and for every contraction of the
-    circuit its inputs ``x`` and outputs ``y`` (rows x channels), with ``slope`` = d ln R / d output.
+    circuit its inputs ``x`` and outputs ``y``, with ``slope`` = d ln R / d output; flat, see
+    :meth:`Contraction.by_row`.
 
     d ln R / d count of a kernel (o, i) is the sum over rows of ``slope[:, o] * x[:, i]``.
     """
@@ -142,8 +143,8 @@ class Circuit:
             self._calibrate()
 
     def _ends(self, values: dict[int, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        x = [values[op.inputs[0]].view(op.rows, -1) for op in self.contractions]
-        return x, [values[op.output].view(op.rows, -1) for op in self.contractions]
+        x = [values[op.inputs[0]] for op in self.contractions]
+        return x, [values[op.output] for op in self.contractions]
 
     def _mark(self, counts: Mapping[str, Tensor | Kept]) -> None:
         """Which values are present, under the products that ask."""
@@ -247,7 +248,7 @@ class Circuit:
         share: float | Tensor,
         settle: Callable[[Tensor], Tensor] = _unchanged,
     ) -> list[Tensor]:
-        """d ln R / d output of every contraction (rows x channels), its gain included; ``share``: 1 / R."""
+        """d ln R / d output of every contraction, its gain included; ``share``: 1 / R."""
         slopes: dict[int, Tensor] = {}
 
         def meet(index: int, slope: Tensor) -> None:
@@ -262,7 +263,7 @@ class Circuit:
                 if slope is None:
                     slope = torch.zeros_like(values[op.output])
                 slope = settle(slope if op.gains[0] == 1 else slope * op.gains[0])
-                found.append(slope.view(op.rows, -1))
+                found.append(slope)
                 meet(op.inputs[0], op.backward(slope))
             elif slope is not None and isinstance(op, Wire):
                 for source, picked, gain in zip(op.inputs, op.indices, op.gains, strict=True):

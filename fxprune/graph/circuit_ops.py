@@ -163,26 +163,30 @@ class Contraction:
     def forward(self, x: Tensor) -> Tensor:
         """Outputs, flat, of inputs ``x``, flat."""
         if isinstance(self._matrix, Kept):
-            return self._matrix.forward(x.view(self.rows, -1)).flatten()
+            return self._matrix.forward(self.by_row(x)).flatten()
         if self.groups > 1:
             return (x.view(self.rows, self.groups, 1, -1) * self._columns).sum(-1).flatten()
         if self.rows == 1:
             return torch.mv(self._columns, x)
-        return (x.view(self.rows, -1) @ self._rows).flatten()
+        return (self.by_row(x) @ self._rows).flatten()
 
     def backward(self, slope: Tensor) -> Tensor:
         """d ln R / d inputs, flat, from d ln R / d outputs, flat."""
         if isinstance(self._matrix, Kept):
-            return self._matrix.backward(slope.view(self.rows, -1)).flatten()
+            return self._matrix.backward(self.by_row(slope)).flatten()
         if self.groups > 1:
             return (slope.view(self.rows, self.groups, -1, 1) * self._columns).sum(-2).flatten()
         if self.rows == 1:
             return torch.mv(self._rows, slope)
-        return (slope.view(self.rows, -1) @ self._columns).flatten()
+        return (self.by_row(slope) @ self._columns).flatten()
+
+    def by_row(self, values: Tensor) -> Tensor:
+        """Inputs, outputs or slopes, flat, as rows x channels."""
+        return values.view(self.rows, -1)
 
     def spread(self, slope: Tensor, x: Tensor, out: Tensor, *, add: bool) -> None:
         """Writes (or adds) the sum over rows of ``slope[:, o] * x[:, i]`` to ``out`` (shaped as counts)."""
-        target = self.operand(out)
+        target, slope, x = self.operand(out), self.by_row(slope), self.by_row(x)
         if self.groups > 1:
             rows = (self.rows, self.groups, -1)
             a, b = (x, slope) if self.transposed else (slope, x)

@@ -10,8 +10,9 @@ tries out: those in use (nothing is lost then), fewer of them (paths gather in t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -72,7 +73,11 @@ class Exchange:
         self.most = {
             name: min(number, circuit.kernels[name].out_space.size) for name, number in self.weights.items()
         }
-        self.plain = {name for name, places in self.uses.items() if self._is_plain(places)}
+        # Layers with one use and one number per channel, one after another.
+        self.plain = {name: places[0] for name, places in self.uses.items() if self._is_plain(places)}
+        shapes = [circuit.kernels[name].shape for name in self.plain]
+        self.inputs = list(pairwise(accumulate((shape[1] for shape in shapes), initial=0)))
+        self.outputs = list(pairwise(accumulate((shape[0] for shape in shapes), initial=0)))
         self.filled: dict[str, tuple[Tensor, NDArray[np.float32]]] = {}
         self.state = self._counted()
         self.best = self.value, self.state, dict(self.counts)
@@ -103,27 +108,31 @@ class Exchange:
         found = self.circuit.run(edges)
         # In float32 branches of few paths have no slopes left.
         marks = self.circuit.marks(edges) if self.circuit.dtype == torch.float32 else found
-        missing, spare, nodes, kernels = {}, {}, 0, 0
-        for name, count in self.counts.items():
-            if name in self.plain:
-                used, alive = self._alive(marks, name)
-            else:
-                marked = (self._gain(marks, name) > 0) & (count > 0)
-                used, alive = int(count_nodes(self.circuit.kernels[name], marked)), int(marked.sum())
-            missing[name], spare[name] = self.most[name] - used, self.weights[name] - alive
-            nodes += used
-            kernels += alive
-        return _State(found, Figures(found.log_total, nodes, kernels), missing, spare)
+        used, alive = self._alive(marks)
+        for name in self.uses.keys() - self.plain.keys():
+            marked = (self._gain(marks, name) > 0) & (self.counts[name] > 0)
+            used[name], alive[name] = int(count_nodes(self.circuit.kernels[name], marked)), int(marked.sum())
+        figures = Figures(found.log_total, sum(used.values()), sum(alive.values()))
+        missing = {name: self.most[name] - used[name] for name in self.counts}
+        return _State(found, figures, missing, {n: self.weights[n] - alive[n] for n in self.counts})
 
-    def _alive(self, marks: Pass, name: str) -> tuple[int, int]:
-        """Effective nodes and kernels of a layer with one use: (slope > 0) of (count > 0) of (x > 0)."""
-        (place,) = self.uses[name]
-        count = self.counts[name]
-        if name not in self.filled or self.filled[name][0] is not count:
-            self.filled[name] = count, (count.numpy() > 0).astype(np.float32)
-        reached = (marks.x[place][0].numpy() > 0).astype(np.float32)
-        per_output = (self.filled[name][1] @ reached)[marks.slope[place][0].numpy() > 0]
-        return int(np.count_nonzero(per_output)), int(per_output.sum())
+    def _alive(self, marks: Pass) -> tuple[dict[str, int], dict[str, int]]:
+        """Effective nodes and kernels of plain layers: (slope > 0) of (count > 0) of (x > 0)."""
+        if not self.plain:
+            return {}, {}
+        reached = torch.cat([marks.x[place] for place in self.plain.values()]).gt(0).float().numpy()
+        passed = torch.cat([marks.slope[place] for place in self.plain.values()]).gt(0).numpy()
+        kernels = np.empty(len(passed), dtype=np.float32)  # of every output channel
+        for name, (start, end), (first, last) in zip(self.plain, self.inputs, self.outputs, strict=True):
+            count = self.counts[name]
+            if name not in self.filled or self.filled[name][0] is not count:
+                self.filled[name] = count, (count.numpy() > 0).astype(np.float32)
+            np.dot(self.filled[name][1], reached[start:end], out=kernels[first:last])
+        kernels *= passed
+        starts = [first for first, _ in self.outputs]
+        nodes = np.add.reduceat(kernels > 0, starts, dtype=np.int64).tolist()
+        alive = np.add.reduceat(kernels, starts, dtype=np.int64).tolist()
+        return dict(zip(self.plain, nodes, strict=True)), dict(zip(self.plain, alive, strict=True))
 
     def _gain(self, found: Pass, name: str) -> Tensor:
         """G: d ln R / d count."""
@@ -211,14 +220,17 @@ class Exchange:
         """Paths to every input channel, (groups, in), and on from every output channel, (groups, out)."""
         shape = _shape(self.circuit.kernels[name])
         if name in self.plain:
-            (place,) = self.uses[name]
+            place = self.plain[name]
             met = self.state.found.x[place], self.state.found.slope[place]
-            return met[0].double().numpy(), met[1].double().numpy()
-        x = sum(self.state.found.x[place].double().sum(0) for place in self.uses[name])
-        slope = sum(self.state.found.slope[place].double().sum(0) for place in self.uses[name])
-        assert isinstance(x, Tensor)
-        assert isinstance(slope, Tensor)
+            return met[0].double().numpy()[None], met[1].double().numpy()[None]
+        x = self._over_rows(name, self.state.found.x)
+        slope = self._over_rows(name, self.state.found.slope)
         return _channels(x, shape[0], shape[2]), _channels(slope, shape[0], shape[1])
+
+    def _over_rows(self, name: str, values: Sequence[Tensor]) -> Tensor:
+        """The sum of ``values`` over the rows of all uses, by channel."""
+        uses = [(self.circuit.contractions[place], values[place]) for place in self.uses[name]]
+        return torch.cat([op.by_row(value) for op, value in uses]).double().sum(0)
 
     def _rewritten(self, name: str, plan: _Plan, fresh: Flags | None) -> Tensor:
         """New counts of one layer: what covers the channels of the plan first, then the best gains."""

@@ -268,8 +268,7 @@ class KernelReading:
 
     def _flat(self, values: Sequence[Tensor]) -> Tensor:
         """Those of plain layers, one after another."""
-        own = [values[place] for place in self._plain.values()]
-        return torch.cat(own, 1).squeeze(0) if max(self._rows) == 1 else torch.cat([x.flatten() for x in own])
+        return torch.cat([values[place] for place in self._plain.values()])
 
     def _per_node(self, passed: Tensor) -> Tensor:
         """Whether any row of each output channel is marked, flat, from all rows."""
@@ -368,25 +367,29 @@ class KernelReading:
         marks = self.circuit.marks(self._edges)
         nodes, kernels = [], []
         for name, listed in self.lists.items():
-            slope, x = marks.slope[self._plain[name]], marks.x[self._plain[name]]
+            slope, x = self._by_row(marks, name)
             alive = (slope[:, listed.out] * x[:, listed.into]).amax(0) > 0
             nodes.append(torch.zeros(listed.shape[0]).index_fill_(0, listed.out[alive], 1.0).sum().long())
             kernels.append(alive.sum())
-        for piece in (piece for field in self._blocks for block in field for piece in block.pieces):
-            own, rows = self.kernels[piece.name], piece.rows
-            if piece.name in self.lists:
-                continue
-            if piece.name not in self._plain:
-                alive = (self._gradient(marks, piece.name) > 0) & (self.counts[piece.name] > 0)
-                nodes.append(count_nodes(own, alive))
+        pieces = (piece for field in self._blocks for block in field for piece in block.pieces)
+        for name, rows, *_ in (piece for piece in pieces if piece.name not in self.lists):
+            if name not in self._plain:
+                alive = (self._gradient(marks, name) > 0) & (self.counts[name] > 0)
+                nodes.append(count_nodes(self.kernels[name], alive))
             else:
-                place = self._plain[piece.name]
-                alive = torch.mm(marks.slope[place][:, rows].t(), marks.x[place]) > 0
-                alive &= self.counts[piece.name][rows] > 0
+                slope, x = self._by_row(marks, name)
+                alive = torch.mm(slope[:, rows].t(), x) > 0
+                alive &= self.counts[name][rows] > 0
                 nodes.append(alive.any(1).sum())
             kernels.append(alive.sum())
         found = torch.stack([torch.stack(nodes).sum(), torch.stack(kernels).sum()]).tolist()
         return Figures(self.found.log_total, *found)
+
+    def _by_row(self, found: Pass, name: str) -> tuple[Tensor, Tensor]:
+        """Slopes and arriving paths of a plain layer, rows x channels."""
+        place = self._plain[name]
+        op = self.circuit.contractions[place]
+        return op.by_row(found.slope[place]), op.by_row(found.x[place])
 
 
 def _range(values: Tensor) -> tuple[float, float]:

@@ -196,7 +196,7 @@ class _Wired:
             return self.synapse.gain(gradient, found.log_total)
 
         uses = [(op, place) for place, op in enumerate(self.circuit.contractions) if op.name == label]
-        pairs = [_balanced(found.slope[place], found.x[place]) for _, place in uses]
+        pairs = [_balanced(op.by_row(found.slope[place]), op.by_row(found.x[place])) for op, place in uses]
         if len(uses) == 1 and uses[0][0].is_whole and uses[0][0].groups == 1:
             (slope, x), transposed = pairs[0], uses[0][0].transposed
             return Outer(x, slope, then) if transposed else Outer(slope, x, then)

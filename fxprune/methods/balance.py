@@ -202,13 +202,18 @@ class _Search:
         # Where nodes alone count, a longer ascent would go on trading paths for them; where paths have a
         # small weight besides others, it would still add many.
         paths = self.mixture.weights[0]
-        more = -1.0 if self.mixture.weights == (0, 1, 0) else 1.5 if 0 < paths < 0.2 else 0.7
+        if self.mixture.weights == (0, 1, 0):
+            more = -1.0
+        elif self.for_paths or not paths:
+            more = 0.7
+        else:
+            more = 2.5 if paths < 0.2 else 1.0
         whole = sum(layers.values())
         kernels = min(start.kernels + start.kernels // 50 + 1, whole)
         if self.mixture.weights[2] and not self.mixture.weights[0]:
             kernels = whole  # without a claim of paths, every weight can have a kernel to itself
         # More nodes than the ascent's are worth having, but not where most paths are asked for.
-        nodes = start.nodes if self.for_paths else start.nodes + start.nodes // (20 if paths else 10) + 1
+        nodes = start.nodes if self.for_paths else start.nodes + start.nodes // 10 + 1
         floor = Figures(start.log_paths + more, nodes, kernels)
         # Nothing pays for nodes and kernels that were there, but for paths where these are all that is asked.
         least = NOTHING if self.for_paths else Figures(NOTHING.log_paths, start.nodes, start.kernels)

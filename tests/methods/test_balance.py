@@ -253,7 +253,7 @@ def test_a_drawn_beginning_is_a_local_optimum_of_every_layer() -> None:
             # R is linear in this layer: the best of all its choices takes the largest slopes.
             run = found.run(drawn)
             (place,) = (i for i, op in enumerate(found.contractions) if op.name == name)
-            gain = run.slope[place].T @ run.x[place]
+            gain = torch.outer(run.slope[place], run.x[place])
             flat, room = gain.flatten().sort(descending=True).values, caps[name].flatten()
             room = room[gain.flatten().sort(descending=True).indices]
             taken = (count.sum() - (room.cumsum(0) - room)).clamp(min=0).minimum(room)
