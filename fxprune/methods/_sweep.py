@@ -124,7 +124,7 @@ class Sweeps:
         assert op.slope is not None
         x = op.x.view(op.rows, op.groups, -1).double().numpy()
         slope = op.slope.view(op.rows, op.groups, -1).double().numpy()
-        to, on = x.sum((0, 1)).nonzero()[0], slope.sum((0, 1)).nonzero()[0]
+        to, on = _anywhere(x), _anywhere(slope)
         x, slope = x[:, :, to], slope[:, :, on]
         if self.noise:
             x = x * self._shaking(x)
@@ -174,6 +174,13 @@ class Sweeps:
         return count
 
 
+def _anywhere(values: Floats) -> NDArray[np.intp]:
+    """The channels that any row and group has a number for."""
+    flat = values.reshape(-1, values.shape[2])
+    total: Floats = flat[0] if len(flat) == 1 else flat.sum(0)
+    return total.nonzero()[0]
+
+
 def _best(worth: Floats, number: int) -> NDArray[np.intp]:
     """The places of the ``number`` largest above zero, or of fewer, largest first."""
     places = (worth > 0).nonzero()[0]
@@ -185,5 +192,5 @@ def _best(worth: Floats, number: int) -> NDArray[np.intp]:
 def _poured(caps: Floats, number: int) -> Floats:
     """``number`` in all, in the first places as many as they take."""
     before = np.cumsum(caps) - caps
-    poured: Floats = np.clip(number - before, 0, caps)
+    poured: Floats = np.minimum(np.maximum(number - before, 0), caps)
     return poured
