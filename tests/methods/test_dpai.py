@@ -238,6 +238,21 @@ class Uneven(nn.Module):
         return torch.cat([self.branches[0](x), inner], 1)
 
 
+@pytest.mark.parametrize("name", [name for name in NETS if name not in WITHOUT_CIRCUIT])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 1.0), (0.5, 0.3)])
+def test_directions_are_those_of_single_weights(name: str, alpha: float, beta: float) -> None:
+    torch.manual_seed(0)
+    graph = lower(capture(*NETS[name]()))
+    masks = random_masks(graph, 0.5)
+    by_kernel, by_weight = (
+        directions(ascent_at(graph, masks, Mixture(alpha, beta), kind)) for kind in ("kernel", "weight")
+    )
+    for label, own in graph.kernels.items():
+        units = by_kernel[label].unsqueeze(1)  # a kernel's weights share its direction
+        found = units.expand(len(units), own.shape.numel() // len(units)).flatten()
+        assert torch.allclose(found, by_weight[label], rtol=1e-4, atol=1e-9), label
+
+
 def test_nodes_of_a_branch_with_far_fewer_paths_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """No float32 tells the slopes of the last branch from zero; large networks are counted in float32."""
     monkeypatch.setattr(circuits, "WIDE", 0)
