@@ -15,8 +15,8 @@ import torch
 import typer
 
 from fxprune import zoo
+from fxprune.cli.experiment import Recipe, compare
 from fxprune.data import digits
-from fxprune.training.experiment import Recipe, compare
 
 # Network, images' channels, recipe, ASNI's options (the paper's for the first two), and the paper's row.
 SETTINGS: dict[str, tuple[Any, int, Recipe, dict[str, Any], str]] = {

@@ -28,7 +28,7 @@ import torch
 import torchvision
 
 from fxprune.capture import capture
-from fxprune.graph import lower
+from fxprune.lowering import lower
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "coverage.jsonl"

@@ -32,12 +32,12 @@ from torch.func import functional_call
 
 import fxprune
 from fxprune import zoo
-from fxprune.graph.circuits import circuit
-from fxprune.methods._ascent import Ascent
-from fxprune.methods._device_ascent import DeviceAscent
-from fxprune.methods._kernel_reading import KernelReading
-from fxprune.methods._objective import Mixture
 from fxprune.methods.dpai import LAUNCH
+from fxprune.methods.dpai.accelerator import DeviceAscent
+from fxprune.methods.dpai.adam_topk import Ascent
+from fxprune.methods.dpai.kernel_gradients import KernelReading
+from fxprune.methods.dpai.objective import Mixture
+from fxprune.paths.circuit.compile import circuit
 from fxprune.sparsity.budget import plan
 
 ZOO = {

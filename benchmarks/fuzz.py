@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from graph.strategies import STARTS, Architecture
-from graph.whole import assert_whole
+from lowering.strategies import STARTS, Architecture
+from lowering.whole import assert_whole
 
 DENSITIES = (1.0, 0.8, 0.6, 0.4, 0.2)
 

@@ -26,8 +26,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
 from fxprune import zoo
+from fxprune.cli.experiment import Recipe, accuracy
 from fxprune.data import balanced, digits
-from fxprune.training.experiment import Recipe, accuracy
 
 HERE = Path(__file__).parent
 RESULTS, PAGE, PLOT = (

@@ -27,8 +27,9 @@ from oracle import effective_parameters, random_masks
 from torch import Tensor, nn
 
 from fxprune.capture import capture
-from fxprune.graph import ChannelGraph, lower
-from fxprune.graph.traverse import reach
+from fxprune.graph import ChannelGraph
+from fxprune.lowering import lower
+from fxprune.paths.count import reach
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "oracle_sweep.jsonl"

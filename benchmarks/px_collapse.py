@@ -26,11 +26,12 @@ import torch
 from fxprune import methods, zoo
 from fxprune.capture import capture
 from fxprune.data import balanced, digits
-from fxprune.graph import lower
-from fxprune.graph.traverse import reach
-from fxprune.methods import Problem, _contract
-from fxprune.methods._data import batches
+from fxprune.lowering import lower
+from fxprune.methods import Problem
 from fxprune.methods.px import _activities
+from fxprune.paths.count import reach
+from fxprune.scoring import contract
+from fxprune.scoring.data import batches
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.collapse import dead_layers
 from fxprune.sparsity.masks import dense, kept
@@ -62,7 +63,7 @@ class Checked:
     """Selection that looks at what it is given first."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem, self.select = problem, _contract.select
+        self.problem, self.select = problem, contract.select
         self.right, self.smallest, self.empty = 0, 1.0, list[str]()
 
     def __call__(self, scores: Any, *args: Any, within: Any, **options: Any) -> Any:
@@ -85,10 +86,10 @@ def main() -> None:
     for name in sys.argv[1:] or list(SIDES):
         problem = problem_for(name)
         checked = Checked(problem)
-        _contract.select = checked  # type: ignore[assignment]
+        contract.select = checked  # type: ignore[assignment]
         start = time.process_time()
         masks = methods.get("px", rounds=ROUNDS).find(problem)
-        _contract.select = checked.select
+        contract.select = checked.select
         numbers = kept(masks)
         dead = dead_layers(problem.graph, reach(problem.graph, masks))
         print(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.capture import capture
-from fxprune.graph import lower
-from fxprune.graph.program import compile_graph
+from fxprune.lowering import lower
+from fxprune.paths.program import compile_graph
 
 
 class Block(nn.Module):

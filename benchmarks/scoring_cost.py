@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from fxprune import methods
 from fxprune.capture import capture
-from fxprune.graph import lower
+from fxprune.lowering import lower
 from fxprune.methods import Problem
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.masks import dense

@@ -30,9 +30,9 @@ import typer
 
 from fxprune import methods
 from fxprune.capture import capture
-from fxprune.graph import lower
-from fxprune.graph.traverse import flow
+from fxprune.lowering import lower
 from fxprune.methods import Problem
+from fxprune.paths.count import flow
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.masks import dense, total
 from fxprune.sparsity.schedule import Exponential

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import fxprune
 from fxprune.data import digits
-from fxprune.training.lightning_callback import PruningCallback
+from fxprune.training.callbacks.lightning import PruningCallback
 
 
 class Digits(lightning.LightningModule):

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import fxprune
-from fxprune.training.transformers_callback import PruningCallback
+from fxprune.training.callbacks.transformers import PruningCallback
 
 LENGTH = 8
 

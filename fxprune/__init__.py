@@ -9,7 +9,7 @@
 
 from fxprune.api import analyze, apply
 from fxprune.capture import capture
-from fxprune.graph import lower
+from fxprune.lowering import lower
 from fxprune.methods import Method
 from fxprune.methods import names as list_methods
 from fxprune.plot import plot_history

@@ -17,16 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fxprune import sharding
 from fxprune.capture import capture
-from fxprune.graph import ChannelGraph, lower
-from fxprune.graph.traverse import reach
+from fxprune.graph import ChannelGraph
+from fxprune.lowering import lower
 from fxprune.methods import Method, Problem, redraw
 from fxprune.methods import resolve as resolve_method
 from fxprune.metrics import Report, measure
+from fxprune.paths.count import reach
 from fxprune.progress import Display
 from fxprune.request import Exclusion, Request, listed, resolve_device
 from fxprune.rewrite import bare, direct_reads, install, read, set_masks, stamp
-from fxprune.rewrite.copying import duplicate
-from fxprune.rewrite.names import check as check_places
+from fxprune.rewrite.masking.copying import duplicate
+from fxprune.rewrite.masking.parameters import check as check_places
 from fxprune.sparsity.budget import Allocation, plan
 from fxprune.sparsity.collapse import dead_layers, repair
 from fxprune.sparsity.granularity import WEIGHT, Granularity

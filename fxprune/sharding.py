@@ -20,8 +20,8 @@ from fxprune.methods import Method, Problem, agree, as_dtensors, local_rows
 from fxprune.methods import get as get_method
 from fxprune.methods import names as list_methods
 from fxprune.request import Request
-from fxprune.rewrite.names import mask_at, masked_places
-from fxprune.rewrite.sharded import home, is_sharded
+from fxprune.rewrite.masking.parameters import mask_at, masked_places
+from fxprune.rewrite.masking.sharded import home, is_sharded
 from fxprune.sparsity.granularity import NM, WEIGHT
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.sharded import own_part

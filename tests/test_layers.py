@@ -1,7 +1,8 @@
 """The house rules of the package, read off its source: who may import whom, and where.
 
-The ladder: capture <- graph <- sparsity <- { methods | rewrite | metrics } <- api <- training <- cli. What
-is right of an arrow may import what is left of it. The three in braces never import each other.
+The ladder: { capture | graph } <- lowering <- paths <- channels <- sparsity <- scoring <- { methods | rewrite
+| metrics } <- api <- training <- cli. A room may import the rooms left of it; rooms in braces never import each
+other.
 """
 
 import ast
@@ -13,9 +14,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fxprune"
 RANKS = {
-    "capture": 0, "progress": 0, "sources": 0, "data": 0, "zoo": 0, "plot": 0, "graph": 1, "sparsity": 2,
-    "methods": 3, "rewrite": 3, "metrics": 3, "request": 3.5, "sharding": 3.7, "api": 4, "training": 4.5,
-    "__init__": 5, "cli": 5, "__main__": 6,
+    "capture": 0, "graph": 0, "progress": 0, "data": 0, "zoo": 0, "plot": 0, "lowering": 1, "paths": 2,
+    "channels": 3, "sparsity": 4, "scoring": 5, "methods": 6, "rewrite": 6, "metrics": 6, "request": 7,
+    "sharding": 8, "api": 9, "training": 10, "__init__": 11, "cli": 11, "__main__": 12,
 }  # fmt: skip
 OPTIONAL = {"matplotlib", "sklearn", "transformers", "lightning", "scipy"}
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}

@@ -9,9 +9,10 @@ from torch import nn
 
 from fxprune import zoo
 from fxprune.capture import capture
-from fxprune.graph import ChannelGraph, lower
-from fxprune.graph.traverse import flow
-from fxprune.metrics.counts import masked_macs
+from fxprune.channels.counts import masked_macs
+from fxprune.graph import ChannelGraph
+from fxprune.lowering import lower
+from fxprune.paths.count import flow
 from fxprune.sparsity.budget import erk_densities
 
 Net = Callable[[], nn.Module]

@@ -15,15 +15,15 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from fxprune.capture.compare import Differences
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError, first_line, where
-from fxprune.capture.fidelity import faithful_graph, settle_types
+from fxprune.capture.fidelity.compare import Differences
+from fxprune.capture.fidelity.search import faithful_graph, settle_types
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaves import has_hooks, is_compiled
 from fxprune.capture.module import assemble
-from fxprune.capture.numeric import needs_numbers
-from fxprune.capture.shadows import map_structure, meta_like
-from fxprune.capture.trace import remove_dead_code, shapes_only, trace
+from fxprune.capture.tracer.meta_values import map_structure, meta_like
+from fxprune.capture.tracer.sample_values import needs_numbers
+from fxprune.capture.tracer.trace import remove_dead_code, shapes_only, trace
 
 __all__ = ["capture", "capture_leaf"]
 

@@ -1,6 +1,5 @@
-"""The typed channel/kernel dataflow graph: lowered from a captured network, traversed by every objective."""
+"""The typed channel/kernel dataflow graph: its ops, its values, and how it is shown."""
 
 from fxprune.graph.ir import ChannelGraph, KernelSet, Space
-from fxprune.graph.lower import lower
 
-__all__ = ["ChannelGraph", "KernelSet", "Space", "lower"]
+__all__ = ["ChannelGraph", "KernelSet", "Space"]

@@ -68,7 +68,7 @@ class ChannelGraph:
     kernels: dict[str, KernelSet]
     samples: int
     name: str = "network"
-    # Compiled traversals by resolution; see fxprune.graph.program.
+    # Compiled traversals by resolution; see fxprune.paths.program.
     programs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property

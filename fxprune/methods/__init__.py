@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from fxprune.methods._ablations import ablated, redraw
-from fxprune.methods._contract import Method, Problem, Scores, from_scores, prune_in_rounds
-from fxprune.methods._distributed import agree, as_dtensors, local_rows
+from fxprune.scoring.ablations import ablated, redraw
+from fxprune.scoring.contract import Method, Problem, Scores, from_scores, prune_in_rounds
+from fxprune.scoring.distributed import agree, as_dtensors, local_rows
 
 __all__ = [
     "Method",

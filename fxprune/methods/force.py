@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from fxprune.methods._contract import Method, Problem, Scores, from_scores
-from fxprune.methods._gradients import Mode, count_of, gradients_of
+from fxprune.scoring.contract import Method, Problem, Scores, from_scores
+from fxprune.scoring.gradients import Mode, count_of, gradients_of
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.schedule import Exponential
 

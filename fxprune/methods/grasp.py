@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 
-from fxprune.methods._contract import Method, Problem, Scores, from_scores
-from fxprune.methods._data import Batch
-from fxprune.methods._data import batches as read_batches
-from fxprune.methods._gradients import (
+from fxprune.scoring.contract import Method, Problem, Scores, from_scores
+from fxprune.scoring.data import Batch
+from fxprune.scoring.data import batches as read_batches
+from fxprune.scoring.gradients import (
     Mode,
     count_of,
     loss_at,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fxprune.methods._contract import Method, Problem, Scores, from_scores
-from fxprune.methods._gradients import Mode, count_of, gradients_of
+from fxprune.scoring.contract import Method, Problem, Scores, from_scores
+from fxprune.scoring.gradients import Mode, count_of, gradients_of
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.schedule import Exponential
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from fxprune.methods._contract import Method
-from fxprune.methods._synaptic import Synapse, in_rounds
+from fxprune.scoring.contract import Method
+from fxprune.scoring.synaptic import Synapse, in_rounds
 
 NEGLIGIBLE = 1e-7
 """Where ln(1 + x) and x are the same number, in float32."""

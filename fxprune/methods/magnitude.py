@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxprune.methods._contract import Method, Problem, Scores, from_scores
+from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.sparsity.masks import Masks
 
 

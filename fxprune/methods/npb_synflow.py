@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from fxprune.graph.traverse import flow
-from fxprune.methods._contract import Method, Problem, Scores, prune_in_rounds
+from fxprune.paths.count import flow
+from fxprune.scoring.contract import Method, Problem, Scores, prune_in_rounds
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.schedule import Exponential, resolve
 

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.module import CapturedModule
-from fxprune.methods._contract import Method, Problem, Scores, from_scores
-from fxprune.methods._data import batches as read_batches
-from fxprune.methods._distributed import average
-from fxprune.methods._gradients import count_of, run, scoring
+from fxprune.scoring.contract import Method, Problem, Scores, from_scores
+from fxprune.scoring.data import batches as read_batches
+from fxprune.scoring.distributed import average
+from fxprune.scoring.gradients import count_of, run, scoring
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.schedule import Exponential
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from fxprune.methods._contract import Method, Problem, Scores, from_scores
-from fxprune.methods._data import batches as read_batches
-from fxprune.methods._distributed import average as average_over
-from fxprune.methods._gradients import Mode, count_of, masked, mean_gradients, scoring
+from fxprune.scoring.contract import Method, Problem, Scores, from_scores
+from fxprune.scoring.data import batches as read_batches
+from fxprune.scoring.distributed import average as average_over
+from fxprune.scoring.gradients import Mode, count_of, masked, mean_gradients, scoring
 from fxprune.sparsity.masks import Masks
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fxprune.methods._contract import Method
-from fxprune.methods._synaptic import Synapse, in_rounds
+from fxprune.scoring.contract import Method
+from fxprune.scoring.synaptic import Synapse, in_rounds
 
 
 def synflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] = "spatial") -> Method:

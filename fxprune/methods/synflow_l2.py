@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from fxprune.methods._contract import Method
-from fxprune.methods._synaptic import Synapse, in_rounds
+from fxprune.scoring.contract import Method
+from fxprune.scoring.synaptic import Synapse, in_rounds
 
 
 def synflow_l2(

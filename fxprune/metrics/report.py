@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fxprune.channels.counts import count_kernels, count_nodes, masked_macs
 from fxprune.graph import ChannelGraph, KernelSet
-from fxprune.graph.traverse import flow, reach
-from fxprune.metrics.counts import count_kernels, count_nodes, masked_macs
+from fxprune.paths.count import flow, reach
 from fxprune.sparsity.collapse import dead_layers
 from fxprune.sparsity.masks import Masks, kept
 
@@ -60,7 +60,7 @@ class Report:
     ``dead_layers``: parameters on some path of the dense network and on none of this one. ``opaque``: number
     of operations that no rule knew; where it is not 0, effective means "perhaps effective" behind them.
     ``resolution``: ``"spatial"`` tells positions apart, ``"channel"`` does not.
-    Nodes, kernels and multiply-adds are counted as :mod:`fxprune.metrics.counts` says.
+    Nodes, kernels and multiply-adds are counted as :mod:`fxprune.channels.counts` says.
     """
 
     network: str

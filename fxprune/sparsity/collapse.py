@@ -13,9 +13,9 @@ from typing import Literal, Protocol
 import torch
 
 from fxprune.graph import ChannelGraph
-from fxprune.graph.channels import Circuit, Pass
-from fxprune.graph.circuits import circuit
-from fxprune.graph.traverse import flow, reach
+from fxprune.paths.circuit.circuit import Circuit, Pass
+from fxprune.paths.circuit.compile import circuit
+from fxprune.paths.count import flow, reach
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import WEIGHT, Granularity
 from fxprune.sparsity.masks import Masks, kept

@@ -203,15 +203,6 @@ def resolve(granularity: str | Granularity) -> Granularity:
     return NM(first, second) if kind == "nm" else Block(first, second)
 
 
-def turned(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """A transposed convolution's (in, out / groups, *taps) as (out, in / groups, *taps).
-
-    The same again is the way back.
-    """
-    apart = x.reshape(groups, -1, *x.shape[1:])
-    return apart.transpose(1, 2).flatten(0, 1)
-
-
 def _alive(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The scores, ``NEVER`` where pruned; no copy where nothing is."""
     return scores if bool(mask.all()) else scores.where(mask, NEVER)

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxprune.methods._distributed import average
-from fxprune.rewrite.names import mask_at, masked_places, unwrap
-from fxprune.rewrite.tickets import whole
+from fxprune.rewrite.files.tickets import whole
+from fxprune.rewrite.masking.parameters import mask_at, masked_places, unwrap
+from fxprune.scoring.distributed import average
 
 
 @contextmanager

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from fxprune.capture import capture
-from fxprune.graph import ChannelGraph, lower
+from fxprune.graph import ChannelGraph
+from fxprune.lowering import lower
 from fxprune.request import Request
 from fxprune.rewrite import bare, direct_reads, install, read
-from fxprune.rewrite.copying import duplicate
+from fxprune.rewrite.masking.copying import duplicate
 from fxprune.sparsity.budget import Budget, plan
 from fxprune.sparsity.masks import Masks, kept
 

@@ -16,17 +16,17 @@ from torch.distributed.tensor import DTensor
 from fxprune.methods import Problem, agree, get
 from fxprune.request import Exclusion, Request, listed
 from fxprune.rewrite import bare, read, set_masks, stamp
-from fxprune.rewrite.tickets import centroids, fill, negative_signs, neutralise, whole
+from fxprune.rewrite.files.tickets import centroids, fill, negative_signs, neutralise, whole
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.granularity import WEIGHT, Granularity
 from fxprune.sparsity.granularity import resolve as resolve_granularity
 from fxprune.sparsity.masks import Masks, kept
 from fxprune.training.checkpoints import Checkpoints
 from fxprune.training.contract import Moment, TrainingMethod
+from fxprune.training.methods import resolve
 from fxprune.training.numbers import integer
 from fxprune.training.open_masks import dense_gradients
 from fxprune.training.preparation import Returns, prepare
-from fxprune.training.registry import resolve
 from fxprune.training.saving import Saving
 from fxprune.training.values import Values, put_back, values_of
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fxprune.rewrite.names import unwrap
+from fxprune.rewrite.masking.parameters import unwrap
 from fxprune.training.checkpoints import (
     Checkpoints,
     check_attachable,

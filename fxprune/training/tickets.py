@@ -9,8 +9,8 @@ from torch import fx, nn
 
 from fxprune.capture import capture
 from fxprune.rewrite import bare, install, read, read_ticket
-from fxprune.rewrite.copying import duplicate
-from fxprune.rewrite.tickets import fill, neutralise
+from fxprune.rewrite.files.tickets import fill, neutralise
+from fxprune.rewrite.masking.copying import duplicate
 
 
 def load_ticket(

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fxprune.rewrite.form import SUFFIX
-from fxprune.rewrite.names import join, mask_at, masked_places, parameter_at, unwrap
-from fxprune.rewrite.tickets import whole
-from fxprune.rewrite.zeroing import zero
+from fxprune.rewrite.files.tickets import whole
+from fxprune.rewrite.masking.masked_module import SUFFIX
+from fxprune.rewrite.masking.optimizer_hook import zero
+from fxprune.rewrite.masking.parameters import join, mask_at, masked_places, parameter_at, unwrap
 
 Values = dict[str, torch.Tensor]
 """Name of a parameter or buffer -> its value, on the host. Masks are not among them."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import fxprune
 from capture.faithful import assert_close
 from fxprune.capture import capture
-from fxprune.graph import lower
-from fxprune.graph.traverse import reach
+from fxprune.lowering import lower
+from fxprune.paths.count import reach
 
 transformers = pytest.importorskip("transformers")
 

@@ -2,7 +2,8 @@ from typing import Any
 
 import pytest
 
-from fxprune.methods import Scores, _contract
+from fxprune.methods import Scores
+from fxprune.scoring import contract
 from fxprune.sparsity.masks import Masks
 
 
@@ -10,11 +11,11 @@ from fxprune.sparsity.masks import Masks
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[Scores]:
     """The scores that methods hand to selection."""
     seen: list[Scores] = []
-    select = _contract.select
+    select = contract.select
 
     def recording(scores: Scores, *args: Any, **kwargs: Any) -> Masks:
         seen.append(scores)
         return select(scores, *args, **kwargs)
 
-    monkeypatch.setattr(_contract, "select", recording)
+    monkeypatch.setattr(contract, "select", recording)
     return seen

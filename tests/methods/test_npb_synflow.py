@@ -7,9 +7,9 @@ from torch import nn
 
 from fxprune import methods
 from fxprune.capture import capture
-from fxprune.graph.lower import lower
-from fxprune.graph.traverse import reach
+from fxprune.lowering import lower
 from fxprune.methods import Problem
+from fxprune.paths.count import reach
 from fxprune.sparsity.masks import Masks, dense, is_subset, total
 from methods.problems import problem
 

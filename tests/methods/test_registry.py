@@ -12,6 +12,7 @@ from fxprune.methods import Method, from_scores
 def test_the_folder_is_the_registry() -> None:
     folder = Path(str(methods.__file__)).parent
     files = {path.stem.replace("_", "-") for path in folder.glob("[!_]*.py")}
+    files |= {path.parent.name.replace("_", "-") for path in folder.glob("*/__init__.py")}
     assert set(methods.names()) == files
     assert methods.names() == sorted(files)
     assert {"random", "magnitude", "snip", "synflow"} <= files
@@ -90,9 +91,19 @@ def test_resolve_takes_objects() -> None:
         methods.resolve(3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["", "._contract", "._ablations", ".random", ".magnitude", ".snip"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "methods",
+        "scoring.contract",
+        "scoring.ablations",
+        "methods.random",
+        "methods.magnitude",
+        "methods.snip",
+    ],
+)
 def test_examples_in_docstrings(name: str) -> None:
-    assert doctest.testmod(importlib.import_module(f"fxprune.methods{name}")).failed == 0
+    assert doctest.testmod(importlib.import_module(f"fxprune.{name}")).failed == 0
 
 
 def test_options_are_read_off_signature_and_docstring(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from torch import nn
 
 from fxprune import methods
 from fxprune.capture import capture
-from fxprune.graph.lower import lower
-from fxprune.graph.traverse import flow
+from fxprune.lowering import lower
 from fxprune.methods import Problem
+from fxprune.paths.count import flow
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.masks import Masks, dense, is_subset, total
 from methods.problems import problem, toy_a

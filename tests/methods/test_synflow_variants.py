@@ -11,9 +11,9 @@ from torch import nn
 
 from fxprune import methods
 from fxprune.capture import capture
-from fxprune.graph import lower
-from fxprune.graph.traverse import flow
+from fxprune.lowering import lower
 from fxprune.methods import Problem, Scores
+from fxprune.paths.count import flow
 from fxprune.sparsity.masks import total
 from methods.problems import problem, toy_a
 

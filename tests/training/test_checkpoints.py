@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from methods.processes import CONTEXT
+from scoring.processes import CONTEXT
 
 from fxprune.training import Checkpoints, Pruner, checkpoints
 from training import loops, nets

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from methods.processes import together
+from scoring.processes import together
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,7 +20,7 @@ import fxprune
 from fxprune.methods import get
 from fxprune.sparsity.budget import count, erk_densities
 from fxprune.training import Pruner, TrainingMethod
-from fxprune.training.registry import METHODS, options
+from fxprune.training.methods import METHODS, options
 from training import nets
 
 SIZE = 6 * 16 + 16 * 12 + 12 * 3

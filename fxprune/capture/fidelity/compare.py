@@ -1,0 +1,187 @@
+"""Two traces of one model, side by side.
+
+In: traces made in different modes, with different batch sizes or in different precision. Out: the modules in
+which they did different things, and the constants in which they differ though they did the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.capture.tracer.spelling import is_pure
+from fxprune.capture.tracer.tape import DtypeOf, Scope
+from fxprune.capture.tracer.trace import Trace
+
+__all__ = ["Constant", "Differences", "aligned", "compare", "equal_tensors"]
+
+
+@dataclass
+class Constant:
+    """A constant argument of ``node``, ``first`` in one trace and ``second`` in the other; ``key`` leads
+    to it."""
+
+    node: fx.Node
+    path: str
+    key: tuple[Any, ...]
+    first: Any
+    second: Any
+
+
+@dataclass
+class Differences:
+    """``modules``: the innermost modules that did something else ("" is the model itself).
+
+    ``pairs`` maps the nodes of the second trace to those of the first one.
+    """
+
+    modules: set[str] = field(default_factory=set)
+    constants: list[Constant] = field(default_factory=list)
+    pairs: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.modules or self.constants)
+
+    @property
+    def places(self) -> set[str]:
+        """The modules in which anything differs."""
+        return self.modules | {constant.path for constant in self.constants}
+
+
+def compare(first: Trace, second: Trace) -> Differences:
+    """What ``second`` did differently from ``first``.
+
+    Example:
+        >>> from fxprune.capture.tracer.trace import trace
+        >>> net, x = torch.nn.Sequential(torch.nn.ReLU()), torch.ones(2, device="meta")
+        >>> bool(compare(trace(net, (x,), {}, training=True), trace(net, (x,), {}, training=False)))
+        False
+    """
+    comparison = _Comparison(first, second)
+    comparison.scopes(first.scope, second.scope)
+    return comparison.found
+
+
+def aligned(a: Scope, b: Scope) -> Iterator[tuple[list[Any], list[Any]]]:
+    """The entries of two scopes in order: runs of equal ones pairwise, and what only one of them has."""
+    mine, other = [_key(entry) for entry in a.entries], [_key(entry) for entry in b.entries]
+    if mine == other:
+        yield from (([x], [y]) for x, y in zip(a.entries, b.entries, strict=True))
+        return
+    for tag, i, j, k, m in SequenceMatcher(None, mine, other, autojunk=False).get_opcodes():
+        if tag == "equal":
+            yield from (([x], [y]) for x, y in zip(a.entries[i:j], b.entries[k:m], strict=True))
+        elif tag == "replace":
+            yield a.entries[i:j], []
+            yield [], b.entries[k:m]
+        else:
+            yield a.entries[i:j], b.entries[k:m]
+
+
+class _Comparison:
+    def __init__(self, first: Trace, second: Trace) -> None:
+        self.first, self.second = first, second
+        self.found = Differences()
+        self.scope_of = _scopes_by_node(first.scope) | _scopes_by_node(second.scope)
+        self.needed = _needed(first.graph)
+
+    def scopes(self, a: Scope, b: Scope) -> None:
+        for mine, other in aligned(a, b):
+            if len(mine) != len(other):
+                self.found.modules.add(a.path)
+            elif isinstance(mine[0], Scope):
+                self.scopes(mine[0], other[0])
+            else:
+                self.found.pairs[other[0]] = mine[0]
+                self.nodes(a, mine[0], other[0])
+
+    def nodes(self, scope: Scope, a: fx.Node, b: fx.Node) -> None:
+        constants: list[Constant] = []
+        blame = self.values((a, scope.path), (), (a.args, a.kwargs), (b.args, b.kwargs), constants)
+        if blame is not None:
+            self.found.modules.add(blame)
+        elif a in self.needed:
+            self.found.constants += constants
+
+    def values(
+        self, at: tuple[fx.Node, str], key: tuple[Any, ...], a: Any, b: Any, constants: list[Constant]
+    ) -> str | None:
+        """The module to blame if the arguments are not built alike; differing constants are noted."""
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+            return None if self.same_node(a, b) else self.meeting(at[0], a, b)
+        if isinstance(a, tuple | list) and isinstance(b, tuple | list) and len(a) == len(b):
+            pairs: list[tuple[Any, Any, Any]] = [(i, x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+        elif isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+            pairs = [(name, a[name], b[name]) for name in a]
+        elif isinstance(a, slice) and isinstance(b, slice):
+            pairs = [(part, getattr(a, part), getattr(b, part)) for part in ("start", "stop", "step")]
+        elif isinstance(a, _BUILT) or isinstance(b, _BUILT):
+            return at[1]
+        else:
+            if not _equal(a, b):
+                constants.append(Constant(*at, key, a, b))
+            return None
+        blames = [self.values(at, (*key, name), x, y, constants) for name, x, y in pairs]
+        return next((blame for blame in blames if blame is not None), None)
+
+    def same_node(self, a: fx.Node, b: fx.Node) -> bool:
+        if a.op == "get_attr" and b.op == "get_attr":
+            mine, other = self.first.constants.get(str(a.target)), self.second.constants.get(str(b.target))
+            return equal_tensors(mine, other) if mine is not None else other is None and a.target == b.target
+        known = self.found.pairs.get(b)
+        # A node without a partner stands in a module that is already known to differ.
+        return known is a or (known is None and bool(self.found.modules))
+
+    def meeting(self, *nodes: fx.Node) -> str:
+        """The innermost module that contains all of these nodes: there the wrong operand was chosen."""
+        chains = [self.scope_of[node].chain for node in nodes if node in self.scope_of]
+        common = [atoms[0] for atoms in zip(*chains, strict=False) if len({*atoms}) == 1]
+        return common[-1] if common else ""
+
+
+_BUILT = (fx.Node, tuple, list, dict, slice)
+
+
+def _key(entry: Any) -> Any:
+    return ("enter", entry.path) if isinstance(entry, Scope) else (entry.op, entry.target)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, DtypeOf) and isinstance(b, DtypeOf):
+        return True
+    a, b = (x.dtype if isinstance(x, DtypeOf) else x for x in (a, b))
+    return a is b or (type(a) is type(b) and (a == b or (a != a and b != b)))
+
+
+def equal_tensors(a: Any, b: Any) -> bool:
+    """Whether two constants are the same tensor, or hold the same numbers."""
+    if a is b or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return a is b
+    return a.shape == b.shape and a.dtype == b.dtype and not a.is_meta and torch.equal(a, b)
+
+
+def _scopes_by_node(scope: Scope) -> dict[fx.Node, Scope]:
+    found: dict[fx.Node, Scope] = {}
+    pending = [scope]
+    while pending:
+        inner = pending.pop()
+        for entry in inner.entries:
+            if isinstance(entry, Scope):
+                pending.append(entry)
+            else:
+                found[entry] = inner
+    return found
+
+
+def _needed(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that matter: read by one that matters, or with an effect of their own."""
+    needed: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if not is_pure(node) or any(user in needed for user in node.users):
+            needed.add(node)
+    return needed

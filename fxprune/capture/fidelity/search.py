@@ -1,0 +1,290 @@
+"""One graph for training and evaluation, for every batch size and precision: checked, not assumed.
+
+In: a model and its inputs. Out: a graph that does what the model does in either mode. The model is traced in
+evaluation, and once more in training, with a larger batch and in another precision. Where the two traces
+agree, they hold for all of that. Where they do not, each change is tried alone, and the place that
+depends on it is settled: a constant is chosen by a :class:`ModeSwitch`, a module stays whole, two
+branches of the model itself are merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from fxprune.capture.errors import TRACE_ERRORS, first_line, where
+from fxprune.capture.fidelity.compare import Differences, compare
+from fxprune.capture.fidelity.guards import guard_constants, guard_decisions, guard_sizes, guarded_sizes
+from fxprune.capture.fidelity.merge import merge
+from fxprune.capture.modes import Switches
+from fxprune.capture.module import CapturedModule
+from fxprune.capture.tracer.meta_values import Shadows, map_structure
+from fxprune.capture.tracer.tape import DtypeOf
+from fxprune.capture.tracer.trace import Trace, remove_dead_code, trace
+
+__all__ = ["Faithful", "faithful_graph", "settle_types"]
+
+OTHER_TYPE = {
+    torch.float32: torch.float64,
+    torch.float64: torch.float32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.complex64: torch.complex128,
+    torch.complex128: torch.complex64,
+}
+
+COUNTS_BATCH = "it makes a Python number of the batch size (int, len, range or iteration)"
+
+
+@dataclass
+class Faithful:
+    """The graph, what it needs besides the model's own modules, and what the user should know."""
+
+    graph: fx.Graph
+    extra: dict[str, Any]
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def faithful_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Faithful:
+    """A graph of ``model`` that is right in both modes, at any batch size and in any precision."""
+    return _Search(model, args, kwargs).run()
+
+
+@dataclass
+class _Search:
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    whole: set[str] = field(default_factory=set)
+    notes: dict[str, str] = field(default_factory=dict)
+    known: dict[Any, Any] = field(default_factory=dict)
+    refusal: str = ""
+    one_image_size: bool = False
+    one_batch_size: bool = False
+
+    def run(self) -> Faithful:
+        while True:
+            base = self.attempt(strict=True)
+            assert base is not None
+            self.forget_memos(base)
+            if self.keep_whole({**base.reasons, **_writers(base)}):
+                continue
+            self.one_image_size = self.fixed_images(base)
+            probe = self.attempt(training=True, batch=True, types=True)
+            found = compare(base, probe) if probe else Differences({""})
+            if not found:
+                settle_types(base, found)
+                return self.finish(base, Switches(self.model), found)
+            result = self.settle(base, found)
+            if result is not None:
+                return result
+
+    def settle(self, base: Trace, together: Differences) -> Faithful | None:
+        """Each change alone; None if another module has to stay whole and all starts again."""
+        training = self.attempt(training=True)
+        if training:
+            self.forget_memos(training, training=True)
+        modes = compare(base, training) if training else Differences()
+        if training is None:
+            self.notes[""] = (
+                f"its forward fails in training mode with these inputs ({self.refusal}); "
+                "the graph is that of evaluation"
+            )
+        elif self.keep_whole({**training.reasons, **_writers(training)}):
+            return None
+        elif self.keep_whole(dict.fromkeys(modes.modules - {""}, "")):
+            return None
+        if not modes.modules and modes.constants == together.constants and not together.modules:
+            # The mode alone explains all of it: the other changes changed nothing.
+            settle_types(base, together)
+        else:
+            together = self.fixed_batch(base)
+            if self.keep_whole(dict.fromkeys(together.places - {""}, COUNTS_BATCH)):
+                return None
+            other = self.attempt(types=True)
+            types = compare(base, other) if other else Differences()
+            if self.keep_whole(dict.fromkeys(types.modules - {""}, "it does something else in other types")):
+                return None
+            if "" in types.modules:
+                self.notes.setdefault("", "it does something else in other types; the graph holds for these")
+            settle_types(base, types)
+        switches = Switches(self.model)
+        if training and modes.modules:
+            merge(self.model, base, training, switches)
+        else:
+            for constant in modes.constants:
+                switches.insert(constant.node, constant.path, constant.key, constant.second, constant.first)
+        return self.finish(base, switches, together)
+
+    def forget_memos(self, base: Trace, *, training: bool = False) -> None:
+        """Attributes that a module writes do not matter if a second run, which finds them, does the same."""
+        if not base.changed:
+            return
+        again = self.attempt(training=training, rehearsed=True)
+        places = compare(base, again).places | again.reasons.keys() if again else {""}
+        for path in list(base.changed):
+            if not any(_related(place, path) for place in places):
+                del base.changed[path]
+
+    def fixed_dims(self, name: str, value: Tensor) -> list[int]:
+        """The dimensions of an argument that the graph holds for one size of."""
+        earlier = guarded_sizes(self.model.graph) if isinstance(self.model, CapturedModule) else set()
+        fixed = {dim for argument, dim in earlier if argument == name}
+        fixed |= set(_extent(value)) if self.one_image_size else set()
+        return sorted(fixed | ({0} if self.one_batch_size and value.dim() else set()))
+
+    def fixed_images(self, base: Trace) -> bool:
+        """Whether the graph holds for one size of image only though the model takes others."""
+        larger = self.attempt(images=True)
+        return larger is not None and bool(compare(base, larger))
+
+    def fixed_batch(self, base: Trace) -> Differences:
+        """What a larger batch changes; if it is the model itself that takes it for constant, that is told."""
+        larger = self.attempt(batch=True)
+        found = compare(base, larger) if larger else Differences()
+        if "" in found.places:
+            self.notes.setdefault("", f"{COUNTS_BATCH}; the graph holds for the batch size of example_inputs")
+            self.one_batch_size = True
+        return found
+
+    def keep_whole(self, reasons: Mapping[str, str]) -> bool:
+        """Whether there is a module among them that was entered so far."""
+        new = {path: reason for path, reason in reasons.items() if path and path not in self.whole}
+        self.whole.update(new)
+        self.notes.update(
+            {path: reason for path, reason in reasons.items() if reason and path not in self.notes}
+        )
+        return bool(new)
+
+    def attempt(
+        self,
+        *,
+        training: bool = False,
+        batch: bool = False,
+        types: bool = False,
+        images: bool = False,
+        strict: bool = False,
+        rehearsed: bool = False,
+    ) -> Trace | None:
+        """A trace under the given changes, or None if the model does not accept them."""
+        dtypes = OTHER_TYPE if types else {}
+        size = _batch_size((self.args, dict(self.kwargs))) if batch else None
+
+        def changed(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            shape = list(value.shape)
+            if shape and shape[0] == size:
+                shape[0] += 1
+            for dim in _extent(value) if images else ():
+                shape[dim] *= 2
+            return torch.empty(shape, dtype=dtypes.get(value.dtype, value.dtype), device="meta")
+
+        args, kwargs = self.args, dict(self.kwargs)
+        other = batch or types or images
+        if other:
+            args, kwargs = map_structure(changed, args), map_structure(changed, kwargs)
+        try:
+            result = trace(
+                self.model, args, kwargs, training=training, whole=frozenset(self.whole),
+                shadows=Shadows(self.model, dtypes, self.known), rehearsed=rehearsed,
+            )  # fmt: skip
+        except TRACE_ERRORS as error:
+            if strict:
+                raise
+            self.refusal = f"{first_line(error)}, {where(error, self.model)}"
+            return None
+        return None if other and not training and result.reasons.keys() - self.whole else result
+
+    def finish(self, base: Trace, switches: Switches, larger: Differences) -> Faithful:
+        """``larger`` compares ``base`` with a trace of a larger batch."""
+        name = type(self.model).__name__
+        guard_decisions(base.graph, base.decisions, larger.pairs, name)
+        remove_dead_code(base.graph)
+        switches.drop_unused(base.graph)
+        guard_constants(base.graph, name)
+        guard_sizes(base.graph, self.fixed_dims, name)
+        used = {str(node.target) for node in base.graph.nodes if node.op == "get_attr"}
+        constants = {name: value for name, value in base.constants.items() if name in used}
+        called = {str(node.target) for node in base.graph.nodes if node.op == "call_module"}
+        for path in base.changed.keys() - called:
+            written = f"its attribute {base.changed[path]!r} is written by the model"
+            self.notes[path] = f"{written}; the graph does not"
+        notes = {path: reason for path, reason in self.notes.items() if not _inside(path, called)}
+        return Faithful(base.graph, {**switches.modules, **constants}, notes)
+
+
+def _related(a: str, b: str) -> bool:
+    """Whether one of two modules contains the other."""
+    return not a or not b or f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
+
+
+def _inside(path: str, called: set[str]) -> bool:
+    atoms = path.split(".")
+    return any(".".join(atoms[:i]) in called for i in range(1, len(atoms)))
+
+
+def _extent(tensor: Tensor) -> range:
+    """The dimensions of an image or a clip, or the length of a sequence of indices."""
+    if tensor.is_floating_point():
+        return range(2, tensor.dim()) if tensor.dim() >= 4 else range(0)
+    return range(1, 2) if tensor.dim() == 2 else range(0)
+
+
+def _writers(found: Trace) -> dict[str, str]:
+    return {path: f"its forward writes its attribute {name!r}" for path, name in found.changed.items()}
+
+
+def _batch_size(inputs: Any) -> int | None:
+    sizes: list[int] = []
+    map_structure(lambda x: sizes.append(x.shape[0]) if isinstance(x, Tensor) and x.dim() else None, inputs)
+    return sizes[0] if sizes else None
+
+
+def settle_types(base: Trace, found: Differences) -> None:
+    """Types among the arguments become nodes where they follow the inputs' precision, constants elsewhere.
+
+    ``found`` compares ``base`` with a trace in another precision: what is a constant there is one here.
+    """
+    followers: dict[fx.Node, list[bool]] = {}
+    for other, node in found.pairs.items():
+        mine, theirs = _types(node), _types(other)
+        if len(mine) == len(theirs):
+            followers[node] = [
+                isinstance(a, DtypeOf) and isinstance(b, DtypeOf) and a.dtype != b.dtype
+                for a, b in zip(mine, theirs, strict=True)
+            ]
+    for node in list(base.graph.nodes):
+        if not any(isinstance(item, DtypeOf) for item in _types(node)):
+            continue
+        follows = iter(followers.get(node, ()))
+
+        def settled(item: Any, node: fx.Node = node, follows: Any = follows) -> Any:
+            follow = next(follows, False) if isinstance(item, DtypeOf | torch.dtype) else False
+            if not isinstance(item, DtypeOf):
+                return item
+            if not follow:
+                return item.dtype
+            with base.graph.inserting_before(node):
+                made = base.graph.call_function(getattr, (item.source, "dtype"))
+            made.meta["val"] = item.dtype
+            return made
+
+        node.args, node.kwargs = map_aggregate(node.args, settled), map_aggregate(node.kwargs, settled)
+
+
+def _types(node: fx.Node) -> list[Any]:
+    found: list[Any] = []
+
+    def look(item: Any) -> Any:
+        if isinstance(item, DtypeOf | torch.dtype):
+            found.append(item)
+        return item
+
+    map_aggregate((node.args, node.kwargs), look)
+    return found

@@ -1,0 +1,1 @@
+"""Record what user code does: proxies, module calls, numbers, state."""

@@ -1,0 +1,247 @@
+"""Shapes instead of numbers: runs a PyTorch function on the meta device.
+
+In: a function call with any mix of real and meta tensors. Out: its result on the meta device. Real
+tensors are read for their shape only; nothing is allocated, and nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.capture.errors import CaptureError
+from fxprune.capture.tracer.spelling import CONSTRUCTORS, RANDOM
+from fxprune.capture.tracer.traced_numbers import plain
+
+__all__ = ["META", "Shadows", "map_structure"]
+
+META = torch.device("meta")
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+# Underscores at the end of these names do not mean that they write.
+PURE_DUNDERS = frozenset(
+    (
+        "__and__", "__eq__", "__floordiv__", "__ge__", "__getitem__", "__gt__", "__invert__", "__le__",
+        "__lshift__", "__lt__", "__ne__", "__or__", "__pow__", "__rdiv__", "__rfloordiv__", "__rpow__",
+        "__rshift__", "__rsub__", "__xor__",
+    )
+)  # fmt: skip
+# Their results are not determined by their arguments.
+UNSETTLED = RANDOM | {
+    "empty",
+    "empty_like",
+    "empty_permuted",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+}
+MOVERS = frozenset(("cpu", "cuda", "xpu", "ipu", "hpu", "mtia", "pin_memory"))
+
+
+def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
+    """``value`` with ``function`` applied to whatever is not a tuple, list, dict or slice in it."""
+    if isinstance(value, torch.Size):
+        return tuple(function(item) for item in value)
+    if isinstance(value, tuple):
+        items = [map_structure(function, item) for item in value]
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
+        return tuple(items) if type(value) is tuple else type(value)(items)
+    if isinstance(value, list):
+        return [map_structure(function, item) for item in value]
+    if isinstance(value, dict):
+        return {key: map_structure(function, item) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(*(map_structure(function, item) for item in (value.start, value.stop, value.step)))
+    return function(value)
+
+
+class Shadows:
+    """Meta twins of real tensors; those of ``model`` with other ``dtypes`` if told so.
+
+    ``known`` keeps the shapes of results: networks repeat themselves, and so do traces.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module | None = None,
+        dtypes: Mapping[Any, torch.dtype] | None = None,
+        known: dict[Any, Any] | None = None,
+    ) -> None:
+        self._known = {} if known is None else known
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+        for tensor in (*model.parameters(), *model.buffers()) if model is not None else ():
+            self._twins[id(tensor)] = tensor, meta_like(tensor, dtypes)
+        self._state = set(self._twins)
+        self._recipes: dict[int, tuple[_Recipe, int | None, Tensor]] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The meta tensor of the same shape, strides and type; a meta tensor stands for itself."""
+        found = self._twins.get(id(tensor))
+        if found is None and tensor.is_meta and type(tensor) is Tensor:
+            return tensor
+        if found is None:
+            found = tensor, meta_like(tensor)
+            self._twins[id(tensor)] = found
+        return found[1]
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """``function(*args, **kwargs)``, in shapes.
+
+        Example:
+            >>> Shadows().run(torch.mm, (torch.ones(2, 3), torch.ones(3, 4)), {}).shape
+            torch.Size([2, 4])
+        """
+        operands: list[Tensor] = []
+
+        def argument(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                operands.append(value)
+                return self.of(value)
+            return META if isinstance(value, torch.device) else plain(value)
+
+        given, options = args, kwargs
+        args = tuple([map_structure(argument, arg) for arg in args])
+        kwargs = {key: map_structure(argument, arg) for key, arg in kwargs.items()}
+        name = getattr(function, "__name__", "")
+        if kwargs.get("device") is not None or function in CONSTRUCTORS:
+            kwargs["device"] = META
+        elif name in MOVERS and args:
+            return args[0].detach()
+        elif name == "to" and isinstance(args[1] if len(args) > 1 else None, str):
+            args = (args[0], META, *args[2:])
+        if name.endswith("_") and name not in PURE_DUNDERS:
+            for tensor in operands[:1]:
+                self._recipes.pop(id(tensor), None)
+            return self._computed(function, args, kwargs)
+        key = _frozen((function, args, kwargs))
+        if key in self._known:
+            result = map_structure(_made, self._known[key])
+        else:
+            result = _recurrent(name, args) or self._computed(function, args, kwargs)
+            if key is not None and _storable(result):
+                self._known[key] = map_structure(_Spec.of, result)
+        if (operands or function in CONSTRUCTORS) and name not in UNSETTLED:
+            if all(id(tensor) in self._recipes or self._fixed(tensor) for tensor in operands):
+                self._remember(result, _Recipe(function, given, options))
+        return result
+
+    def value(self, tensor: Tensor, name: str = "item") -> Tensor:
+        """The numbers in a tensor that depends on neither inputs nor parameters.
+
+        Raises:
+            CaptureError: it does.
+        """
+        if self._fixed(tensor):
+            return tensor
+        found = self._recipes.get(id(tensor))
+        if found is None:
+            raise CaptureError(f"{name.strip('_')}() asks for the numbers in a tensor")
+
+        def argument(item: Any) -> Any:
+            if isinstance(item, Tensor):
+                return self.value(item)
+            return torch.device("cpu") if isinstance(item, torch.device) else plain(item)
+
+        recipe, index, _ = found
+        args = [map_structure(argument, arg) for arg in recipe.args]
+        kwargs = {key: map_structure(argument, arg) for key, arg in recipe.kwargs.items()}
+        with torch.no_grad():
+            result: Any = recipe.function(*args, **kwargs)
+        numbers: Tensor = result if index is None else result[index]
+        return numbers
+
+    def written(self, before: Any, after: Any) -> bool:
+        """Whether ``after`` is ``before`` with an in-place operation done to it."""
+        found = self._twins.get(id(before))
+        return found is not None and found[1] is after
+
+    def _fixed(self, tensor: Tensor) -> bool:
+        return not tensor.is_meta and id(tensor) not in self._state
+
+    def _remember(self, result: Any, recipe: _Recipe) -> None:
+        if isinstance(result, Tensor):
+            self._recipes[id(result)] = recipe, None, result
+        elif isinstance(result, tuple | list):
+            self._recipes.update(
+                {id(x): (recipe, i, x) for i, x in enumerate(result) if isinstance(x, Tensor)}
+            )
+
+    def _computed(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch.no_grad():
+            try:
+                return function(*args, **kwargs)
+            except RuntimeError:
+                # A function that makes tensors inside makes them on the default device: try with meta as
+                # that.
+                with META:
+                    return function(*args, **kwargs)
+
+
+def _recurrent(name: str, args: tuple[Any, ...]) -> Any:
+    """Shapes of a recurrent layer's results: worked out by PyTorch they would cost one pass per time step."""
+    if name not in ("lstm", "gru", "rnn_tanh", "rnn_relu") or len(args) != 9 or not isinstance(args[2], list):
+        return None
+    data, state = args[0], args[1][0] if name == "lstm" else args[1]
+    out = data.new_empty(*data.shape[:-1], state.shape[-1] * (2 if args[7] else 1))
+    return (out, *(torch.empty_like(x) for x in (args[1] if name == "lstm" else (state,))))
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a constant tensor was made."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Spec:
+    """All that a meta tensor is."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Spec:
+        return cls(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+def _made(spec: _Spec) -> Tensor:
+    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=META)
+
+
+def _storable(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_storable(item) for item in value)
+    return type(value) is Tensor and value.layout is torch.strided
+
+
+def _frozen(value: Any) -> Any:
+    """A hashable stand-in for the arguments of a call, or None if there is none."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.stride(), value.dtype) if value.layout is torch.strided else None
+    if isinstance(value, tuple | list):
+        items = tuple([_frozen(item) for item in value])
+        return None if None in items else (type(value), items)
+    if isinstance(value, dict):
+        items = tuple([_frozen(item) for item in value.values()])
+        return None if None in items else (tuple(value), items)
+    if isinstance(value, slice):
+        return _frozen((value.start, value.stop, value.step))
+    # 1, 1.0 and True are equal, but do not give equal results.
+    return (type(value), value) if isinstance(value, Hashable) else None
+
+
+def meta_like(tensor: Tensor, dtypes: Mapping[Any, torch.dtype] | None = None) -> Tensor:
+    """A meta tensor with the metadata of ``tensor``; packed or sparse ones count as dense."""
+    dtype = (dtypes or {}).get(tensor.dtype, tensor.dtype)
+    with torch.no_grad():
+        if tensor.layout is not torch.strided or type(tensor) not in PLAIN:
+            return torch.empty(tensor.shape, dtype=dtype, device=META)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=META)

@@ -1,0 +1,187 @@
+"""What happens when the traced code calls a module: it is entered, or becomes one node.
+
+In: calls of ``nn.Module.__call__``. Out: their results, with everything inside on the tape. A module that
+cannot be traced becomes a node by itself, with the reason noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fxprune.capture.errors import TRACE_ERRORS, CaptureError, failing_method, first_line, where
+from fxprune.capture.leaves import has_hooks, is_compiled, is_leaf
+from fxprune.capture.tracer.call_targets import MethodCall
+from fxprune.capture.tracer.isolation import dice, throw_back
+from fxprune.capture.tracer.patches import replaced
+from fxprune.capture.tracer.recorder import Recorder
+from fxprune.capture.tracer.sample_values import needs_numbers
+
+__all__ = ["Caller", "Setting"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the calls of one trace go by.
+
+    ``whole`` names the modules not to enter; ``hooked`` are the ids of those that had hooks before, which run
+    with the graph (those that the model hangs up as it runs are part of its code); ``reasons`` gets the
+    modules that could not be entered. ``watching``: look which modules draw random numbers outside PyTorch.
+    """
+
+    whole: frozenset[str] = frozenset()
+    hooked: frozenset[int] = frozenset()
+    reasons: dict[str, str] = field(default_factory=dict)
+    watching: bool = False
+
+
+class Caller:
+    """Calls the modules of ``root``."""
+
+    def __init__(self, recorder: Recorder, root: nn.Module, setting: Setting) -> None:
+        self.recorder, self.root, self.setting = recorder, root, setting
+        self.paths: dict[int, str] = {}
+        for path, module in root.named_modules():
+            self.paths.setdefault(id(module), path)
+        self.compiling = False
+
+    def replacement(self) -> Callable[..., Any]:
+        """What stands in for ``nn.Module.__call__``."""
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if id(module) in self.setting.hooked or not has_hooks(module):
+                return self.call(module, args, kwargs)
+            return self.call_with_hooks(module, args, kwargs)
+
+        return call
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_compiled(module):
+            module = cast(nn.Module, module._orig_mod)
+        path = self.paths.get(id(module))
+        if not self.recorder.recording or path is None:
+            return module.forward(*args, **kwargs)
+        if module is self.root:
+            return self.enter(path, module, args, kwargs)
+        closed = path in self.setting.whole or id(module) in self.setting.hooked
+        if not closed and not is_leaf(module):
+            return self.enter(path, module, args, kwargs)
+        if not self.lent(module):
+            return self.leaf(path, module, args, kwargs)
+        if closed:
+            raise CaptureError(f"it lends {path} other parameters, but that has to stay whole")
+        return self.inside(path, module, args, kwargs)
+
+    def lent(self, module: nn.Module) -> bool:
+        """Whether a module runs on parameters that are not its own, as under ``functional_call``."""
+        own = self.recorder.tape.names
+        return any(id(parameter) not in own for parameter in module.parameters())
+
+    def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Trace the inside; if that fails, take the module as a whole."""
+        try:
+            return self.inside(path, module, args, kwargs)
+        except TRACE_ERRORS as error:
+            reason = error
+        if needs_numbers(reason) and not self.compiling:
+            # Code that looks at its data often has another way for compilers, which does not.
+            with suppress(*TRACE_ERRORS):
+                return self.as_compiler(path, module, args, kwargs)
+        if module is self.root:
+            return self.without_methods(path, module, args, kwargs, reason)
+        try:
+            result = self.leaf(path, module, args, kwargs)
+        except TRACE_ERRORS:
+            raise reason from None
+        self.setting.reasons[path] = f"{first_line(reason)} ({where(reason, self.root, path)})"
+        return result
+
+    def inside(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tape = self.recorder.tape
+        mark, before = tape.checkpoint(), self.dice()
+        try:
+            with ExitStack() as stack:
+                if module is not self.root:
+                    stack.enter_context(tape.inside(path, module))
+                result = module.forward(*args, **kwargs)
+            if self.dice() != before:
+                throw_back(before)
+                raise CaptureError("its forward draws random numbers outside PyTorch, which a graph cannot")
+            return result
+        except TRACE_ERRORS:
+            tape.rollback(mark)
+            raise
+
+    def without_methods(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: Exception
+    ) -> Any:
+        """Trace the inside with those methods as nodes that look at numbers."""
+        with ExitStack() as stack:
+            kept: set[tuple[type, str]] = set()
+            while True:
+                found = failing_method(reason) if needs_numbers(reason) else None
+                if found is None or (type(found[0]), found[1]) in kept:
+                    raise reason
+                owner, name = found
+                kept.add((type(owner), name))
+                stack.enter_context(replaced(type(owner), name, self.method(owner, name)))
+                try:
+                    result = self.inside(path, module, args, kwargs)
+                except TRACE_ERRORS as error:
+                    reason = error
+                    continue
+                words = ", ".join(sorted(f"{kind.__name__}.{method}" for kind, method in kept))
+                place = where(reason, self.root, path)
+                self.setting.reasons[path] = f"{words} kept whole: {first_line(reason)} ({place})"
+                return result
+
+    def method(self, owner: nn.Module, name: str) -> Callable[..., Any]:
+        """What stands in for a method of ``owner`` that is not entered."""
+        original = getattr(type(owner), name)
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if module is not owner or not self.recorder.recording:
+                return original(module, *args, **kwargs)
+            return self.recorder.method(MethodCall.of(owner, name), args, kwargs)
+
+        return call
+
+    def dice(self) -> tuple[Any, ...]:
+        return dice() if self.setting.watching else ()
+
+    def leaf(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One node for a module, which may draw what it likes."""
+        before = self.dice()
+        try:
+            return self.recorder.leaf(path, module, args, kwargs)
+        finally:
+            if self.setting.watching:
+                throw_back(before)
+
+    def as_compiler(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.compiling = True
+        try:
+            with replaced(torch.compiler, "is_compiling", lambda: True):
+                return self.inside(path, module, args, kwargs)
+        finally:
+            self.compiling = False
+
+    def call_with_hooks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if key in module._forward_pre_hooks_with_kwargs:
+                changed = hook(module, args, kwargs)
+                args, kwargs = changed if changed is not None else (args, kwargs)
+            else:
+                changed = hook(module, args)
+                args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
+        result = self.call(module, args, kwargs)
+        for key, hook in list(module._forward_hooks.items()):
+            named = key in module._forward_hooks_with_kwargs
+            changed = hook(module, args, kwargs, result) if named else hook(module, args, result)
+            result = result if changed is None else changed
+        return result

@@ -1,0 +1,73 @@
+"""Made-up numbers where shapes are not enough: a module that looks at its data is run on some, once.
+
+In: meta tensors and a module's real parameters. Out: results of the right shapes, for data of no meaning.
+Nothing of the module is written; numbers are drawn from a generator of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.capture.tracer.meta_values import MOVERS, Shadows, map_structure
+from fxprune.capture.tracer.spelling import CONSTRUCTORS
+from fxprune.capture.tracer.traced_numbers import plain
+
+__all__ = ["MadeUp", "needs_numbers"]
+
+CPU = torch.device("cpu")
+
+
+def needs_numbers(error: BaseException) -> bool:
+    """Whether an error says that shapes did not suffice."""
+    from_value = isinstance(error, NotImplementedError) or "asks for the numbers" in str(error)
+    return from_value or "meta" in str(error)
+
+
+class MadeUp(Shadows):
+    """Stands in for :class:`Shadows`, with tensors on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(0)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Small positive numbers, or zeros for whole ones: they are valid indices."""
+        found = self._twins.get(id(tensor))
+        if found is None:
+            if tensor.is_floating_point():
+                made = torch.rand(tensor.shape, generator=self._generator).to(tensor.dtype)
+            else:
+                made = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            found = tensor, made
+            self._twins[id(tensor)] = found
+            self._twins[id(made)] = made, made
+        return found[1]
+
+    def run(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def argument(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return self.of(value)
+            return CPU if isinstance(value, torch.device) else plain(value)
+
+        args = tuple([map_structure(argument, arg) for arg in args])
+        kwargs = {key: map_structure(argument, arg) for key, arg in kwargs.items()}
+        name = getattr(function, "__name__", "")
+        if kwargs.get("device") is not None or function in CONSTRUCTORS:
+            kwargs["device"] = CPU
+        elif name in MOVERS and args:
+            return args[0]
+        with torch.no_grad():
+            result = function(*args, **kwargs)
+        return map_structure(self._own, result)
+
+    def value(self, tensor: Tensor, name: str = "item") -> Tensor:
+        return self.of(tensor)
+
+    def _own(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            self._twins[id(value)] = value, value
+        return value

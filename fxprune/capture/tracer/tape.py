@@ -1,0 +1,399 @@
+"""The graph under construction, and which of its nodes computes what the traced code holds.
+
+In: calls and their results, as they happen. Out: an ``fx.Graph`` whose nodes carry ``meta["val"]``. Tensors
+are known by identity; sizes are numbers that carry their node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.capture.errors import CaptureError
+from fxprune.capture.tracer.call_targets import ObjectOf
+from fxprune.capture.tracer.meta_values import Shadows, map_structure
+from fxprune.capture.tracer.spelling import changes_input
+from fxprune.capture.tracer.traced_numbers import TracedFloat, TracedInt, plain
+
+__all__ = ["Decision", "DtypeOf", "Scope", "Tape"]
+
+LITERALS = (type(None), bool, int, float, str, torch.dtype)
+ATOMS = (
+    *LITERALS, complex, bytes, torch.memory_format, torch.layout, torch.device, type(...), enum.Enum, fx.Node
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class DtypeOf:
+    """A type among a node's arguments that may have been read off the tensor which ``source`` computes."""
+
+    source: fx.Node
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(eq=False)
+class Scope:
+    """One call of a module: where nodes were made. ``entries`` are its nodes and inner calls, in order."""
+
+    path: str
+    kind: type
+    parent: Scope | None = None
+    entries: list[Any] = dataclasses.field(default_factory=list, repr=False)
+
+    @property
+    def chain(self) -> list[str]:
+        """The paths of the modules around, outermost first."""
+        return [*(self.parent.chain if self.parent else ()), self.path]
+
+    @functools.cached_property
+    def stack(self) -> dict[str, tuple[str, type]]:
+        """The modules around, as fx writes them into ``node.meta["nn_module_stack"]``."""
+        outer = self.parent.stack if self.parent else {}
+        return {**outer, self.path: (self.path, self.kind)} if self.path else outer
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """The code of a module compared a number of the graph with another one, or a constant, and went on."""
+
+    function: Callable[..., Any]
+    node: fx.Node
+    other: Any
+    result: bool
+    path: str
+
+
+class Tape:
+    """``names`` maps the ``id`` of the model's tensors to their qualified names."""
+
+    def __init__(self, names: dict[int, str], root: type, shadows: Shadows) -> None:
+        self.names = names
+        self.shadows = shadows
+        self.graph = fx.Graph()
+        self.scope = Scope("", root)
+        self.running = True
+        self.constants: dict[str, Any] = {}
+        self.decisions: list[Decision] = []
+        self.devices: dict[int, Tensor] = {}
+        self.dtypes: dict[torch.dtype, Tensor] = {}
+        # Nodes whose result is as long as the numbers in some tensor say.
+        self.unsized: set[fx.Node] = set()
+        self._nodes: dict[int, fx.Node] = {}
+        self._undo: list[tuple[int, fx.Node | None]] = []
+        self._alive: list[Any] = []
+        self._live: set[fx.Node] = set()
+        self._sizes: dict[tuple[Scope, fx.Node], torch.Size] = {}
+
+    # -- what happened --------------------------------------------------------------------------------------
+    def record(
+        self,
+        op: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        out: Any,
+        writes: bool | None = None,
+        *,
+        unsized: bool = False,
+    ) -> Any:
+        """A node for a call that gave ``out``; the result as the traced code is to see it."""
+        if op != "call_module" and target is not operator.setitem and not _has_content(out):
+            return out
+        node = self.node(op, target, args, kwargs)
+        writes = changes_input(node) if writes is None else writes
+        longs = [n.meta["val"] for n in node.all_input_nodes if n in self.unsized]
+        if unsized or any(_length(val) == _length(out) for val in longs):
+            self.unsized.add(node)
+        result = self.wrap(out, node, writes)
+        node.meta["val"] = map_structure(plain, result)
+        if writes and isinstance(out, Tensor) and isinstance(args[0], Tensor):
+            self._register(args[0], node)
+        return result
+
+    def number(self, function: Callable[..., Any], args: tuple[Any, ...], value: Any) -> Any:
+        """A node for arithmetic on sizes."""
+        if not self.running:
+            return value
+        node = self.node("call_function", function, args, {})
+        node.meta["val"] = value
+        return self._traced(value, node)
+
+    def decided(self, function: Callable[..., Any], number: Any, other: Any, result: bool) -> None:
+        """A comparison of sizes: the graph holds where it comes out the same."""
+        if self.running:
+            self.decisions.append(Decision(function, number.node, self.arg(other), result, self.scope.path))
+
+    def effect(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+        """A node for a call made for its effect alone."""
+        node = self.graph.create_node("call_function", function, tuple(self.arg(item) for item in args))
+        node.meta["val"] = None
+        self.place(node)
+        return node
+
+    def shape(self, tensor: Tensor) -> torch.Size:
+        """The shape of a tensor, in numbers that carry nodes if it depends on the inputs."""
+        owner = self._nodes[id(tensor)]
+        if owner not in self._live:
+            return tensor.shape
+        # Once per module call: two traces read the same shapes in the same places, whatever others did.
+        key = (self.scope, owner)
+        if key not in self._sizes:
+            node = self.node("call_function", getattr, (tensor, "shape"), {})
+            node.meta["val"] = tensor.shape
+            self._sizes[key] = self.wrap(tensor.shape, node, False)
+        return self._sizes[key]
+
+    def keep_shape(self, tensor: Tensor) -> None:
+        """The old shape stays with the old node when an operation changes a tensor's shape in place."""
+        node = self._nodes.get(id(tensor))
+        if node is not None:
+            node.meta["val"] = tensor.detach()
+
+    def find(self, tensor: Tensor) -> fx.Node | None:
+        return self._nodes.get(id(tensor))
+
+    def note_device(self, device: torch.device, tensor: Tensor) -> None:
+        """This very object was read off ``tensor``: where it is an argument, that reading is one."""
+        self.devices[id(device)] = tensor
+        self._alive.append(device)
+
+    def device_kind(self, name: str) -> Any:
+        """A node for the kind of device that the first input is on; ``name`` if there is no input."""
+        for tensor in self._alive:
+            node = self._nodes.get(id(tensor)) if isinstance(tensor, Tensor) else None
+            if node in self._live:
+                device = self.node("call_function", getattr, (node, "device"), {})
+                kind = self.node("call_function", getattr, (device, "type"), {})
+                device.meta["val"], kind.meta["val"] = torch.device(name), name
+                return kind
+        return name
+
+    # -- nodes ----------------------------------------------------------------------------------------------
+    def node(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        arguments = tuple([self.arg(item) for item in args])
+        options = {key: self.arg(item) for key, item in kwargs.items()}
+        node = self.graph.create_node(op, target, arguments, options)
+        if any(source in self._live for source in node.all_input_nodes):
+            self._live.add(node)
+        self.place(node)
+        return node
+
+    def place(self, node: fx.Node) -> None:
+        node.meta["nn_module_stack"] = self.scope.stack
+        self.scope.entries.append(node)
+
+    def arg(self, value: Any) -> Any:
+        """What stands for ``value`` in a node's arguments."""
+        if isinstance(value, Tensor):
+            return self._source(value)
+        if isinstance(value, TracedInt | TracedFloat):
+            return value.node
+        if isinstance(value, torch.device) and self._known(self.devices.get(id(value))):
+            node = self.node("call_function", getattr, (self.devices[id(value)], "device"), {})
+            node.meta["val"] = value
+            return node
+        if isinstance(value, torch.dtype) and self._known(self.dtypes.get(value)):
+            return DtypeOf(self._source(self.dtypes[value]), value)
+        if isinstance(value, ATOMS):
+            return value
+        return self._built(value)
+
+    def _built(self, value: Any) -> Any:
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return self._construct(type(value), tuple(value), {}, value)
+        if isinstance(value, tuple):
+            return tuple([self.arg(item) for item in value])
+        if isinstance(value, list):
+            return [self.arg(item) for item in value]
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            names = [field.name for field in dataclasses.fields(value) if field.init]
+            return self._construct(type(value), (), {name: getattr(value, name) for name in names}, value)
+        if isinstance(value, OrderedDict):
+            return self._construct(type(value), (list(value.items()),), {}, value)
+        if isinstance(value, dict):
+            return {key: self.arg(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(self.arg(value.start), self.arg(value.stop), self.arg(value.step))
+        if isinstance(value, range):
+            return list(value)
+        if hasattr(value, "__index__"):
+            return operator.index(value)
+        if _is_record(value):
+            return self._construct(ObjectOf(type(value)), (), vars(value), value)
+        raise CaptureError(f"an argument of type {type(value).__qualname__} has no place in a graph")
+
+    def _construct(
+        self, kind: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> fx.Node:
+        node = self.node("call_function", kind, args, kwargs)
+        node.meta["val"] = map_structure(plain, value)
+        return node
+
+    def _known(self, tensor: Tensor | None) -> bool:
+        """Whether there is a node for a tensor, or could be: not if the part that made it was forgotten."""
+        return tensor is not None and (id(tensor) in self._nodes or id(tensor) in self.names)
+
+    def _source(self, tensor: Tensor) -> fx.Node:
+        node = self._nodes.get(id(tensor))
+        if node is not None:
+            return node
+        name = self.names.get(id(tensor))
+        if name is None:
+            if tensor.is_meta:
+                raise CaptureError("a tensor was made by something that cannot be recorded")
+            taken = {*self.names.values(), *self.constants}
+            name = next(n for i in range(len(taken) + 1) if (n := f"_tensor_constant{i}") not in taken)
+            self.constants[name] = tensor
+        node = self.graph.create_node("get_attr", name)
+        node.meta["val"] = self.shadows.of(tensor)
+        node.meta["nn_module_stack"] = self.scope.stack
+        node.meta["is_literal"] = name in self.constants  # neither parameter nor buffer: a number in the code
+        self._register(tensor, node)
+        return node
+
+    # -- values ---------------------------------------------------------------------------------------------
+    def _register(self, tensor: Tensor, node: fx.Node) -> None:
+        self._undo.append((id(tensor), self._nodes.get(id(tensor))))
+        self._nodes[id(tensor)] = node
+        self._alive.append(tensor)
+
+    def _traced(self, value: Any, node: fx.Node) -> Any:
+        if isinstance(value, bool) or not isinstance(value, int | float) or node not in self._live:
+            return value
+        number: Any = TracedInt(value) if isinstance(value, int) else TracedFloat(value)
+        number.node, number.recorder = node, self
+        return number
+
+    def wrap(self, value: Any, node: fx.Node, writes: bool) -> Any:
+        """The result of ``node`` with a node known for every tensor and number in it."""
+        if isinstance(value, Tensor):
+            if not value.is_meta:
+                value = self.shadows.of(value)
+            if id(value) in self._nodes and not writes:
+                # The operation returned its input: from now on there are two names for it.
+                value = value.detach()
+            self._register(value, node)
+            return value
+        if isinstance(value, int | float):
+            return self._traced(value, node)
+        if isinstance(value, tuple | list):
+            items = [self._part(operator.getitem, node, index, item) for index, item in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {
+                field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init
+            }
+            return type(value)(**{key: self._part(getattr, node, key, item) for key, item in fields.items()})
+        if isinstance(value, dict):
+            parts = {key: self._part(operator.getitem, node, key, item) for key, item in value.items()}
+            return type(value)(parts) if isinstance(value, OrderedDict) else parts
+        if _is_record(value):
+            return ObjectOf(type(value))(
+                **{k: self._part(getattr, node, k, v) for k, v in vars(value).items()}
+            )
+        return value
+
+    def _part(self, function: Callable[..., Any], owner: fx.Node, key: Any, item: Any) -> Any:
+        if not _has_content(item) or (isinstance(item, int | float) and owner not in self._live):
+            return item
+        part = self.node("call_function", function, (owner, key), {})
+        if owner in self.unsized:
+            self.unsized.add(part)
+        result = self.wrap(item, part, False)
+        part.meta["val"] = map_structure(plain, result)
+        return result
+
+    # -- inputs and output ----------------------------------------------------------------------------------
+    def placeholder(self, name: str, default: tuple[Any, ...], value: Any) -> Any:
+        """An input of the graph; what the traced code gets for it."""
+        if default and not isinstance(default[0], LITERALS):
+            # No code can be written for such a default: the argument is a constant of the graph.
+            return value
+        if not default and any(node.op == "placeholder" and node.args for node in self.graph.nodes):
+            # Python wants a default after a default; this one was a keyword, or one of a variable number.
+            default = (None,)
+        node = self.graph.create_node("placeholder", name, default)
+        self.place(node)
+        node.meta["val"] = value
+        if not _has_tensor(value):
+            return value
+        self._live.add(node)
+        result = self.wrap(value, node, False)
+        node.meta["val"] = map_structure(plain, result)
+        return result
+
+    def output(self, value: Any) -> None:
+        node = self.graph.create_node("output", "output", (self.arg(value),))
+        self.place(node)
+        node.meta["val"] = map_structure(plain, value)
+        self.running = False
+
+    # -- where ----------------------------------------------------------------------------------------------
+    @contextmanager
+    def inside(self, path: str, module: nn.Module) -> Iterator[None]:
+        """Nodes made here belong to a call of ``module``."""
+        outer = self.scope
+        self.scope = Scope(path, type(module), outer)
+        outer.entries.append(self.scope)
+        try:
+            yield
+        finally:
+            self.scope = outer
+
+    def checkpoint(self) -> tuple[fx.Node | None, int, int, int]:
+        last = next(iter(reversed(self.graph.nodes)), None)
+        return last, len(self._undo), len(self.scope.entries), len(self.decisions)
+
+    def rollback(self, mark: tuple[fx.Node | None, int, int, int]) -> None:
+        """Forget what was recorded since ``checkpoint`` returned ``mark``."""
+        for node in list(reversed(self.graph.nodes)):
+            if node is mark[0]:
+                break
+            self.graph.erase_node(node)
+        for key, before in reversed(self._undo[mark[1] :]):
+            if before is None:
+                del self._nodes[key]
+            else:
+                self._nodes[key] = before
+        del self._undo[mark[1] :], self.scope.entries[mark[2] :], self.decisions[mark[3] :]
+        self._sizes.clear()
+
+
+def _length(value: Any) -> int | None:
+    return value.shape[0] if isinstance(value, Tensor) and value.dim() else None
+
+
+def _is_record(value: Any) -> bool:
+    """Whether a value is an object that merely holds others, as an image list does."""
+    reduces: Any = type(value).__reduce_ex__
+    plain_object = reduces is object.__reduce_ex__ and hasattr(value, "__dict__")
+    return plain_object and not callable(value) and not isinstance(value, ModuleType)
+
+
+def _has_content(value: Any) -> bool:
+    """Whether there is a tensor or a number in a result."""
+    if isinstance(value, int | float):
+        return not isinstance(value, bool)
+    if isinstance(value, tuple | list):
+        return any(_has_content(item) for item in value)
+    if isinstance(value, dict):
+        return any(_has_content(item) for item in value.values())
+    return isinstance(value, Tensor) or _is_record(value)
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(_has_tensor(item) for item in value)
+    if isinstance(value, dict):
+        return any(_has_tensor(item) for item in value.values())
+    return isinstance(value, Tensor)

@@ -1,0 +1,177 @@
+"""One run of a model under the recorder.
+
+In: a model, its arguments (meta tensors), the mode to trace in and the modules to keep whole. Out: a
+:class:`Trace`. The model is left as it was.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.capture.leaves import has_hooks
+from fxprune.capture.tracer.isolation import dice, untouched
+from fxprune.capture.tracer.meta_values import Shadows
+from fxprune.capture.tracer.module_calls import Caller, Setting
+from fxprune.capture.tracer.patches import patched_functions, replaced
+from fxprune.capture.tracer.recorder import Recorder
+from fxprune.capture.tracer.spelling import is_pure
+from fxprune.capture.tracer.tape import Decision, Scope, Tape
+
+__all__ = ["Trace", "remove_dead_code", "shapes_only", "trace"]
+
+
+@dataclass
+class Trace:
+    """What one run left behind.
+
+    ``constants`` are tensors that belong to no module, ``scope`` says which module call made which node,
+    ``decisions`` what the code made depend on sizes,
+    ``reasons`` why a module had to stay whole, ``changed`` which entered modules wrote which attribute
+    of themselves.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Any]
+    scope: Scope
+    decisions: list[Decision] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    changed: dict[str, str] = field(default_factory=dict)
+
+
+def trace(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    training: bool,
+    whole: frozenset[str] = frozenset(),
+    shadows: Shadows | None = None,
+    rehearsed: bool = False,
+) -> Trace:
+    """Record ``model(*args, **kwargs)``; ``whole`` names modules that are not entered.
+
+    ``rehearsed``: a run before this one has left its traces in the model's attributes.
+    """
+    shadows = shadows or Shadows(model)
+    hooked = frozenset(id(module) for module in model.modules() if has_hooks(module))
+    changed: dict[str, str] = {}
+    with untouched(model, changed, shadows.written):
+        _set_training(model, training)
+        if rehearsed:
+            _run(model, args, kwargs, Setting(whole, hooked), shadows)
+        before = dice()
+        result = _run(model, args, kwargs, Setting(whole, hooked), shadows)
+        if dice() != before:
+            result = _run(model, args, kwargs, Setting(whole, hooked, watching=True), shadows)
+    leaves = {str(node.target) for node in result.graph.nodes if node.op == "call_module"}
+    for path, name in changed.items():
+        atoms = path.split(".")
+        if not any(".".join(atoms[:i]) in leaves for i in range(1, len(atoms) + 1)):
+            result.changed[path] = name
+    return result
+
+
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], setting: Setting, shadows: Shadows
+) -> Trace:
+    recorder = _recorder(model, shadows)
+    tape = recorder.tape
+    result = Trace(tape.graph, tape.constants, tape.scope, tape.decisions, setting.reasons)
+    arguments, options = _inputs(tape, model, args, kwargs)
+    caller = Caller(recorder, model, setting)
+    with ExitStack() as stack:
+        stack.enter_context(replaced(nn.Module, "__call__", caller.replacement()))
+        stack.enter_context(patched_functions(recorder, model))
+        stack.enter_context(torch.enable_grad())
+        with recorder:
+            out = caller.enter("", model, arguments, options)
+        tape.output(out)
+    return result
+
+
+def shapes_only(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Evaluate the model in shapes, unrecorded: raises what it says itself to these inputs."""
+    recorder = _recorder(model, Shadows(model))
+    with ExitStack() as stack:
+        stack.enter_context(untouched(model, {}))
+        _set_training(model, False)
+        caller = Caller(recorder, model, Setting())
+        stack.enter_context(replaced(nn.Module, "__call__", caller.replacement()))
+        stack.enter_context(patched_functions(recorder, model))
+        with recorder, recorder.paused():
+            model.forward(*args, **kwargs)
+
+
+def _set_training(model: nn.Module, training: bool) -> None:
+    """As ``model.train`` would, but without calling what a model may make of that."""
+    for module in model.modules():
+        module.training = training
+
+
+def _recorder(model: nn.Module, shadows: Shadows) -> Recorder:
+    tape = Tape(_tensor_names(model), type(model), shadows)
+    return Recorder(tape, _device_of(model))
+
+
+def _tensor_names(model: nn.Module) -> dict[int, str]:
+    """The qualified name of every tensor that an attribute of a module holds; the first one if there are
+    several."""
+    names: dict[int, str] = {}
+    for path, module in model.named_modules():
+        for table in (module._parameters, module._buffers, vars(module)):
+            for name, value in table.items():
+                if isinstance(value, Tensor):
+                    names.setdefault(id(value), f"{path}.{name}" if path else name)
+    return names
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    """Where the traced code believes to run."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
+
+
+def _inputs(
+    tape: Tape, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Placeholders for the arguments of ``forward``, and those given as the model is to see them.
+
+    Arguments left to their default have a placeholder, too, but are not passed: what wraps ``forward`` may
+    tell the two apart.
+    """
+    signature = inspect.signature(model.forward)
+    bound = signature.bind(*args, **kwargs)
+    for name, parameter in signature.parameters.items():
+        if (
+            parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            and name not in bound.arguments
+        ):
+            continue
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            items = bound.arguments[name]
+            bound.arguments[name] = tuple(tape.placeholder(f"{name}_{i}", (), x) for i, x in enumerate(items))
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            items = bound.arguments[name]
+            bound.arguments[name] = {key: tape.placeholder(key, (), x) for key, x in items.items()}
+        elif name in bound.arguments:
+            default = () if parameter.default is parameter.empty else (parameter.default,)
+            bound.arguments[name] = tape.placeholder(name, default, bound.arguments[name])
+        else:
+            tape.placeholder(name, (parameter.default,), parameter.default)
+    named = {name: bound.arguments.pop(name) for name in kwargs if name in bound.arguments}
+    return bound.args, {**bound.kwargs, **named}
+
+
+def remove_dead_code(graph: fx.Graph) -> None:
+    """Drop the nodes that nobody reads and that do nothing else."""
+    for node in reversed(graph.nodes):
+        if not node.users and is_pure(node):
+            graph.erase_node(node)

@@ -1,0 +1,1 @@
+"""Find the channels that belong together, and count what they cost."""

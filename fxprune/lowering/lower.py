@@ -1,0 +1,343 @@
+"""Lowering: from the captured network to the channel/kernel dataflow graph.
+
+In: a captured :class:`torch.fx.GraphModule` (every node with ``meta["val"]``). Out: a :class:`ChannelGraph`.
+One walk over the nodes asks the rule table; leaves without a rule are captured on their own and lowered in
+place; what nobody knows becomes an opaque op, never a guess.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxprune.capture import CaptureError, capture_leaf
+from fxprune.graph import ir
+from fxprune.lowering.aliases import Memory, written
+from fxprune.lowering.builder import Builder, Constant, Parameters
+from fxprune.lowering.rules import KERNEL_TARGETS, RULES
+from fxprune.lowering.rules.movement import MOVES, SHAPED_LIKE
+from fxprune.lowering.rules.table import Context, Unknown, substitute, tensors_in
+
+__all__ = ["lower"]
+
+
+def lower(gm: fx.GraphModule) -> ir.ChannelGraph:
+    """Lower a captured network to its channel/kernel dataflow graph.
+
+    Args:
+        gm: what :func:`fxprune.capture` returned, masked or not. It is not changed.
+
+    Returns:
+        The :class:`ChannelGraph`: ops in execution order, ``kernels`` by parameter name, ``opaque`` for ops
+        that no rule knew.
+
+    Raises:
+        TypeError: ``gm`` is not a GraphModule.
+        ValueError: its nodes carry no shapes (it was not made by ``fxprune.capture``).
+
+    Example:
+        >>> import torch, fxprune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graph = fxprune.lower(fxprune.capture(net, torch.ones(2, 4)))
+        >>> [kernels.name for kernels in graph.kernels.values()]
+        ['0.weight', '2.weight']
+    """
+    if not isinstance(gm, fx.GraphModule):
+        raise TypeError(f"gm: expected a torch.fx.GraphModule from fxprune.capture, got {type(gm).__name__}")
+    for node in gm.graph.nodes:
+        if "val" not in node.meta:
+            raise ValueError(
+                f"gm: node {node.name!r} carries no shape; capture the model with fxprune.capture first"
+            )
+    build = Builder(Parameters.of(gm))
+    build.samples = _samples(gm)
+    _Walk(gm, build).run(None)
+    return ir.ChannelGraph(tuple(build.ops), build.kernels, build.samples, type(gm).__name__)
+
+
+def _samples(gm: fx.GraphModule) -> int:
+    """Batch size of the example inputs: the first axis of the first tensor that is no mere vector."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            for val in _leaves(node.meta["val"]):
+                if isinstance(val, Tensor) and val.dim() >= 2:
+                    return max(1, val.shape[0])
+    return 1
+
+
+def _starts_elsewhere(gm: fx.GraphModule) -> bool:
+    """Whether paths start at float inputs or at look-ups, so that integer inputs are only indices."""
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            vals = [val for val in _leaves(node.meta["val"]) if isinstance(val, Tensor)]
+            if any(val.dtype.is_floating_point or val.dtype.is_complex for val in vals):
+                return True
+        elif node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Embedding):
+            return True
+        elif node.target in (F.embedding, torch.embedding):
+            return True
+    return False
+
+
+def _leaves(x: Any) -> list[Any]:
+    if isinstance(x, (list, tuple)):
+        return [leaf for item in x for leaf in _leaves(item)]
+    if isinstance(x, dict):
+        return [leaf for item in x.values() for leaf in _leaves(item)]
+    return [x]
+
+
+class _Walk:
+    """One graph being lowered: the network's own, or a leaf's inside (``leaf`` is then that module)."""
+
+    def __init__(
+        self, gm: fx.GraphModule, build: Builder, path: str = "", leaf: nn.Module | None = None
+    ) -> None:
+        self.gm, self.build, self.path, self.leaf = gm, build, path, leaf
+        self.env: dict[fx.Node, Any] = {}
+        self.memory = Memory(gm)
+
+    def run(self, inputs: list[Any] | None) -> Any:
+        pending = iter(inputs) if inputs is not None else None
+        for node in self.gm.graph.nodes:
+            self.build.origin = node.name
+            self.build.layer = self.path
+            if node.op == "placeholder":
+                val = node.meta["val"]
+                self.env[node] = self._input(val) if pending is None else next(pending, val)
+            elif node.op == "get_attr":
+                self.env[node] = self._attribute(node)
+            elif node.op == "output":
+                return self._output(self._read(node.args[0]))
+            else:
+                self.env[node] = self._call(node)
+                self.memory.spread(node, self.env, self.build)
+        return None
+
+    def _input(self, val: Any) -> Any:
+        if isinstance(val, Tensor):
+            is_index = (
+                not val.dtype.is_floating_point and not val.dtype.is_complex and val.dtype != torch.uint8
+            )
+            return self.build.source(val.shape, live=not is_index or not _starts_elsewhere(self.gm))
+        if isinstance(val, (list, tuple)):
+            return type(val)(self._input(item) for item in val)
+        if isinstance(val, dict):
+            return {key: self._input(item) for key, item in val.items()}
+        return val
+
+    def _output(self, result: Any) -> Any:
+        if self.leaf is None:
+            outputs = [x for x in tensors_in(result) if isinstance(x, ir.Value)]
+            self.build.ops.append(ir.Sink(self.build.value((), True), tuple(outputs), "output", ""))
+        return result
+
+    def _attribute(self, node: fx.Node) -> Any:
+        thing: Any = self.gm
+        for atom in str(node.target).split("."):
+            thing = getattr(thing, atom)
+        if not isinstance(thing, Tensor):
+            return thing
+        ref = self.build.parameters.reference(thing, self.leaf)
+        learnt = thing.is_floating_point() and not node.meta.get("is_literal", False)
+        return Constant(tuple(thing.shape), thing.dtype, lambda: thing, ref, is_learnt=learnt)
+
+    def _read(self, args: Any) -> Any:
+        return fx.node.map_arg(args, lambda node: self.env[node])
+
+    # -- calls ----------------------------------------------------------------------------------------------
+    def _call(self, node: fx.Node) -> Any:
+        val = node.meta["val"]
+        in_place = node.target is operator.setitem
+        if not in_place and not any(isinstance(leaf, Tensor) for leaf in _leaves_any(val)):
+            return val
+        args, kwargs = self._read(node.args), self._read(node.kwargs)
+        module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        target: Any = node.target
+        if module is not None:
+            self.build.layer = f"{self.path}.{node.target}" if self.path else str(node.target)
+            target = getattr(module, "dense_class", type(module))
+        operands = list(tensors_in((args, kwargs)))
+        result = self.env[node.args[0]] if in_place else val  # type: ignore[index]
+        if not any(isinstance(x, ir.Value) for x in operands) and not self._has_kernels(target, module):
+            return self._fold(node, args, kwargs, result)
+        if isinstance(target, type) and module is None:
+            return target(*args, **kwargs)  # a container made in the forward
+        rule = RULES.get(target)
+        if rule is None and module is not None:
+            return self._inline(node, module, args, kwargs)
+        reason = f"no rule for {_describe(target)}"
+        if rule is not None:
+            if in_place:
+                result = torch.empty(result.shape, device="meta")
+            try:
+                return rule(Context(self.build, node, target, result, module), *args, **kwargs)
+            except Unknown as error:
+                reason = str(error)
+        return self._opaque(operands, val, reason)
+
+    def _has_kernels(self, target: Any, module: nn.Module | None) -> bool:
+        if module is not None:
+            return next(module.parameters(), None) is not None
+        return target in KERNEL_TARGETS
+
+    def _fold(self, node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:
+        """A constant of constants, computed only if somebody needs its numbers."""
+        operands = list(tensors_in((args, kwargs)))
+        run = functools.partial(getattr(self.memory.calls, node.op), node.target)
+        writes = written(node, self.gm) is not None
+
+        @functools.cache
+        def evaluate() -> Any:
+            def numbers(x: ir.Value | Constant) -> Any:
+                known = x.evaluate() if isinstance(x, Constant) else x
+                return known.clone() if writes and isinstance(known, Tensor) else known
+
+            return run(substitute(args, numbers), substitute(kwargs, numbers))
+
+        if isinstance(result, Constant):  # setitem: the changed first argument
+            return Constant(result.shape, result.dtype, _changed(result.evaluate, *args[1:]))
+
+        def constant(val: Tensor, read: Callable[[], Any]) -> Constant:
+            ref = _simplified(_provenance(operands, val, node, args, kwargs, run), self.build.parameters)
+            return Constant(
+                tuple(val.shape),
+                val.dtype,
+                read,
+                ref,
+                zero=node.target in (torch.zeros, torch.zeros_like, "new_zeros"),
+                is_learnt=any(isinstance(x, Constant) and x.is_learnt for x in operands),
+            )
+
+        return _constants(result, evaluate, constant)
+
+    def _inline(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Lower the inside of a leaf in place."""
+        layer = self.build.layer
+        operands = list(tensors_in((args, kwargs)))
+        meta_args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+        meta_kwargs = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
+        fast = torch.backends.mha.get_fastpath_enabled()
+        # The fused path of nn.TransformerEncoderLayer hides its layers.
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            inner = capture_leaf(module, meta_args, meta_kwargs)
+        except CaptureError as error:
+            return self._opaque(operands, node.meta["val"], f"inside of {layer}: {error}")
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+        inputs = _bind(inner, args, kwargs)
+        return _Walk(inner, self.build, layer, module).run(inputs)
+
+    def _opaque(self, operands: list[Any], val: Any, reason: str) -> Any:
+        values = [x for x in operands if isinstance(x, ir.Value)]
+
+        def build(leaf: Any) -> Any:
+            return self.build.opaque(values, leaf.shape, reason) if isinstance(leaf, Tensor) else leaf
+
+        return _map_structure(build, val)
+
+
+def _describe(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__qualname__", repr(target))
+
+
+def _leaves_any(x: Any) -> list[Any]:
+    if hasattr(x, "__dataclass_fields__") and not isinstance(x, type):
+        return _leaves(list(vars(x).values()))
+    return _leaves(x)
+
+
+def _map_structure(f: Callable[[Any], Any], x: Any) -> Any:
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(_map_structure(f, item) for item in x))
+    if isinstance(x, (list, tuple)):
+        return type(x)(_map_structure(f, item) for item in x)
+    if isinstance(x, dict):
+        return {key: _map_structure(f, item) for key, item in x.items()}
+    return f(x)
+
+
+def _changed(evaluate: Callable[[], Any], index: Any, new: Any) -> Callable[[], Any]:
+    """What ``x[index] = new`` leaves in a constant."""
+
+    @functools.cache
+    def changed() -> Any:
+        def numbers(x: ir.Value | Constant) -> Any:
+            return x.evaluate() if isinstance(x, Constant) else x
+
+        result = evaluate().clone()
+        result[substitute(index, numbers)] = substitute(new, numbers)
+        return result
+
+    return changed
+
+
+def _constants(
+    result: Any, evaluate: Callable[[], Any], constant: Callable[[Tensor, Callable[[], Any]], Constant]
+) -> Any:
+    if isinstance(result, Tensor):
+        return constant(result, evaluate)
+    if isinstance(result, (list, tuple)):
+        items = [
+            _constants(item, lambda i=i: evaluate()[i], constant)  # type: ignore[misc]
+            for i, item in enumerate(result)
+        ]
+        return type(result)(items) if type(result) in (list, tuple) else tuple(items)
+    return result
+
+
+def _provenance(
+    operands: list[Any], val: Tensor, node: fx.Node, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]
+) -> ir.WeightRef | None:
+    """The parameter that a constant is a view of, or a re-parameterisation of in its own shape."""
+    refs = [x for x in operands if isinstance(x, Constant) and x.weight is not None]
+    shape = tuple(val.shape)
+    moved = node.target in MOVES and (len(operands) == 1 or node.target in SHAPED_LIKE)
+    old = operands[0].weight if moved and isinstance(operands[0], Constant) else None
+    if old is not None:
+        like = {id(x): torch.empty(x.shape) for x in operands[1:]}
+
+        def view(weight: Tensor) -> Tensor:
+            operand = weight if old.view is None else old.view(weight)
+
+            def number(x: ir.Value | Constant) -> Tensor:
+                return like.get(id(x), operand)
+
+            result: Tensor = run(substitute(args, number), substitute(kwargs, number))
+            return result
+
+        return ir.WeightRef(old.name, shape, view, old.direct)
+    same = [x.weight for x in refs if x.shape == shape]
+    return same[0] if len(same) == 1 else None
+
+
+def _simplified(ref: ir.WeightRef | None, parameters: Parameters) -> ir.WeightRef | None:
+    """Without a view that gives the parameter itself, as there and back again does (standardised weights)."""
+    if ref is None or ref.view is None or ref.name is None:
+        return ref
+    shape = parameters.tensors[ref.name].shape
+    if ref.shape != tuple(shape):
+        return ref
+    whole = torch.empty(shape, device="meta")
+    seen = ref.view(whole)
+    is_whole = seen is whole or (seen._base is whole and seen.stride() == whole.stride())
+    return ir.WeightRef(ref.name, ref.shape, direct=ref.direct) if is_whole else ref
+
+
+def _bind(inner: fx.GraphModule, args: Any, kwargs: Any) -> list[Any]:
+    """Arguments in the order of the inner graph's placeholders; defaults (their captured values) where not
+    given.
+    """
+    placeholders = [node for node in inner.graph.nodes if node.op == "placeholder"]
+    inputs = list(args)
+    for node in placeholders[len(inputs) :]:
+        name = str(node.target).lstrip("*")
+        inputs.append(kwargs.get(name, node.meta["val"]))
+    return inputs

@@ -1,0 +1,25 @@
+"""Op rules, one function each, beside their siblings; ``RULES`` merges the families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fxprune.lowering.rules import attention, contraction, movement, norm, pointwise, pool, weighted
+from fxprune.lowering.rules.table import Rule, merge
+
+__all__ = ["KERNEL_TARGETS", "RULES"]
+
+RULES: dict[Any, Rule] = merge(
+    [
+        weighted.table,
+        norm.table,
+        pointwise.table,
+        pool.table,
+        movement.table,
+        contraction.table,
+        attention.table,
+    ]
+)
+
+# Ops that apply a parameter even to a constant: they are never folded away, so that every kernel is known.
+KERNEL_TARGETS = set(weighted.table.rules)

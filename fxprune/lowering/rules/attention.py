@@ -1,0 +1,269 @@
+"""Attention and recurrence: layers that are small networks of their own, written out in ops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxprune.graph import ir
+from fxprune.lowering.builder import PROJECTIONS, Constant
+from fxprune.lowering.rules.pointwise import plus_constant
+from fxprune.lowering.rules.pool import running_sum
+from fxprune.lowering.rules.table import Context, RuleTable, Unknown
+from fxprune.lowering.rules.weighted import module_weight, operand
+
+__all__ = ["table"]
+
+table = RuleTable()
+
+Operand = ir.Value | Constant
+
+
+@table.rule(F.scaled_dot_product_attention)
+def scaled_dot_product_attention(
+    context: Context,
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: Any = 0.0,
+    is_causal: bool = False,
+    scale: Any = None,
+    enable_gqa: bool = False,
+) -> ir.Value:
+    """``softmax(Q K^T + mask) V``: a value keeps its paths, and gains those of the queries and keys of its
+    head.
+    """
+    q, k, v = (context.build.materialise(x) for x in (query, key, value))
+    if enable_gqa and q.shape[-3] != k.shape[-3]:
+        k, v = (_repeated(context, x, q.shape[-3]) for x in (k, v))
+    mixed, _ = attend(context, q, k, v, attn_mask, is_causal=is_causal)
+    return mixed
+
+
+def _repeated(context: Context, x: ir.Value, heads: int) -> ir.Value:
+    copies = heads // x.shape[-3]
+    shape = (*x.shape[:-3], heads, *x.shape[-2:])
+    return context.build.gather(lambda t: t[0].repeat_interleave(copies, -3), [x], shape)
+
+
+def attend(
+    context: Context, q: ir.Value, k: ir.Value, v: ir.Value, mask: Any, *, is_causal: bool
+) -> tuple[ir.Value, ir.Value]:
+    """The mixed values and the attention that mixed them. A bool mask says which pairs may meet."""
+    build = context.build
+    batch = "ABCDEFGH"[: len(q.shape) - 2]
+    outer = tuple(max(a, b) for a, b in zip(q.shape[:-2], k.shape[:-2], strict=True))
+    shape = (*outer, q.shape[-2], k.shape[-2])
+    scores = build.mix(f"{batch}qc,{batch}kc->{batch}qk", q, k, shape)
+    allowed = torch.ones(shape[-2:], dtype=torch.bool).tril() if is_causal else None
+    if isinstance(mask, ir.Value):
+        scores = build.sum([scores, mask], shape)
+    elif isinstance(mask, Constant) and mask.dtype == torch.bool:
+        allowed = mask.numbers()
+        if allowed is None:
+            raise Unknown("an attention mask whose numbers are not known")
+    elif isinstance(mask, Constant):
+        scores = plus_constant(_of_shape(context, shape), scores, mask)
+    blocked = build.blocked.get(scores.index)
+    weights = build.map(scores, floor=True)
+    if blocked is not None:
+        weights = build.select(weights, ~blocked, shape)
+    if allowed is not None:
+        weights = build.select(weights, allowed, shape)
+    mixed = build.mix(f"{batch}qk,{batch}kv->{batch}qv", weights, v, (*outer, q.shape[-2], v.shape[-1]))
+    return mixed, weights
+
+
+def _of_shape(context: Context, shape: tuple[int, ...]) -> Context:
+    """The same context, for a result that the network itself never names."""
+    return Context(context.build, context.node, context.target, torch.empty(shape, device="meta"))
+
+
+# -- nn.MultiheadAttention -----------------------------------------------------------------------
+@table.rule(nn.MultiheadAttention)
+def multihead_module(
+    context: Context,
+    query: Any,
+    key: Any,
+    value: Any,
+    key_padding_mask: Any = None,
+    need_weights: bool = True,
+    attn_mask: Any = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Any, Any]:
+    """Projections, attention per head, output projection; weights are read from the module, not called."""
+    m: Any = context.module
+    if key_padding_mask is not None or m.bias_k is not None or m.add_zero_attn:
+        raise Unknown("nn.MultiheadAttention with padded or added keys")
+    if m.in_proj_weight is not None:
+        refs = [module_weight(context, PROJECTIONS[0])]
+    else:
+        refs = [module_weight(context, name) for name in PROJECTIONS[1:]]
+    out = context.build.parameters.reference(m.out_proj.weight, m.out_proj)
+    out = out or ir.WeightRef(None, tuple(m.out_proj.weight.shape))
+    biases = m.in_proj_bias is not None, m.out_proj.bias is not None
+    return _multihead(
+        context,
+        (query, key, value),
+        (*refs, out),
+        biases,
+        heads=m.num_heads,
+        first=m.batch_first,
+        mask=attn_mask,
+        is_causal=is_causal,
+    )
+
+
+@table.rule(F.multi_head_attention_forward)
+def multihead(
+    context: Context, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
+) -> tuple[Any, Any]:
+    """The functional form, (length, batch, width)."""
+    names = """embed_dim num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p
+    out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask
+    use_separate_proj_weight""".split()
+    given = dict(zip(names, args, strict=False)) | kwargs
+    for name in ("bias_k", "bias_v", "static_k", "static_v", "key_padding_mask"):
+        if given.get(name) is not None or given["add_zero_attn"]:
+            raise Unknown("multi_head_attention_forward with padded or added keys")
+    separate = given.get("use_separate_proj_weight")
+    read = PROJECTIONS[1:] if separate else PROJECTIONS[:1]
+    refs = [operand(given[name]) for name in (*read, "out_proj_weight")]
+    biases = given.get("in_proj_bias") is not None, given.get("out_proj_bias") is not None
+    return _multihead(
+        context,
+        (query, key, value),
+        tuple(refs),
+        biases,
+        heads=given["num_heads"],
+        first=False,
+        mask=given.get("attn_mask"),
+        is_causal=given.get("is_causal", False),
+    )
+
+
+def _multihead(
+    context: Context,
+    operands: tuple[Any, Any, Any],
+    refs: tuple[ir.WeightRef, ...],
+    biases: tuple[bool, bool],
+    *,
+    heads: int,
+    first: bool,
+    mask: Any,
+    is_causal: bool,
+) -> tuple[Any, Any]:
+    build = context.build
+    values = [build.materialise(x) for x in operands]
+    batched = {
+        value.index: _batched(context, value, first) for value in {v.index: v for v in values}.values()
+    }
+    q, k, v = (batched[value.index] for value in values)
+    q, k, v = (_heads(context, x, heads) for x in _projected(context, (q, k, v), refs[:-1], biases[0]))
+    if isinstance(mask, Constant) and mask.dtype == torch.bool:
+        mask = _negated(mask)  # here True means "may not attend"
+    if isinstance(mask, Constant) and len(mask.shape) == 3:
+        raise Unknown("nn.MultiheadAttention with a mask per head")
+    mixed, weights = attend(context, q, k, v, mask, is_causal=mask is None and is_causal)
+    batch, _, length, width = mixed.shape
+    joined = build.gather(lambda t: t[0].transpose(1, 2).flatten(2), [mixed], (batch, length, heads * width))
+    result = build.linear(joined, refs[-1], bias=biases[1])
+    own = context.result[0]
+    result = build.gather(lambda t: _unbatched(t[0], own.dim(), first), [result], own.shape)
+    attention = context.result[1]
+    if attention is None:
+        return result, None
+    if attention.dim() == own.dim():  # averaged over heads
+        weights = build.reduce(weights, "mean", (1,), False, (batch, *weights.shape[-2:]))
+    return result, build.gather(lambda t: t[0].reshape(attention.shape), [weights], attention.shape)
+
+
+def _negated(mask: Constant) -> Constant:
+    def evaluate() -> Tensor:
+        allowed: Tensor = ~mask.evaluate()
+        return allowed
+
+    return Constant(mask.shape, mask.dtype, evaluate)
+
+
+def _batched(context: Context, x: ir.Value, first: bool) -> ir.Value:
+    """(batch, length, width), whatever the module's own order is."""
+    if len(x.shape) == 2:
+        return context.build.gather(lambda t: t[0].unsqueeze(0), [x], (1, *x.shape))
+    if first:
+        return x
+    length, batch, width = x.shape
+    return context.build.gather(lambda t: t[0].transpose(0, 1), [x], (batch, length, width))
+
+
+def _unbatched(x: Tensor, rank: int, first: bool) -> Tensor:
+    return x.squeeze(0) if rank == 2 else x if first else x.transpose(0, 1)
+
+
+def _projected(
+    context: Context, inputs: tuple[ir.Value, ...], refs: tuple[ir.WeightRef, ...], bias: bool
+) -> list[ir.Value]:
+    """Queries, keys and values. One projection of one input is one linear layer, cut in three."""
+    build = context.build
+    q, k, v = inputs
+    if len(refs) == 3:
+        return [build.linear(x, ref, bias=bias) for x, ref in zip(inputs, refs, strict=True)]
+    width = refs[0].shape[0] // 3
+    if q.index == k.index == v.index:
+        whole = build.linear(q, refs[0], bias=bias)
+        shape = (*q.shape[:-1], width)
+        return [
+            build.gather(lambda t, i=i: t[0].chunk(3, -1)[i], [whole], shape)  # type: ignore[misc]
+            for i in range(3)
+        ]
+    return [build.linear(x, _third(refs[0], i), bias=bias) for i, x in enumerate(inputs)]
+
+
+def _third(ref: ir.WeightRef, i: int) -> ir.WeightRef:
+    def view(weight: Tensor) -> Tensor:
+        weight = weight if ref.view is None else ref.view(weight)
+        return weight.chunk(3)[i]
+
+    return ir.WeightRef(ref.name, (ref.shape[0] // 3, ref.shape[1]), view, ref.direct)
+
+
+def _heads(context: Context, x: ir.Value, heads: int) -> ir.Value:
+    batch, length, width = x.shape
+    shape = (batch, heads, length, width // heads)
+    return context.build.gather(lambda t: t[0].reshape(batch, length, heads, -1).transpose(1, 2), [x], shape)
+
+
+# -- recurrence ----------------------------------------------------------------------------------
+@table.rule(nn.LSTM, nn.GRU, nn.RNN)
+def recurrent(context: Context, x: Any, state: Any = None) -> Any:
+    """Every step reaches every unit of its own and all later steps; the weights are dense (they are not
+    pruned).
+    """
+    m: Any = context.module
+    build = context.build
+    value = build.materialise(x)
+    if state is not None or m.proj_size or len(value.shape) != 3:
+        raise Unknown("a recurrent layer with an initial state, projections or a single sample")
+    time = 1 if m.batch_first else 0
+    for _ in range(m.num_layers):
+        outputs = []
+        for direction in range(2 if m.bidirectional else 1):
+            ref = ir.WeightRef(None, (m.hidden_size, value.shape[-1]))
+            units = build.linear(value, ref, bias=m.bias)
+            outputs.append(running_sum(context, units, time, backwards=direction == 1))
+        shape = (*value.shape[:-1], m.hidden_size * len(outputs))
+        value = build.gather(lambda tensors: torch.cat(list(tensors), -1), outputs, shape)
+
+    def final(result: Any) -> Any:
+        if not isinstance(result, Tensor):
+            return tuple(final(item) for item in result)
+        return build.opaque([value], result.shape, "the final state of a recurrent layer")
+
+    wanted = any(user.args[1] != 0 for user in context.node.users if len(user.args) > 1)
+    states = final(context.result[1]) if wanted else None
+    return value, states

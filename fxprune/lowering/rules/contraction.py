@@ -1,0 +1,240 @@
+"""Contractions of two values (matrix products, einsum), and with parameters that no layer wraps."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.graph import ir
+from fxprune.lowering.builder import Constant
+from fxprune.lowering.rules.pointwise import plus_constant
+from fxprune.lowering.rules.table import Context, RuleTable, Unknown
+
+__all__ = ["contract", "table"]
+
+table = RuleTable()
+
+Operand = ir.Value | Constant
+
+
+def contract(context: Context, equation: str, a: Operand, b: Operand, shape: Sequence[int]) -> ir.Value:
+    """``einsum(equation, a, b)``: a kernel set if one operand is a prunable parameter, else a mix."""
+    build = context.build
+    left, right, out = equation.replace("->", ",").split(",")
+    for x, w, x_letters, w_letters in ((a, b, left, right), (b, a, right, left)):
+        if isinstance(w, Constant) and w.weight is not None and isinstance(x, ir.Value):
+            return _with_weight(context, x, w.weight, (x_letters, w_letters, out), shape)
+    return build.mix(equation, build.materialise(a, exact=True), build.materialise(b, exact=True), shape)
+
+
+def _with_weight(
+    context: Context, x: ir.Value, ref: ir.WeightRef, letters: tuple[str, str, str], shape: Sequence[int]
+) -> ir.Value:
+    """A linear layer in other words: move the summed axes last, contract, move the new axes into place."""
+    x_letters, w_letters, out = letters
+    shared = [c for c in w_letters if c in x_letters and c in out]  # a matrix each: blocks of one matrix
+    gone = [c for c in w_letters if c in x_letters and c not in out]
+    made = [c for c in w_letters if c not in x_letters and c in out]
+    kept = [c for c in x_letters if c not in gone + shared]
+    sizes = dict(zip(x_letters, x.shape, strict=True))
+    known = all(sizes.get(c, size) == size for c, size in zip(w_letters, ref.shape, strict=True))
+    sizes |= dict(zip(w_letters, ref.shape, strict=True))
+    if (
+        len(shared + gone + made) != len(w_letters)
+        or sorted(kept + shared + made) != sorted(out)
+        or not known
+    ):
+        raise Unknown(f"a parameter contracted as {','.join(letters[:2])}->{out}")
+    blocks = math.prod(sizes[c] for c in shared)
+    rows, columns = math.prod(sizes[c] for c in made), math.prod(sizes[c] for c in gone)
+
+    def view(weight: Tensor) -> Tensor:
+        weight = weight if ref.view is None else ref.view(weight)
+        weight = weight.permute([w_letters.index(c) for c in shared + made + gone])
+        weight = weight.reshape(blocks, rows, columns)
+        if blocks == 1:
+            return weight[0]
+        return torch.block_diag(*weight)  # type: ignore[no-untyped-call,no-any-return]
+
+    def arrange(tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0].permute([x_letters.index(c) for c in kept + shared + gone]).flatten(len(kept))
+
+    def place(tensors: Sequence[Tensor]) -> Tensor:
+        whole = tensors[0].reshape([sizes[c] for c in kept + shared + made])
+        return whole.permute([(kept + shared + made).index(c) for c in out])
+
+    build = context.build
+    several = bool(shared + gone)
+    last = build.gather(_at_least(arrange, several), [x], [*(sizes[c] for c in kept), blocks * columns])
+    whole = ir.WeightRef(ref.name, (blocks * rows, blocks * columns), view, ref.direct)
+    made_last = build.linear(last, whole, bias=False)
+    return build.gather(place, [made_last], shape)
+
+
+def _at_least(
+    arrange: Callable[[Sequence[Tensor]], Tensor], contracts: bool
+) -> Callable[[Sequence[Tensor]], Tensor]:
+    """An outer product sums over nothing: an axis of size one stands in."""
+    return arrange if contracts else lambda tensors: tensors[0].unsqueeze(-1)
+
+
+# -- matrix products -----------------------------------------------------------------------------
+_MATMUL = (
+    torch.matmul,
+    "matmul",
+    operator.matmul,
+    torch.bmm,
+    "bmm",
+    torch.mm,
+    "mm",
+    torch.mv,
+    "mv",
+    torch.dot,
+    "dot",
+)
+
+
+@table.rule(*_MATMUL, "__matmul__", operator.imatmul)
+def matmul(context: Context, a: Operand, b: Operand) -> ir.Value:
+    """Batched matrix product."""
+    return product(context, a, b, context.shape)
+
+
+def product(context: Context, a: Operand, b: Operand, shape: Sequence[int]) -> ir.Value:
+    """``a @ b``, whose result has this shape."""
+    rows, columns = len(a.shape), len(b.shape)
+    batch = "abcdefgh"[: max(rows, columns, 2) - 2]
+    left = "i" if rows == 1 else batch[len(batch) - rows + 2 :] + "yi"
+    right = "i" if columns == 1 else batch[len(batch) - columns + 2 :] + "iz"
+    out = batch + ("y" if rows > 1 else "") + ("z" if columns > 1 else "")
+    return contract(context, f"{left},{right}->{out}", a, b, shape)
+
+
+@table.rule("__rmatmul__")
+def reversed_matmul(context: Context, a: Operand, b: Operand) -> ir.Value:
+    return product(context, b, a, context.shape)
+
+
+@table.rule(torch.baddbmm, "baddbmm", torch.addmm, "addmm", torch.addmv, "addmv", torch.addbmm)
+def add_matmul(
+    context: Context, x: Any, a: Operand, b: Operand, *, beta: float = 1, alpha: float = 1
+) -> ir.Value:
+    """``y = beta x + alpha a @ b``."""
+    if context.target is torch.addbmm:
+        raise Unknown("a matrix product summed over the batch")
+    build, shape = context.build, context.shape
+    result = product(context, a, b, shape)
+    if not beta:
+        return result
+    return build.sum([x, result], shape) if isinstance(x, ir.Value) else plus_constant(context, result, x)
+
+
+@table.rule(torch.outer, "outer", torch.ger)
+def outer(context: Context, a: Operand, b: Operand) -> ir.Value:
+    return contract(context, "y,z->yz", a, b, context.shape)
+
+
+# -- einsum --------------------------------------------------------------------------------------
+@table.rule(torch.einsum)
+def einsum(context: Context, equation: Any, *operands: Any) -> ir.Value:
+    """Any number of factors, two at a time; one operand alone is summed and moved."""
+    factors = (
+        list(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else list(operands)
+    )
+    if not isinstance(equation, str):
+        raise Unknown("einsum with sublists")
+    terms, out = _explicit(equation.replace(" ", ""), factors)
+    made: ir.Value | None = None
+    while len(factors) > 1:
+        rest = "".join(terms[2:]) + out
+        last = len(factors) == 2
+        joined = "".join(dict.fromkeys(terms[0] + terms[1]))
+        kept = out if last else "".join(c for c in joined if c in rest)
+        sizes: dict[str, int] = {}
+        for term, factor in zip(terms[:2], factors[:2], strict=True):
+            for c, size in zip(term, factor.shape, strict=True):
+                sizes[c] = max(size, sizes.get(c, 1))
+        shape = [sizes[c] for c in kept]
+        made = contract(context, f"{terms[0]},{terms[1]}->{kept}", factors[0], factors[1], shape)
+        factors, terms = [made, *factors[2:]], [kept, *terms[2:]]
+    return made if made is not None else _alone(context, factors[0], terms[0], out)
+
+
+def _explicit(equation: str, factors: Sequence[Operand]) -> tuple[list[str], str]:
+    """Letters of every operand and of the result, with ``...`` and the arrow spelled out."""
+    left, arrow, out = equation.partition("->")
+    terms = left.split(",")
+    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+    widths = [len(f.shape) - len(t) + 3 if "..." in t else 0 for t, f in zip(terms, factors, strict=True)]
+    dots = "".join(spare[: max(widths)])
+    terms = [t.replace("...", dots[len(dots) - w :]) for t, w in zip(terms, widths, strict=True)]
+    if any(len(set(term)) != len(term) for term in terms):
+        raise Unknown(f"einsum over a diagonal: {equation}")
+    if not arrow:
+        letters = "".join(terms)
+        out = "..." + "".join(sorted(c for c in set(letters) - set(dots) if letters.count(c) == 1))
+    return terms, out.replace("...", dots)
+
+
+def _alone(context: Context, x: Operand, letters: str, out: str) -> ir.Value:
+    build = context.build
+    value = build.materialise(x)
+    gone = [i for i, c in enumerate(letters) if c not in out]
+    kept = [c for c in letters if c in out]
+    if gone:
+        value = build.reduce(value, "sum", gone, False, [value.shape[letters.index(c)] for c in kept])
+    order = [kept.index(c) for c in out]
+    return build.gather(lambda tensors: tensors[0].permute(order), [value], context.shape)
+
+
+@table.rule(torch.tensordot)
+def tensordot(context: Context, a: Operand, b: Operand, dims: Any = 2, **_: Any) -> ir.Value:
+    """The last axes of ``a`` against the first of ``b``, or those named."""
+    rank_a, rank_b = len(a.shape), len(b.shape)
+    pairs = (range(rank_a - dims, rank_a), range(dims)) if isinstance(dims, int) else dims
+    left, right = list("abcdefgh"[:rank_a]), list("ABCDEFGH"[:rank_b])
+    for i, j in zip(*pairs, strict=True):
+        right[j % rank_b] = left[i % rank_a]
+    out = [c for c in left if c not in right] + [c for c in right if c not in left]
+    return contract(context, f"{''.join(left)},{''.join(right)}->{''.join(out)}", a, b, context.shape)
+
+
+# -- Fourier transforms --------------------------------------------------------------------------
+def _transform(axes: int | None) -> Callable[..., ir.Value]:
+    def transform(
+        context: Context, x: Any, s: Any = None, dim: Any = None, norm: Any = None, n: Any = None
+    ) -> ir.Value:
+        """Every position along the axes reaches every position."""
+        build = context.build
+        value = build.materialise(x)
+        rank = len(value.shape)
+        dims = range(-axes, 0) if dim is None and axes else range(rank) if dim is None else dim
+        dims = [dims % rank] if isinstance(dims, int) else [d % rank for d in dims]
+        shape = [1 if d in dims else size for d, size in enumerate(value.shape)]
+        return build.affine(build.reduce(value, "sum", dims, True, shape), context.shape)
+
+    return transform
+
+
+for _name in ("rfft", "irfft", "fft", "ifft"):
+    for _suffix, _axes in (("", 1), ("2", 2), ("n", None)):
+        table.rule(getattr(torch.fft, _name + _suffix))(_transform(_axes))
+
+
+@table.rule(torch.view_as_complex, "view_as_complex")
+def view_as_complex(context: Context, x: Any) -> ir.Value:
+    """Both parts make the number."""
+    value = context.build.materialise(x)
+    return context.build.reduce(value, "sum", (len(value.shape) - 1,), False, context.shape)
+
+
+@table.rule(torch.view_as_real, "view_as_real")
+def view_as_real(context: Context, x: Any) -> ir.Value:
+    """The number makes both parts."""
+    value, shape = context.build.materialise(x), context.shape
+    return context.build.gather(lambda tensors: tensors[0].unsqueeze(-1).expand(shape), [value], shape)

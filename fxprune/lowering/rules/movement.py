@@ -1,0 +1,276 @@
+"""Data movement: ops that copy entries about and compute nothing. One rule serves them all.
+
+The op itself, run on a tensor of integer labels, tells where every entry went; so nothing is known here about
+what a reshape or a pixel shuffle does.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxprune.graph import ir
+from fxprune.lowering.builder import Constant
+from fxprune.lowering.rules.pointwise import present
+from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
+
+__all__ = ["MOVES", "SHAPED_LIKE", "table"]
+
+table = RuleTable()
+
+_METHODS = """
+    reshape view flatten unflatten permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze
+    expand repeat chunk split split_with_sizes tensor_split unbind narrow select index_select roll flip fliplr
+    flipud rot90 tile repeat_interleave gather diagonal tril triu reshape_as view_as expand_as broadcast_to t
+    take_along_dim squeeze_ unsqueeze_ t_ transpose_ ravel hsplit vsplit unfold tril_ triu_ diag_embed numpy_T
+    adjoint
+""".split()
+_FUNCTIONS = """
+    reshape flatten unflatten permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze chunk
+    split split_with_sizes tensor_split unbind narrow select index_select roll flip fliplr flipud rot90 tile
+    repeat_interleave gather diagonal tril triu broadcast_to t take_along_dim cat concat concatenate stack
+    hstack vstack pixel_shuffle pixel_unshuffle channel_shuffle ravel hsplit vsplit dstack column_stack
+    atleast_1d native_channel_shuffle diag_embed adjoint constant_pad_nd
+""".split()
+_MODULES = [
+    nn.Flatten,
+    nn.Unflatten,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+    nn.ZeroPad1d,
+    nn.ZeroPad2d,
+    nn.ZeroPad3d,
+    nn.ReflectionPad1d,
+    nn.ReflectionPad2d,
+    nn.ReflectionPad3d,
+    nn.ReplicationPad1d,
+    nn.ReplicationPad2d,
+    nn.ReplicationPad3d,
+    nn.ConstantPad1d,
+    nn.ConstantPad2d,
+    nn.ConstantPad3d,
+    nn.CircularPad1d,
+    nn.CircularPad2d,
+    nn.CircularPad3d,
+]
+_PADS = (
+    F.pad,
+    nn.ZeroPad1d,
+    nn.ZeroPad2d,
+    nn.ZeroPad3d,
+    nn.ConstantPad1d,
+    nn.ConstantPad2d,
+    nn.ConstantPad3d,
+)
+
+MOVES: set[Any] = {
+    *_METHODS,
+    *(getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, name)),
+    *_MODULES,
+    F.pad,
+    F.pixel_shuffle,
+    F.pixel_unshuffle,
+    operator.getitem,
+    operator.setitem,
+    getattr,  # x.T, x.mT, x.data
+}
+SHAPED_LIKE = ("reshape_as", "view_as", "expand_as")
+"""Of these the second tensor gives its shape alone."""
+
+
+def _is_data(x: ir.Value | Constant) -> bool:
+    """Index tensors are read for their numbers, all others are moved."""
+    return isinstance(x, ir.Value) or x.dtype.is_floating_point or x.dtype.is_complex
+
+
+def _numbers(x: Constant) -> Tensor:
+    number = x.numbers()
+    if number is None:
+        raise Unknown("the numbers of an index tensor are not known (on the meta device?)")
+    return number
+
+
+def _has_unknown_index(args: Any, kwargs: Any) -> bool:
+    indices = [x for x in tensors_in((args, kwargs)) if isinstance(x, Constant) and not _is_data(x)]
+    return any(x.numbers() is None for x in indices)
+
+
+def _runner(context: Context, args: Any, kwargs: Any) -> Callable[[Sequence[Tensor]], Any]:
+    """The op as a function of its data operands alone, in the order of :func:`tensors_in`."""
+    target, module = context.target, context.module
+    fixed = {id(x): _numbers(x) for x in tensors_in((args, kwargs)) if not _is_data(x)}  # type: ignore[arg-type]
+    zeros = {id(x): x for x in tensors_in((args, kwargs)) if isinstance(x, Constant) and x.zero}
+
+    def run(tensors: Sequence[Tensor]) -> Any:
+        pending = iter(tensors)
+
+        def operand(x: ir.Value | Constant) -> Tensor:
+            if id(x) in fixed:
+                return fixed[id(x)]
+            tensor = next(pending)
+            return torch.zeros_like(tensor) if id(x) in zeros else tensor
+
+        moved_args, moved_kwargs = substitute(args, operand), substitute(kwargs, operand)
+        if module is not None:
+            return module(*moved_args, **moved_kwargs)
+        if target is operator.setitem:
+            changed = moved_args[0].clone()
+            changed[moved_args[1]] = moved_args[2]
+            return changed
+        if isinstance(target, str):
+            return getattr(moved_args[0], target)(*moved_args[1:], **moved_kwargs)
+        return target(*moved_args, **moved_kwargs)
+
+    return run
+
+
+def _padding(
+    context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[int], bool] | None:
+    """Amounts of a constant padding (as F.pad takes them) and whether with zeros; ``None`` for other ops."""
+    if context.target not in _PADS:
+        return None
+    if context.module is None:
+        amounts = args[1] if len(args) > 1 else kwargs["pad"]
+        mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
+        value = args[3] if len(args) > 3 else kwargs.get("value")
+    else:
+        amounts, mode, value = context.module.padding, "constant", getattr(context.module, "value", 0)
+    return ([int(amount) for amount in amounts], value in (None, 0, 0.0)) if mode == "constant" else None
+
+
+def _image_pads(rank: int, amounts: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """Image axes that grow by zeros, with (before, after).
+
+    Images are (batch, channel, positions...), or (batch, rows, columns, channel) if rows and columns both
+    grow.
+    """
+    pairs = {rank - 1 - i // 2: (amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)}
+    grown = {dim: pair for dim, pair in pairs.items() if pair != (0, 0)}
+    if not grown or min(amounts) < 0:
+        return {}
+    channels_last = rank >= 4 and {1, 2} <= set(grown) and rank - 1 not in grown
+    return grown if channels_last or not set(grown) & {0, 1} else {}
+
+
+@table.rule(*MOVES)
+def move(context: Context, *args: Any, **kwargs: Any) -> Any:
+    """``y[i] = x[map(i)]``: the map is read off a run on labels."""
+    if context.target is operator.getitem and isinstance(args[0], (list, tuple, dict)):
+        return args[0][args[1]]
+    if context.target is operator.getitem and not isinstance(args[0], (ir.Value, Constant)):
+        return operator.getitem(args[0], args[1])
+    build = context.build
+    if context.target is getattr and args[1] in ("real", "imag", "data"):
+        return build.affine(build.materialise(args[0]))
+    operands = [x for x in tensors_in((args, kwargs)) if _is_data(x)]
+    if any(isinstance(x, ir.Value) and not _is_moved(context, x, args) for x in operands):
+        raise Unknown("an index tensor depends on the input")
+    values = [build.materialise(x) for x in operands]
+    if not any(value.live for value in values) and _has_unknown_index(args, kwargs):
+        # Entries of a table, picked by numbers that are not known (the meta device): no path, and perhaps
+        # present; its numbers tell nothing, and are not to be computed with.
+        return replace(present(context.shape), is_learnt=True)
+    run, pads = _runner(context, args, kwargs), {}
+    padding = _padding(context, args, kwargs)
+    if padding is not None:
+        amounts, zeros = padding
+        pads = _image_pads(len(values[0].shape), amounts) if zeros else {}
+        fill = 0.0 if zeros else 1.0  # the label of a constant
+        run = lambda tensors: F.pad(tensors[0], amounts, value=fill)  # noqa: E731
+    moved = _outputs(context, run, values, context.result, pads)
+    if values and values[0].index in build.squares:
+        build.squares.update(x.index for x in tensors_in(moved) if isinstance(x, ir.Value))
+    return moved
+
+
+def _is_moved(context: Context, x: ir.Value, args: tuple[Any, ...]) -> bool:
+    """False for a value that serves as an index."""
+    if context.target in (operator.getitem, "gather", torch.gather, "index_select", torch.index_select):
+        return x is args[0]
+    if context.target is operator.setitem:
+        return x is args[0] or x is args[2]
+    return True
+
+
+def _outputs(
+    context: Context,
+    run: Callable[[Sequence[Tensor]], Any],
+    values: list[ir.Value],
+    result: Any,
+    pads: dict[int, tuple[int, int]],
+) -> Any:
+    build = context.build
+    if isinstance(result, Tensor) or hasattr(result, "shape"):
+        return build.gather(run, values, result.shape, pads)
+    if isinstance(result, (list, tuple)):
+
+        def item(i: int) -> Callable[[Sequence[Tensor]], Any]:
+            return lambda tensors: run(tensors)[i]
+
+        return type(result)(_outputs(context, item(i), values, r, {}) for i, r in enumerate(result))
+    raise Unknown(f"data movement returns {type(result).__name__}")
+
+
+@table.rule(F.unfold, nn.Unfold)
+def unfold(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
+    """Patches of an image, side by side: zeros around it first."""
+    names = ("kernel_size", "dilation", "padding", "stride")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if context.module is not None:
+        given = {name: getattr(context.module, name) for name in names}
+    value, padding = context.build.materialise(x), given.pop("padding", 0)
+    rows, columns = (padding, padding) if isinstance(padding, int) else padding
+    if rows or columns:
+        *outer, height, width = value.shape
+        shape = (*outer, height + 2 * rows, width + 2 * columns)
+        pads = {len(shape) - 2: (rows, rows), len(shape) - 1: (columns, columns)}
+        amounts = [columns, columns, rows, rows]
+        value = context.build.gather(lambda tensors: F.pad(tensors[0], amounts), [value], shape, pads)
+    return context.build.gather(lambda tensors: F.unfold(tensors[0], **given), [value], context.shape)
+
+
+@table.rule("copy_")
+def copy(context: Context, x: Any, source: Any, *args: Any) -> ir.Value:
+    """What was there is overwritten."""
+    return context.build.affine(context.build.materialise(source), context.shape)
+
+
+@table.rule("new_zeros", "zero_", torch.zeros_like, "new_empty", torch.empty_like)
+def zeros(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
+    """A tensor of zeros: present nowhere until something is written into it."""
+    shape, dtype = context.shape, context.result.dtype
+    return Constant(shape, dtype, lambda: torch.zeros(shape, dtype=dtype), zero=True)
+
+
+@table.rule("new_ones", "new_full", "new_tensor", torch.ones_like, torch.full_like)
+@table.rule(torch.rand_like, torch.randn_like, "fill_")
+def constants(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
+    """Present everywhere, on no path."""
+    shape, dtype = context.shape, context.result.dtype
+    return Constant(shape, dtype, lambda: torch.ones(shape, dtype=dtype))
+
+
+@table.rule(torch.where, "where")
+def where(context: Context, condition: Any, a: Any, b: Any) -> ir.Value:
+    """Each side where it is chosen; both, where the choice depends on the input."""
+    build, shape = context.build, context.shape
+    sides = []
+    chosen = condition.numbers() if isinstance(condition, Constant) else None
+    for side, pick in ((a, True), (b, False)):
+        if not isinstance(side, (ir.Value, Constant)):
+            if side == 0:
+                continue
+            side = Constant((), torch.float32, lambda: torch.ones(()))
+        value = build.materialise(side)
+        if chosen is not None:
+            value = build.select(value, chosen.bool() == pick, shape)
+        sides.append(value)
+    return build.sum(sides, shape)

@@ -1,0 +1,105 @@
+"""The rule table: which function writes the ops of which torch op.
+
+A rule is ``rule(context, *args, **kwargs)`` with the op's own arguments, tensors replaced by values or
+constants; it returns the op's result in the same form. Keys are functions, method names and module classes; a
+duplicate raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxprune.graph import ir
+from fxprune.lowering.builder import Builder, Constant
+
+__all__ = ["Context", "Rule", "RuleTable", "Unknown", "merge"]
+
+Rule = Callable[..., Any]
+
+
+class Unknown(Exception):
+    """Raised by a rule that meets arguments it cannot read; the op becomes opaque, with this text as the
+    reason.
+    """
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a rule may look at: the builder, the fx node, its captured result, and the module of a
+    call_module.
+    """
+
+    build: Builder
+    node: fx.Node
+    target: Any
+    result: Any
+    module: nn.Module | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the (single) result."""
+        if not isinstance(self.result, Tensor):
+            raise Unknown(f"result of {self.node.name} is {type(self.result).__name__}, not a tensor")
+        return tuple(self.result.shape)
+
+
+class RuleTable:
+    def __init__(self) -> None:
+        self.rules: dict[Any, Rule] = {}
+
+    def rule(self, *targets: Any) -> Callable[[Rule], Rule]:
+        """Register the decorated function for every spelling of the op."""
+
+        def register(function: Rule) -> Rule:
+            for target in targets:
+                if target in self.rules:
+                    raise ValueError(f"op rule for {target!r} is defined twice")
+                self.rules[target] = function
+            return function
+
+        return register
+
+
+def merge(tables: Sequence[RuleTable]) -> dict[Any, Rule]:
+    merged: dict[Any, Rule] = {}
+    for table in tables:
+        for target, function in table.rules.items():
+            if target in merged:
+                raise ValueError(f"op rule for {target!r} is defined in two files")
+            merged[target] = function
+    return merged
+
+
+def tensors_in(x: Any) -> Iterator[ir.Value | Constant]:
+    """Values and constants inside nested arguments, in order."""
+    if isinstance(x, (ir.Value, Constant)):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for item in x:
+            yield from tensors_in(item)
+    elif isinstance(x, dict):
+        for item in x.values():
+            yield from tensors_in(item)
+    elif isinstance(x, slice):
+        yield from tensors_in((x.start, x.stop, x.step))
+    elif is_dataclass(x) and not isinstance(x, type):
+        yield from tensors_in(list(vars(x).values()))
+
+
+def substitute(x: Any, replace: Callable[[ir.Value | Constant], Any]) -> Any:
+    """``x`` with every value and constant inside replaced."""
+    if isinstance(x, (ir.Value, Constant)):
+        return replace(x)
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(substitute(item, replace) for item in x))
+    if isinstance(x, (list, tuple)):
+        return type(x)(substitute(item, replace) for item in x)
+    if isinstance(x, dict):
+        return {key: substitute(item, replace) for key, item in x.items()}
+    if isinstance(x, slice):
+        return slice(*(substitute(item, replace) for item in (x.start, x.stop, x.step)))
+    return x

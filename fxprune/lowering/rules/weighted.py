@@ -1,0 +1,193 @@
+"""Contractions with a parameter: convolutions and linear layers of every rank and kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxprune.graph import ir
+from fxprune.lowering.builder import Constant
+from fxprune.lowering.rules.table import Context, RuleTable, Unknown
+
+__all__ = ["table"]
+
+table = RuleTable()
+
+
+def module_weight(context: Context, name: str = "weight") -> ir.WeightRef:
+    """The parameter ``name`` of the module at hand."""
+    tensor = getattr(context.module, "_parameters", {}).get(name)
+    if tensor is None:
+        raise Unknown(f"{context.build.layer} has no parameter {name!r}")
+    ref = context.build.parameters.reference(tensor, context.module)
+    return ref or ir.WeightRef(None, tuple(tensor.shape))
+
+
+def operand(weight: Any) -> ir.WeightRef:
+    """The weight operand of a functional call: a prunable parameter, or dense; zeros made in the forward
+    stay.
+    """
+    if not isinstance(weight, Constant):
+        raise Unknown("the weight depends on the input")
+    if weight.weight is not None:
+        return weight.weight
+    numbers = None if weight.is_learnt else weight.numbers()
+    if numbers is None or bool((numbers != 0).all()):
+        return ir.WeightRef(None, weight.shape)
+    pattern = (numbers != 0).float()
+    return ir.WeightRef(None, weight.shape, lambda ones: ones * pattern.to(ones))
+
+
+def _pairs(value: Any, rank: int) -> tuple[int, ...]:
+    return (
+        (int(value),) * rank
+        if isinstance(value, int)
+        else tuple(int(v) for v in value) * (rank if len(value) == 1 else 1)
+    )
+
+
+@table.rule(nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+def linear_module(context: Context, x: Any) -> ir.Value:
+    """``y = x W^T + b``: one kernel per weight."""
+    assert context.module is not None
+    value = context.build.materialise(x)
+    return context.build.linear(value, module_weight(context), bias=context.module.bias is not None)
+
+
+@table.rule(F.linear)
+def linear(context: Context, x: Any, weight: Any, bias: Any = None) -> ir.Value:
+    build = context.build
+    value = build.materialise(x)
+    if isinstance(weight, ir.Value):
+        if len(weight.shape) != 2:
+            raise Unknown("linear with a vector as weight")
+        letters = "abcdefgh"[: len(value.shape) - 1]
+        result = build.mix(f"{letters}i,oi->{letters}o", value, weight, context.shape)
+        return build.affine(result, bias=True) if bias is not None else result
+    ref = operand(weight)
+    if len(ref.shape) == 1:
+        raise Unknown("linear with a vector as weight")
+    return build.linear(value, ref, bias=bias is not None)
+
+
+def _window(
+    kernel: Any, stride: Any, padding: Any, dilation: Any, mode: str = "zeros", *, rank: int
+) -> ir.Window:
+    kernel, stride, dilation = tuple(kernel), _pairs(stride, rank), _pairs(dilation, rank)
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        pads = tuple((total // 2, total - total // 2) for total in totals)
+    else:
+        pads = tuple((p, p) for p in _pairs(padding, rank))
+    return ir.Window(kernel, stride, pads, dilation, mode)
+
+
+@table.rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def conv_module(context: Context, x: Any) -> ir.Value:
+    """One kernel per (out, in / groups) pair, its taps the weights."""
+    m: Any = context.module
+    rank = len(m.kernel_size)
+    window = _window(m.kernel_size, m.stride, m.padding, m.dilation, m.padding_mode, rank=rank)
+    return context.build.conv(
+        context.build.materialise(x),
+        module_weight(context),
+        context.shape,
+        window=window,
+        groups=m.groups,
+        bias=m.bias is not None,
+    )
+
+
+@table.rule(F.conv1d, F.conv2d, F.conv3d)
+def conv(
+    context: Context,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> ir.Value:
+    build, value = context.build, context.build.materialise(input)
+    if isinstance(weight, ir.Value):  # a dynamic convolution
+
+        def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = context.target(x, w, None, stride, padding, dilation, groups)
+            return result
+
+        result = build.mix("", value, weight, context.shape, product)
+        return build.affine(result, bias=True) if bias is not None else result
+    ref = operand(weight)
+    rank = len(ref.shape) - 2
+    window = _window(ref.shape[2:], stride, padding, dilation, rank=rank)
+    return context.build.conv(value, ref, context.shape, window=window, groups=groups, bias=bias is not None)
+
+
+def _transposed(kernel: Any, stride: Any, padding: Any, dilation: Any, output_padding: Any) -> ir.Window:
+    rank = len(kernel)
+    base = _window(kernel, stride, padding, dilation, rank=rank)
+    return ir.Window(
+        base.kernel, base.stride, base.padding, base.dilation, "zeros", True, _pairs(output_padding, rank)
+    )
+
+
+@table.rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def conv_transpose_module(context: Context, x: Any, output_size: Any = None) -> ir.Value:
+    """The parameter is ``(in, out / groups, *taps)``; ``output_padding`` follows from the captured output
+    shape.
+    """
+    m: Any = context.module
+    value, shape = context.build.materialise(x), context.shape
+    rank = len(m.kernel_size)
+    extra = [
+        shape[-rank + d]
+        - (
+            (value.shape[-rank + d] - 1) * m.stride[d]
+            - 2 * m.padding[d]
+            + m.dilation[d] * (m.kernel_size[d] - 1)
+            + 1
+        )
+        for d in range(rank)
+    ]
+    window = _transposed(m.kernel_size, m.stride, m.padding, m.dilation, extra)
+    ref = module_weight(context)
+    return context.build.conv(value, ref, shape, window=window, groups=m.groups, bias=m.bias is not None)
+
+
+@table.rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+def conv_transpose(
+    context: Context,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> ir.Value:
+    ref = operand(weight)
+    window = _transposed(ref.shape[2:], stride, padding, dilation, output_padding)
+    value = context.build.materialise(input)
+    return context.build.conv(value, ref, context.shape, window=window, groups=groups, bias=bias is not None)
+
+
+@table.rule(nn.Bilinear, F.bilinear)
+def bilinear(context: Context, *args: Any) -> ir.Value:
+    raise Unknown("bilinear layer")
+
+
+@table.rule(nn.Embedding, F.embedding, torch.embedding)
+def embedding(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value | Constant:
+    """Paths start where the network looks its input up; the table itself is no kernel."""
+    tokens = x if context.module is not None or isinstance(x, ir.Value) else args[0]
+    shape = context.shape
+    if isinstance(tokens, ir.Value):
+        return context.build.source(shape)
+    return Constant(shape, torch.float32, lambda: torch.ones(shape))

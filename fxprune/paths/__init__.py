@@ -1,0 +1,1 @@
+"""Count paths on the graph, exactly and without overflow."""

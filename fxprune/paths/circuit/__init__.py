@@ -1,0 +1,1 @@
+"""Compile the counting of one graph into flat arrays."""

@@ -1,0 +1,225 @@
+"""Windows that slide over positions: convolutions and pools, on no more positions than differ.
+
+In: an op with a window and the layout of its input. Out: the output's layout and a function of the reduced
+input. Positions that are all alike stay one class where no border is seen. Where one is seen, the classes are
+border positions and the inside: a stretch of equal positions is cut short, and the op runs on the smaller
+image with its own padding. Every output of the large image is an output of the small one, so nothing is
+approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxprune.graph import ir
+from fxprune.lowering.periodic import fold_periodically
+from fxprune.paths.context import Compiled, Counting, Linear, Setting
+from fxprune.paths.layout import AxisMap, Layout, collapsed, explicit, reader, reduced_shape
+
+__all__ = ["conv", "pool", "shortened", "wrapped"]
+
+
+def shortened(axis: AxisMap, out: int, span: int, stride: int, before: int) -> tuple[Tensor, AxisMap]:
+    """Positions to keep of an axis over which windows of ``span`` entries slide, and the map of the output.
+
+    ``before`` zeros stand in front of the axis, ``out`` is the number of windows. Of the longest stretch of
+    equal entries all windows that lie inside it are alike; all but one of them are left out.
+
+    >>> shortened(collapsed(8), 8, 3, 1, 1)[0], shortened(collapsed(8), 8, 3, 1, 1)[1].index()
+    (tensor([5, 6, 7]), tensor([0, 1, 1, 1, 1, 1, 1, 2]))
+    """
+    classes = axis.index()
+    edges = torch.nonzero(classes[1:] != classes[:-1]).flatten() + 1
+    starts = torch.cat([edges.new_zeros(1), edges])
+    lengths = torch.diff(starts, append=edges.new_tensor([axis.size]))
+    longest = int(lengths.argmax())
+    start, stop = int(starts[longest]), int(starts[longest] + lengths[longest])
+    first = max(0, -(-(start + before) // stride))
+    last = min(out - 1, (stop - span + before) // stride)
+    spare = last - first
+    if spare <= 0:
+        return torch.arange(axis.size), explicit(out)
+    kept = torch.arange(axis.size - spare * stride)
+    windows = torch.arange(out)
+    labels = torch.where(windows <= first, windows, (windows - spare).clamp(min=first))
+    count = out - spare
+    return torch.where(kept < start, kept, kept + spare * stride), AxisMap(
+        out, count, labels if count > 1 else None
+    )
+
+
+def _picker(x: Layout, positions: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Reads a reduced tensor at the given positions of some axes."""
+    picks = {dim: x[dim].index()[at] for dim, at in positions.items()}
+    picks = {dim: at for dim, at in picks.items() if not torch.equal(at, torch.arange(x[dim].count))}
+
+    def pick(tensor: Tensor) -> Tensor:
+        for dim, at in picks.items():
+            tensor = tensor.index_select(dim, at.to(tensor.device))
+        return tensor
+
+    return pick
+
+
+# -- convolutions -----------------------------------------------------------------------------------
+def conv(op: ir.Kernel, window: ir.Window, x: Layout, periodic: bool) -> Compiled:
+    """A convolution of any rank, transposed or not."""
+    rank = len(window.kernel)
+    alike = all(axis.is_collapsed for axis in x[-rank:])
+    padded = window.mode == "zeros" and any(p != (0, 0) for p in window.padding)
+    grows = any(op.output.shape[d - rank] != x[d - rank].size for d in range(rank))
+    uneven = window.transposed and (grows or any(stride > 1 for stride in window.stride))
+    channels = explicit(op.output.shape[-rank - 1])
+    outer = x[: -rank - 1]
+    if alike and not uneven and (periodic or not (padded or window.transposed)):
+        spots = tuple(collapsed(size) for size in op.output.shape[-rank:])
+        return (*outer, channels, *spots), _conv_of_constant_image(op, x, rank)
+    cuts = not periodic and not window.transposed and window.mode == "zeros"
+    positions, axes = {}, []
+    for d in range(rank):
+        axis, out, dim = x[d - rank], op.output.shape[d - rank], len(x) + d - rank
+        span = window.dilation[d] * (window.kernel[d] - 1) + 1
+        kept, map_out = torch.arange(axis.size), explicit(out)
+        if cuts:
+            kept, map_out = shortened(axis, out, span, window.stride[d], window.padding[d][0])
+        positions[dim] = kept
+        axes.append(map_out)
+    return (*outer, channels, *axes), _conv_of_image(op, window, x, (positions, tuple(axes)), periodic)
+
+
+def _weight(op: ir.Kernel, setting: Setting) -> Tensor:
+    weight = setting.operand(op.weight)
+    return weight if op.live_taps is None else weight * op.live_taps.to(weight)
+
+
+def _conv_of_constant_image(op: ir.Kernel, x: Layout, rank: int) -> Linear:
+    """All positions alike: the taps add up, and the convolution is a product with one number per kernel."""
+    read = reader(x, (*x[: -rank - 1], explicit(x[-rank - 1].size), *x[-rank:]))
+    shape = (*(axis.count for axis in x[: -rank - 1]), -1, *([1] * rank))
+    groups, transposed = op.groups, op.window is not None and op.window.transposed
+
+    def contract(setting: Setting, tensors: Sequence[Tensor]) -> Tensor:
+        weight = _weight(op, setting).flatten(2).sum(2)
+        inputs = read(tensors[0]).reshape(-1, groups, tensors_per_group)
+        if transposed:
+            weight = weight.reshape(groups, -1, weight.shape[1])
+        else:
+            weight = weight.reshape(groups, -1, weight.shape[1]).transpose(1, 2)
+        if groups == 1:
+            return (inputs[:, 0] @ weight[0]).reshape(shape)
+        return torch.einsum("ngi,gio->ngo", inputs, weight).reshape(shape)
+
+    tensors_per_group = x[-rank - 1].size // groups
+    return contract
+
+
+def _conv_of_image(
+    op: ir.Kernel,
+    window: ir.Window,
+    x: Layout,
+    places: tuple[dict[int, Tensor], Layout],
+    periodic: bool,
+) -> Linear:
+    positions, axes = places
+    rank = len(window.kernel)
+    fine = (*x[: -rank - 1], explicit(x[-rank - 1].size), *x[-rank:])
+    read, pick = reader(x, fine), _picker(x, positions)
+    outer, inner = reduced_shape(x[: -rank - 1]), (x[-rank - 1].size, *map(len, positions.values()))
+    shape = (*outer, op.output.shape[-rank - 1], *reduced_shape(axes))
+    run = _transposed if window.transposed else _correlate
+
+    def contract(setting: Setting, tensors: Sequence[Tensor]) -> Tensor:
+        image = pick(read(tensors[0])).reshape(-1, *inner)
+        return run(image, _weight(op, setting), window, op.groups, shape[-rank:], periodic).reshape(shape)
+
+    return contract
+
+
+def _correlate(
+    image: Tensor, weight: Tensor, window: ir.Window, groups: int, out: Sequence[int], periodic: bool
+) -> Tensor:
+    rank = len(window.kernel)
+    padding: tuple[int, ...] = (0,) * rank
+    if window.mode == "circular" or (periodic and window.mode == "zeros"):
+        for dim, (before, after) in enumerate(window.padding):
+            image = wrapped(image, dim - rank, before, after)
+    elif window.mode != "zeros" or any(before != after for before, after in window.padding):
+        mode = "constant" if window.mode == "zeros" else window.mode
+        image = F.pad(image, [p for pair in reversed(window.padding) for p in pair], mode=mode)
+    else:
+        padding = tuple(before for before, _ in window.padding)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
+    result: Tensor = conv(image, weight, None, window.stride, padding, window.dilation, groups)
+    return result
+
+
+def _transposed(
+    image: Tensor, weight: Tensor, window: ir.Window, groups: int, out: Sequence[int], periodic: bool
+) -> Tensor:
+    rank = len(window.kernel)
+    conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
+    if not periodic:
+        padding = tuple(before for before, _ in window.padding)
+        result: Tensor = conv(
+            image, weight, None, window.stride, padding, window.output_padding, groups, window.dilation
+        )
+        return result
+    result = conv(image, weight, None, window.stride, 0, 0, groups, window.dilation)
+    for dim, (before, _) in enumerate(window.padding):
+        result = fold_periodically(result, dim - rank, before, out[dim])
+    return result
+
+
+def wrapped(x: Tensor, dim: int, before: int, after: int) -> Tensor:
+    """``x`` extended periodically."""
+    if before == after == 0:
+        return x
+    size = x.shape[dim]
+    return x.index_select(dim, torch.arange(-before, size + after, device=x.device) % size)
+
+
+# -- pools ------------------------------------------------------------------------------------------
+def pool(op: ir.Pool, window: ir.WindowPool, x: Layout, periodic: bool) -> Compiled:
+    """Pooling, resampling, and whatever else adds up positions."""
+    out = op.output.shape
+    if len(out) == len(x) and all(x[dim].is_collapsed for dim in op.dims):
+        gains = _even_gains(op, window, x, periodic)
+        if gains is not None:
+            layout = tuple(collapsed(out[dim]) if dim in op.dims else axis for dim, axis in enumerate(x))
+            return layout, lambda setting, tensors: tensors[0] * gains[setting.counting]
+    total = window.periodic if periodic and window.periodic is not None else window.total
+    positions: dict[int, Tensor] = {}
+    axes = [x[dim] if dim < len(x) and dim not in op.dims else explicit(size) for dim, size in enumerate(out)]
+    for d, dim in enumerate(op.dims):
+        positions[dim] = torch.arange(x[dim].size)
+        geometry = window.window
+        if geometry is not None and not periodic:
+            span = geometry.dilation[d] * (geometry.kernel[d] - 1) + 1
+            before = geometry.padding[d][0]
+            positions[dim], axes[dim] = shortened(x[dim], out[dim], span, geometry.stride[d], before)
+    pick = _picker(x, positions)
+
+    def meet(setting: Setting, tensors: Sequence[Tensor]) -> Tensor:
+        image = pick(tensors[0])
+        if setting.counting == "any" or (op.how != "max" and setting.counting == "sum"):
+            return total(image)
+        return window.own(image)
+
+    return tuple(axes), meet
+
+
+def _even_gains(
+    op: ir.Pool, window: ir.WindowPool, x: Layout, periodic: bool
+) -> dict[Counting, float] | None:
+    """What an image of ones becomes, where that is the same everywhere (a maximum always is)."""
+    if op.how == "max":
+        return {"sum": 1.0, "mean": 1.0, "any": 1.0}
+    ones = torch.ones([axis.size if dim in op.dims else 1 for dim, axis in enumerate(x)])
+    total, own = window.total(ones).flatten(), window.own(ones).flatten()
+    if periodic or bool((total == total[0]).all() and (own == own[0]).all()):
+        return {"sum": float(total.mean()), "mean": float(own.mean()), "any": 1.0}
+    return None

@@ -1,0 +1,1 @@
+"""Write masks, weights and tickets to files, and read them."""

@@ -1,0 +1,1 @@
+"""Write masks into modules, and read, check and remove them."""

@@ -1,0 +1,177 @@
+"""Masks leave a model: a masked model comes in, a copy of plain modules comes out, dense in form."""
+
+from __future__ import annotations
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from fxprune.rewrite.masking.copying import duplicate
+from fxprune.rewrite.masking.graph_reads import (
+    attribute_at,
+    constant_region,
+    evaluate,
+    is_mask_product,
+    unmask_reads,
+)
+from fxprune.rewrite.masking.masked_module import (
+    SUFFIX,
+    Form,
+    form_of,
+    is_stock,
+    masked_class,
+    original_class,
+)
+from fxprune.rewrite.masking.operand_probe import example_input, recorded
+from fxprune.rewrite.masking.optimizer_hook import release
+from fxprune.rewrite.masking.parameters import masked_places, unwrap
+from fxprune.rewrite.masking.sharded import is_sharded, plain_twin
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def finalize(model: Model) -> Model:
+    """A copy of a masked model with its zeros baked in: plain modules, no masks, the same outputs to the bit.
+
+    Every module gets back the class it had. One kind cannot: where a layer computes its kernel from its
+    weight so that zeros do not stay zeros (weight standardisation), the *standardised and masked* kernel
+    becomes the weight of a plain convolution, of torch's class above the layer's own; if that class does not
+    compute the same (dynamic "same" padding), the layer keeps its own forward with the kernel fixed.
+
+    Args:
+        model: a masked graph module or plain module; it is not changed.
+
+    Returns:
+        The copy, of the same kind. Training it would revive pruned weights.
+
+    Raises:
+        ValueError: ``fully_shard`` has split the model, which cannot be copied then.
+
+    >>> from fxprune.rewrite import install
+    >>> layer = nn.Linear(2, 1)
+    >>> install(layer, {"weight": torch.tensor([[True, False]])})
+    >>> type(finalize(layer)).__name__
+    'Linear'
+    """
+    if is_sharded(model):
+        raise ValueError(
+            "model: fully_shard has split it, so that it cannot be copied; load its full state dict (torch."
+            "distributed.checkpoint.state_dict.get_model_state_dict) into a masked model that is not split"
+        )
+    final = duplicate(unwrap(model))
+    for module in list(final.modules()):
+        form = form_of(module)
+        if form is not None and form.kind == "reads" and form.operands:
+            _bake_module(module, form.operands[0])
+        if isinstance(module, GraphModule):
+            _bake_graph(module)
+    _strip(final)
+    return final  # type: ignore[return-value]
+
+
+def bare(model: Model) -> Model:
+    """The masked model as it was: original classes, no masks, *sharing* parameters and buffers with it.
+
+    For looking at, as capture and lowering do: its weights have the zeros, nothing holds them there. Of a
+    model that ``fully_shard`` has split, it is the whole one, with weights on the meta device.
+
+    >>> from fxprune.rewrite import install
+    >>> layer = nn.Linear(2, 1)
+    >>> install(layer, {"weight": torch.tensor([[True, False]])})
+    >>> bare(layer).weight is layer.weight
+    True
+    """
+    inside = unwrap(model)
+    if is_sharded(inside):
+        twin = plain_twin(inside)
+    else:
+        twin = duplicate(inside, [*inside.parameters(), *inside.buffers()])
+    _strip(twin)
+    return twin  # type: ignore[return-value]
+
+
+def _strip(model: nn.Module) -> None:
+    """Takes classes, masks and multiplications out again, in place."""
+    for module in model.modules():
+        if isinstance(module, GraphModule):
+            unmask_reads(module)
+    for _, module, attribute in list(masked_places(model)):
+        module._buffers.pop(attribute + SUFFIX, None)
+    for module in model.modules():
+        form = form_of(module)
+        if form is not None and form.kind != "frozen":
+            module.__class__ = original_class(module)
+        module.__dict__.pop("mask_provenance", None)
+        release(module)
+
+
+def _bake_module(module: nn.Module, attribute: str) -> None:
+    """Makes the kernel that a layer computes from its weight the weight itself."""
+    weight = module._parameters[attribute]
+    assert weight is not None
+    stock = next((base for base in original_class(module).__mro__ if is_stock(base)), None)
+    inputs = [example_input(module, weight, margin) for margin in (2, 3, 6)]
+    with torch.no_grad():
+        kernel = recorded(module.forward, inputs[0], weight.shape)[-1].detach().clone()
+        expected = [module.forward(*one) for one in inputs]
+    # A parameter shared with another layer must not be overwritten there.
+    module._parameters[attribute] = nn.Parameter(kernel, weight.requires_grad)
+    module._buffers.pop(attribute + SUFFIX, None)
+    frozen = masked_class(original_class(module), Form("frozen", operands=(attribute,)))
+    if stock is not None and attribute == "weight":
+        module.__class__ = stock
+        if _same(module, inputs, expected):
+            for name in set(module._parameters) - {"weight", "bias"}:
+                del module._parameters[name]
+            return
+    module.__class__ = frozen
+
+
+def _same(module: nn.Module, inputs: list[tuple[torch.Tensor, ...]], expected: list[torch.Tensor]) -> bool:
+    with torch.no_grad():
+        for one, wanted in zip(inputs, expected, strict=True):
+            found = module.forward(*one)
+            if found.shape != wanted.shape or not torch.equal(found, wanted):
+                return False
+    return True
+
+
+def _bake_graph(gm: GraphModule) -> None:
+    """Replaces every masked kernel operand that a graph computes from parameters by a parameter."""
+    for node in list(gm.graph.nodes):
+        if not is_mask_product(gm, node) or node.args[0].op == "get_attr":
+            continue
+        region = constant_region(node)
+        assert region is not None
+        name = str(node.args[1].target)[: -len(SUFFIX)]
+        with torch.no_grad():
+            kernel = nn.Parameter(evaluate(gm, region).detach().clone(), attribute_at(gm, name).requires_grad)
+        path, _, attribute = name.rpartition(".")
+        owner = gm.get_submodule(path)
+        if _read_elsewhere(gm, name, region):
+            attribute += "_kernel"
+            name += "_kernel"
+        with gm.graph.inserting_before(node):
+            read = gm.graph.get_attr(name) if attribute in owner._parameters else None
+            owner._parameters[attribute] = kernel
+            read = read or gm.graph.get_attr(name)
+        read.meta = copy.copy(node.meta)
+        node.replace_all_uses_with(read)
+        for dead in reversed(region):
+            if not dead.users:
+                gm.graph.erase_node(dead)
+    gm.recompile()
+
+
+def _read_elsewhere(gm: GraphModule, name: str, region: list[Node]) -> bool:
+    """Whether something outside of ``region`` depends on the parameter too."""
+    inside = set(region)
+    return any(
+        node.op == "get_attr"
+        and node.target == name
+        and (node not in inside or any(user not in inside for user in node.users))
+        for node in gm.graph.nodes
+    )

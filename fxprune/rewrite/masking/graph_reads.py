@@ -1,0 +1,204 @@
+"""Reads of parameters in a graph: a graph module with masks comes in, every read is multiplied by its mask.
+
+``conv2d(x, weight)`` becomes ``conv2d(x, mul(weight, weight_mask))``. Where the graph standardises the weight
+first, the kernel's operand is masked a second time, for standardisation moves zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule, Node, map_arg
+from torch.fx.graph import Graph
+
+from fxprune.rewrite.masking.masked_module import SUFFIX
+from fxprune.rewrite.masking.operand_probe import FAILURES, UnfollowableError, moves_zeros
+from fxprune.rewrite.masking.sharded import plain_class
+from fxprune.rewrite.masking.weight_functions import KERNELS, weight_operand, with_weight_operand
+
+# The second is what capturing a masked plain module gives.
+_PRODUCTS = (torch.mul, operator.mul)
+
+
+def mask_reads(gm: GraphModule) -> None:
+    """Inserts the multiplications that are missing, in place; nothing happens on a second call."""
+    reads = [
+        node for node in gm.graph.nodes if node.op == "get_attr" and mask_of(gm, node.target) is not None
+    ]
+    changed = False
+    for node in reads:
+        if any(not is_mask_product(gm, user) for user in node.users):
+            product = _mask_after(gm, node, node.target)
+            node.replace_all_uses_with(
+                product, delete_user_cb=lambda user, product=product: user is not product
+            )
+            changed = True
+    for node in list(gm.graph.nodes):
+        changed |= _mask_operand(gm, node)
+    if changed:
+        gm.graph.lint()
+        _recompile(gm)
+
+
+def _recompile(gm: GraphModule) -> None:
+    # Code written into a class that fully_shard has put on top of the graph's own would call itself for ever.
+    own = type(gm)
+    gm.__class__ = plain_class(own)  # type: ignore[assignment]
+    gm.recompile()
+    gm.__class__ = own
+
+
+def direct_reads(gm: GraphModule) -> list[str]:
+    """The parameters that a captured graph reads without calling their owner.
+
+    It is what :func:`fxprune.rewrite.install` must be told (``direct``) when masks go into the plain module
+    that the graph was captured from.
+
+    >>> direct_reads(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 1))))
+    []
+    """
+    found = {str(node.target): None for node in gm.graph.nodes if node.op == "get_attr"}
+    return [name for name in found if isinstance(attribute_at(gm, name), nn.Parameter)]
+
+
+def attribute_at(gm: nn.Module, target: str) -> Any:
+    """What a ``get_attr`` node reads."""
+    path, _, attribute = target.rpartition(".")
+    return getattr(gm.get_submodule(path), attribute)
+
+
+def mask_of(gm: GraphModule, target: str) -> torch.Tensor | None:
+    """The mask beside the parameter that ``target`` names, if there is one."""
+    path, _, attribute = target.rpartition(".")
+    module = gm.get_submodule(path)
+    return module._buffers.get(attribute + SUFFIX) if attribute in module._parameters else None
+
+
+def is_mask_product(gm: GraphModule, node: Node) -> bool:
+    """Whether this node multiplies something with a mask, as :func:`mask_reads` puts it in."""
+    if node.op != "call_function" or node.target not in _PRODUCTS or len(node.args) != 2:
+        return False
+    mask = node.args[1]
+    if not (isinstance(mask, Node) and mask.op == "get_attr"):
+        return False
+    target = str(mask.target)
+    return target.endswith(SUFFIX) and mask_of(gm, target[: -len(SUFFIX)]) is not None
+
+
+def _mask_after(gm: GraphModule, value: Node, parameter: str) -> Node:
+    """``mul(value, mask of parameter)``, put right after ``value``."""
+    with gm.graph.inserting_after(value):
+        mask = gm.graph.get_attr(parameter + SUFFIX)
+    with gm.graph.inserting_after(mask):
+        product = gm.graph.call_function(torch.mul, (value, mask))
+    product.meta = copy.copy(value.meta)
+    mask.meta = {key: kept for key, kept in value.meta.items() if key == "nn_module_stack"}
+    if isinstance(value.meta.get("val"), torch.Tensor):
+        mask.meta["val"] = torch.empty_like(value.meta["val"], dtype=torch.bool, requires_grad=False)
+    return product
+
+
+def check_reads(gm: GraphModule, parameters: Collection[int]) -> None:
+    """Raises ``ValueError`` if masks on these parameters (by ``id``) could not be placed in the graph."""
+    for node in gm.graph.nodes:
+        _moved_parameter(gm, node, lambda target: id(attribute_at(gm, target)) in parameters)
+
+
+def _mask_operand(gm: GraphModule, kernel: Node) -> bool:
+    """Masks the weight operand of a kernel, if more than movement made it from a masked parameter."""
+    name = _moved_parameter(gm, kernel, lambda target: mask_of(gm, target) is not None)
+    if name is None:
+        return False
+    product = _mask_after(gm, weight_operand(kernel.args, kernel.kwargs), name)
+    kernel.args, kernel.kwargs = with_weight_operand(kernel.args, kernel.kwargs, product)
+    return True
+
+
+def _moved_parameter(gm: GraphModule, kernel: Node, concerned: Callable[[str], bool]) -> str | None:
+    """The parameter of which a kernel uses a re-centred form that no mask follows yet, if there is one."""
+    operand = weight_operand(kernel.args, kernel.kwargs) if kernel.target in KERNELS else None
+    if not isinstance(operand, Node) or is_mask_product(gm, operand):
+        return None
+    region = constant_region(operand) or []
+    for node in region:
+        if node.op != "get_attr" or not concerned(str(node.target)):
+            continue
+
+        def compute(weight: torch.Tensor, source: Node = node) -> torch.Tensor | None:
+            value = evaluate(gm, region, {source: weight})
+            return value if isinstance(value, torch.Tensor) and value.shape == weight.shape else None
+
+        try:
+            if moves_zeros(compute, attribute_at(gm, str(node.target)).shape):
+                return str(node.target)
+        except UnfollowableError as error:
+            raise ValueError(f"masks[{node.target!r}]: {error}") from error
+        except FAILURES:
+            continue  # verify computes the operand as the model does, and finds what is left
+    return None
+
+
+def constant_region(node: Node) -> list[Node] | None:
+    """The nodes that ``node`` is computed from, itself last; None if it depends on the network's input."""
+    found: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current in found:
+            continue
+        if current.op in ("placeholder", "output"):
+            return None
+        found[current] = None
+        stack += current.all_input_nodes
+    wanted = set(found)
+    return [candidate for candidate in node.graph.nodes if candidate in wanted]
+
+
+def evaluate(gm: GraphModule, region: list[Node], given: dict[Node, torch.Tensor] | None = None) -> Any:
+    """The value of the last node of a :func:`constant_region`.
+
+    With ``given``, in float64 on the CPU, those nodes having those values, and masks being left out; values
+    of parameters that are split over processes are made up. Else as the model would compute it.
+    """
+    values: dict[Node, Any] = dict(given or {})
+    for node in region:
+        if node in values:
+            continue
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        if node.op == "get_attr":
+            value = attribute_at(gm, str(node.target))
+            if given is not None and isinstance(value, DTensor):
+                value = torch.ones(value.shape)
+            double = given is not None and isinstance(value, torch.Tensor) and value.is_floating_point()
+            values[node] = value.detach().to("cpu", torch.float64) if double else value
+        elif node.op == "call_function":
+            masked = given is not None and is_mask_product(gm, node)
+            values[node] = args[0] if masked else node.target(*args, **kwargs)  # type: ignore[operator]
+        elif node.op == "call_method":
+            values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            module = gm.get_submodule(str(node.target))
+            values[node] = (copy.deepcopy(module).to("cpu").double().eval() if given is not None else module)(
+                *args, **kwargs
+            )
+    return values[region[-1]]
+
+
+def unmask_reads(gm: GraphModule) -> None:
+    """Takes out what :func:`mask_reads` put in, in place; the masks must still be there."""
+    graph: Graph = gm.graph
+    for node in list(graph.nodes):
+        if is_mask_product(gm, node):
+            value, mask = node.args
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+            if not mask.users:
+                graph.erase_node(mask)
+    graph.lint()
+    gm.recompile()

@@ -1,0 +1,195 @@
+"""Masks go into a model: masks and a module come in, the same module computes with masked weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.fx import GraphModule
+
+from fxprune.rewrite.masking.graph_reads import check_reads, mask_reads
+from fxprune.rewrite.masking.masked_module import (
+    SUFFIX,
+    Form,
+    form_of,
+    is_stock,
+    masked_class,
+    original_class,
+)
+from fxprune.rewrite.masking.operand_probe import needs_operand_mask
+from fxprune.rewrite.masking.optimizer_hook import enrol, zero
+from fxprune.rewrite.masking.parameters import CONTAINERS, Place, check, join, tied, unwrap
+from fxprune.rewrite.masking.sharded import home, reshard, sharded_class
+from fxprune.rewrite.masking.state_dict import adapt
+
+
+def install(module: nn.Module, masks: Mapping[str, torch.Tensor], direct: Iterable[str] = ()) -> None:
+    """Makes ``module`` compute with masked weights, in place.
+
+    The modules that own the named parameters keep their identity and their parameters, and change class;
+    reads of parameters in a graph get a multiplication. Pruned weights become 0.0 in storage.
+    Names that ``masks`` lacks keep what they have; masks that exist already change in place, so that
+    compiled code stays valid.
+
+    Args:
+        module: a graph module or a plain module.
+        masks: parameter name -> bool tensor of its shape, ``True`` = kept. Tied parameters share one mask:
+            naming one of the names is enough.
+        direct: names of parameters that a *plain* module reads without calling their owner, as in
+            ``F.linear(x, self.qkv.weight)``. (``nn.MultiheadAttention`` and graphs need no telling.)
+
+    Raises:
+        TypeError, ValueError: a mask of wrong name, shape or dtype; tied masks that differ; a weight that is
+            re-parametrised. Nothing is changed then.
+        RuntimeError: the parameter is split over processes, and not by ``fully_shard``.
+
+    A model that ``fully_shard`` has split takes whole masks, the same in all processes, before or after it is
+    split.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> install(layer, {"weight": torch.tensor([[True, False]])})
+    >>> bool(layer.weight[0, 1] == 0), isinstance(layer, nn.Linear)
+    (True, True)
+    """
+    reshard(module)
+    chosen = check(module, masks)
+    everywhere = tied(module)
+    targets = [(place, chosen[key]) for key in chosen for place in everywhere[key]]
+    names = {join(path, attribute) for (path, _, attribute), _ in targets}
+    unknown = [name for name in direct if name not in names and name not in _all_names(everywhere)]
+    if unknown:
+        raise ValueError(f"direct: no parameter {unknown[0]!r} in the model")
+    forms = _forms(module, [place for place, _ in targets], set(direct))
+    graphs = [part for part in module.modules() if isinstance(part, GraphModule)] if chosen else []
+    for graph in graphs:
+        check_reads(graph, chosen)
+    for (_, owner, attribute), mask in targets:
+        _put(owner, attribute, mask)
+    for owner, form in forms:
+        _reclass(owner, form)
+    for graph in graphs:
+        mask_reads(graph)
+
+
+def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, direct: Iterable[str] = ()) -> None:
+    """Sets the masks of a model, in place; names that ``masks`` lacks keep the mask they have, or none.
+
+    Args:
+        model: a graph module or plain module, masked before or not, also inside ``torch.compile``, DDP or an
+            averaged model.
+        masks: parameter name in the original model -> bool tensor of its shape, ``True`` = kept. What
+            becomes kept starts from 0.0, what becomes pruned is 0.0 from now on.
+        direct: as for :func:`install`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`install`; nothing is applied in part.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> set_masks(layer, {"weight": torch.tensor([[True, False]])})
+    >>> layer.weight_mask
+    tensor([[ True, False]])
+    """
+    inside = unwrap(model)
+    classes = [type(module) for module in inside.modules()]
+    install(inside, masks, direct)
+    if inside is not model and classes != [type(module) for module in inside.modules()]:
+        # Code compiled for the dense model may not be guarded by the class of torch's layers (torch 2.9).
+        torch.compiler.reset()
+
+
+def _all_names(everywhere: dict[int, list[Place]]) -> set[str]:
+    return {join(path, attribute) for group in everywhere.values() for path, _, attribute in group}
+
+
+def _put(owner: nn.Module, attribute: str, mask: torch.Tensor) -> None:
+    """The mask into its buffer, zeros into the storage."""
+    parameter = owner._parameters[attribute]
+    assert parameter is not None
+    present = owner._buffers.get(attribute + SUFFIX)
+    if present is None:
+        owner.register_buffer(attribute + SUFFIX, mask.detach().to(home(parameter), copy=True))
+    else:
+        present.copy_(mask)
+    zero(parameter, mask)
+
+
+def _reclass(owner: nn.Module, form: Form | None) -> None:
+    """Gives a module the class of its form and puts it under the optimisers' hook."""
+    if form is None:
+        # A graph module makes its own classes: its load hook does what the class does elsewhere.
+        hooks: dict[int, Any] = owner._load_state_dict_pre_hooks
+        if _adapt_hook not in [entry.hook for entry in hooks.values()]:
+            owner.register_load_state_dict_pre_hook(_adapt_hook)  # type: ignore[no-untyped-call]
+    elif form_of(owner) != form:
+        cls = masked_class(original_class(owner), form)
+        owner.__class__ = sharded_class(cls, owner) if isinstance(owner, FSDPModule) else cls
+    enrol(owner)
+
+
+def _adapt_hook(module: nn.Module, state_dict: dict[str, object], prefix: str, *rest: object) -> None:
+    adapt(module, state_dict, prefix, rest[-1])  # type: ignore[arg-type]
+
+
+def _forms(module: nn.Module, targets: list[Place], direct: set[str]) -> list[tuple[nn.Module, Form | None]]:
+    """The form of every module whose class has to change, found without changing anything."""
+    reads: dict[str, set[str]] = {}
+    owners: dict[str, tuple[nn.Module, set[str]]] = {}
+    for path, owner, attribute in targets:
+        owners.setdefault(path, (owner, set()))[1].add(attribute)
+        told = join(path, attribute) in direct or isinstance(owner, (nn.ParameterList, nn.ParameterDict))
+        reader = _reader(module, path) if told or _feeds_attention(module, path) else None
+        if reader is not None:
+            relative = join(path[len(reader) :].lstrip("."), attribute)
+            reads.setdefault(reader, set()).add(relative)
+    forms: list[tuple[nn.Module, Form | None]] = []
+    for path in {**owners, **reads}:
+        owner = module.get_submodule(path)
+        attributes = owners[path][1] if path in owners else set()
+        forms.append((owner, _form(path, owner, attributes, reads.get(path, set()))))
+    return forms
+
+
+def _feeds_attention(module: nn.Module, path: str) -> bool:
+    """Whether this is the output projection of an attention, which reads its weight without calling it."""
+    parent, _, name = path.rpartition(".")
+    return name == "out_proj" and isinstance(module.get_submodule(parent), nn.MultiheadAttention)
+
+
+def _reader(module: nn.Module, path: str) -> str | None:
+    """The nearest module above ``path`` that has a forward of its own; None when a graph does the reading."""
+    while path:
+        path = path.rpartition(".")[0]
+        above = module.get_submodule(path)
+        if isinstance(above, GraphModule) or type(above) is nn.Module:
+            return None
+        if not isinstance(above, CONTAINERS):
+            return path
+    return None
+
+
+def _form(path: str, owner: nn.Module, attributes: set[str], reads: set[str]) -> Form | None:
+    """How this module applies its masks: those it has, on ``attributes`` of its own, and on ``reads``."""
+    if isinstance(owner, GraphModule):
+        return None
+    base = original_class(owner)
+    present = form_of(owner)
+    if present is not None:
+        reads = reads | {target for target in present.targets if "." in target}
+        attributes = attributes | {
+            name for name in owner._parameters if owner._buffers.get(name + SUFFIX) is not None
+        }
+    if base is nn.Module or issubclass(base, (nn.ParameterList, nn.ParameterDict)):
+        return Form("keep")
+    if not reads and attributes <= {"weight"} and is_stock(base):
+        return Form("stock")
+    operands = set(present.operands) if present is not None else set()
+    if not isinstance(owner, nn.MultiheadAttention) and not is_stock(base):
+        for name in attributes - set(present.targets if present is not None else ()):
+            try:
+                operands |= {name} if needs_operand_mask(owner, name) else set()
+            except ValueError as error:
+                raise ValueError(f"masks[{join(path, name)!r}]: {error}") from error
+    return Form("reads", tuple(sorted(attributes | reads)), tuple(sorted(operands)))

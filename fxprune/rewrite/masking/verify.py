@@ -1,0 +1,159 @@
+"""Proof that a model is as sparse as its masks say: a model comes in, nothing or an error comes out."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.fx import GraphModule
+
+from fxprune.rewrite.masking.graph_reads import (
+    attribute_at,
+    constant_region,
+    evaluate,
+    is_mask_product,
+    mask_of,
+)
+from fxprune.rewrite.masking.masked_module import SUFFIX, Form, form_of, owner_and_attribute
+from fxprune.rewrite.masking.operand_probe import FAILURES, example_input, private_twin, recorded
+from fxprune.rewrite.masking.optimizer_hook import local_part
+from fxprune.rewrite.masking.parameters import Place, join, mask_at, masked_places, parameter_at, tied, unwrap
+from fxprune.rewrite.masking.sharded import home, reshard
+from fxprune.rewrite.masking.weight_functions import KERNELS, weight_operand
+
+
+def verify(model: nn.Module) -> None:
+    """Proves, for every masked parameter, mask == storage == the kernel that data meets.
+
+    Mask and storage are compared. Then each layer runs, as a copy on a small random input: the weight that
+    enters its convolution or linear map must be zero where the mask is, and so must the gradient of the
+    parameter. In a graph, the operands computed from parameters are evaluated. A layer whose input cannot be
+    guessed from its weight's shape (a module of one's own), and one that is sharded, is checked for mask and
+    storage alone.
+
+    Args:
+        model: a masked graph module or plain module. It is not changed.
+
+    Raises:
+        ValueError: the model has no masks.
+        RuntimeError: the first parameter for which it does not hold, by name.
+
+    >>> from fxprune.rewrite import install
+    >>> layer = nn.Linear(2, 1)
+    >>> install(layer, {"weight": torch.tensor([[True, False]])})
+    >>> verify(layer)
+    """
+    model = unwrap(model)
+    reshard(model)
+    _check_bypass(model)
+    found = list(masked_places(model))
+    if not found:
+        raise ValueError("model: it has no masks, so there is nothing to verify; set masks first")
+    everywhere = tied(model)
+    for place in found:
+        _check_storage(place, everywhere[id(parameter_at(place))])
+    for path, module in model.named_modules():
+        form = form_of(module)
+        if isinstance(module, GraphModule):
+            _check_graph(path, module)
+        elif any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+            continue  # a sharded layer cannot run by itself
+        elif form is not None and form.kind in ("stock", "reads"):
+            _check_module(path, module, form)
+
+
+def _check_bypass(model: nn.Module) -> None:
+    """Masks whose parameter is gone: something recomputes the weight."""
+    for path, module in model.named_modules():
+        for name in module._buffers if form_of(module) is not None else ():
+            if name.endswith(SUFFIX) and name[: -len(SUFFIX)] not in module._parameters:
+                raise RuntimeError(
+                    f"{join(path, name[: -len(SUFFIX)])} was re-parametrised after it was masked: what is"
+                    " stored and what is computed may differ; remove the re-parametrisation"
+                )
+        if form_of(module) is not None and "forward" in module.__dict__:
+            raise RuntimeError(
+                f"{join(path, 'weight')} may bypass its mask: forward was replaced on the"
+                f" {type(module).__name__} object; put it into a subclass and mask that"
+            )
+
+
+def _check_storage(place: Place, same: list[Place]) -> None:
+    name = join(place[0], place[2])
+    parameter, mask = parameter_at(place), mask_at(place)
+    if mask.dtype != torch.bool or mask.shape != parameter.shape or mask.device != home(parameter):
+        raise RuntimeError(
+            f"{name} ({tuple(parameter.shape)}, {parameter.device}) does not fit its mask"
+            f" ({mask.dtype}, {tuple(mask.shape)}, {mask.device})"
+        )
+    for other in same:
+        if other[1]._buffers.get(other[2] + SUFFIX) is None:
+            raise RuntimeError(f"{name} is tied to {join(other[0], other[2])}, which has no mask")
+        if not torch.equal(mask_at(other), mask):
+            raise RuntimeError(f"{name} and {join(other[0], other[2])} are tied, but their masks differ")
+    _demand_zeros(name, "in storage; set its mask again", *local_part(parameter.detach(), mask))
+
+
+def _demand_zeros(name: str, where: str, tensor: torch.Tensor, mask: torch.Tensor) -> None:
+    if tensor.is_meta:
+        return
+    alive = int((tensor.masked_fill(mask.to(tensor.device), 0) != 0).sum())
+    if alive:
+        raise RuntimeError(f"{name}: {alive} pruned weights are not zero {where}")
+
+
+def _check_module(path: str, module: nn.Module, form: Form) -> None:
+    """Runs a copy of one layer and looks at its kernel operands and at its gradients."""
+    targets = form.targets or ("weight",)
+    twin = private_twin(module, torch.float32)
+    for parameter in twin.parameters():
+        parameter.requires_grad_()
+    places = [owner_and_attribute(twin, target) for target in targets]
+    weights = [getattr(owner, attribute) for owner, attribute in places]
+    masks = [getattr(owner, attribute + SUFFIX) for owner, attribute in places]
+    try:
+        inputs = example_input(twin, weights[0])
+        operands = [recorded(twin.forward, inputs, mask.shape) for mask in masks]
+        result = twin.forward(*inputs)
+        first = result[0] if isinstance(result, tuple) else result
+        grads = torch.autograd.grad((first * torch.randn_like(first)).sum(), weights, allow_unused=True)
+    except FAILURES:
+        return
+    for target, mask, seen, grad in zip(targets, masks, operands, grads, strict=True):
+        name = join(path, target)
+        # Square attention weights share a shape: each operand must be the kernel of one of the masks.
+        rivals = [other for other in masks if other.shape == mask.shape]
+        for operand in seen:
+            # A layer of one's own may move its weight (transpose it): the zeros are elsewhere, but as many.
+            moved = form.kind == "reads" and operand.count_nonzero() <= mask.count_nonzero()
+            if not moved and not any((operand.masked_fill(other, 0) == 0).all() for other in rivals):
+                _demand_zeros(name, "in the kernel that data meets", operand, mask)
+        if grad is not None:
+            _demand_zeros(name, "in the gradient", grad, mask)
+
+
+def _check_graph(path: str, gm: GraphModule) -> None:
+    """Every read of a masked parameter is multiplied; every operand computed from one has its zeros."""
+    for node in gm.graph.nodes:
+        if node.op == "get_attr" and mask_of(gm, node.target) is not None:
+            for user in node.users:
+                if not is_mask_product(gm, user):
+                    raise RuntimeError(f"{join(path, node.target)} is read by {user.name} without its mask")
+        if node.op == "call_function" and node.target in KERNELS:
+            operand = weight_operand(node.args, node.kwargs)
+            region = constant_region(operand) if isinstance(operand, torch.fx.Node) else None
+            reads = [source for source in region or () if source.op == "get_attr"]
+            if any(isinstance(attribute_at(gm, str(source.target)), DTensor) for source in reads):
+                continue  # whole only in a forward
+            for source in reads:
+                if mask_of(gm, str(source.target)) is not None:
+                    mask = mask_of(gm, str(source.target))
+                    assert mask is not None
+                    assert region is not None
+                    with torch.no_grad():
+                        value = evaluate(gm, region)
+                    spread = bool(value.count_nonzero() > mask.count_nonzero())
+                    if value.shape == attribute_at(gm, str(source.target)).shape and spread:
+                        _demand_zeros(
+                            join(path, str(source.target)), "in the kernel that data meets", value, mask
+                        )

@@ -1,0 +1,1 @@
+"""Provide what methods are made of: the contract, data, gradients, rounds."""

@@ -1,0 +1,233 @@
+"""The contract of a method: a ``Problem`` comes in, ``Masks`` that meet its budget go out.
+
+``Method.find`` is the wide door. ``from_scores`` is the narrow one, for methods that only have to say how
+much each weight is worth: it owns rounds, regrowth and selection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from fxprune.graph.ir import ChannelGraph
+from fxprune.scoring.distributed import agree
+from fxprune.sparsity.budget import Budget
+from fxprune.sparsity.channel_granularity import fitted
+from fxprune.sparsity.granularity import WEIGHT, Granularity
+from fxprune.sparsity.masks import Masks
+from fxprune.sparsity.schedule import DensityFunction, OneShot, Schedule, resolve
+from fxprune.sparsity.select import select
+from fxprune.sparsity.sharded import kept_overall, select_sharded, summed
+
+_T = TypeVar("_T")
+
+Scores = dict[str, torch.Tensor]
+"""Parameter name -> a finite score for each of its weights, higher = keep."""
+
+
+class Progress(Protocol):
+    """How a method shows that it moves: wraps an iterable of ``total`` steps, and may draw a bar.
+
+    The description may be a function, which is asked for the words of the moment after each step.
+    """
+
+    def __call__(self, steps: Iterable[_T], description: str | Callable[[], str], total: int) -> Iterable[_T]:
+        """``steps``, unchanged."""
+
+
+def silent(steps: Iterable[_T], description: str | Callable[[], str], total: int) -> Iterable[_T]:
+    """The progress that shows nothing."""
+    return steps
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method is asked: find masks within ``masks`` that keep exactly ``budget``.
+
+    ``model``: a private copy of the captured network, which a method may run and must leave as it found it.
+    ``graph``: its lowered form. ``device``: where the model runs. ``weights``: the prunable parameters'
+    values, detached, on ``device``, or on the host, to keep gradients, scores and masks there and leave the
+    device to the model. ``masks``: where to start (all kept, unless the model was pruned before). ``data``: a
+    pair (x, y), a mapping, or an iterable of batches; ``loss_fn``: ``loss_fn(output, target)``, or
+    ``loss_fn(model, batch)`` for mapping batches. ``granularity``: it reads parameters as the graph does, and
+    ties channels. ``generator``: the only source of randomness, on the CPU. ``schedule``: the caller's wish,
+    ``None`` for the method's own. ``micro_batch``: at most so many samples run at a time, gradients add up.
+    ``invert``: keep the lowest scores instead of the highest. ``group``: processes that score together, each
+    on data of its own, and end with the same masks. ``shards``: the processes over which ``fully_shard`` has
+    split the parameters of ``model``; ``weights`` and ``masks`` are then this one's rows, and the budget is
+    that of the whole. ``history``: where a method notes how it went, as columns of equal length.
+    """
+
+    model: torch.nn.Module
+    graph: ChannelGraph
+    weights: dict[str, torch.Tensor]
+    masks: Masks
+    budget: Budget
+    data: Any = None
+    loss_fn: Callable[..., torch.Tensor] | None = None
+    granularity: Granularity = WEIGHT
+    schedule: str | Schedule | DensityFunction | None = None
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    progress: Progress = silent
+    micro_batch: int | None = None
+    invert: bool = False
+    group: ProcessGroup | None = None
+    shards: ProcessGroup | None = None
+    history: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.micro_batch is not None and self.micro_batch < 1:
+            raise ValueError(f"micro_batch={self.micro_batch!r}: expected a number of samples, at least 1")
+        object.__setattr__(self, "granularity", fitted(self.granularity, self.graph))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pruning method: ``find`` is all it must have.
+
+    ``needs``: ``{"data"}`` for a method that cannot run without. ``scored``: whether it ranks scores by
+    ``from_scores`` or ``prune_in_rounds``; False where it builds masks directly. ``shards``: what ``find``
+    takes where parameters are split over processes: "rows", those of its process, as ``Problem.shards`` says;
+    "shapes", whole parameters on the meta device, for it needs no values, and finds the same masks in every
+    process; "no", nothing: it needs whole parameters. ``summary``: one line.
+    ``paper``: authors, year and arXiv id. Methods outside the package are such objects too, passed as
+    ``method=``.
+    """
+
+    name: str
+    find: Callable[[Problem], Masks]
+    needs: frozenset[str] = frozenset()
+    summary: str = ""
+    paper: str = ""
+    scored: bool = True
+    shards: Literal["rows", "shapes", "no"] = "no"
+
+    def check(self, *, data: object) -> None:
+        """``ValueError`` if the method needs ``data`` and there is none."""
+        if "data" in self.needs and data is None:
+            raise ValueError(f"method {self.name!r} needs data=..., a pair (x, y) or an iterable of batches")
+
+
+Criterion = Callable[[Problem, Masks], Scores]
+"""``criterion(problem, masks)``: the scores of all weights when ``masks`` are in place."""
+
+
+def from_scores(
+    criterion: Criterion, *, schedule: Schedule | None = None, regrow: bool = False, name: str = ""
+) -> Callable[[Problem], Masks]:
+    """A method's ``find`` that scores and selects, in the rounds of ``schedule`` (one by default).
+
+    With ``regrow`` a weight pruned in one round may come back in a later one (FORCE); without it, masks only
+    shrink. ``name`` is what errors call the method.
+
+    >>> smallest_first = Method("smallest", from_scores(lambda problem, masks: {
+    ...     name: -weight.abs() for name, weight in problem.weights.items()}))
+    """
+    own = OneShot() if schedule is None else schedule
+    label = name or getattr(criterion, "__name__", "method")
+
+    def find(problem: Problem) -> Masks:
+        return prune_in_rounds(problem, criterion, schedule=own, regrow=regrow, name=label)
+
+    return find
+
+
+def prune_in_rounds(
+    problem: Problem, criterion: Criterion, *, schedule: Schedule, regrow: bool, name: str
+) -> Masks:
+    """Scores and selects once per round, down to ``problem.budget``, and never beyond ``problem.masks``.
+
+    Rounds that would keep more than the granularity has room for (a pattern such as 2:4 keeps at most half)
+    keep as much as it has. Errors: ``ValueError`` for scores that do not fit or are not finite, for a budget
+    the granularity cannot meet, and for a schedule whose density rises although pruned weights stay pruned.
+    """
+    masks = dict(problem.masks)
+    for budget in round_budgets(problem, schedule=schedule, regrow=regrow, name=name):
+        within = problem.masks if regrow else masks
+        scores = criterion(problem, masks)
+        if problem.invert:
+            scores = {label: -score for label, score in scores.items()}
+        masks = select_within(problem, scores, budget, within, name)
+    if problem.group is not None and problem.shards is None:
+        agree(masks, problem.group)
+    return masks
+
+
+def round_budgets(problem: Problem, *, schedule: Schedule, regrow: bool, name: str) -> Iterator[Budget]:
+    """What is to be kept after each round, with progress shown; none where the masks meet the budget already.
+
+    Errors: those of ``prune_in_rounds`` that do not concern scores.
+    """
+    plan = resolve(problem.schedule, schedule)
+    start = kept_overall(problem.masks, problem.shards)
+    _check_room(problem, start)
+    before = sum(start.values())
+    if problem.budget.total == before:
+        return
+    for t in problem.progress(range(1, plan.rounds + 1), name, plan.rounds):
+        budget = _round_budget(problem.budget, plan, t, start)
+        if budget.total > before and not regrow:
+            raise ValueError(
+                f"schedule: {before} weights before round {t}, {budget.total} after; it must not rise"
+            )
+        before = budget.total
+        yield budget
+
+
+def select_within(problem: Problem, scores: Scores, budget: Budget, within: Masks, name: str) -> Masks:
+    """The masks of the highest ``scores`` within ``within``, as ``problem`` wants weights to be pruned."""
+    return choose(problem, scores, budget.capped(_room(problem, within)), within, name)
+
+
+def noise(problem: Problem, name: str) -> torch.Tensor:
+    """U(0, 1) for every weight of a parameter, or of this process's rows of it, on the CPU.
+
+    A seed means the same on any device and for any number of processes: a parameter is drawn in full.
+    """
+    if problem.shards is None:
+        return torch.rand(problem.masks[name].shape, generator=problem.generator)
+    whole = torch.rand(tuple(problem.model.get_parameter(name).shape), generator=problem.generator)
+    rows = -(-len(whole) // dist.get_world_size(problem.shards))
+    first = rows * dist.get_rank(problem.shards)
+    return whole[first : first + rows].clone()
+
+
+def choose(problem: Problem, scores: Scores, budget: Budget, within: Masks, name: str) -> Masks:
+    """The masks of the highest scores under the problem's granularity, over all shards."""
+    granularity = problem.granularity
+    if problem.shards is None:
+        return select(scores, budget, within=within, granularity=granularity, method=name)
+    return select_sharded(scores, budget, problem.shards, within=within, granularity=granularity, method=name)
+
+
+def _room(problem: Problem, masks: Masks) -> dict[str, int]:
+    """The largest number of weights that may be kept in each parameter, over all shards."""
+    own = problem.granularity.room(masks)
+    if problem.shards is None:
+        return own
+    return dict(zip(own, summed(list(own.values()), problem.shards), strict=True))
+
+
+def _round_budget(final: Budget, plan: Schedule, t: int, start: dict[str, int]) -> Budget:
+    """What is kept after round ``t``; the last round is the budget itself, whatever the schedule says."""
+    if t == plan.rounds:
+        return final
+    return final.towards(lambda target: plan.density(t, target), start)
+
+
+def _check_room(problem: Problem, start: dict[str, int]) -> None:
+    room = start if problem.granularity == WEIGHT else _room(problem, problem.masks)
+    asked = problem.budget.layers or {"the model": problem.budget.total}
+    left = room if problem.budget.layers else {"the model": sum(room.values())}
+    for where, number in asked.items():
+        if number > left[where]:
+            raise ValueError(
+                f"granularity {problem.granularity} has room for {left[where]} weights in {where}, "
+                f"{number} are to be kept: ask for a higher sparsity"
+            )

@@ -1,0 +1,154 @@
+"""Data for methods that look at some: whatever the caller has comes in, checked batches go out.
+
+A pair ``(x, y)`` or a mapping is one batch; anything else is an iterable of batches (a ``DataLoader``, a
+list). In a pair x may be a tensor, a tuple (several inputs) or a mapping (keyword inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxprune.scoring.contract import Problem
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the problem's device: ``inputs`` and ``target``, or a mapping as the caller gave it."""
+
+    inputs: Any
+    target: Any = None
+    mapping: bool = False
+
+
+@contextmanager
+def seeded(problem: Problem) -> Iterator[None]:
+    """Random numbers follow the problem's generator inside, and go on as if nothing had been outside."""
+    kind = problem.device.type
+    index = problem.device.index
+    devices = (
+        [] if kind == "cpu" else [torch.get_device_module(kind).current_device() if index is None else index]
+    )
+    seed = int(torch.randint(2**62, (), generator=problem.generator))
+    with torch.random.fork_rng(devices, device_type="cuda" if kind == "cpu" else kind):
+        torch.manual_seed(seed)
+        yield
+
+
+def batches(problem: Problem, number: int, method: str) -> list[Batch]:
+    """The first ``number`` batches of ``problem.data``, read anew and under the problem's seed.
+
+    Raises ``ValueError`` for missing data, a batch that is empty, not finite or neither a pair nor a mapping,
+    and for data that runs dry; ``TypeError`` for data that is no batch and cannot be iterated.
+    """
+    data = problem.data
+    if data is None:
+        raise ValueError(f"method {method!r} needs data=..., a pair (x, y) or an iterable of batches")
+    found: list[Batch] = []
+    with seeded(problem):
+        for batch in [data] if _is_batch(data) else _iterate(data, method):
+            found.append(_check(batch, len(found), problem.device, method))
+            if len(found) == number:
+                return found
+    if not found:
+        used_up = " any more; an iterator can be read only once" if isinstance(data, Iterator) else ""
+        raise ValueError(f"method {method!r}: data yields no batch{used_up}")
+    raise ValueError(
+        f"method {method!r}: data ran dry after {len(found)} of {number} batches; give more, "
+        f"or ask for batches={len(found)}"
+    )
+
+
+def pieces(problem: Problem, batch: Batch) -> Iterator[tuple[Batch, float]]:
+    """``batch`` in pieces of ``problem.micro_batch`` samples, each with its share in the mean over samples.
+
+    Every tensor with as many rows as there are samples is cut. Labels of -100, which cross entropy leaves out
+    of its mean, are left out here too. A share is exact for any loss that is a mean over samples.
+    """
+    size = _samples(batch)
+    if problem.micro_batch is None or size <= problem.micro_batch:
+        yield batch, 1.0
+        return
+    counted = None
+    labels = batch.target
+    if problem.loss_fn is None and isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+        counted = labels != -100
+    for start in range(0, size, problem.micro_batch):
+        rows = slice(start, start + problem.micro_batch)
+        part = Batch(_rows(batch.inputs, rows, size), _rows(batch.target, rows, size), batch.mapping)
+        if counted is None:
+            yield part, (min(rows.stop, size) - start) / size
+        elif bool(counted[rows].any()):
+            yield part, int(counted[rows].sum()) / int(counted.sum())
+
+
+def _samples(batch: Batch) -> int:
+    return next((tensor.shape[0] for tensor in _tensors(batch.inputs) if tensor.dim()), 1)
+
+
+def _rows(value: Any, rows: slice, size: int) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value[rows] if value.dim() and value.shape[0] == size else value
+    if isinstance(value, dict):
+        return {key: _rows(part, rows, size) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_rows(part, rows, size) for part in value)
+    return value
+
+
+def _iterate(data: Any, method: str) -> Iterator[Any]:
+    if isinstance(data, (torch.Tensor, str)) or not hasattr(type(data), "__iter__"):
+        raise TypeError(
+            f"method {method!r}: data is a {type(data).__name__}, expected a pair (x, y), a mapping, or an "
+            "iterable of such batches"
+        )
+    iterator: Iterator[Any] = iter(data)
+    return iterator
+
+
+def _is_batch(data: Any) -> bool:
+    """A mapping, or a pair whose second half is a tensor and whose first half can be fed to a model."""
+    if isinstance(data, Mapping):
+        return True
+    if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], torch.Tensor):
+        return False
+    inputs = data[0]
+    several = isinstance(inputs, tuple) and any(isinstance(value, torch.Tensor) for value in inputs)
+    return isinstance(inputs, (torch.Tensor, Mapping)) or several
+
+
+def _check(batch: Any, index: int, device: torch.device, method: str) -> Batch:
+    where = f"method {method!r}: batch {index} of data"
+    mapping = isinstance(batch, Mapping)
+    if not mapping and not (isinstance(batch, Sequence) and len(batch) == 2):
+        raise ValueError(f"{where} is a {type(batch).__name__}, expected a pair (x, y) or a mapping")
+    for tensor in _tensors(batch):
+        if not tensor.numel():
+            raise ValueError(f"{where} is empty: it has a tensor of shape {tuple(tensor.shape)}")
+    for tensor in _tensors(batch if mapping else batch[0]):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{where} holds NaN or infinite inputs")
+    moved = _move(batch, device)
+    return Batch(moved, mapping=True) if mapping else Batch(moved[0], moved[1])
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _move(part, device) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
+        return type(value)(_move(part, device) for part in value)
+    return value

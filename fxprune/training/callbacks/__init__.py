@@ -1,0 +1,1 @@
+"""Drive a Pruner from the training loops of other libraries."""

@@ -1,0 +1,271 @@
+"""Rules of attention and recurrence: every form against the oracle, or against the same thing by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from oracle import prunable, random_masks
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fxprune.capture import capture
+from fxprune.lowering import lower
+from fxprune.paths.count import flow, reach
+from lowering.agreement import assert_flow, assert_reach, lowered
+from lowering.wrapped import Entries, check
+
+TOKENS = (5, 8)
+CAUSAL = torch.ones(5, 5, dtype=torch.bool).tril()
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.roll(1, -1), x.flip(1), x.roll(3, -1)
+
+
+def _sdpa(**options: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.scaled_dot_product_attention(*_split(x), **options)
+
+
+def _grouped_queries(x: Tensor) -> Tensor:
+    q = x.unflatten(-1, (4, 2)).transpose(1, 2)
+    k = x[..., :4].unflatten(-1, (2, 2)).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, k.flip(2), enable_gqa=True)
+    return y.transpose(1, 2).flatten(2)
+
+
+def _linear_attention(x: Tensor) -> Tensor:
+    q, k, v = _split(x)
+    q, k = F.elu(q) + 1, F.elu(k) + 1
+    return q @ (k.transpose(-2, -1) @ v) / (q @ k.sum(1).unsqueeze(-1) + 1e-6)
+
+
+def _cross_covariance(x: Tensor) -> Tensor:
+    q, k, v = (F.normalize(t.transpose(1, 2), dim=-1) for t in _split(x))
+    return ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2)
+
+
+def _rotary(x: Tensor) -> Tensor:
+    angle = torch.arange(5.0)[:, None] * torch.tensor([1.0, 0.1])
+    cos, sin = angle.cos().repeat_interleave(2, -1), angle.sin().repeat_interleave(2, -1)
+
+    def turn(t: Tensor) -> Tensor:
+        half = torch.stack([-t[..., 1::2], t[..., ::2]], -1).flatten(-2)
+        return t * cos + half * sin
+
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in _split(x))
+    return F.scaled_dot_product_attention(turn(q), turn(k), v).transpose(1, 2).flatten(2)
+
+
+class Biased(nn.Module):
+    """A learnt bias per pair and head; talking heads before and after the softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(2, 5, 5))
+        self.talk, self.talk_after = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in _split(x))
+        scores = q @ k.transpose(-2, -1) * 0.5 + self.table
+        scores = self.talk(scores.permute(0, 2, 3, 1)).softmax(2)
+        scores = self.talk_after(scores).permute(0, 3, 1, 2)
+        return (scores @ v).transpose(1, 2).flatten(2)
+
+
+FORMS: dict[str, Any] = {
+    "sdpa": _sdpa(),
+    "sdpa, causal": _sdpa(is_causal=True),
+    "sdpa, bool mask": _sdpa(attn_mask=CAUSAL.flip(0)),
+    "sdpa, -inf mask": _sdpa(attn_mask=torch.zeros(5, 5).masked_fill(~CAUSAL, -torch.inf)),
+    "sdpa, finite mask": _sdpa(attn_mask=torch.zeros(5, 5).masked_fill(~CAUSAL, -100.0), scale=0.1),
+    "grouped queries": _grouped_queries,
+    "linear attention": _linear_attention,
+    "cross covariance": _cross_covariance,
+    "rotary": _rotary,
+    "bias and talking heads": lambda: Biased(),
+    "pooled queries": lambda x: F.scaled_dot_product_attention(x.mean(1, keepdim=True), x, x.flip(1)),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_attention(name: str) -> None:
+    check(FORMS[name], TOKENS)
+
+
+class Called(nn.Module):
+    """A module called as told, with layers of its own on both sides."""
+
+    def __init__(self, inner: nn.Module, call: Callable[..., Tensor], width: int = 8) -> None:
+        super().__init__()
+        self.before, self.inner, self.call = nn.Linear(8, 8, bias=False), inner, call
+        self.after = nn.Linear(width, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.call(self.inner, self.before(x)))
+
+
+def compare(model: nn.Module, example: Tensor, *, counts: bool = True) -> None:
+    graph = lowered(model, example)
+    assert set(graph.kernels) == set(prunable(model))
+    for seed, density in enumerate((0.8, 0.3)):
+        masks = random_masks(model, density, seed)
+        assert_reach(graph, model, example, masks)
+        if counts:
+            assert_flow(graph, model, example, masks)
+
+
+def _mha(*args: Any, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: nn.MultiheadAttention(8, 2, *args, **{"batch_first": True, **options})
+
+
+BLOCKED = ~CAUSAL
+MULTIHEAD: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
+    "without weights": (_mha(), lambda m, x: m(x, x, x, need_weights=False)[0]),
+    "with weights": (_mha(), lambda m, x: m(x, x, x)[0]),
+    "no bias": (_mha(bias=False), lambda m, x: m(x, x, x)[0]),
+    "three inputs": (_mha(bias=False), lambda m, x: m(x, x.flip(1), x * 2)[0]),
+    "length first": (_mha(batch_first=False), lambda m, x: m(*[x.transpose(0, 1)] * 3)[0].transpose(0, 1)),
+    "kdim and vdim": (
+        _mha(kdim=4, vdim=6, bias=False), lambda m, x: m(x, x[:, :3, :4], x[:, :3, 2:])[0]),
+    "causal mask": (_mha(), lambda m, x: m(x, x, x, attn_mask=BLOCKED, need_weights=False)[0]),
+    "causal by name": (
+        _mha(), lambda m, x: m(x, x, x, attn_mask=BLOCKED, is_causal=True, need_weights=False)[0]),
+    "-inf mask": (
+        _mha(), lambda m, x: m(x, x, x, attn_mask=torch.zeros(5, 5).masked_fill(BLOCKED, -torch.inf))[0]),
+    "cross": (_mha(bias=False), lambda m, x: m(x[:, :2], x, x)[0]),
+    "one token": (_mha(), lambda m, x: m(x.mean(1, keepdim=True), x, x)[0].squeeze(1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MULTIHEAD)
+def test_multihead(name: str) -> None:
+    make, call = MULTIHEAD[name]
+    torch.manual_seed(0)
+    compare(Called(make(), call), torch.randn(2, 5, 8))
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_returned_attention_is_an_output(average: bool) -> None:
+    """The weights of the attention are the result: queries and keys reach it, values do not."""
+    torch.manual_seed(0)
+    model = Called(
+        nn.MultiheadAttention(8, 2, bias=False, batch_first=True),
+        lambda m, x: m(x, x, x, average_attn_weights=average)[1],
+        width=5,
+    )
+    graph = lowered(model, torch.randn(2, 5, 8))
+    found = reach(graph, {})["inner.in_proj_weight"]
+    assert [bool(part.all()) for part in found.chunk(3)[:2]] == [True, True]
+    assert not bool(found.chunk(3)[2].any())
+
+
+def test_unbatched() -> None:
+    """(length, width) is (1, length, width)."""
+    torch.manual_seed(0)
+    inner = nn.MultiheadAttention(8, 2, bias=False)
+
+    class Unbatched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x, x, x, need_weights=False)[0]
+
+    compare(Unbatched(), torch.randn(5, 8), counts=False)
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_encoder_layer(norm_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=norm_first, activation="gelu")
+    compare(Called(layer, lambda m, x: m(x)), torch.randn(2, 5, 8))
+    compare(Called(layer, lambda m, x: m(x, src_mask=BLOCKED)), torch.randn(2, 5, 8))
+
+
+def test_encoder() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, bias=False)
+    encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=False)
+    compare(Called(encoder, lambda m, x: m(x)), torch.randn(2, 5, 8))
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_decoder_layer(norm_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(8, 2, 12, batch_first=True, norm_first=norm_first)
+    compare(Called(layer, lambda m, x: m(x[:, :3], x)), torch.randn(2, 5, 8))
+    compare(
+        Called(layer, lambda m, x: m(x, x.flip(1), tgt_mask=BLOCKED, tgt_is_causal=True)),
+        torch.randn(2, 5, 8),
+    )
+
+
+def test_padded_keys_are_opaque_not_wrong() -> None:
+    """A form that the rule does not read is opaque, with the reason, and lets everything through."""
+    torch.manual_seed(0)
+    inner, x = (
+        nn.MultiheadAttention(8, 2, bias=False, batch_first=True, add_zero_attn=True),
+        torch.randn(2, 5, 8),
+    )
+    graph = lower(capture(Called(inner, lambda m, x: m(x, x, x)[0]), x))
+    assert "added keys" in graph.opaque[0].reason
+    assert bool(reach(graph, {})["before.weight"].all())
+
+
+# ---------------------------------------------------------------- recurrence
+def scan(model: nn.Module, example: Tensor) -> Tensor:
+    """Which input steps the second output step sees."""
+    graph = lowered(model, example)
+    return reach(graph, {})["mix.weight"].any(1)
+
+
+class Second(nn.Module):
+    """One weight per pair of steps, a recurrence, its second step."""
+
+    def __init__(self, inner: nn.Module, time: int = 1) -> None:
+        super().__init__()
+        self.mix, self.inner, self.time = nn.Linear(3, 3, bias=False), inner, time
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(x.transpose(1, 2)).transpose(1, 2)
+        y, _ = self.inner(x if self.time == 1 else x.transpose(0, 1))
+        return y.select(self.time, 1)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("time", [0, 1])
+def test_recurrence_reaches_forward_in_time(kind: Any, time: int) -> None:
+    model = Second(kind(2, 4, batch_first=time == 1), time)
+    assert scan(model, torch.ones(1, 3, 2)).tolist() == [True, True, False]
+    both = Second(kind(2, 4, batch_first=time == 1, bidirectional=True), time)
+    assert scan(both, torch.ones(1, 3, 2)).tolist() == [True, True, True]
+    deep = Second(kind(2, 4, num_layers=2, batch_first=time == 1, bias=False), time)
+    assert scan(deep, torch.ones(1, 3, 2)).tolist() == [True, True, False]
+
+
+def test_lstm() -> None:
+    torch.manual_seed(0)
+    layer = nn.LSTM(8, 4, batch_first=True, bidirectional=True)
+    compare(Called(layer, lambda m, x: m(x)[0]), torch.randn(2, 5, 8), counts=False)
+
+
+def test_final_state_is_opaque() -> None:
+    """Asked for, it is said not to be known; every step and channel reaches it."""
+    torch.manual_seed(0)
+    model = Called(nn.GRU(8, 4, batch_first=True), lambda m, x: m(x)[1].transpose(0, 1), width=4)
+    graph = lower(capture(model, torch.randn(2, 5, 8)))
+    assert [op.reason for op in graph.opaque] == ["the final state of a recurrent layer"]
+    assert bool(reach(graph, {})["before.weight"].all())
+
+
+def test_dead_heads_by_hand() -> None:
+    """Heads whose keys are dead mix uniformly: values flow, queries do not (entries told apart)."""
+    model = Entries(_sdpa(), TOKENS)
+    graph = lowered(model, model.example())
+    assert flow(graph, {}, dtype=torch.float64).log_total > 0
+    masks = {"before.weight": torch.zeros(40, 4, dtype=torch.bool)}
+    assert not any(bool(mask.any()) for mask in reach(graph, masks).values())

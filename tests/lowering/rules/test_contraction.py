@@ -1,0 +1,153 @@
+"""Rules of products and contractions: every spelling against the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lowering.wrapped import check
+
+TOKENS = (5, 8)
+IMAGE = (4, 4, 5)
+
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "gram of channels": lambda x: torch.einsum("bnc,bnd->bcd", x, x),
+    "gram of positions": lambda x: torch.einsum("bnc,bmc->bnm", x, x),
+    "dot per position": lambda x: torch.einsum("bnc,bnc->bn", x, x),
+    "ellipsis": lambda x: torch.einsum("...nc,...mc->...nm", x, x),
+    "ellipsis of another rank": lambda x: torch.einsum("...c,c->...", x, torch.ones(8)),
+    "no arrow": lambda x: torch.einsum("...nc,...cm", x, x.transpose(1, 2)),
+    "one operand": lambda x: torch.einsum("bnc->bcn", x),
+    "one operand, summed": lambda x: torch.einsum("bnc->bc", x),
+    "spaces": lambda x: torch.einsum("b n c, b m c -> b n m", x, x),
+    "a list": lambda x: torch.einsum("bnc,bmc->bnm", [x, x]),
+    "a constant that selects": lambda x: torch.einsum("bnc,cd->bnd", x, torch.eye(8)[:, ::3]),
+    "outer": lambda x: torch.einsum("bc,bd->bcd", x[:, 0], x[:, 1]),
+    "broadcast": lambda x: torch.einsum("bnc,bmc->bnm", x[:, :1], x),
+    "matmul": lambda x: x @ x.transpose(-2, -1),
+    "matmul, ranks differ": lambda x: x[:, None].matmul(x.transpose(1, 2)[:, None].expand(-1, 3, -1, -1)),
+    "matmul, broadcast": lambda x: torch.matmul(x.unsqueeze(2), x.unsqueeze(1).transpose(-2, -1)),
+    "matmul with a vector": lambda x: x @ torch.ones(8),
+    "constant on the left": lambda x: torch.ones(3, 5) @ x,
+    "constant that selects, on the left": lambda x: torch.eye(5)[1:3] @ x,
+    "bmm": lambda x: torch.bmm(x, x.transpose(1, 2)),
+    "baddbmm": lambda x: torch.baddbmm(x @ x.mT, x, x.mT, beta=0.5, alpha=2),
+    "baddbmm without its first": lambda x: torch.baddbmm(x @ x.mT, x, x.mT, beta=0),
+    "addmm of a constant": lambda x: torch.addmm(torch.ones(8), x[:, 0], torch.ones(8, 8)),
+    "tensordot": lambda x: torch.tensordot(x, torch.eye(8)[:, :3], dims=1),
+    "tensordot by axes": lambda x: torch.tensordot(x, torch.eye(5)[:, :3], dims=([1], [0])),
+    "transposed by name": lambda x: x @ x[:, :3].mT,
+    "fft of FNet": lambda x: torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real,
+    "fft2": lambda x: torch.fft.fft2(x).real,
+    "rfft and back": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=1), n=5, dim=1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_product(name: str) -> None:
+    check(PLAIN[name], TOKENS)
+
+
+def test_product_of_three() -> None:
+    """Two at a time: the same weights are effective (how a product of three counts is a matter of order)."""
+    check(lambda x: torch.einsum("bnc,bmc,bmd->bnd", x, x, x), TOKENS, counts=False)
+
+
+class GlobalFilter(nn.Module):
+    """GFNet: a learnt filter in the frequencies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.filter = nn.Parameter(torch.randn(4, 3, 4, 2) * 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.fft.rfft2(x.permute(0, 2, 3, 1), dim=(1, 2), norm="ortho")
+        x = x * torch.view_as_complex(self.filter)
+        return torch.fft.irfft2(x, s=(4, 5), dim=(1, 2), norm="ortho").permute(0, 3, 1, 2)
+
+
+def test_global_filter() -> None:
+    check(GlobalFilter, IMAGE)
+
+
+class Reads(nn.Module):
+    """The weight of a layer that is never called, read by ``function(x, weight)``."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], out: int, inputs: int) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(inputs, out, bias=False), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.layer.weight)
+
+
+READS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, int]] = {
+    "F.linear": (lambda x, w: F.linear(x, w), 6, 8),
+    "F.linear of a part": (lambda x, w: F.linear(x, w[:3]), 6, 8),
+    "matmul": (lambda x, w: x @ w.t(), 6, 8),
+    "matmul, transposed by name": (lambda x, w: x @ w.T, 6, 8),
+    "matmul, not transposed": (lambda x, w: x @ w, 8, 6),
+    "weight on the left": (lambda x, w: w @ x, 3, 5),
+    "einsum": (lambda x, w: torch.einsum("bnc,dc->bnd", x, w), 6, 8),
+    "einsum, weight first": (lambda x, w: torch.einsum("dc,bnc->bdn", w, x), 6, 8),
+    "einsum over positions": (lambda x, w: torch.einsum("bnc,mn->bmc", x, w), 3, 5),
+    "einsum, two axes at once": (
+        lambda x, w: torch.einsum("bnhc,dhc->bnd", x.unflatten(-1, (2, 4)), w.unflatten(1, (2, 4))), 6, 8),
+    "einsum per head": (
+        lambda x, w: torch.einsum("bnhc,hdc->bnhd", x.unflatten(-1, (2, 4)), w.unflatten(0, (2, 3))), 6, 4),
+    "tensordot": (lambda x, w: torch.tensordot(x, w, dims=([2], [1])), 6, 8),
+    "addmm": (lambda x, w: torch.addmm(torch.ones(6), x[:, 0], w.t()), 6, 8),
+    "baddbmm": (lambda x, w: torch.baddbmm(x[..., :6], x, w.t().expand(x.shape[0], -1, -1)), 6, 8),
+    "as a convolution": (lambda x, w: F.conv1d(x.transpose(1, 2), w[:, :, None]), 6, 8),
+    "as a view": (lambda x, w: F.linear(x, w.view(2, 3, 8).transpose(0, 1).reshape(6, 8)), 6, 8),
+    "standardised": (lambda x, w: F.linear(x, (w - w.mean(1, keepdim=True)) / w.std(1, keepdim=True)), 6, 8),
+    "scaled": (lambda x, w: F.linear(x, 0.5 * w), 6, 8),
+    "twice": (lambda x, w: F.linear(F.linear(x, w).relu(), w.t()), 6, 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READS)
+def test_weight_read_by_hand(name: str) -> None:
+    """Whatever contracts with a prunable parameter is a kernel set, not a mix."""
+    function, out, inputs = READS[name]
+    check(lambda: Reads(function, out, inputs), TOKENS)
+
+
+class Conditional(nn.Module):
+    """CondConv: experts mixed per sample, the samples side by side as groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route = nn.Linear(4, 3)
+        self.experts = nn.Parameter(torch.randn(3, 6 * 4 * 9) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        weight = torch.sigmoid(self.route(x.mean((2, 3)))) @ self.experts
+        weight = weight.view(batch * 6, channels, 3, 3)
+        y = F.conv2d(x.reshape(1, batch * channels, height, width), weight, padding=1, groups=batch)
+        return y.view(batch, 6, height, width)
+
+
+class Involution(nn.Module):
+    """Kernels made at every position, applied to unfolded patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.span = nn.Conv2d(4, 2 * 9, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        kernels = self.span(x).view(batch, 2, 1, 9, height, width)
+        patches = F.unfold(x, 3, padding=1).view(batch, 2, channels // 2, 9, height, width)
+        return (kernels * patches).sum(3).view(batch, channels, height, width)
+
+
+@pytest.mark.parametrize("kind", [Conditional, Involution])
+def test_dynamic_convolution(kind: Any) -> None:
+    check(kind, IMAGE)
