@@ -61,7 +61,7 @@ def to_networkx(
     Args:
         name: of the network.
         ops, kernels: of the lowered network.
-        level: ``"op"``: a node per op (attributes ``kind``, ``origin``, ``layer``, ``shape``, and ``kernel``
+        level: ``"op"``: a node per op (attributes ``kind``, ``node``, ``layer``, ``shape``, and ``kernel``
         where a
             parameter is applied), an edge per value. ``"channel"``: a node ``(space, i)`` per channel of the
             spaces that kernels join, an edge per kernel with its parameter and ``[out, in]`` index; for small
@@ -84,7 +84,7 @@ def _ops(name: str, ops: Sequence[Op]) -> nx.DiGraph:
         result.add_node(
             op.output.index,
             kind=op.kind,
-            origin=op.origin,
+            node=op.node,
             layer=op.layer,
             shape=op.output.shape,
             kernel=kernel,

@@ -6,14 +6,18 @@ In: ops and kernel sets, from lowering. Out: :class:`ChannelGraph`; the kinds of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import networkx as nx
+from torch import fx
 
 from fxprune.graph import display
 from fxprune.graph.ops import (
     Affine,
+    ConstantValue,
     Gate,
     Gather,
     Kernel,
@@ -36,12 +40,14 @@ from fxprune.graph.ops import (
 __all__ = [
     "Affine",
     "ChannelGraph",
+    "ConstantValue",
     "Gate",
     "Gather",
     "Kernel",
     "KernelSet",
     "Map",
     "Mix",
+    "NodeOutput",
     "Op",
     "Opaque",
     "Pool",
@@ -57,19 +63,88 @@ __all__ = [
 
 
 @dataclass(frozen=True)
+class NodeOutput:
+    """One tensor that a node yields: ``path`` leads to it through nested results, ``()`` to a tensor."""
+
+    node: str
+    path: tuple[int | str, ...] = ()
+
+
+@dataclass(frozen=True)
 class ChannelGraph:
     """The lowered network: ``ops`` in execution order, one :class:`KernelSet` per prunable parameter.
 
     ``samples`` is the batch size of the example inputs that shapes were captured with; ``opaque`` lists the
     ops that no rule knew (their every input reaches their every output).
+
+    ``results`` holds what every node of the captured graph that yields tensors yields, see :meth:`value_of`;
+    ``constants`` describes those values that no op makes, by their index.
+
+    Example:
+        >>> import torch, fxprune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> gm = fxprune.capture(net, torch.ones(2, 4))
+        >>> graph = fxprune.lower(gm)
+        >>> first, relu, last = (node for node in gm.graph.nodes if node.op == "call_module")
+        >>> graph.value_of(last).shape
+        (2, 2)
+        >>> graph.op_of(graph.value_of(last)).node == last.name
+        True
+        >>> graph.nodes_of(graph.value_of(first))  # ReLU passes every path: no op, the same value
+        (NodeOutput(node='_0', path=()), NodeOutput(node='_1', path=()))
     """
 
     ops: tuple[Op, ...]
     kernels: dict[str, KernelSet]
     samples: int
     name: str = "network"
+    results: dict[str, Any] = field(default_factory=dict, repr=False)
+    constants: dict[int, ConstantValue] = field(default_factory=dict, repr=False)
     # Compiled traversals by resolution; see fxprune.paths.program.
     programs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    # -- from fx nodes to values and back ---------------------------------------------------------------
+    def value_of(self, node: str | fx.Node) -> Any:
+        """Return the value that a node of the captured graph yields.
+
+        Args:
+            node: a node of the graph that was lowered, or its name.
+
+        Returns:
+            A :class:`Value`; for a node that yields several tensors a tuple, list or dict (by key or by field
+            name) of values, with ``None`` for members that are no tensors or that no node reads. A node that
+            writes in place yields what it has written; its operand keeps the value from before.
+
+        Raises:
+            KeyError: there is no such node, or it yields no tensor.
+        """
+        name = node if isinstance(node, str) else node.name
+        if name not in self.results:
+            raise KeyError(f"node {name!r} is not in the graph or yields no tensor")
+        return self.results[name]
+
+    def nodes_of(self, value: Value) -> tuple[NodeOutput, ...]:
+        """Return the nodes that yield ``value``, in execution order, with the place in what they yield.
+
+        Empty for a value inside of a node: the scores of an attention, the inside of a leaf.
+        """
+        return self._nodes.get(value.index, ())
+
+    def op_of(self, value: Value) -> Op | None:
+        """Return the op that makes ``value``; ``None`` for the values of ``constants``."""
+        return self._makers.get(value.index)
+
+    @cached_property
+    def _nodes(self) -> dict[int, tuple[NodeOutput, ...]]:
+        found: dict[int, tuple[NodeOutput, ...]] = {}
+        for name, result in self.results.items():
+            for path, value in _members(result, ()):
+                found[value.index] = (*found.get(value.index, ()), NodeOutput(name, path))
+        return found
+
+    @cached_property
+    def _makers(self) -> dict[int, Op]:
+        return {op.output.index: op for op in self.ops}
 
     @property
     def opaque(self) -> tuple[Opaque, ...]:
@@ -87,3 +162,15 @@ class ChannelGraph:
     def to_networkx(self, level: Literal["op", "channel"] = "op") -> nx.DiGraph:
         """The graph of ops, or of channels and kernels; see :func:`fxprune.graph.display.to_networkx`."""
         return display.to_networkx(self.name, self.ops, self.kernels, level)
+
+
+def _members(result: Any, path: tuple[int | str, ...]) -> Iterator[tuple[tuple[int | str, ...], Value]]:
+    """Every value in a nested result, with the path to it."""
+    if isinstance(result, Value):
+        yield path, result
+    elif isinstance(result, dict):
+        for key, item in result.items():
+            yield from _members(item, (*path, key))
+    elif isinstance(result, (list, tuple)):
+        for place, item in enumerate(result):
+            yield from _members(item, (*path, place))

@@ -28,6 +28,7 @@ from torch import Tensor
 
 __all__ = [
     "Affine",
+    "ConstantValue",
     "Gate",
     "Gather",
     "Kernel",
@@ -145,16 +146,34 @@ class WindowPool:
 
 @dataclass(frozen=True)
 class Op:
-    """What every op carries: its values, and the fx node and layer that it came from."""
+    """Fields that every op has: its values, and the fx node and the layer that it came from.
+
+    ``node`` is the name of a node in the graph that ``capture`` returned. An op from the inside of a leaf has
+    the leaf's node there, and in ``inner`` the names of the nodes of the leaf's own graph, joined by dots.
+    Several ops may share one node; ``ChannelGraph.value_of`` says which value the node yields.
+    """
 
     output: Value
     inputs: tuple[Value, ...]
-    origin: str
+    node: str
     layer: str
+    inner: str = ""
 
     @property
     def kind(self) -> str:
         return type(self).__name__
+
+
+@dataclass(frozen=True)
+class ConstantValue:
+    """A tensor of the network that does not depend on its input and that no op reads as a value.
+
+    ``node`` is the first node that yields it: a ``get_attr``, or a function of constants.
+    """
+
+    value: Value
+    node: str
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

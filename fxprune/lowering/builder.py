@@ -98,13 +98,17 @@ def _is_kernel(module: nn.Module, leaf: str) -> bool:
 
 
 class Builder:
-    """Appends ops. ``origin`` and ``layer`` name the fx node being lowered; they go into every op."""
+    """Appends ops.
+
+    ``node``, ``inner`` and ``layer`` name the fx node being lowered; every op gets them, see :class:`ir.Op`.
+    """
 
     def __init__(self, parameters: Parameters) -> None:
         self.ops: list[ir.Op] = []
         self.parameters = parameters
         self.kernels: dict[str, ir.KernelSet] = {}
-        self.origin = ""
+        self.node = ""
+        self.inner = ""
         self.layer = ""
         self.samples = 1
         # Per value: the part of each axis that is data, where an op before has padded it with zeros.
@@ -113,6 +117,9 @@ class Builder:
         self.squares: set[int] = set()
         self.mean_of: dict[int, int] = {}
         self.blocked: dict[int, Tensor] = {}
+        # By id of a constant that a node of the captured graph yields: that node; its value as an operand.
+        self.constant_nodes: dict[int, str] = {}
+        self.sources: dict[int, ir.Value] = {}
         self._spaces: dict[int, str] = {}
         self._count = 0
 
@@ -126,7 +133,7 @@ class Builder:
     ) -> ir.Value:
         live = any(value.live for value in inputs) or (kind is ir.Source and fields.pop("live"))
         output = self.value(shape, live)
-        self.ops.append(kind(output, tuple(inputs), self.origin, self.layer, **fields))
+        self.ops.append(kind(output, tuple(inputs), self.node, self.layer, self.inner, **fields))
         space = next((self._spaces[v.index] for v in inputs if v.index in self._spaces), None)
         if space is not None:
             self._spaces[output.index] = space
@@ -150,7 +157,14 @@ class Builder:
             pattern = None if bool((numbers != 0).all()) else numbers != 0
         else:
             pattern = None if bool((numbers != 0).any()) else torch.zeros(x.shape, dtype=torch.bool)
-        return self.source(x.shape, live=False, pattern=pattern)
+        if id(x) not in self.constant_nodes:
+            return self.source(x.shape, live=False, pattern=pattern)
+        reader = self.node, self.inner
+        self.node, self.inner = self.constant_nodes[id(x)], ""
+        value = self.source(x.shape, live=False, pattern=pattern)
+        self.node, self.inner = reader
+        self.sources.setdefault(id(x), value)
+        return value
 
     # -- ops ------------------------------------------------------------------------------------------------
     def sum(self, inputs: Sequence[ir.Value], shape: Sequence[int]) -> ir.Value:

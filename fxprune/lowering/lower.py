@@ -20,6 +20,7 @@ from fxprune.capture import CaptureError, capture_leaf
 from fxprune.graph import ir
 from fxprune.lowering.aliases import Memory, written
 from fxprune.lowering.builder import Builder, Constant, Parameters
+from fxprune.lowering.results import Results
 from fxprune.lowering.rules import KERNEL_TARGETS, RULES
 from fxprune.lowering.rules.movement import MOVES, SHAPED_LIKE
 from fxprune.lowering.rules.table import Context, Unknown, substitute, tensors_in
@@ -57,8 +58,17 @@ def lower(gm: fx.GraphModule) -> ir.ChannelGraph:
             )
     build = Builder(Parameters.of(gm))
     build.samples = _samples(gm)
-    _Walk(gm, build).run(None)
-    return ir.ChannelGraph(tuple(build.ops), build.kernels, build.samples, type(gm).__name__)
+    results = Results(build)
+    _Walk(gm, build, results).run(None)
+    values, constants = results.values()
+    return ir.ChannelGraph(
+        tuple(build.ops),
+        build.kernels,
+        build.samples,
+        type(gm).__name__,
+        results=values,
+        constants=constants,
+    )
 
 
 def _samples(gm: fx.GraphModule) -> int:
@@ -94,19 +104,29 @@ def _leaves(x: Any) -> list[Any]:
 
 
 class _Walk:
-    """One graph being lowered: the network's own, or a leaf's inside (``leaf`` is then that module)."""
+    """One graph being lowered: the network's own (``results`` keeps what its nodes yield), or the inside of
+    the module ``leaf``."""
 
     def __init__(
-        self, gm: fx.GraphModule, build: Builder, path: str = "", leaf: nn.Module | None = None
+        self,
+        gm: fx.GraphModule,
+        build: Builder,
+        results: Results | None,
+        path: str = "",
+        leaf: nn.Module | None = None,
     ) -> None:
-        self.gm, self.build, self.path, self.leaf = gm, build, path, leaf
+        self.gm, self.build, self.results, self.path, self.leaf = gm, build, results, path, leaf
         self.env: dict[fx.Node, Any] = {}
         self.memory = Memory(gm)
 
     def run(self, inputs: list[Any] | None) -> Any:
         pending = iter(inputs) if inputs is not None else None
+        outer, inner = self.build.node, f"{self.build.inner}." if self.build.inner else ""
         for node in self.gm.graph.nodes:
-            self.build.origin = node.name
+            if self.results is not None:
+                self.build.node = node.name
+            else:
+                self.build.node, self.build.inner = outer, inner + node.name
             self.build.layer = self.path
             if node.op == "placeholder":
                 val = node.meta["val"]
@@ -117,6 +137,9 @@ class _Walk:
                 return self._output(self._read(node.args[0]))
             else:
                 self.env[node] = self._call(node)
+            if self.results is not None:
+                self.results.record(node, self.env[node])
+            if node.op.startswith("call"):
                 self.memory.spread(node, self.env, self.build)
         return None
 
@@ -135,7 +158,7 @@ class _Walk:
     def _output(self, result: Any) -> Any:
         if self.leaf is None:
             outputs = [x for x in tensors_in(result) if isinstance(x, ir.Value)]
-            self.build.ops.append(ir.Sink(self.build.value((), True), tuple(outputs), "output", ""))
+            self.build.ops.append(ir.Sink(self.build.value((), True), tuple(outputs), self.build.node, ""))
         return result
 
     def _attribute(self, node: fx.Node) -> Any:
@@ -233,7 +256,10 @@ class _Walk:
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
         inputs = _bind(inner, args, kwargs)
-        return _Walk(inner, self.build, layer, module).run(inputs)
+        place = self.build.node, self.build.inner
+        result = _Walk(inner, self.build, None, layer, module).run(inputs)
+        self.build.node, self.build.inner = place
+        return result
 
     def _opaque(self, operands: list[Any], val: Any, reason: str) -> Any:
         values = [x for x in operands if isinstance(x, ir.Value)]

@@ -1,0 +1,61 @@
+"""Keep what every node of the captured graph yields, so that a pass can go from nodes to values and back."""
+
+from __future__ import annotations
+
+from dataclasses import is_dataclass
+from typing import Any
+
+from torch import fx
+
+from fxprune.graph import ir
+from fxprune.lowering.builder import Builder, Constant
+from fxprune.lowering.rules.table import tensors_in
+
+__all__ = ["Results"]
+
+
+class Results:
+    """The results of the nodes lowered so far, in execution order."""
+
+    def __init__(self, build: Builder) -> None:
+        self.build = build
+        self.found: dict[str, Any] = {}
+        self.nodes: dict[int, fx.Node] = {}  # the first that yields a constant, by id of the constant
+
+    def record(self, node: fx.Node, result: Any) -> None:
+        """Keep what ``node`` yields; later writes to its memory do not change it."""
+        operands = list(tensors_in(result))
+        if not operands:
+            return
+        self.found[node.name] = result
+        for x in operands:
+            if isinstance(x, Constant):
+                self.nodes.setdefault(id(x), node)
+                self.build.constant_nodes.setdefault(id(x), node.name)
+
+    def values(self) -> tuple[dict[str, Any], dict[int, ir.ConstantValue]]:
+        """Return what every node yields, as values, and the constants among them that no op makes."""
+        constants: dict[int, ir.ConstantValue] = {}
+
+        def value(x: ir.Value | Constant) -> ir.Value:
+            if isinstance(x, ir.Value):
+                return x
+            if id(x) not in self.build.sources:
+                own = self.build.sources[id(x)] = self.build.value(x.shape, False)
+                constants[own.index] = ir.ConstantValue(own, self.nodes[id(x)].name, x.dtype)
+            return self.build.sources[id(x)]
+
+        def plain(x: Any) -> Any:
+            if isinstance(x, (ir.Value, Constant)):
+                return value(x)
+            if isinstance(x, dict):
+                return {key: plain(item) for key, item in x.items()}
+            if isinstance(x, list):
+                return [plain(item) for item in x]
+            if isinstance(x, tuple):
+                return tuple(plain(item) for item in x)
+            if is_dataclass(x) and not isinstance(x, type):
+                return {key: plain(item) for key, item in vars(x).items()}
+            return None
+
+        return {name: plain(result) for name, result in self.found.items()}, constants
