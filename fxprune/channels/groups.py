@@ -73,7 +73,7 @@ class _Labelling:
             return self._mix(op.equation, inputs[0], inputs[1])
         if isinstance(op, ir.Pool):
             return self._pool(op, inputs[0])
-        if isinstance(op, (ir.Affine, ir.Map)):
+        if isinstance(op, (ir.Affine, ir.Norm, ir.Map)):
             return inputs[0].view((1,) * (len(op.output.shape) - inputs[0].dim()) + inputs[0].shape)
         return torch.full((1,) * len(op.output.shape), NONE)
 

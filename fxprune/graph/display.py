@@ -11,7 +11,7 @@ from typing import Literal
 import networkx as nx
 import torch
 
-from fxprune.graph.ops import Affine, Kernel, KernelSet, Map, Mix, Op, Opaque, Pool, Source
+from fxprune.graph.ops import Affine, Kernel, KernelSet, Map, Mix, Norm, Op, Opaque, Pool, Source
 
 __all__ = ["summary", "to_networkx"]
 
@@ -49,6 +49,9 @@ def _detail(op: Op) -> str:
         return op.equation or "of full tensors"
     if isinstance(op, Opaque):
         return op.reason
+    if isinstance(op, Norm):
+        groups = f" in {op.groups} groups" if op.groups > 1 else ""
+        return f"over {list(op.axes)}{groups}{' +bias' if op.bias else ''}"
     marked = (isinstance(op, Affine) and op.bias) or (isinstance(op, Map) and op.floor)
     return "never Zero" if marked else ""
 

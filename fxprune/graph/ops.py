@@ -11,7 +11,8 @@ Gate       elementwise product of two values: paths through either, where the ot
 Gather     data movement (reshape, concat, split, shuffle, pad): an index map
 Mix        contraction of two values: attention scores, attention-weighted values
 Pool       paths meet along positions (or any axis): average, maximum, reduction, resampling
-Affine     norm, bias, scale by a constant: paths pass; with a bias the value is never Zero again
+Norm       division by a statistic of the value itself: paths pass; names the axes of the statistic
+Affine     bias, scale by a constant: paths pass; with a bias the value is never Zero again
 Map        elementwise function: paths pass; with a floor (f(0) != 0) the value is never Zero again
 Opaque     unknown: every input entry reaches every output entry
 Sink       the outputs
@@ -35,6 +36,7 @@ __all__ = [
     "KernelSet",
     "Map",
     "Mix",
+    "Norm",
     "Op",
     "Opaque",
     "Pool",
@@ -238,8 +240,26 @@ class Affine(Op):
 
 
 @dataclass(frozen=True)
+class Norm(Op):
+    """``(x - mean) / std * scale + bias``, or a part of it, as evaluation computes it.
+
+    ``axes`` are those of the input along which entries share their statistic: dropping an entry of such an
+    axis changes the others. A BatchNorm with running statistics has none; with ``groups`` > 1 axis 1 is split
+    into so many parts with a statistic each. ``eps`` is ``None`` where it is not known.
+    """
+
+    axes: tuple[int, ...] = ()
+    groups: int = 1
+    bias: bool = False
+    eps: float | None = None
+
+
+@dataclass(frozen=True)
 class Map(Op):
+    """An elementwise function; a softmax is one as well, and ``axes`` are those it sums along."""
+
     floor: bool = False
+    axes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

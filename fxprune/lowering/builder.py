@@ -28,7 +28,9 @@ class Constant:
 
     ``weight`` is set while the constant is one prunable parameter, moved about or re-parameterised;
     ``evaluate`` gives the actual numbers. ``is_learnt`` marks what comes from parameters or buffers: its
-    zeros are accidents of the present values. ``zero`` marks what is zero throughout.
+    zeros are accidents of the present values. ``zero`` marks what is zero throughout. A statistic of the
+    input (a variance, a length) counts as a constant, too: ``statistic`` is the set of axes, counted from the
+    last one as -1, along which entries of the input went into it, as far as its shape does not show it.
     """
 
     shape: tuple[int, ...]
@@ -37,6 +39,7 @@ class Constant:
     weight: ir.WeightRef | None = None
     zero: bool = False
     is_learnt: bool = False
+    statistic: frozenset[int] | None = None
 
     def numbers(self) -> Tensor | None:
         """The numbers, or ``None`` where they cannot be had (on the meta device)."""
@@ -113,9 +116,10 @@ class Builder:
         self.samples = 1
         # Per value: the part of each axis that is data, where an op before has padded it with zeros.
         self.data_range: dict[int, dict[int, tuple[int, int]]] = {}
-        # What later rules need to know of a value: a square; the mean of which value; pairs set to -inf.
+        # What later rules need to know of a value: a square; a mean of which value over which axes;
+        # pairs set to -inf.
         self.squares: set[int] = set()
-        self.mean_of: dict[int, int] = {}
+        self.mean_of: dict[int, tuple[int, tuple[int, ...]]] = {}
         self.blocked: dict[int, Tensor] = {}
         # By id of a constant that a node of the captured graph yields: that node; its value as an operand.
         self.constant_nodes: dict[int, str] = {}
@@ -194,8 +198,25 @@ class Builder:
             return x
         return self._keep_range(x, self._emit(ir.Affine, (x,), shape, bias=bias))
 
-    def map(self, x: ir.Value, *, floor: bool = False) -> ir.Value:
-        return self._keep_range(x, self._emit(ir.Map, (x,), x.shape, floor=floor)) if floor else x
+    def norm(
+        self,
+        x: ir.Value,
+        axes: Sequence[int],
+        shape: Sequence[int] | None = None,
+        *,
+        groups: int = 1,
+        bias: bool = False,
+        eps: float | None = None,
+    ) -> ir.Value:
+        shape = x.shape if shape is None else tuple(shape)
+        fields = {"axes": _axes(axes, x), "groups": groups, "bias": bias, "eps": eps}
+        return self._keep_range(x, self._emit(ir.Norm, (x,), shape, **fields))
+
+    def map(self, x: ir.Value, *, floor: bool = False, axes: Sequence[int] = ()) -> ir.Value:
+        """An elementwise function, or with ``axes`` a softmax; no op for one that gives Zero for Zero."""
+        if not floor and not axes:
+            return x
+        return self._keep_range(x, self._emit(ir.Map, (x,), x.shape, floor=floor, axes=_axes(axes, x)))
 
     def map_anew(self, x: ir.Value) -> ir.Value:
         """``x`` again, as a value of its own, so that something can be said of it alone."""
@@ -218,14 +239,12 @@ class Builder:
     def reduce(
         self, x: ir.Value, how: str, dims: Sequence[int], keepdim: bool, shape: Sequence[int]
     ) -> ir.Value:
-        dims = tuple(sorted(d % len(x.shape) for d in dims)) if x.shape else ()
-        return self._emit(ir.Pool, (x,), shape, how=how, dims=dims, keepdim=keepdim)
+        return self._emit(ir.Pool, (x,), shape, how=how, dims=_axes(dims, x), keepdim=keepdim)
 
     def pool(
         self, x: ir.Value, how: str, dims: Sequence[int], window: ir.WindowPool, shape: Sequence[int]
     ) -> ir.Value:
-        dims = tuple(sorted(d % len(x.shape) for d in dims))
-        return self._emit(ir.Pool, (x,), shape, how=how, dims=dims, keepdim=True, window=window)
+        return self._emit(ir.Pool, (x,), shape, how=how, dims=_axes(dims, x), keepdim=True, window=window)
 
     def opaque(self, inputs: Sequence[ir.Value], shape: Sequence[int], reason: str) -> ir.Value:
         return self._emit(ir.Opaque, inputs, shape, reason=reason)
@@ -315,6 +334,10 @@ class Builder:
         if x.index in self.data_range and x.shape == output.shape:
             self.data_range[output.index] = self.data_range[x.index]
         return output
+
+
+def _axes(axes: Sequence[int], x: ir.Value) -> tuple[int, ...]:
+    return tuple(sorted({axis % len(x.shape) for axis in axes})) if x.shape else ()
 
 
 def live_taps(

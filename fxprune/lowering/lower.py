@@ -22,7 +22,8 @@ from fxprune.lowering.aliases import Memory, written
 from fxprune.lowering.builder import Builder, Constant, Parameters
 from fxprune.lowering.results import Results
 from fxprune.lowering.rules import KERNEL_TARGETS, RULES
-from fxprune.lowering.rules.movement import MOVES, SHAPED_LIKE
+from fxprune.lowering.rules.movement import MOVES, REARRANGES, SHAPED_LIKE
+from fxprune.lowering.rules.pointwise import statistic_axes
 from fxprune.lowering.rules.table import Context, Unknown, substitute, tensors_in
 
 __all__ = ["lower"]
@@ -236,6 +237,7 @@ class _Walk:
                 ref,
                 zero=node.target in (torch.zeros, torch.zeros_like, "new_zeros"),
                 is_learnt=any(isinstance(x, Constant) and x.is_learnt for x in operands),
+                statistic=statistic_axes(operands, () if node.target in REARRANGES else val.shape),
             )
 
         return _constants(result, evaluate, constant)

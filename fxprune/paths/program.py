@@ -132,8 +132,8 @@ def _presence_known(graph: ir.ChannelGraph) -> set[int]:
             present = op.pattern is None
         elif isinstance(op, ir.Kernel):
             present = op.bias
-        elif isinstance(op, (ir.Affine, ir.Map)):
-            present = known[0] or (op.bias if isinstance(op, ir.Affine) else op.floor)
+        elif isinstance(op, (ir.Affine, ir.Norm, ir.Map)):
+            present = known[0] or (op.floor if isinstance(op, ir.Map) else op.bias)
         elif isinstance(op, ir.Sum):
             present = any(known)
         elif isinstance(op, ir.Gather):

@@ -69,7 +69,7 @@ def attend(
     elif isinstance(mask, Constant):
         scores = plus_constant(_of_shape(context, shape), scores, mask)
     blocked = build.blocked.get(scores.index)
-    weights = build.map(scores, floor=True)
+    weights = build.map(scores, floor=True, axes=(-1,))
     if blocked is not None:
         weights = build.select(weights, ~blocked, shape)
     if allowed is not None:

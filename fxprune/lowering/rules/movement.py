@@ -20,7 +20,7 @@ from fxprune.lowering.builder import Constant
 from fxprune.lowering.rules.pointwise import present
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 
-__all__ = ["MOVES", "SHAPED_LIKE", "table"]
+__all__ = ["MOVES", "REARRANGES", "SHAPED_LIKE", "table"]
 
 table = RuleTable()
 
@@ -81,6 +81,8 @@ MOVES: set[Any] = {
     operator.setitem,
     getattr,  # x.T, x.mT, x.data
 }
+REARRANGES = MOVES - {"expand", "expand_as", "broadcast_to", torch.broadcast_to}
+"""These do not repeat one entry along an axis as broadcasting does."""
 SHAPED_LIKE = ("reshape_as", "view_as", "expand_as")
 """Of these the second tensor gives its shape alone."""
 

@@ -1,7 +1,8 @@
-"""Norms: identity on paths; their bias makes a value present."""
+"""Norms: paths pass as they are; the op names the axes along which entries share a statistic."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,52 +17,147 @@ __all__ = ["table"]
 
 table = RuleTable()
 
-_MODULES = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.LocalResponseNorm,
-)
 
-
-@table.rule(*_MODULES)
-def norm_module(context: Context, x: ir.Value) -> ir.Value:
-    """``y = (x - mean) / std * weight + bias``: paths as they were."""
+def _norm(context: Context, x: Any, axes: Sequence[int], *, bias: Any, eps: Any, groups: int = 1) -> ir.Value:
     value = context.build.materialise(x)
-    return context.build.affine(value, bias=getattr(context.module, "bias", None) is not None)
+    number = float(eps) if isinstance(eps, (int, float)) else None
+    return context.build.norm(value, axes, groups=groups, bias=bias is not None, eps=number)
 
 
-@table.rule(F.batch_norm, torch.batch_norm, F.instance_norm)
+def _positions(x: Any, first: int = 2) -> range:
+    return range(first, len(x.shape))
+
+
+# -- modules -------------------------------------------------------------------------------------
+@table.rule(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+def batch_norm_module(context: Context, x: Any) -> ir.Value:
+    """``%1 = Norm(%0)``: running statistics in evaluation, those of the batch if the module keeps none."""
+    m: Any = context.module
+    axes = () if m.running_mean is not None else (0, *_positions(x))
+    return _norm(context, x, axes, bias=m.bias, eps=m.eps)
+
+
+@table.rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+def instance_norm_module(context: Context, x: Any) -> ir.Value:
+    """``%1 = Norm(%0) over positions``; a single sample has no batch axis."""
+    m: Any = context.module
+    rank = 3 + (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d).index(context.target)
+    axes = () if m.running_mean is not None else _positions(x, 2 - (rank - len(x.shape)))
+    return _norm(context, x, axes, bias=m.bias, eps=m.eps)
+
+
+@table.rule(nn.LayerNorm, nn.RMSNorm)
+def layer_norm_module(context: Context, x: Any) -> ir.Value:
+    """``%1 = Norm(%0) over the normalised axes``."""
+    m: Any = context.module
+    axes = range(-len(m.normalized_shape), 0)
+    return _norm(context, x, axes, bias=getattr(m, "bias", None), eps=m.eps)
+
+
+@table.rule(nn.GroupNorm)
+def group_norm_module(context: Context, x: Any) -> ir.Value:
+    """``%1 = Norm(%0) over channels of a group and positions``."""
+    m: Any = context.module
+    return _norm(context, x, _positions(x, 1), bias=m.bias, eps=m.eps, groups=m.num_groups)
+
+
+# -- functions -----------------------------------------------------------------------------------
+@table.rule(F.batch_norm)
 def batch_norm(
     context: Context,
-    x: Any,
-    mean: Any = None,
-    var: Any = None,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
     weight: Any = None,
     bias: Any = None,
-    *_: Any,
-    **__: Any,
+    training: Any = False,
+    momentum: Any = 0.1,
+    eps: Any = 1e-05,
 ) -> ir.Value:
-    return context.build.affine(context.build.materialise(x), bias=bias is not None)
+    axes = () if running_mean is not None else (0, *_positions(input))
+    return _norm(context, input, axes, bias=bias, eps=eps)
 
 
-@table.rule(F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm)
+@table.rule(torch.batch_norm)
+def aten_batch_norm(
+    context: Context, input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, *args: Any
+) -> ir.Value:
+    eps = args[2] if len(args) > 2 else None
+    axes = () if running_mean is not None else (0, *_positions(input))
+    return _norm(context, input, axes, bias=bias, eps=eps)
+
+
+@table.rule(F.instance_norm)
+def instance_norm(
+    context: Context,
+    input: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: Any = True,
+    momentum: Any = 0.1,
+    eps: Any = 1e-05,
+) -> ir.Value:
+    axes = _positions(input) if use_input_stats is not False or running_mean is None else ()
+    return _norm(context, input, axes, bias=bias, eps=eps)
+
+
+@table.rule(torch.instance_norm)
+def aten_instance_norm(
+    context: Context, input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, *args: Any
+) -> ir.Value:
+    own, eps = (args[0] if args else True), (args[2] if len(args) > 2 else None)
+    axes = _positions(input) if own is not False or running_mean is None else ()
+    return _norm(context, input, axes, bias=bias, eps=eps)
+
+
+@table.rule(F.layer_norm, torch.layer_norm)
 def layer_norm(
-    context: Context, x: Any, shape: Any = None, weight: Any = None, bias: Any = None, *_: Any, **__: Any
+    context: Context,
+    input: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: Any = 1e-05,
+    cudnn_enable: Any = True,
 ) -> ir.Value:
-    return context.build.affine(context.build.materialise(x), bias=bias is not None)
+    return _norm(context, input, range(-len(normalized_shape), 0), bias=bias, eps=eps)
 
 
 @table.rule(F.rms_norm, torch.rms_norm)
-def rms_norm(context: Context, x: Any, *_: Any, **__: Any) -> ir.Value:
-    return context.build.materialise(x)
+def rms_norm(
+    context: Context, input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None
+) -> ir.Value:
+    return _norm(context, input, range(-len(normalized_shape), 0), bias=None, eps=eps)
+
+
+@table.rule(F.group_norm, torch.group_norm)
+def group_norm(
+    context: Context,
+    input: Any,
+    num_groups: int,
+    weight: Any = None,
+    bias: Any = None,
+    eps: Any = 1e-05,
+    cudnn_enabled: Any = True,
+) -> ir.Value:
+    return _norm(context, input, _positions(input, 1), bias=bias, eps=eps, groups=num_groups)
+
+
+@table.rule(nn.LocalResponseNorm, F.local_response_norm)
+def local_response_norm(context: Context, input: Any, *args: Any, **kwargs: Any) -> ir.Value:
+    """``y = x / (k + sum of squares of the neighbouring channels)^beta``."""
+    return _norm(context, input, (1,), bias=None, eps=None)
+
+
+@table.rule(F.normalize)
+def normalize(
+    context: Context, input: Any, p: Any = 2.0, dim: Any = 1, eps: Any = 1e-12, out: Any = None
+) -> ir.Value:
+    """``y = x / |x|``, the length taken along ``dim``."""
+    axes = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
+    return _norm(context, input, axes, bias=None, eps=eps)
 
 
 @table.rule(ModeSwitch)

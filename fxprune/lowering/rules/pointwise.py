@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,14 +21,14 @@ table = RuleTable()
 
 _NAMES = """
     relu relu6 gelu silu mish hardswish hardtanh leaky_relu elu selu celu prelu rrelu threshold tanh sigmoid
-    hardsigmoid logsigmoid softplus softsign tanhshrink hardshrink softshrink gumbel_softmax
+    hardsigmoid logsigmoid softplus softsign tanhshrink hardshrink softshrink
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout
     abs absolute neg negative positive exp exp2 expm1 log log2 log10 log1p sqrt reciprocal sin cos tan
     sinh cosh asin acos atan erf erfc sign round floor ceil trunc frac clamp clip clamp_min clamp_max
     nan_to_num logit sigmoid_ relu_ relu6_ tanh_ exp_ sqrt_ neg_ abs_ clamp_ clamp_min_ clamp_max_ clip_
     leaky_relu_ hardtanh_ elu_ gelu_ silu_ hardswish_ hardsigmoid_ round_ floor_ dropout_ reciprocal_
     contiguous clone detach to float double half bfloat16 type type_as cpu cuda requires_grad_
-    conj real imag alias normalize local_response_norm
+    conj real imag alias
     eq ne lt le gt ge logical_not isnan isfinite isinf bool int long
 """.split()
 _MODULES = [
@@ -75,11 +76,11 @@ def _has_floor(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 _MOVES_TYPE = {
     "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu",
-    "cuda", "requires_grad_", "alias", torch.clone, torch.detach, F.normalize, F.local_response_norm,
+    "cuda", "requires_grad_", "alias", torch.clone, torch.detach,
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
     nn.FeatureAlphaDropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
     F.feature_alpha_dropout, torch.dropout, "conj", "real", "imag", torch.conj, torch.real, torch.imag,
-    F.gumbel_softmax, "detach_", "round", torch.round,
+    "detach_", "round", torch.round,
 }  # fmt: skip
 
 
@@ -143,8 +144,8 @@ def add(context: Context, a: Any, b: Any, *args: Any, **kwargs: Any) -> ir.Value
     """
     build, shape = context.build, context.shape
     if isinstance(a, ir.Value) and isinstance(b, ir.Value):
-        if build.mean_of.get(b.index) == a.index:
-            return a
+        if b.index in build.mean_of and build.mean_of[b.index][0] == a.index:
+            return build.norm(a, build.mean_of[b.index][1], shape)
         return build.sum([a, b], shape)
     value, constant = (a, b) if isinstance(a, ir.Value) else (b, a)
     return plus_constant(context, value, constant)
@@ -157,6 +158,8 @@ def plus_constant(context: Context, value: ir.Value, constant: Any) -> ir.Value:
         return build.affine(value, shape, bias=constant != 0)
     numbers = None if constant.is_learnt else constant.numbers()
     present = not constant.zero if numbers is None else bool((numbers != 0).any())
+    if constant.statistic is not None and not present:
+        return _normed(context, value, constant)
     result = build.affine(value, shape, bias=present)
     if numbers is not None and bool(torch.isneginf(numbers.float()).any()):
         build.blocked[result.index] = torch.isneginf(numbers.float()).expand(shape)
@@ -197,7 +200,30 @@ def scale(context: Context, value: ir.Value, other: Any) -> ir.Value | Constant:
     )
     if nothing or (not isinstance(other, Constant) and other == 0):
         return Constant(shape, torch.float32, lambda: torch.zeros(shape), zero=True)
+    if isinstance(other, Constant) and other.statistic is not None:
+        return _normed(context, value, other)
     return context.build.affine(value, shape)
+
+
+def _normed(context: Context, value: ir.Value, statistic: Constant) -> ir.Value:
+    """A norm written by hand: one number of the statistic serves all entries along an axis."""
+    axes = statistic_axes([statistic], context.shape) or ()
+    return context.build.norm(value, [axis for axis in axes if -axis <= len(value.shape)], context.shape)
+
+
+def statistic_axes(operands: Iterable[ir.Value | Constant], shape: Sequence[int]) -> frozenset[int] | None:
+    """Return the axes (from -1 down) that statistics among ``operands`` were taken along:
+    those with one number for several entries of ``shape``. ``None`` if there is no statistic."""
+    found = [x for x in operands if isinstance(x, Constant) and x.statistic is not None]
+    if not found:
+        return None
+    axes: set[int] = set()
+    for x in found:
+        axes.update(x.statistic or ())
+        for axis, size in enumerate(reversed(shape), start=1):
+            if size > 1 and (axis > len(x.shape) or x.shape[-axis] == 1):
+                axes.add(-axis)
+    return frozenset(axes)
 
 
 _DIV = (
@@ -216,6 +242,8 @@ _DIV = (
 def divide(context: Context, a: Any, b: Any, **kwargs: Any) -> ir.Value | Constant:
     """``y = a / b``: a gate whose divisor is never Zero."""
     build, shape = context.build, context.shape
+    if isinstance(b, Constant) and b.statistic is not None:
+        return _normed(context, a, b)
     if not isinstance(b, ir.Value):
         return build.affine(a, shape)
     divisor = build.map(b, floor=True)
@@ -237,12 +265,17 @@ def squared(context: Context, x: ir.Value) -> ir.Value:
 @table.rule(torch.rsqrt, "rsqrt", "rsqrt_")
 def rsqrt(context: Context, x: Any) -> Constant:
     """One over a root is the statistic of a norm: a scale, no path."""
-    return present(context.shape)
+    return statistic(context.shape)
 
 
 def present(shape: tuple[int, ...]) -> Constant:
     """A constant that is nowhere Zero."""
     return Constant(shape, torch.float32, lambda: torch.ones(shape))
+
+
+def statistic(shape: tuple[int, ...]) -> Constant:
+    """A variance or a length of the input: a norm divides by it, so that it counts as a constant."""
+    return Constant(shape, torch.float32, lambda: torch.ones(shape), statistic=frozenset())
 
 
 @table.rule(operator.pow, operator.ipow, torch.pow, "pow", "pow_", "__pow__", "__rpow__", torch.float_power)
@@ -253,7 +286,9 @@ def power(context: Context, a: Any, b: Any) -> ir.Value | Constant:
         return build.sum([a, b], shape)
     if isinstance(b, ir.Value):
         return build.map(build.affine(b, shape), floor=True)
-    if b in (-0.5, 0):
+    if b == -0.5:
+        return statistic(shape)
+    if b == 0:
         return present(shape)
     if isinstance(b, (int, float)) and b == 2:
         return squared(context, a)
@@ -295,13 +330,27 @@ def glu(context: Context, x: ir.Value, dim: int = -1) -> ir.Value:
 
 @table.rule(torch.softmax, F.softmax, "softmax", torch.log_softmax, F.log_softmax, "log_softmax", F.softmin)
 @table.rule(nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d)
-def softmax(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
+def softmax(context: Context, input: Any, dim: Any = None, *args: Any, **kwargs: Any) -> ir.Value:
     """Elementwise on paths, never Zero but where a mask has blocked the pair."""
     build = context.build
-    value = build.materialise(x)
+    value = build.materialise(input)
     blocked = build.blocked.get(value.index)
-    result = build.map(value, floor=True)
+    if isinstance(context.module, nn.Softmax2d):
+        dim = -3
+    elif context.module is not None:
+        dim = getattr(context.module, "dim", None)
+    if dim is None:  # torch's choice where the caller makes none
+        dim = 0 if len(value.shape) in (0, 1, 3) else 1
+    result = build.map(value, floor=True, axes=(dim,))
     return result if blocked is None else build.select(result, ~blocked, value.shape)
+
+
+@table.rule(F.gumbel_softmax)
+def gumbel_softmax(
+    context: Context, logits: Any, tau: Any = 1, hard: Any = False, eps: Any = 1e-10, dim: int = -1
+) -> ir.Value:
+    """A softmax of noisy numbers; entries that are Zero are seldom chosen."""
+    return context.build.map(context.build.materialise(logits), axes=(dim,))
 
 
 @table.rule("masked_fill", "masked_fill_", torch.masked_fill)

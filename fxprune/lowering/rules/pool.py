@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fxprune.graph import ir
 from fxprune.lowering.builder import Constant
 from fxprune.lowering.periodic import fold_periodically
-from fxprune.lowering.rules.pointwise import present
+from fxprune.lowering.rules.pointwise import statistic
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 
 __all__ = ["table"]
@@ -70,9 +70,9 @@ def mean(context: Context, x: Any, *args: Any, keepdim: bool = False, **kwargs: 
     """A mean; that of a square is a second moment, a statistic: a scale, no path."""
     dims, keepdim = _axes(args, keepdim, kwargs)
     if x.index in context.build.squares:
-        return present(context.shape)
+        return statistic(context.shape)
     result = _reduce(context, x, "mean", dims, keepdim)
-    context.build.mean_of[result.index] = x.index
+    context.build.mean_of[result.index] = x.index, _dims(x, dims)
     return result
 
 
@@ -85,16 +85,17 @@ def extremum(context: Context, x: Any, *args: Any, keepdim: bool = False, **kwar
 @table.rule(
     torch.std, "std", torch.var, "var", torch.norm, "norm", torch.linalg.norm, torch.linalg.vector_norm
 )
-def statistic(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
+def spread(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
     """A spread or a length is what norms divide by: a scale, no path."""
-    return present(context.shape)
+    return statistic(context.shape)
 
 
 @table.rule(torch.var_mean, torch.std_mean)
 def moments(context: Context, x: Any, *args: Any, **kwargs: Any) -> tuple[Constant, Constant]:
     """Both are statistics: the mean that a norm subtracts is no path and no bias."""
     shape = tuple(context.result[0].shape)
-    return present(shape), Constant(shape, torch.float32, lambda: torch.zeros(shape), zero=True)
+    mean = replace(statistic(shape), evaluate=lambda: torch.zeros(shape), zero=True)
+    return statistic(shape), mean
 
 
 @table.rule(torch.max, "max", torch.min, "min", torch.median, "median")
