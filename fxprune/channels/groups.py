@@ -67,7 +67,7 @@ class _Labelling:
             return found.view((1,) * (len(op.output.shape) - found.dim()) + found.shape)
         if isinstance(op, ir.Gather):
             full = [x.expand(value.shape) for x, value in zip(inputs, op.inputs, strict=True)]
-            moved: Tensor = op.move([x.double().contiguous() for x in full])
+            moved: Tensor = op.move(*[x.double().contiguous() for x in full])
             return moved.long()
         if isinstance(op, ir.Mix) and op.equation:
             return self._mix(op.equation, inputs[0], inputs[1])

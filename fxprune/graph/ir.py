@@ -7,7 +7,7 @@ In: ops and kernel sets, from lowering. Out: :class:`ChannelGraph`; the kinds of
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
@@ -147,6 +147,11 @@ class ChannelGraph:
     @cached_property
     def _makers(self) -> dict[int, Op]:
         return {op.output.index: op for op in self.ops}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out compiled traversals and what else is computed from the fields."""
+        state = {one.name: getattr(self, one.name) for one in fields(self)}
+        return state | {"programs": {}}
 
     @property
     def opaque(self) -> tuple[Opaque, ...]:

@@ -21,11 +21,14 @@ Sink       the outputs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fxprune.graph.tensor_function import TensorFunction, same
 
 __all__ = [
     "Affine",
@@ -68,7 +71,7 @@ class Space:
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelSet:
     """The kernels of one prunable parameter.
 
@@ -91,6 +94,12 @@ class KernelSet:
     direct: bool = False
     aliases: tuple[str, ...] = ()
 
+    def __eq__(self, other: object) -> bool:
+        return type(other) is KernelSet and same(vars(self), vars(other))
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     @property
     def out_axis(self) -> int:
         """The parameter's axis that runs over output channels (0, or 1 for a transposed convolution)."""
@@ -106,12 +115,15 @@ class WeightRef:
 
     name: str | None
     shape: tuple[int, ...]
-    view: Callable[[Tensor], Tensor] | None = None
+    view: TensorFunction | None = None
     direct: bool = False
 
     def operand(self, weights: Callable[[str], Tensor]) -> Tensor:
         weight = torch.ones(self.shape) if self.name is None else weights(self.name)
-        return weight if self.view is None else self.view(weight)
+        if self.view is None:
+            return weight
+        operand: Tensor = self.view(weight)
+        return operand
 
 
 @dataclass(frozen=True)
@@ -140,13 +152,13 @@ class WindowPool:
     ``periodic`` that sum on a periodic image, where it differs. All work on the last axes of a tensor of any
     rank."""
 
-    own: Callable[[Tensor], Tensor]
-    total: Callable[[Tensor], Tensor]
-    periodic: Callable[[Tensor], Tensor] | None = None
+    own: TensorFunction
+    total: TensorFunction
+    periodic: TensorFunction | None = None
     window: Window | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Op:
     """Fields that every op has: its values, and the fx node and the layer that it came from.
 
@@ -165,6 +177,17 @@ class Op:
     def kind(self) -> str:
         return type(self).__name__
 
+    def __eq__(self, other: object) -> bool:
+        """Compare by content, tensors by their numbers."""
+        return isinstance(other, Op) and same(self, other)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.output))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is computed from the fields."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
 
 @dataclass(frozen=True)
 class ConstantValue:
@@ -178,14 +201,14 @@ class ConstantValue:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source(Op):
     """``pattern`` says where a constant is not Zero (bool, of the value's shape); ``None``: everywhere."""
 
     pattern: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel(Op):
     weight: WeightRef = field(default_factory=lambda: WeightRef(None, ()))
     bias: bool = False
@@ -194,17 +217,17 @@ class Kernel(Op):
     live_taps: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sum(Op):
     pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gate(Op):
     pass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gather(Op):
     """``move`` maps the input tensors to the output tensor by copying entries (zeros may be filled in).
 
@@ -212,19 +235,19 @@ class Gather(Op):
     grows by itself there.
     """
 
-    move: Callable[[Sequence[Tensor]], Tensor] = lambda tensors: tensors[0]
+    move: TensorFunction = field(default_factory=TensorFunction)
     pads: tuple[tuple[int, int, int], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mix(Op):
     """``einsum(equation, a, b)`` of two values, or any other bilinear ``product`` of the full tensors."""
 
     equation: str = ""
-    product: Callable[[Tensor, Tensor], Tensor] | None = None
+    product: TensorFunction | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pool(Op):
     """Windows (``window``) or whole axes (``dims``, kept as size one if ``keepdim``) pooled by ``how``."""
 
@@ -234,12 +257,12 @@ class Pool(Op):
     window: WindowPool | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Affine(Op):
     bias: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Norm(Op):
     """``(x - mean) / std * scale + bias``, or a part of it, as evaluation computes it.
 
@@ -254,7 +277,7 @@ class Norm(Op):
     eps: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Map(Op):
     """An elementwise function; a softmax is one as well, and ``axes`` are those it sums along."""
 
@@ -262,13 +285,13 @@ class Map(Op):
     axes: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Opaque(Op):
     """``reason`` says what no rule knew."""
 
     reason: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sink(Op):
     pass

@@ -7,7 +7,7 @@ shares: the views are run again on a tensor without storage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.capture.tracer.spelling import changes_input
 from fxprune.graph import ir
+from fxprune.graph.tensor_function import Operand, TensorFunction
 from fxprune.lowering.builder import Builder, Constant
 from fxprune.lowering.rules.movement import MOVES, SHAPED_LIKE
 
@@ -173,25 +174,21 @@ def _rewritten(places: Any, old: Any, place: Tensor, new: Any, build: Builder) -
         )
     if not _overlap(places, place):
         return old
-    move = _write(places, place)
+    memory = _memory_of(places), _strides(places), _strides(place)
     if isinstance(old, Constant) and isinstance(new, Constant):
         return Constant(
             old.shape,
             old.dtype,
-            lambda: move([old.evaluate(), new.evaluate()]),
+            lambda: write_memory(old.evaluate(), new.evaluate(), *memory),
             is_learnt=old.is_learnt or new.is_learnt,
         )
-    zeros = [isinstance(x, Constant) and x.zero for x in (old, new)]
     values = [build.materialise(old), build.materialise(new)]
-
-    def labels(tensors: Sequence[Tensor]) -> Tensor:
-        return move([torch.zeros_like(x) if zero else x for x, zero in zip(tensors, zeros, strict=True)])
-
-    return build.gather(labels, values, old.shape)
+    first, second = (Operand(i, isinstance(x, Constant) and x.zero) for i, x in enumerate((old, new)))
+    return build.gather(TensorFunction.of(write_memory, first, second, *memory), values, old.shape)
 
 
-def _strides(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+def _strides(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
 
 
 def _memory_of(tensor: Tensor) -> int:
@@ -204,14 +201,13 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
     return bool(memory.as_strided(*_strides(a)).any())
 
 
-def _write(places: Tensor, place: Tensor) -> Callable[[Sequence[Tensor]], Tensor]:
-    """The first tensor, lying at ``places``, after the second was written at ``place``."""
-    size, reads, writes = _memory_of(places), _strides(places), _strides(place)
+Places = tuple[tuple[int, ...], tuple[int, ...], int]
+"""Shape, strides and offset of a tensor in its memory."""
 
-    def write(tensors: Sequence[Tensor]) -> Tensor:
-        memory = tensors[0].new_zeros(size)
-        memory.as_strided(*reads).copy_(tensors[0])
-        memory.as_strided(*writes).copy_(tensors[1])
-        return memory.as_strided(*reads).clone()
 
-    return write
+def write_memory(old: Tensor, new: Tensor, size: int, reads: Places, writes: Places) -> Tensor:
+    """Write ``new`` at ``writes`` into a memory where ``old`` lies at ``reads``, and read ``old`` again."""
+    memory = old.new_zeros(size)
+    memory.as_strided(*reads).copy_(old)
+    memory.as_strided(*writes).copy_(new)
+    return memory.as_strided(*reads).clone()

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fxprune.graph import ir
+from fxprune.graph.tensor_function import TensorFunction
 
 __all__ = ["Builder", "Constant", "Parameters"]
 
@@ -183,7 +184,7 @@ class Builder:
         a: ir.Value,
         b: ir.Value,
         shape: Sequence[int],
-        product: Callable[[Tensor, Tensor], Tensor] | None = None,
+        product: TensorFunction | None = None,
     ) -> ir.Value:
         return self._emit(ir.Mix, (a, b), shape, equation=equation, product=product)
 
@@ -224,7 +225,7 @@ class Builder:
 
     def gather(
         self,
-        move: Callable[[Sequence[Tensor]], Tensor],
+        move: TensorFunction,
         inputs: Sequence[ir.Value],
         shape: Sequence[int],
         pads: dict[int, tuple[int, int]] | None = None,

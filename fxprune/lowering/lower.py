@@ -18,11 +18,12 @@ from torch import Tensor, fx, nn
 
 from fxprune.capture import CaptureError, capture_leaf
 from fxprune.graph import ir
+from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.aliases import Memory, written
 from fxprune.lowering.builder import Builder, Constant, Parameters
 from fxprune.lowering.results import Results
 from fxprune.lowering.rules import KERNEL_TARGETS, RULES
-from fxprune.lowering.rules.movement import MOVES, REARRANGES, SHAPED_LIKE
+from fxprune.lowering.rules.movement import MOVES, REARRANGES, SHAPED_LIKE, function_of
 from fxprune.lowering.rules.pointwise import statistic_axes
 from fxprune.lowering.rules.table import Context, Unknown, substitute, tensors_in
 
@@ -182,6 +183,8 @@ class _Walk:
         if not in_place and not any(isinstance(leaf, Tensor) for leaf in _leaves_any(val)):
             return val
         args, kwargs = self._read(node.args), self._read(node.kwargs)
+        if node.target is operator.getitem and isinstance(args[0], (list, tuple, dict)):
+            return args[0][args[1]]
         module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         target: Any = node.target
         if module is not None:
@@ -228,8 +231,8 @@ class _Walk:
         if isinstance(result, Constant):  # setitem: the changed first argument
             return Constant(result.shape, result.dtype, _changed(result.evaluate, *args[1:]))
 
-        def constant(val: Tensor, read: Callable[[], Any]) -> Constant:
-            ref = _simplified(_provenance(operands, val, node, args, kwargs, run), self.build.parameters)
+        def constant(val: Tensor, read: Callable[[], Any], view: TensorFunction | None) -> Constant:
+            ref = _simplified(_provenance(operands, val, view), self.build.parameters)
             return Constant(
                 tuple(val.shape),
                 val.dtype,
@@ -240,7 +243,8 @@ class _Walk:
                 statistic=statistic_axes(operands, () if node.target in REARRANGES else val.shape),
             )
 
-        return _constants(result, evaluate, constant)
+        module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return _constants(result, evaluate, _view(node, module, operands, args, kwargs), constant)
 
     def _inline(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Lower the inside of a leaf in place."""
@@ -308,40 +312,50 @@ def _changed(evaluate: Callable[[], Any], index: Any, new: Any) -> Callable[[], 
 
 
 def _constants(
-    result: Any, evaluate: Callable[[], Any], constant: Callable[[Tensor, Callable[[], Any]], Constant]
+    result: Any,
+    evaluate: Callable[[], Any],
+    view: TensorFunction | None,
+    constant: Callable[[Tensor, Callable[[], Any], TensorFunction | None], Constant],
 ) -> Any:
+    """A constant for every tensor of a result; ``view`` gives the whole result from a parameter."""
     if isinstance(result, Tensor):
-        return constant(result, evaluate)
+        return constant(result, evaluate, view)
     if isinstance(result, (list, tuple)):
         items = [
-            _constants(item, lambda i=i: evaluate()[i], constant)  # type: ignore[misc]
+            _constants(
+                item,
+                lambda i=i: evaluate()[i],  # type: ignore[misc]
+                None if view is None else view.then(operator.getitem, PREVIOUS, i),
+                constant,
+            )
             for i, item in enumerate(result)
         ]
         return type(result)(items) if type(result) in (list, tuple) else tuple(items)
     return result
 
 
-def _provenance(
-    operands: list[Any], val: Tensor, node: fx.Node, args: Any, kwargs: Any, run: Callable[[Any, Any], Any]
-) -> ir.WeightRef | None:
+def _view(
+    node: fx.Node, module: nn.Module | None, operands: list[Any], args: Any, kwargs: Any
+) -> TensorFunction | None:
+    """What a node that moves one constant about does to it; ``None`` for other nodes."""
+    target = node.target if module is None else type(module)
+    if target not in MOVES or not operands or not isinstance(operands[0], Constant):
+        return None
+    if target in SHAPED_LIKE:
+        shape = tuple(node.meta["val"].shape)
+        return TensorFunction.of(SHAPED_LIKE[str(target)], PREVIOUS, shape)
+    if len(operands) != 1:
+        return None
+    return function_of(target, module, args, kwargs, lambda x: PREVIOUS)
+
+
+def _provenance(operands: list[Any], val: Tensor, view: TensorFunction | None) -> ir.WeightRef | None:
     """The parameter that a constant is a view of, or a re-parameterisation of in its own shape."""
     refs = [x for x in operands if isinstance(x, Constant) and x.weight is not None]
     shape = tuple(val.shape)
-    moved = node.target in MOVES and (len(operands) == 1 or node.target in SHAPED_LIKE)
-    old = operands[0].weight if moved and isinstance(operands[0], Constant) else None
-    if old is not None:
-        like = {id(x): torch.empty(x.shape) for x in operands[1:]}
-
-        def view(weight: Tensor) -> Tensor:
-            operand = weight if old.view is None else old.view(weight)
-
-            def number(x: ir.Value | Constant) -> Tensor:
-                return like.get(id(x), operand)
-
-            result: Tensor = run(substitute(args, number), substitute(kwargs, number))
-            return result
-
-        return ir.WeightRef(old.name, shape, view, old.direct)
+    old = operands[0].weight if view is not None else None
+    if view is not None and old is not None:
+        return ir.WeightRef(old.name, shape, (old.view or TensorFunction()).followed_by(view), old.direct)
     same = [x.weight for x in refs if x.shape == shape]
     return same[0] if len(same) == 1 else None
 

@@ -148,7 +148,7 @@ def _presence_known(graph: ir.ChannelGraph) -> set[int]:
 def _fills(op: ir.Gather) -> bool:
     """Whether the movement fills in zeros of its own."""
     ones = [torch.ones((), dtype=torch.float64).expand(value.shape) for value in op.inputs]
-    return not bool(op.move(ones).all())
+    return not bool(op.move(*ones).all())
 
 
 def _presence_needed(graph: ir.ChannelGraph, full: set[int]) -> set[int]:

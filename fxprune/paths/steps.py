@@ -97,7 +97,7 @@ def _gather(op: ir.Gather, layouts: Sequence[Layout], periodic: bool) -> Compile
         for dim, before, after in op.pads:
             moved = wrapped(moved, dim, before, after)
     else:
-        moved = op.move(labels)
+        moved = op.move(*labels)
     layout, reduced = layout_of_labels(moved.long())
     shape, index = tuple(reduced.shape), reduced.flatten()
     first = PRESENT + 1

@@ -204,10 +204,9 @@ def pool(op: ir.Pool, window: ir.WindowPool, x: Layout, periodic: bool) -> Compi
     pick = _picker(x, positions)
 
     def meet(setting: Setting, tensors: Sequence[Tensor]) -> Tensor:
-        image = pick(tensors[0])
-        if setting.counting == "any" or (op.how != "max" and setting.counting == "sum"):
-            return total(image)
-        return window.own(image)
+        sums = setting.counting == "any" or (op.how != "max" and setting.counting == "sum")
+        result: Tensor = (total if sums else window.own)(pick(tensors[0]))
+        return result
 
     return tuple(axes), meet
 

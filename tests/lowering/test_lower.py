@@ -346,3 +346,26 @@ def test_a_view_there_and_back_is_the_parameter_itself() -> None:
     views = {op.weight.name: op.weight.view for op in graph.ops if isinstance(op, ir.Kernel)}
     assert views["first.weight"] is None
     assert views["second.weight"] is not None
+
+
+def test_a_chunk_of_a_parameter_is_that_parameter() -> None:
+    """Every third of a fused projection is a kernel set of the same weight."""
+
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(4, 12, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, second, third = self.qkv.weight.chunk(3)
+            linear = nn.functional.linear
+            return linear(x, first) + linear(x, second) + linear(x, third)
+
+    torch.manual_seed(0)
+    model = Fused()
+    graph = lower(capture(model, torch.ones(1, 4)))
+    weight = model.qkv.weight.detach()
+    refs = [op.weight for op in graph.ops if isinstance(op, ir.Kernel)]
+    assert [ref.name for ref in refs] == ["qkv.weight"] * 3
+    for ref, part in zip(refs, weight.chunk(3), strict=True):
+        assert torch.equal(ref.operand(lambda _: weight), part)

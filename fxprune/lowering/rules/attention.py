@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import getitem
 from typing import Any
 
 import torch
@@ -9,17 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxprune.graph import ir
+from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.builder import PROJECTIONS, Constant
 from fxprune.lowering.rules.pointwise import plus_constant
-from fxprune.lowering.rules.pool import running_sum
+from fxprune.lowering.rules.pool import accumulate
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 from fxprune.lowering.rules.weighted import module_weight, operand
 
 __all__ = ["table"]
 
 table = RuleTable()
-
-Operand = ir.Value | Constant
 
 
 @table.rule(F.scaled_dot_product_attention)
@@ -47,7 +47,7 @@ def scaled_dot_product_attention(
 def _repeated(context: Context, x: ir.Value, heads: int) -> ir.Value:
     copies = heads // x.shape[-3]
     shape = (*x.shape[:-3], heads, *x.shape[-2:])
-    return context.build.gather(lambda t: t[0].repeat_interleave(copies, -3), [x], shape)
+    return context.build.gather(TensorFunction.of("repeat_interleave", PREVIOUS, copies, -3), [x], shape)
 
 
 def attend(
@@ -171,16 +171,18 @@ def _multihead(
         raise Unknown("nn.MultiheadAttention with a mask per head")
     mixed, weights = attend(context, q, k, v, mask, is_causal=mask is None and is_causal)
     batch, _, length, width = mixed.shape
-    joined = build.gather(lambda t: t[0].transpose(1, 2).flatten(2), [mixed], (batch, length, heads * width))
+    join = TensorFunction.of("transpose", PREVIOUS, 1, 2).then("flatten", PREVIOUS, 2)
+    joined = build.gather(join, [mixed], (batch, length, heads * width))
     result = build.linear(joined, refs[-1], bias=biases[1])
     own = context.result[0]
-    result = build.gather(lambda t: _unbatched(t[0], own.dim(), first), [result], own.shape)
+    result = build.gather(_unbatched(own.dim(), first), [result], own.shape)
     attention = context.result[1]
     if attention is None:
         return result, None
     if attention.dim() == own.dim():  # averaged over heads
         weights = build.reduce(weights, "mean", (1,), False, (batch, *weights.shape[-2:]))
-    return result, build.gather(lambda t: t[0].reshape(attention.shape), [weights], attention.shape)
+    reshape = TensorFunction.of("reshape", PREVIOUS, tuple(attention.shape))
+    return result, build.gather(reshape, [weights], attention.shape)
 
 
 def _negated(mask: Constant) -> Constant:
@@ -194,15 +196,18 @@ def _negated(mask: Constant) -> Constant:
 def _batched(context: Context, x: ir.Value, first: bool) -> ir.Value:
     """(batch, length, width), whatever the module's own order is."""
     if len(x.shape) == 2:
-        return context.build.gather(lambda t: t[0].unsqueeze(0), [x], (1, *x.shape))
+        return context.build.gather(TensorFunction.of("unsqueeze", PREVIOUS, 0), [x], (1, *x.shape))
     if first:
         return x
     length, batch, width = x.shape
-    return context.build.gather(lambda t: t[0].transpose(0, 1), [x], (batch, length, width))
+    swap = TensorFunction.of("transpose", PREVIOUS, 0, 1)
+    return context.build.gather(swap, [x], (batch, length, width))
 
 
-def _unbatched(x: Tensor, rank: int, first: bool) -> Tensor:
-    return x.squeeze(0) if rank == 2 else x if first else x.transpose(0, 1)
+def _unbatched(rank: int, first: bool) -> TensorFunction:
+    if rank == 2:
+        return TensorFunction.of("squeeze", PREVIOUS, 0)
+    return TensorFunction() if first else TensorFunction.of("transpose", PREVIOUS, 0, 1)
 
 
 def _projected(
@@ -217,25 +222,22 @@ def _projected(
     if q.index == k.index == v.index:
         whole = build.linear(q, refs[0], bias=bias)
         shape = (*q.shape[:-1], width)
-        return [
-            build.gather(lambda t, i=i: t[0].chunk(3, -1)[i], [whole], shape)  # type: ignore[misc]
-            for i in range(3)
-        ]
+        thirds = TensorFunction.of("chunk", PREVIOUS, 3, -1)
+        return [build.gather(thirds.then(getitem, PREVIOUS, i), [whole], shape) for i in range(3)]
     return [build.linear(x, _third(refs[0], i), bias=bias) for i, x in enumerate(inputs)]
 
 
 def _third(ref: ir.WeightRef, i: int) -> ir.WeightRef:
-    def view(weight: Tensor) -> Tensor:
-        weight = weight if ref.view is None else ref.view(weight)
-        return weight.chunk(3)[i]
-
+    whole = ref.view or TensorFunction()
+    view = whole.then("chunk", PREVIOUS, 3).then(getitem, PREVIOUS, i)
     return ir.WeightRef(ref.name, (ref.shape[0] // 3, ref.shape[1]), view, ref.direct)
 
 
 def _heads(context: Context, x: ir.Value, heads: int) -> ir.Value:
     batch, length, width = x.shape
     shape = (batch, heads, length, width // heads)
-    return context.build.gather(lambda t: t[0].reshape(batch, length, heads, -1).transpose(1, 2), [x], shape)
+    split = TensorFunction.of("reshape", PREVIOUS, batch, length, heads, width // heads)
+    return context.build.gather(split.then("transpose", PREVIOUS, 1, 2), [x], shape)
 
 
 # -- recurrence ----------------------------------------------------------------------------------
@@ -255,9 +257,10 @@ def recurrent(context: Context, x: Any, state: Any = None) -> Any:
         for direction in range(2 if m.bidirectional else 1):
             ref = ir.WeightRef(None, (m.hidden_size, value.shape[-1]))
             units = build.linear(value, ref, bias=m.bias)
-            outputs.append(running_sum(context, units, time, backwards=direction == 1))
+            outputs.append(accumulate(context, units, time, backwards=direction == 1))
         shape = (*value.shape[:-1], m.hidden_size * len(outputs))
-        value = build.gather(lambda tensors: torch.cat(list(tensors), -1), outputs, shape)
+        join = TensorFunction.of(torch.cat, [Operand(i) for i in range(len(outputs))], -1)
+        value = build.gather(join, outputs, shape)
 
     def final(result: Any) -> Any:
         if not isinstance(result, Tensor):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from operator import getitem
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxprune.graph import ir
+from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.builder import Constant
 from fxprune.lowering.rules.pointwise import plus_constant
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
@@ -52,35 +54,29 @@ def _with_weight(
         raise Unknown(f"a parameter contracted as {','.join(letters[:2])}->{out}")
     blocks = math.prod(sizes[c] for c in shared)
     rows, columns = math.prod(sizes[c] for c in made), math.prod(sizes[c] for c in gone)
-
-    def view(weight: Tensor) -> Tensor:
-        weight = weight if ref.view is None else ref.view(weight)
-        weight = weight.permute([w_letters.index(c) for c in shared + made + gone])
-        weight = weight.reshape(blocks, rows, columns)
-        if blocks == 1:
-            return weight[0]
-        return torch.block_diag(*weight)  # type: ignore[no-untyped-call,no-any-return]
-
-    def arrange(tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0].permute([x_letters.index(c) for c in kept + shared + gone]).flatten(len(kept))
-
-    def place(tensors: Sequence[Tensor]) -> Tensor:
-        whole = tensors[0].reshape([sizes[c] for c in kept + shared + made])
-        return whole.permute([(kept + shared + made).index(c) for c in out])
+    view = ref.view or TensorFunction()
+    view = view.then("permute", PREVIOUS, [w_letters.index(c) for c in shared + made + gone])
+    view = view.then("reshape", PREVIOUS, (blocks, rows, columns))
+    view = view.then(getitem, PREVIOUS, 0) if blocks == 1 else view.then(block_diagonal, PREVIOUS)
+    if shared + gone:
+        order = [x_letters.index(c) for c in kept + shared + gone]
+        arrange = TensorFunction.of("permute", PREVIOUS, order).then("flatten", PREVIOUS, len(kept))
+    else:  # an outer product sums over nothing: an axis of size one stands in
+        arrange = TensorFunction.of("unsqueeze", PREVIOUS, -1)
+    place = TensorFunction.of("reshape", PREVIOUS, [sizes[c] for c in kept + shared + made])
+    place = place.then("permute", PREVIOUS, [(kept + shared + made).index(c) for c in out])
 
     build = context.build
-    several = bool(shared + gone)
-    last = build.gather(_at_least(arrange, several), [x], [*(sizes[c] for c in kept), blocks * columns])
+    last = build.gather(arrange, [x], [*(sizes[c] for c in kept), blocks * columns])
     whole = ir.WeightRef(ref.name, (blocks * rows, blocks * columns), view, ref.direct)
     made_last = build.linear(last, whole, bias=False)
     return build.gather(place, [made_last], shape)
 
 
-def _at_least(
-    arrange: Callable[[Sequence[Tensor]], Tensor], contracts: bool
-) -> Callable[[Sequence[Tensor]], Tensor]:
-    """An outer product sums over nothing: an axis of size one stands in."""
-    return arrange if contracts else lambda tensors: tensors[0].unsqueeze(-1)
+def block_diagonal(blocks: Tensor) -> Tensor:
+    """Put the matrices of a batch on the diagonal of one matrix."""
+    matrix: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return matrix
 
 
 # -- matrix products -----------------------------------------------------------------------------
@@ -189,7 +185,7 @@ def _alone(context: Context, x: Operand, letters: str, out: str) -> ir.Value:
     if gone:
         value = build.reduce(value, "sum", gone, False, [value.shape[letters.index(c)] for c in kept])
     order = [kept.index(c) for c in out]
-    return build.gather(lambda tensors: tensors[0].permute(order), [value], context.shape)
+    return build.gather(TensorFunction.of("permute", PREVIOUS, order), [value], context.shape)
 
 
 @table.rule(torch.tensordot)
@@ -237,4 +233,5 @@ def view_as_complex(context: Context, x: Any) -> ir.Value:
 def view_as_real(context: Context, x: Any) -> ir.Value:
     """The number makes both parts."""
     value, shape = context.build.materialise(x), context.shape
-    return context.build.gather(lambda tensors: tensors[0].unsqueeze(-1).expand(shape), [value], shape)
+    both = TensorFunction.of("unsqueeze", PREVIOUS, -1).then("expand", PREVIOUS, shape)
+    return context.build.gather(both, [value], shape)

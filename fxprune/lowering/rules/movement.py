@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxprune.graph import ir
+from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.builder import Constant
 from fxprune.lowering.rules.pointwise import present
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 
-__all__ = ["MOVES", "REARRANGES", "SHAPED_LIKE", "table"]
+__all__ = ["MOVES", "REARRANGES", "SHAPED_LIKE", "function_of", "table"]
 
 table = RuleTable()
 
@@ -70,6 +71,12 @@ _PADS = (
     nn.ConstantPad3d,
 )
 
+_PAD_MODES: dict[str, tuple[type[nn.Module], ...]] = {
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+
 MOVES: set[Any] = {
     *_METHODS,
     *(getattr(torch, name) for name in _FUNCTIONS if hasattr(torch, name)),
@@ -83,8 +90,8 @@ MOVES: set[Any] = {
 }
 REARRANGES = MOVES - {"expand", "expand_as", "broadcast_to", torch.broadcast_to}
 """These do not repeat one entry along an axis as broadcasting does."""
-SHAPED_LIKE = ("reshape_as", "view_as", "expand_as")
-"""Of these the second tensor gives its shape alone."""
+SHAPED_LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
+"""Methods whose second tensor gives its shape alone, and the method that takes that shape."""
 
 
 def _is_data(x: ir.Value | Constant) -> bool:
@@ -104,33 +111,67 @@ def _has_unknown_index(args: Any, kwargs: Any) -> bool:
     return any(x.numbers() is None for x in indices)
 
 
-def _runner(context: Context, args: Any, kwargs: Any) -> Callable[[Sequence[Tensor]], Any]:
+def set_item(x: Tensor, index: Any, new: Any) -> Tensor:
+    """Return ``x`` after ``x[index] = new``."""
+    changed = x.clone()
+    changed[index] = new
+    return changed
+
+
+def _functional(module: nn.Module) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The function that a module of ``MOVES`` calls, with its arguments after the tensor."""
+    m: Any = module
+    match m:
+        case nn.Flatten():
+            return torch.flatten, (m.start_dim, m.end_dim), {}
+        case nn.Unflatten():
+            return torch.unflatten, (m.dim, tuple(m.unflattened_size)), {}
+        case nn.PixelShuffle():
+            return F.pixel_shuffle, (m.upscale_factor,), {}
+        case nn.PixelUnshuffle():
+            return F.pixel_unshuffle, (m.downscale_factor,), {}
+        case nn.ChannelShuffle():
+            return F.channel_shuffle, (m.groups,), {}
+    padding = [int(amount) for amount in m.padding]
+    for mode, kinds in _PAD_MODES.items():
+        if isinstance(m, kinds):
+            return F.pad, (padding,), {"mode": mode}
+    return F.pad, (padding,), {"value": getattr(m, "value", 0.0)}
+
+
+def function_of(
+    target: Any, module: nn.Module | None, args: Any, kwargs: Any, operand: Callable[[Any], Any]
+) -> TensorFunction:
+    """Describe an op of ``MOVES`` as a function of tensors.
+
+    Args:
+        target: the fx node's target, or the class of its module.
+        module: the module of a ``call_module``; its function stands for it.
+        args, kwargs: of the call, with values and constants for tensors.
+        operand: what stands for each of them: an :class:`Operand`, or a tensor of numbers.
+    """
+    args, kwargs = substitute(args, operand), substitute(kwargs, operand)
+    if module is not None:
+        target, more, named = _functional(module)
+        return TensorFunction.of(target, *args, *more, **kwargs, **named)
+    if target is operator.setitem:
+        x, index, new = args
+        return TensorFunction.of(set_item, x, index, new)
+    return TensorFunction.of(target, *args, **kwargs)
+
+
+def _move_of(context: Context, args: Any, kwargs: Any) -> TensorFunction:
     """The op as a function of its data operands alone, in the order of :func:`tensors_in`."""
-    target, module = context.target, context.module
-    fixed = {id(x): _numbers(x) for x in tensors_in((args, kwargs)) if not _is_data(x)}  # type: ignore[arg-type]
-    zeros = {id(x): x for x in tensors_in((args, kwargs)) if isinstance(x, Constant) and x.zero}
+    count = sum(1 for x in tensors_in((args, kwargs)) if _is_data(x))
+    places = iter(range(count))
 
-    def run(tensors: Sequence[Tensor]) -> Any:
-        pending = iter(tensors)
+    def operand(x: ir.Value | Constant) -> Operand | Tensor:
+        if isinstance(x, Constant) and not _is_data(x):
+            return _numbers(x)
+        place = next(places) if count > 1 else -1
+        return Operand(place, isinstance(x, Constant) and x.zero)
 
-        def operand(x: ir.Value | Constant) -> Tensor:
-            if id(x) in fixed:
-                return fixed[id(x)]
-            tensor = next(pending)
-            return torch.zeros_like(tensor) if id(x) in zeros else tensor
-
-        moved_args, moved_kwargs = substitute(args, operand), substitute(kwargs, operand)
-        if module is not None:
-            return module(*moved_args, **moved_kwargs)
-        if target is operator.setitem:
-            changed = moved_args[0].clone()
-            changed[moved_args[1]] = moved_args[2]
-            return changed
-        if isinstance(target, str):
-            return getattr(moved_args[0], target)(*moved_args[1:], **moved_kwargs)
-        return target(*moved_args, **moved_kwargs)
-
-    return run
+    return function_of(context.target, context.module, args, kwargs, operand)
 
 
 def _padding(
@@ -180,13 +221,13 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
         # Entries of a table, picked by numbers that are not known (the meta device): no path, and perhaps
         # present; its numbers tell nothing, and are not to be computed with.
         return replace(present(context.shape), is_learnt=True)
-    run, pads = _runner(context, args, kwargs), {}
+    run, pads = _move_of(context, args, kwargs), {}
     padding = _padding(context, args, kwargs)
     if padding is not None:
         amounts, zeros = padding
         pads = _image_pads(len(values[0].shape), amounts) if zeros else {}
         fill = 0.0 if zeros else 1.0  # the label of a constant
-        run = lambda tensors: F.pad(tensors[0], amounts, value=fill)  # noqa: E731
+        run = TensorFunction.of(F.pad, PREVIOUS, amounts, value=fill)
     moved = _outputs(context, run, values, context.result, pads)
     if values and values[0].index in build.squares:
         build.squares.update(x.index for x in tensors_in(moved) if isinstance(x, ir.Value))
@@ -204,7 +245,7 @@ def _is_moved(context: Context, x: ir.Value, args: tuple[Any, ...]) -> bool:
 
 def _outputs(
     context: Context,
-    run: Callable[[Sequence[Tensor]], Any],
+    run: TensorFunction,
     values: list[ir.Value],
     result: Any,
     pads: dict[int, tuple[int, int]],
@@ -213,11 +254,10 @@ def _outputs(
     if isinstance(result, Tensor) or hasattr(result, "shape"):
         return build.gather(run, values, result.shape, pads)
     if isinstance(result, (list, tuple)):
-
-        def item(i: int) -> Callable[[Sequence[Tensor]], Any]:
-            return lambda tensors: run(tensors)[i]
-
-        return type(result)(_outputs(context, item(i), values, r, {}) for i, r in enumerate(result))
+        items = [run.then(operator.getitem, PREVIOUS, i) for i in range(len(result))]
+        return type(result)(
+            _outputs(context, item, values, r, {}) for item, r in zip(items, result, strict=True)
+        )
     raise Unknown(f"data movement returns {type(result).__name__}")
 
 
@@ -235,8 +275,9 @@ def unfold(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
         shape = (*outer, height + 2 * rows, width + 2 * columns)
         pads = {len(shape) - 2: (rows, rows), len(shape) - 1: (columns, columns)}
         amounts = [columns, columns, rows, rows]
-        value = context.build.gather(lambda tensors: F.pad(tensors[0], amounts), [value], shape, pads)
-    return context.build.gather(lambda tensors: F.unfold(tensors[0], **given), [value], context.shape)
+        pad = TensorFunction.of(F.pad, PREVIOUS, amounts)
+        value = context.build.gather(pad, [value], shape, pads)
+    return context.build.gather(TensorFunction.of(F.unfold, PREVIOUS, **given), [value], context.shape)
 
 
 @table.rule("copy_")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxprune.graph import ir
+from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.builder import Constant
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 
@@ -321,10 +322,8 @@ def glu(context: Context, x: ir.Value, dim: int = -1) -> ir.Value:
     """``y = a * sigmoid(b)``, a and b the halves of x."""
     dim = getattr(context.module, "dim", dim)
     build, shape = context.build, context.shape
-    halves = [
-        build.gather(lambda tensors, i=i: tensors[0].chunk(2, dim)[i], [x], shape)  # type: ignore[misc]
-        for i in range(2)
-    ]
+    cut = TensorFunction.of("chunk", PREVIOUS, 2, dim)
+    halves = [build.gather(cut.then(operator.getitem, PREVIOUS, i), [x], shape) for i in range(2)]
     return build.gate(halves[0], build.map(halves[1], floor=True), shape)
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxprune.graph import ir
+from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.builder import Constant
-from fxprune.lowering.periodic import fold_periodically
 from fxprune.lowering.rules.pointwise import statistic
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
+from fxprune.lowering.window_sums import (
+    Geometry,
+    adaptive_sum,
+    fold_on_torus,
+    resample,
+    running_sum,
+    window_sum,
+)
 
 __all__ = ["table"]
 
@@ -114,15 +119,12 @@ def extreme(context: Context, x: Any, dim: Any = None, keepdim: bool = False) ->
 @table.rule(torch.cumsum, "cumsum")
 def cumsum(context: Context, x: Any, dim: int, **kwargs: Any) -> ir.Value:
     """Every entry reaches those after it on the axis."""
-    return running_sum(context, context.build.materialise(x), dim)
+    return accumulate(context, context.build.materialise(x), dim)
 
 
-def running_sum(context: Context, x: ir.Value, dim: int, *, backwards: bool = False) -> ir.Value:
+def accumulate(context: Context, x: ir.Value, dim: int, *, backwards: bool = False) -> ir.Value:
     """Every entry reaches itself and those after it on the axis (``backwards``: before it)."""
-
-    def run(t: Tensor) -> Tensor:
-        return t.flip(dim).cumsum(dim).flip(dim) if backwards else t.cumsum(dim)
-
+    run = TensorFunction.of(running_sum, PREVIOUS, dim, backwards=backwards)
     return context.build.pool(x, "sum", (dim,), ir.WindowPool(run, run), x.shape)
 
 
@@ -131,50 +133,11 @@ def _tuple(value: Any, rank: int) -> tuple[int, ...]:
     return (int(value),) * rank if isinstance(value, int) else tuple(int(v) for v in value)
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """A pooling window over the last axes; ``out`` is the output's size, the last windows may hang over the
-    end.
-    """
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    size: tuple[int, ...]
-    out: tuple[int, ...]
-
-    def total(self, x: Tensor, *, periodic: bool = False) -> Tensor:
-        """Sum over every window; beyond the image there are zeros, or the image again."""
-        rank = len(self.kernel)
-        flat = x.reshape(-1, 1, *x.shape[-rank:])
-        # A part of the image may have been cut out, by whole strides.
-        out = [
-            m - (n - x.shape[d - rank]) // self.stride[d]
-            for d, (n, m) in enumerate(zip(self.size, self.out, strict=True))
-        ]
-        for d in range(rank):
-            size, before = x.shape[d - rank], self.padding[d]
-            span = (out[d] - 1) * self.stride[d] + self.dilation[d] * (self.kernel[d] - 1) + 1
-            index = torch.arange(-before, span - before, device=x.device)
-            if periodic:
-                flat = flat.index_select(2 + d, index % size)
-            else:
-                amounts = [0, 0] * (rank - 1 - d) + [before, max(0, span - before - size)]
-                flat = F.pad(flat, amounts)
-        ones = torch.ones((1, 1, *self.kernel), dtype=x.dtype, device=x.device)
-        conv = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
-        total = conv(flat, ones, stride=self.stride, dilation=self.dilation)
-        for d, n in enumerate(out):
-            total = total.narrow(2 + d, 0, n)
-        return total.reshape(*x.shape[:-rank], *out)
-
-
 def _windowed(
     context: Context,
     x: Any,
     how: str,
-    own: Callable[[Tensor], Tensor],
+    own: TensorFunction,
     kernel: Any,
     stride: Any,
     padding: Any,
@@ -189,21 +152,12 @@ def _windowed(
     sides = tuple((p, p) for p in padding)
     window = ir.WindowPool(
         own,
-        geometry.total,
-        functools.partial(geometry.total, periodic=True),
+        TensorFunction.of(window_sum, PREVIOUS, geometry),
+        TensorFunction.of(window_sum, PREVIOUS, geometry, periodic=True),
         ir.Window(kernel, stride, sides, dilation),
     )
     dims = tuple(range(-rank, 0))
     return context.build.pool(value, how, dims, window, context.shape)
-
-
-def _first(result: Any) -> Tensor:
-    output: Tensor = result[0] if isinstance(result, tuple) else result
-    return output
-
-
-def _own(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[[Tensor], Tensor]:
-    return lambda t: _first(function(t, *args, **kwargs))
 
 
 _AVG = {F.avg_pool1d: 1, F.avg_pool2d: 2, F.avg_pool3d: 3}
@@ -220,7 +174,7 @@ def avg_pool(
     *args: Any,
     **kwargs: Any,
 ) -> ir.Value:
-    own = _own(context.target, kernel_size, stride, padding, *args, **kwargs)
+    own = TensorFunction.of(context.target, PREVIOUS, kernel_size, stride, padding, *args, **kwargs)
     return _windowed(context, x, "mean", own, kernel_size, stride, padding, 1, _AVG[context.target])
 
 
@@ -228,7 +182,12 @@ def avg_pool(
 def avg_pool_module(context: Context, x: Any) -> ir.Value:
     m: Any = context.module
     rank = {nn.AvgPool1d: 1, nn.AvgPool2d: 2, nn.AvgPool3d: 3}[context.target]
-    return _windowed(context, x, "mean", _own(m), m.kernel_size, m.stride, m.padding, 1, rank)
+    function = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
+    more = [m.divisor_override] if rank > 1 else []
+    own = TensorFunction.of(
+        function, PREVIOUS, m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, *more
+    )
+    return _windowed(context, x, "mean", own, m.kernel_size, m.stride, m.padding, 1, rank)
 
 
 _MAX_MODULES = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
@@ -240,7 +199,15 @@ def max_pool_module(context: Context, x: Any) -> ir.Value:
     rank = _MAX_MODULES[context.target]
     if m.return_indices:
         raise Unknown("max pooling that returns indices")
-    return _windowed(context, x, "max", _own(m), m.kernel_size, m.stride, m.padding, m.dilation, rank)
+    own = _maximum(rank, m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode)
+    return _windowed(context, x, "max", own, m.kernel_size, m.stride, m.padding, m.dilation, rank)
+
+
+def _maximum(rank: int, *options: Any) -> TensorFunction:
+    # Not F.max_pool: those are dispatchers without a name of their own.
+    return TensorFunction.of(
+        (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)[rank - 1], PREVIOUS, *options
+    )
 
 
 # Boolean-dispatched: fx records the dispatcher or its branch, depending on how the caller spelled it.
@@ -265,27 +232,18 @@ def max_pool(
     if return_indices:
         raise Unknown("max pooling that returns indices")
     rank = _MAX_FUNCTIONS[context.target]
-    function = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[rank - 1]
-    own = _own(function, kernel_size, stride, padding, dilation, ceil_mode)
+    stride = kernel_size if stride is None or stride == [] else stride
+    own = _maximum(rank, kernel_size, stride, padding, dilation, ceil_mode)
     return _windowed(context, input, "max", own, kernel_size, stride, padding, dilation, rank)
 
 
 def _adaptive(context: Context, x: Any, how: str, rank: int) -> ir.Value:
     value, shape = context.build.materialise(x), context.shape
-    size, out = value.shape[-rank:], shape[-rank:]
-    average: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)[rank - 1]
-    maximum = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[rank - 1]
-    function = average if how == "mean" else maximum
-    counts = torch.ones(())
-    for n, m in zip(size, out, strict=True):
-        width = torch.tensor([math.ceil((i + 1) * n / m) - i * n // m for i in range(m)], dtype=torch.float32)
-        counts = counts[..., None] * width
-
-    def total(t: Tensor) -> Tensor:
-        pooled: Tensor = average(t, out)
-        return pooled * counts.to(t)
-
-    window = ir.WindowPool(_own(function, out), total)
+    out = tuple(shape[-rank:])
+    # Not F.adaptive_max_pool: those are dispatchers without a name of their own.
+    name = "adaptive_avg_pool" if how == "mean" else "_adaptive_max_pool"
+    own = TensorFunction.of(getattr(F, f"{name}{rank}d"), PREVIOUS, out)
+    window = ir.WindowPool(own, TensorFunction.of(adaptive_sum, PREVIOUS, out))
     return context.build.pool(value, how, tuple(range(-rank, 0)), window, shape)
 
 
@@ -337,13 +295,8 @@ def interpolate(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value
 
     matrices = [weights(n, m) for n, m in zip(value.shape[-rank:], shape[-rank:], strict=True)]
     reads = [(matrix > 1e-9).double() for matrix in matrices]
-
-    def resample(t: Tensor, by: Sequence[Tensor]) -> Tensor:
-        for axis, matrix in enumerate(by):
-            t = (t.movedim(axis - rank, -1) @ matrix.to(t)).movedim(-1, axis - rank)
-        return t
-
-    window = ir.WindowPool(lambda t: resample(t, matrices), lambda t: resample(t, reads))
+    own, total = (TensorFunction.of(resample, PREVIOUS, by) for by in (matrices, reads))
+    window = ir.WindowPool(own, total)
     return context.build.pool(value, "mean", tuple(range(-rank, 0)), window, shape)
 
 
@@ -358,14 +311,8 @@ def fold(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
     if len(value.shape) != 3:
         raise Unknown("fold of a single sample")
     sizes, pads = _tuple(given["output_size"], 2), _tuple(given.get("padding", 0), 2)
-    wide = tuple(size + 2 * pad for size, pad in zip(sizes, pads, strict=True))
-    whole = given | {"output_size": wide, "padding": 0}
-
-    def periodic(t: Tensor) -> Tensor:
-        t = F.fold(t, **whole)
-        for dim, pad, size in zip((-2, -1), pads, sizes, strict=True):
-            t = fold_periodically(t, dim, pad, size)
-        return t
-
-    window = ir.WindowPool(lambda t: F.fold(t, **given), lambda t: F.fold(t, **given), periodic)
+    own = TensorFunction.of(F.fold, PREVIOUS, **given)
+    kernel, dilation, stride = given["kernel_size"], given.get("dilation", 1), given.get("stride", 1)
+    periodic = TensorFunction.of(fold_on_torus, PREVIOUS, sizes, kernel, dilation, pads, stride)
+    window = ir.WindowPool(own, own, periodic)
     return context.build.pool(value, "sum", (1, 2), window, context.shape)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.graph import ir
+from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.builder import Constant
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 
@@ -38,7 +39,12 @@ def operand(weight: Any) -> ir.WeightRef:
     if numbers is None or bool((numbers != 0).all()):
         return ir.WeightRef(None, weight.shape)
     pattern = (numbers != 0).float()
-    return ir.WeightRef(None, weight.shape, lambda ones: ones * pattern.to(ones))
+    return ir.WeightRef(None, weight.shape, TensorFunction.of(keep_pattern, PREVIOUS, pattern))
+
+
+def keep_pattern(x: torch.Tensor, pattern: torch.Tensor) -> torch.Tensor:
+    """Multiply with a pattern of zeros and ones, moved to the device and type of ``x``."""
+    return x * pattern.to(x)
 
 
 def _pairs(value: Any, rank: int) -> tuple[int, ...]:
@@ -116,11 +122,8 @@ def conv(
 ) -> ir.Value:
     build, value = context.build, context.build.materialise(input)
     if isinstance(weight, ir.Value):  # a dynamic convolution
-
-        def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = context.target(x, w, None, stride, padding, dilation, groups)
-            return result
-
+        options = (None, stride, padding, dilation, groups)
+        product = TensorFunction.of(context.target, Operand(0), Operand(1), *options)
         result = build.mix("", value, weight, context.shape, product)
         return build.affine(result, bias=True) if bias is not None else result
     ref = operand(weight)

@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fxprune.graph import ChannelGraph, ir
+from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.methods.px.active_paths import EMPTY, Activity, Number, added, at_power
 from fxprune.paths.count import flow, reach
 from fxprune.scoring.contract import Method, Problem, Scores, prune_in_rounds
@@ -168,6 +169,14 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
+def _scales(
+    _: torch.Tensor, weighted: _Weighted, place: int, shape: tuple[int, ...], image: bool
+) -> torch.Tensor:
+    """The weight that multiplies the channels of an output with the numbers that are set for it."""
+    numbers = weighted.numbers[place]
+    return numbers.reshape(shape) if image else numbers.diag()
+
+
 class _Weighted:
     """A network whose outputs are multiplied by numbers that can be set: one per channel of each output.
 
@@ -215,17 +224,13 @@ class _Weighted:
         spots = rank - 2
         window = ir.Window((1,) * spots, (1,) * spots, ((0, 0),) * spots, (1,) * spots) if image else None
         shape = (channels, 1, *[1] * spots) if image else (channels, channels)
-
-        def operand(_: torch.Tensor) -> torch.Tensor:
-            numbers = self.numbers[place]
-            return numbers.reshape(shape) if image else numbers.diag()
-
+        view = TensorFunction.of(_scales, PREVIOUS, self, place, shape, image)
         return ir.Kernel(
             ir.Value(index, value.shape, value.live),
             (value,),
             "output",
             "output",
-            weight=ir.WeightRef(None, shape, operand),
+            weight=ir.WeightRef(None, shape, view),
             groups=channels if image else 1,
             window=window,
         )

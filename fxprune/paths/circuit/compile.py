@@ -117,7 +117,7 @@ def _is_view(op: ir.Kernel, kernels: ir.KernelSet) -> bool:
         return True
     if kernels.shape[2:]:
         return False
-    operand = op.weight.view(matrix)
+    operand: Tensor = op.weight.view(matrix)
     return operand.dim() == 2 and operand.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr()
 
 
