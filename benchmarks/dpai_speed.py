@@ -35,8 +35,8 @@ from fxprune import zoo
 from fxprune.methods.dpai import LAUNCH
 from fxprune.methods.dpai.accelerator import DeviceAscent
 from fxprune.methods.dpai.adam_topk import Ascent
-from fxprune.methods.dpai.kernel_gradients import KernelReading
-from fxprune.methods.dpai.objective import Mixture
+from fxprune.methods.dpai.kernel_gradients import KernelGradients
+from fxprune.methods.dpai.objective import Objective
 from fxprune.paths.circuit.compile import circuit
 from fxprune.sparsity.budget import plan
 
@@ -45,7 +45,7 @@ ZOO = {
     "resnet18_tiny": (zoo.resnet18_tiny, 64),
     "vgg19_bn": (zoo.vgg19_bn, 32),
 }
-MIXTURE = Mixture(0.99, 0.5)
+OBJECTIVE = Objective(0.99, 0.5)
 
 
 def build(name: str) -> tuple[nn.Module, torch.Tensor]:
@@ -110,10 +110,10 @@ def circuit_step(
     assert budget is not None
     scores = {name: torch.randn(shape).abs_() for name, shape in shapes.items()}
     if device == "cpu":
-        return Ascent(KernelReading(found, list(shapes), {}, MIXTURE), scores, budget, 0.005).step, budget
-    reading = KernelReading(found, list(shapes), {}, MIXTURE, torch.device(device), LAUNCH)
+        return Ascent(KernelGradients(found, list(shapes), {}, OBJECTIVE), scores, budget, 0.005).step, budget
+    gradients = KernelGradients(found, list(shapes), {}, OBJECTIVE, torch.device(device), LAUNCH)
     there = {name: score.to(device) for name, score in scores.items()}
-    ascent = DeviceAscent(reading, there, budget, 0.005)
+    ascent = DeviceAscent(gradients, there, budget, 0.005)
     ascent.measured_step()
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""Balance: many paths, nodes and kernels at once, by DPaI's ascent and an exact search after it."""
+"""Balance: optimise masks for paths, nodes and kernels by DPaI's ascent, and a local search after it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from fxprune.graph.ir import ChannelGraph, KernelSet
-from fxprune.methods.balance.coordinate_ascent import Sweeps
-from fxprune.methods.balance.layer_moves import Exchange
-from fxprune.methods.balance.tap_placement import Polish, counted, placed, settled_inside
-from fxprune.methods.balance.target import NOTHING, Aim
+from fxprune.methods.balance.coordinate_ascent import CoordinateAscent
+from fxprune.methods.balance.local_search import LocalSearch
+from fxprune.methods.balance.tap_placement import connect_kernels, count_per_kernel, place_at_random
+from fxprune.methods.balance.tap_refinement import TapRefinement
+from fxprune.methods.balance.target import UNBOUNDED, Target
 from fxprune.methods.dpai.adam_topk import Ascent
-from fxprune.methods.dpai.kernel_gradients import KernelReading
-from fxprune.methods.dpai.objective import Figures, Mixture, WeightReading
+from fxprune.methods.dpai.kernel_gradients import KernelGradients
+from fxprune.methods.dpai.objective import Figures, Objective
+from fxprune.methods.dpai.weight_gradients import WeightGradients
 from fxprune.paths.circuit.circuit import Circuit
 from fxprune.paths.circuit.compile import circuit
 from fxprune.scoring.contract import Method, Problem
@@ -25,21 +27,23 @@ from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.masks import Masks
 
 LR = 0.005
-"""How far a score goes in a step of DPaI."""
-SHARE = 6
-"""One count in so many goes to the ascent, whose steps are as many times longer."""
-LAST = 10
-"""Where paths matter most, one in so many goes to the exchange; the others to beginnings anew."""
-DRAW = 50
-"""Counts that such a beginning takes the time of, about."""
-TRIED = 10
-"""Beginnings that are all below the floors of nodes and kernels, after which no other is made."""
-STALLED, LITTLE = 200, 1e-5
-"""Counts without heat in which the exchange has to gain so much, or it ends."""
-SLACK = 1e-3
-"""Weight of a figure that the objective leaves out, so that it grows where that costs nothing."""
+"""Adam's learning rate in DPaI."""
+ASCENT_SHARE = 6
+"""One in so many steps is a step of the ascent, which are longer by the same factor."""
+SEARCH_SHARE = 10
+"""Where paths matter most, one in so many steps goes to the local search; the rest are random restarts."""
+RESTART_COST = 50
+"""Steps that a restart counts for, as it takes about that long."""
+FUTILE_RESTARTS = 10
+"""After so many restarts, none of which reached the floors of nodes and kernels, no more are made."""
+STALL_RUNS, LEAST_GAIN = 200, 1e-5
+"""The local search ends after so many runs at temperature zero with a smaller gain."""
+HOT_SHARE = 0.7
+"""Fraction of the local search in which the temperature falls to zero."""
+SMALL_WEIGHT = 1e-3
+"""Added to the weight of each figure, so that those without a weight grow where that costs nothing."""
 EVERY = 50
-"""Counts between two entries of the history."""
+"""Steps between two entries of the history."""
 
 
 def balance(
@@ -49,23 +53,23 @@ def balance(
     steps: int = 3000,
     taps: Literal["auto", "random", "paths"] = "auto",
 ) -> Method:
-    """Node, kernel and path balancing by exact exchange; this library's own, for the objective of DPaI.
+    """Balance nodes, kernels and paths by a local search with exact counts; this library's own method.
 
     Maximises ``(1 - alpha) ln R_P + alpha [(1 - beta) ln R_N + beta ln R_C]`` (Xiang et al. 2025) over masks
     of a given number of weights per layer: ERK, unless ``budget`` fixes layers. A sixth of the steps is
     DPaI's ascent with steps six times as long. What it finds, and a little more, becomes a floor under all
-    three figures. The other steps rewrite one layer, or two neighbours, so that they cover chosen channels
-    and give the rest to the best gains; paths, nodes and kernels are counted exactly after each, and a change
-    is kept if the objective does not fall (early on, if it falls by little). For alpha below 0.5 most of them
-    go to beginnings anew, by coordinate ascent on ln R_P alone. ``docs/balance.md`` shows what that gains.
-    Needs neither data nor weights.
+    three figures. The other steps rewrite one layer, or two neighbours, so that they cover chosen channels,
+    and give the other weights to the best gains; paths, nodes and kernels are counted exactly after each, and
+    a change is kept if the objective does not fall (early on, if it falls by little). For alpha below 0.5
+    most of the steps go to random restarts, by coordinate ascent on ln R_P alone. ``docs/balance.md`` shows
+    what that gains. Needs neither data nor weights.
 
     Options:
         alpha: weight of nodes and kernels, against paths, in [0, 1]
         beta: weight of kernels, against nodes, in [0, 1]
         steps: counts of paths, or what takes as long; the ascent takes one in six
-        taps: which weights inside a kernel: "random" ones; those on most "paths", which are the central ones,
-            as an image has borders; "auto" is "paths" for alpha below 0.5, where paths matter most
+        taps: which weights inside a kernel are kept: "random" ones; those on most "paths", which are the
+            central ones, as an image has borders; "auto" is "paths" for alpha below 0.5, else "random"
 
     The history holds ``step``, ``log_paths``, ``nodes``, ``kernels`` and ``objective`` at channel resolution.
     Under a granularity other than weights, and on networks without a circuit (positions that differ, as after
@@ -77,7 +81,7 @@ def balance(
     if steps < 1:
         raise ValueError(f"method 'balance': steps={steps!r}, expected an integer of at least 1")
     on_paths = taps == "paths" or (taps == "auto" and alpha < 0.5)
-    search = _Search(Mixture(alpha, beta), steps, on_paths)
+    search = _Balance(Objective(alpha, beta), steps, on_paths)
     return Method(
         name="balance",
         find=search.find,
@@ -89,175 +93,204 @@ def balance(
 
 
 @dataclass(frozen=True)
-class _Search:
-    """The options, checked."""
+class _Balance:
+    """The method with its options; ``on_paths``: whether taps go where most paths are."""
 
-    mixture: Mixture
+    objective: Objective
     steps: int
     on_paths: bool
 
     @property
-    def for_paths(self) -> bool:
-        """Whether paths matter most."""
-        return self.mixture.alpha < 0.5
+    def favours_paths(self) -> bool:
+        return self.objective.alpha < 0.5
 
     def find(self, problem: Problem) -> Masks:
+        """Run the ascent and, where the network has a circuit and the masks a path, the local search."""
         if is_untouched(problem):
             return dict(problem.masks)
         layers = layer_budgets(problem)
-        found = circuit(problem.graph) if problem.granularity == WEIGHT else None
+        compiled = circuit(problem.graph) if problem.granularity == WEIGHT else None
         fixed = {name: (size != 0).cpu() for name, size in others(problem).items()}
-        length = self.steps if found is None else max(1, self.steps // SHARE)
+        steps = self.steps if compiled is None else max(1, self.steps // ASCENT_SHARE)
         with torch.no_grad():
-            if found is None:
-                reading: KernelReading | WeightReading = WeightReading(
-                    problem.graph, list(problem.masks), fixed, self.mixture, "channel", problem.device
-                )
-            else:
-                reading = KernelReading(found, list(problem.masks), fixed, self.mixture)
-            ascent = self._ascended(problem, reading, layers, length, LR * self.steps / length)
+            gradients = self._make_gradients(problem, compiled, fixed)
+            ascent = self._run_ascent(problem, gradients, layers, steps)
             masks, start = ascent.masks(), ascent.figures()
-        self._note(problem, length, start)
-        if found is not None and start.log_paths > -math.inf and isinstance(reading, KernelReading):
-            unpruned = {name: reading.counts[name] for name in found.kernels if name not in masks}
-            masks = self._exchanged(problem, found, masks, fixed, unpruned, self._aim(start, layers))
-        return _settled(problem, masks, layers)
+        self._note(problem, steps, start)
+        if compiled is not None and isinstance(gradients, KernelGradients) and start.log_paths > -math.inf:
+            fixed_counts = {n: gradients.counts[n] for n in compiled.kernels if n not in masks}
+            search = self._make_search(problem, compiled, masks, fixed_counts, self._target(start, layers))
+            self._run_search(problem, search, fixed_counts)
+            masks = self._place_taps(problem, search, masks, fixed)
+        return _fit_budget(problem, masks, layers)
 
-    def _ascended(
+    # -- ascent ---------------------------------------------------------------------------------------------
+    def _make_gradients(
+        self, problem: Problem, compiled: Circuit | None, fixed: dict[str, Tensor]
+    ) -> KernelGradients | WeightGradients:
+        names = list(problem.masks)
+        if compiled is None:
+            return WeightGradients(problem.graph, names, fixed, self.objective, "channel", problem.device)
+        return KernelGradients(compiled, names, fixed, self.objective)
+
+    def _run_ascent(
         self,
         problem: Problem,
-        reading: KernelReading | WeightReading,
+        gradients: KernelGradients | WeightGradients,
         layers: dict[str, int],
-        length: int,
-        lr: float,
+        steps: int,
     ) -> Ascent:
         magnitudes = {
             name: torch.randn(mask.shape, generator=problem.generator).abs().where(mask.cpu(), -torch.inf)
             for name, mask in problem.masks.items()
         }
-        ascent = Ascent(reading, magnitudes, layers, lr)
-        for _ in problem.progress(range(length), "balance: ascent", length):
+        ascent = Ascent(gradients, magnitudes, layers, LR * self.steps / steps)
+        for _ in problem.progress(range(steps), "balance: ascent", steps):
             ascent.step()
         return ascent
 
-    def _exchanged(
-        self,
-        problem: Problem,
-        found: Circuit,
-        masks: Masks,
-        fixed: dict[str, Tensor],
-        unpruned: dict[str, Tensor],
-        aim: Aim,
-    ) -> Masks:
-        """What the search makes of ``masks``. ``unpruned``: the counts of ``fixed``."""
-        usable = {name: mask.cpu() & _live(problem.graph, name) for name, mask in problem.masks.items()}
-        caps = {name: counted(mask) for name, mask in usable.items()}
-        counts = {name: counted(mask & usable[name]) for name, mask in masks.items()}
-        exchange = Exchange(found, counts, caps, unpruned, aim, problem.generator)
-        exchange.runs, heat = self.steps // SHARE, 2e-3 + 1e-1 * self.mixture.weights[0]
-        if self.for_paths:
-            sweeps = Sweeps(found, counts, caps, unpruned, exchange.random)
-            low = self._draw(problem, exchange, sweeps)
-            if low is not None:
-                heat = 0.0
-                exchange.aim_at(_with_more_nodes(aim))
-                exchange.take(low)
-                self._climb(problem, exchange, (exchange.runs + self.steps) // 2, heat)
-                exchange.settle()
-                exchange.aim_at(_without_sale(exchange.aim, exchange.figures))
-        self._climb(problem, exchange, self.steps, heat)
-        exchange.settle()
-        masks = {name: placed(exchange.counts[name], usable[name], problem.generator) for name in masks}
-        masks = settled_inside(problem.graph, masks, exchange.counts, usable, fixed)
-        if self.on_paths:
-            polish = Polish(problem.graph, usable, fixed, exchange.aim, exchange.random)
-            masks = polish(masks)
-            exchange.take({name: counted(mask) for name, mask in masks.items()})
-        self._note(problem, self.steps, exchange.figures)
-        return masks
-
-    def _draw(self, problem: Problem, exchange: Exchange, sweeps: Sweeps) -> dict[str, Tensor] | None:
-        """Other beginnings, of more paths than the ascent found: half anywhere, half near the best.
-
-        Where all are far below the floors of nodes and kernels, as on large networks, the one of most paths
-        is returned: the exchange can raise it to them.
-        """
-        number = max(1, (self.steps - exchange.runs - self.steps // LAST) // DRAW)
-        richest, low, taken, before = -math.inf, None, 0, exchange.runs
-        for turn in problem.progress(range(number), "balance: sweeps", number):
-            if turn == TRIED and not taken:
-                number = TRIED
-                break
-            drawn = sweeps.drawn(exchange.counts if 2 * turn > number else None)
-            is_taken, figures = exchange.offer(drawn)
-            taken += is_taken
-            if figures.log_paths > richest:
-                richest, low = figures.log_paths, drawn
-        exchange.runs = before + DRAW * number
-        return None if taken else low
-
-    def _aim(self, start: Figures, layers: dict[str, int]) -> Aim:
-        """The objective, over what the ascent found and what longer would have added to it."""
-        for_paths, for_nodes, for_kernels = (weight + SLACK for weight in self.mixture.weights)
-        # Where nodes alone count, a longer ascent would go on trading paths for them; where paths have a
-        # small weight besides others, it would still add many.
-        paths = self.mixture.weights[0]
-        if self.mixture.weights == (0, 1, 0):
+    def _target(self, start: Figures, layers: dict[str, int]) -> Target:
+        """Return the objective with floors a little above ``start``, the figures that the ascent reached."""
+        weights = self.objective.weights
+        for_paths, _, for_kernels = weights
+        # Floor of ln R_P. Where nodes alone count, a longer ascent would go on trading paths for them; where
+        # paths have a small weight besides others, it would still add many.
+        if weights == (0, 1, 0):
             more = -1.0
-        elif self.for_paths or not paths:
+        elif self.favours_paths or not for_paths:
             more = 0.7
         else:
-            more = 2.5 if paths < 0.2 else 1.0
-        whole = sum(layers.values())
-        kernels = min(start.kernels + start.kernels // 50 + 1, whole)
-        if self.mixture.weights[2] and not self.mixture.weights[0]:
-            kernels = whole  # without a claim of paths, every weight can have a kernel to itself
-        # More nodes than the ascent's are worth having, but not where most paths are asked for.
-        nodes = start.nodes if self.for_paths else start.nodes + start.nodes // 10 + 1
+            more = 2.5 if for_paths < 0.2 else 1.0
+        total = sum(layers.values())
+        kernels = min(start.kernels + start.kernels // 50 + 1, total)
+        if for_kernels and not for_paths:
+            kernels = total  # without a weight of paths, every weight can have a kernel to itself
+        nodes = start.nodes if self.favours_paths else start.nodes + start.nodes // 10 + 1
         floor = Figures(start.log_paths + more, nodes, kernels)
-        # Nothing pays for nodes and kernels that were there, but for paths where these are all that is asked.
-        least = NOTHING if self.for_paths else Figures(NOTHING.log_paths, start.nodes, start.kernels)
-        return Aim((for_paths, for_nodes, for_kernels), floor, least)
+        # For alpha >= 0.5, never fall below the node and kernel counts that the ascent reached.
+        least = UNBOUNDED
+        if not self.favours_paths:
+            least = Figures(UNBOUNDED.log_paths, start.nodes, start.kernels)
+        path_weight, node_weight, kernel_weight = (weight + SMALL_WEIGHT for weight in weights)
+        return Target((path_weight, node_weight, kernel_weight), floor, least)
 
-    def _climb(self, problem: Problem, exchange: Exchange, until: int, heat: float) -> None:
-        """The exchange, up to so many counts in all, or until it stalls; seven in ten of them are heated."""
-        start = noted = risen = exchange.runs
-        length, best = until - start, exchange.value
-        for _ in problem.progress(range(length), "balance: exchange", length):
-            cold = (exchange.runs - start) / (0.7 * length)
-            if exchange.runs > until or (exchange.runs > risen + STALLED and (cold > 1 or not heat)):
+    # -- local search ---------------------------------------------------------------------------------------
+    def _make_search(
+        self,
+        problem: Problem,
+        compiled: Circuit,
+        masks: Masks,
+        fixed_counts: dict[str, Tensor],
+        target: Target,
+    ) -> LocalSearch:
+        usable = _usable_weights(problem)
+        caps = {name: count_per_kernel(mask) for name, mask in usable.items()}
+        counts = {name: count_per_kernel(mask & usable[name]) for name, mask in masks.items()}
+        search = LocalSearch(compiled, counts, caps, fixed_counts, target, problem.generator)
+        search.runs = self.steps // ASCENT_SHARE
+        return search
+
+    def _run_search(self, problem: Problem, search: LocalSearch, fixed_counts: dict[str, Tensor]) -> None:
+        """Move to the best counts that restarts (where paths matter most) and moves find."""
+        temperature = 2e-3 + 1e-1 * self.objective.weights[0]
+        if self.favours_paths:
+            ascent = CoordinateAscent(search.circuit, search.counts, search.caps, fixed_counts, search.random)
+            richest = self._restart(problem, search, ascent)
+            if richest is not None:  # too few nodes or kernels: raise them to the floors first
+                temperature = 0.0
+                search.set_target(_raise_node_floor(search.target))
+                search.restart_from(richest)
+                self._climb(problem, search, (search.runs + self.steps) // 2, temperature)
+                search.restore_best()
+                search.set_target(_lock_reached_counts(search.target, search.figures))
+        self._climb(problem, search, self.steps, temperature)
+        search.restore_best()
+
+    def _restart(
+        self, problem: Problem, search: LocalSearch, ascent: CoordinateAscent
+    ) -> dict[str, Tensor] | None:
+        """Restart the search from counts of more paths: the first half of them anywhere, then near the best.
+
+        If no restart is near the floors of nodes and kernels, as on large networks, the counts of most paths
+        are returned: moves can raise them to the floors.
+        """
+        number = max(1, (self.steps - search.runs - self.steps // SEARCH_SHARE) // RESTART_COST)
+        most_paths, richest, accepted, before = -math.inf, None, 0, search.runs
+        for turn in problem.progress(range(number), "balance: sweeps", number):
+            if turn == FUTILE_RESTARTS and not accepted:
+                number = FUTILE_RESTARTS
                 break
-            exchange.climb(heat * max(0.0, 1 - cold))
-            if exchange.value > best + LITTLE:
-                risen, best = exchange.runs, exchange.value
-            if exchange.runs >= noted + EVERY:
-                noted = exchange.runs
-                self._note(problem, noted, exchange.figures)
+            counts = ascent.draw(search.counts if 2 * turn > number else None)
+            is_accepted, figures = search.restart_if_better(counts)
+            accepted += is_accepted
+            if figures.log_paths > most_paths:
+                most_paths, richest = figures.log_paths, counts
+        search.runs = before + RESTART_COST * number
+        return None if accepted else richest
+
+    def _climb(self, problem: Problem, search: LocalSearch, until: int, temperature: float) -> None:
+        """Make moves up to so many runs in all, or until they stall, while the temperature falls to zero."""
+        start = noted = improved = search.runs
+        length, best = until - start, search.value
+        for _ in problem.progress(range(length), "balance: exchange", length):
+            cooled = (search.runs - start) / (HOT_SHARE * length)
+            has_stalled = search.runs > improved + STALL_RUNS and (cooled > 1 or not temperature)
+            if search.runs > until or has_stalled:
+                break
+            search.try_move(temperature * max(0.0, 1 - cooled))
+            if search.value > best + LEAST_GAIN:
+                improved, best = search.runs, search.value
+            if search.runs >= noted + EVERY:
+                noted = search.runs
+                self._note(problem, noted, search.figures)
+
+    # -- taps -----------------------------------------------------------------------------------------------
+    def _place_taps(
+        self, problem: Problem, search: LocalSearch, masks: Masks, fixed: dict[str, Tensor]
+    ) -> Masks:
+        """Return masks with the counts that the search found, or better ones where taps go to paths."""
+        usable, counts = _usable_weights(problem), search.counts
+        masks = {name: place_at_random(counts[name], usable[name], problem.generator) for name in masks}
+        masks = connect_kernels(problem.graph, masks, counts, usable, fixed)
+        if self.on_paths:
+            masks = TapRefinement(problem.graph, usable, fixed, search.target, search.random).refine(masks)
+            search.restart_from({name: count_per_kernel(mask) for name, mask in masks.items()})
+        self._note(problem, self.steps, search.figures)
+        return masks
 
     def _note(self, problem: Problem, step: int, figures: Figures) -> None:
-        row = {"step": step, **figures._asdict(), "objective": self.mixture.value(figures)}
+        """Append an entry to the history."""
+        row = {"step": step, **figures._asdict(), "objective": self.objective.value(figures)}
         for name, value in row.items():
             problem.history.setdefault(name, []).append(value)
 
 
-def _with_more_nodes(aim: Aim) -> Aim:
-    """A higher floor: on large networks DPaI at full length may end with more nodes than the short ascent."""
-    return replace(aim, floor=aim.floor._replace(nodes=aim.floor.nodes + aim.floor.nodes // 10))
+def _raise_node_floor(target: Target) -> Target:
+    """Raise the floor of nodes by a tenth: on large networks a longer ascent would have found more."""
+    return replace(target, floor=target.floor._replace(nodes=target.floor.nodes + target.floor.nodes // 10))
 
 
-def _without_sale(aim: Aim, figures: Figures) -> Aim:
-    """Nodes and kernels up to the floors are not given away any more, where ``figures`` have them."""
-    nodes, kernels = min(aim.floor.nodes, figures.nodes), min(aim.floor.kernels, figures.kernels)
-    return replace(aim, least=Figures(NOTHING.log_paths, nodes, kernels))
+def _lock_reached_counts(target: Target, figures: Figures) -> Target:
+    """Never fall below the nodes and kernels of ``figures``, as far as they are at or below the floors."""
+    nodes, kernels = min(target.floor.nodes, figures.nodes), min(target.floor.kernels, figures.kernels)
+    return replace(target, least=Figures(UNBOUNDED.log_paths, nodes, kernels))
 
 
-def _live(graph: ChannelGraph, name: str) -> Tensor:
+def _usable_weights(problem: Problem) -> Masks:
+    """Return which weights may be kept: not pruned before, and not on taps that only ever see padding."""
+    return {name: mask.cpu() & _live_taps(problem.graph, name) for name, mask in problem.masks.items()}
+
+
+def _live_taps(graph: ChannelGraph, name: str) -> Tensor:
     kernels: KernelSet = graph.kernels[name]
     return kernels.live_taps.expand(kernels.shape)
 
 
-def _settled(problem: Problem, masks: Masks, layers: dict[str, int]) -> Masks:
-    """Exactly what was asked for: what a granularity asks, or what dead taps still have to take."""
+def _fit_budget(problem: Problem, masks: Masks, layers: dict[str, int]) -> Masks:
+    """Return masks that keep exactly what was asked for, under any granularity, and near ``masks``.
+
+    They keep less where the weights of a layer exceed its live taps. Ties are broken at random.
+    """
     scores = {
         name: (4.0 * mask + torch.rand(mask.shape, generator=problem.generator)).to(problem.device)
         for name, mask in masks.items()

@@ -1,11 +1,10 @@
-"""Sweeps: all layers of a network rewritten for most paths, one after another, in the course of one count.
+"""Find counts of kept weights per kernel with many paths, by coordinate ascent over the layers.
 
-A circuit and a number of weights per parameter come in; counts of kept weights per kernel with many paths go
-out. While all other layers stay, R is linear in the weights of one layer, so that its best weights are those
-of the largest d ln R / d count = (paths on) x (paths to). A run of the circuit meets every layer with both at
-hand: on the way forward with the paths to it as they are by now and the paths on from the run before, on the
-way back the other way round. Rewriting it there and then is exact coordinate ascent, two rounds for the price
-of one count. Started from the dense network under noise that dies away, every call finds another optimum.
+R is linear in the weights of one layer, so that its best weights, all others given, are those of the largest
+d ln R / d count = (paths on from the output) * (paths to the input). A run of the circuit visits every layer
+with both at hand: forward with the paths to it as they are now and the paths on from the last backward pass,
+then backward with the two exchanged. Rewriting the layer at this moment is exact, so that one run makes two
+rounds over all layers. Noise that cools down leads every call to another optimum.
 """
 
 from __future__ import annotations
@@ -17,31 +16,29 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxprune.methods.balance.layer_moves import oriented
+from fxprune.methods.balance.layer_moves import Floats, oriented
 from fxprune.paths.circuit.circuit import Circuit
 from fxprune.paths.circuit.parts import Contraction, Op
 
-__all__ = ["Sweeps"]
+__all__ = ["CoordinateAscent"]
 
-Floats = NDArray[np.float64]
-
-NOISE = 0.5
-"""Standard deviation of the first sweep's noise, per channel, in ln of its paths."""
-WITHIN = 0.3
-"""Noise of a kernel, in units of that of a channel."""
-WAKING = 0.3
-"""How often a channel that leads nowhere is tried in the place of one that does."""
-COOLING, REFINING = 5, 6
+CHANNEL_NOISE = 0.5
+"""Standard deviation of the first run's noise on ln of the paths of a channel."""
+KERNEL_NOISE = 0.3
+"""Standard deviation of the noise on ln of the paths of a kernel, relative to that of a channel."""
+WAKE_PROBABILITY = 0.3
+"""Probability that a rewritten layer may use one output without paths on from it."""
+NOISY_RUNS, EXACT_RUNS = 5, 6
 """Runs with noise, and those without it at most."""
-STALLED = 1e-5
-"""A gain in ln R after which another run is not worth its time."""
+LEAST_GAIN = 1e-5
+"""A gain in ln R below which the runs end."""
 
 
 @dataclass
-class _Met(Contraction):
-    """A contraction that is handed over, with what it meets, before its matrix is used."""
+class _VisitedContraction(Contraction):
+    """A contraction that calls ``visit`` with its present ``x`` and ``slope`` before its matrix is used."""
 
-    visit: Callable[[_Met], None] | None = None
+    visit: Callable[[_VisitedContraction], None] | None = None
     x: Tensor | None = None
     slope: Tensor | None = None
 
@@ -58,10 +55,12 @@ class _Met(Contraction):
         return super().backward(slope)
 
 
-class Sweeps:
-    """``counts``: kept weights of every kernel, by parameter; ``caps``: how many each may have. ``fixed``:
-    counts of all other parameters. Parameters keep as many weights as in ``counts``; those that the network
-    reads more than once, or in pieces, keep just these.
+class CoordinateAscent:
+    """Maximise ln R over counts, every layer keeping as many weights as in ``counts``.
+
+    ``counts``: kept weights of every kernel, by parameter; ``caps``: how many each may have. ``fixed``:
+    counts of all other parameters. Parameters that the network reads more than once, or in pieces, keep their
+    counts.
     """
 
     def __init__(
@@ -78,14 +77,15 @@ class Sweeps:
         self.free = {op.name for op in circuit.contractions if op.is_whole and reads.count(op.name) == 1}
         self.free &= counts.keys()
         self.start = {name: caps[name] if name in self.free else count for name, count in counts.items()}
-        self.edges = {**fixed, **{name: count.clone() for name, count in self.start.items()}}
-        self.oriented = {
-            name: tuple(oriented(x[name].numpy(), circuit.kernels[name]) for x in (self.edges, self.caps))
+        self.counts = {**fixed, **{name: count.clone() for name, count in self.start.items()}}
+        # Views of counts and caps, of shape (groups, outputs, inputs).
+        self._oriented = {
+            name: tuple(oriented(x[name].numpy(), circuit.kernels[name]) for x in (self.counts, self.caps))
             for name in self.free
         }
-        self.pruned = {name for name in self.free if not bool(self.caps[name].all())}
-        self.noise = 0.0
-        ops = [self._met(op) if isinstance(op, Contraction) else replace(op) for op in circuit.ops]
+        self._has_zero_caps = {name for name in self.free if not bool(self.caps[name].all())}
+        self._noise_scale = 0.0
+        ops = [self._visited(op) if isinstance(op, Contraction) else replace(op) for op in circuit.ops]
         self.circuit = Circuit(
             ops,
             circuit.sources,
@@ -96,101 +96,103 @@ class Sweeps:
             circuit.presences,
         )
 
-    def _met(self, op: Contraction) -> Op:
-        return _Met(
+    def _visited(self, op: Contraction) -> Op:
+        return _VisitedContraction(
             op.output, op.inputs, op.name, op.operand, op.groups, op.transposed, op.rows, op.is_whole,
             visit=self._rewrite if op.name in self.free else None,
         )  # fmt: skip
 
-    def drawn(self, start: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Counts of many paths, others at every call; near ``start``, if that is given."""
+    def draw(self, start: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Return counts of many paths, different ones at every call; from ``start``, or the dense network."""
         for op in self.circuit.contractions:
-            assert isinstance(op, _Met)
+            assert isinstance(op, _VisitedContraction)
             op.slope = None
         for name, count in (start or self.start).items():
-            self.edges[name].copy_(count)
+            self.counts[name].copy_(count)
         last = -np.inf
-        for turn in range(COOLING + REFINING):
-            self.noise = NOISE * max(0.0, 1 - turn / COOLING)
-            found = self.circuit.run(self.edges).log_total
-            if turn > COOLING and found < last + STALLED:
+        for run in range(NOISY_RUNS + EXACT_RUNS):
+            self._noise_scale = CHANNEL_NOISE * max(0.0, 1 - run / NOISY_RUNS)
+            log_paths = self.circuit.run(self.counts).log_total
+            if run > NOISY_RUNS and log_paths < last + LEAST_GAIN:
                 break
-            last = found
-        return {name: self._whole(name) for name in self.start}
+            last = log_paths
+        return {name: self._complete(name) for name in self.start}
 
-    def _rewrite(self, op: _Met) -> None:
-        """The best weights of a layer as things stand, give or take the noise."""
+    def _rewrite(self, op: _VisitedContraction) -> None:
+        """Replace the counts of a layer by the best ones for its present ``x`` and ``slope``, under noise."""
         assert op.x is not None
         assert op.slope is not None
         x = op.x.view(op.rows, op.groups, -1).double().numpy()
         slope = op.slope.view(op.rows, op.groups, -1).double().numpy()
-        to, on = _anywhere(x), _anywhere(slope)
-        x, slope = x[:, :, to], slope[:, :, on]
-        if self.noise:
-            x = x * self._shaking(x)
-            slope = slope * self._shaking(slope)
-            dead = self._dead(on, op)
-            if dead is not None:
-                on = np.append(on, dead)
+        inputs, outputs = _nonzero_channels(x), _nonzero_channels(slope)
+        x, slope = x[:, :, inputs], slope[:, :, outputs]
+        if self._noise_scale:
+            x = x * self._noise(x)
+            slope = slope * self._noise(slope)
+            dead = self._draw_dead_output(outputs, op)
+            if dead is not None:  # it takes the slope of another output
+                outputs = np.append(outputs, dead)
                 slope = np.append(slope, slope[:, :, [self.random.integers(slope.shape[2])]], 2)
+        # By group: gain[o, i] = sum over positions of slope[o] * x[i].
         gain = slope.transpose(1, 2, 0) @ x.transpose(1, 0, 2)
         number = self.numbers[op.name]
-        count, cap = self.oriented[op.name]
-        if op.name in self.pruned:
-            gain *= cap[:, on[:, None], to] > 0
-        if self.noise:
-            gain *= np.exp(WITHIN * self.noise * self.random.standard_normal(gain.shape))
-        best = _best(gain.ravel(), number)
+        count, caps = self._oriented[op.name]
+        if op.name in self._has_zero_caps:
+            gain *= caps[:, outputs[:, None], inputs] > 0
+        if self._noise_scale:
+            gain *= np.exp(KERNEL_NOISE * self._noise_scale * self.random.standard_normal(gain.shape))
+        best = _largest_positive(gain.ravel(), number)
         if not len(best):
             return
-        best, i = np.divmod(best, len(to))
-        group, o = np.divmod(best, len(on))
-        place = group, on[o], to[i]
+        best, i = np.divmod(best, len(inputs))
+        group, o = np.divmod(best, len(outputs))
+        kernels = group, outputs[o], inputs[i]
         count[...] = 0
-        count[place] = _poured(cap[place], number)
+        count[kernels] = fill_in_order(caps[kernels], number)
 
-    def _shaking(self, values: Floats) -> Floats:
-        noise: Floats = np.exp(self.noise * self.random.standard_normal(values.shape[1:]))
+    def _noise(self, values: Floats) -> Floats:
+        """Draw log-normal factors of the channels of ``values`` (positions, groups, channels)."""
+        noise: Floats = np.exp(self._noise_scale * self.random.standard_normal(values.shape[1:]))
         return noise
 
-    def _dead(self, on: NDArray[np.intp], op: _Met) -> int | None:
-        """Now and then an output that leads nowhere."""
-        size = self.oriented[op.name][0].shape[1]
-        if self.random.random() > WAKING or not 0 < len(on) < size:
+    def _draw_dead_output(self, outputs: NDArray[np.intp], op: _VisitedContraction) -> int | None:
+        """Draw an output that is not among ``outputs``, or, mostly, none."""
+        size = self._oriented[op.name][0].shape[1]
+        if self.random.random() > WAKE_PROBABILITY or not 0 < len(outputs) < size:
             return None
-        dead = np.ones(size, dtype=bool)
-        dead[on] = False
-        places = dead.nonzero()[0]
-        return int(places[self.random.integers(len(places))])
+        is_dead = np.ones(size, dtype=bool)
+        is_dead[outputs] = False
+        dead = is_dead.nonzero()[0]
+        return int(dead[self.random.integers(len(dead))])
 
-    def _whole(self, name: str) -> Tensor:
-        """The counts of a parameter, what no path asked for put anywhere."""
-        count = self.edges[name].clone()
+    def _complete(self, name: str) -> Tensor:
+        """Return the counts of a parameter, its remaining weights distributed at random."""
+        count = self.counts[name].clone()
         left = self.numbers[name] - round(float(count.sum()))
         if left > 0:
             flat, room = count.numpy().reshape(-1), (self.caps[name] - count).numpy().reshape(-1)
             places = self.random.permutation(np.flatnonzero(room > 0))
-            flat[places] += _poured(room[places], left)
+            flat[places] += fill_in_order(room[places], left)
         return count
 
 
-def _anywhere(values: Floats) -> NDArray[np.intp]:
-    """The channels that any row and group has a number for."""
+def _nonzero_channels(values: Floats) -> NDArray[np.intp]:
+    """Return the channels that are not zero at every position and in every group."""
     flat = values.reshape(-1, values.shape[2])
     total: Floats = flat[0] if len(flat) == 1 else flat.sum(0)
     return total.nonzero()[0]
 
 
-def _best(worth: Floats, number: int) -> NDArray[np.intp]:
-    """The places of the ``number`` largest above zero, or of fewer, largest first."""
-    places = (worth > 0).nonzero()[0]
+def _largest_positive(values: Floats, number: int) -> NDArray[np.intp]:
+    """Return the indices of at least the ``number`` largest values above zero, in descending order."""
+    places = (values > 0).nonzero()[0]
     if len(places) > 4 * number:
-        places = places[np.argpartition(-worth[places], number)[:number]]
-    return places[np.argsort(-worth[places], kind="stable")]
+        places = places[np.argpartition(-values[places], number)[:number]]
+    return places[np.argsort(-values[places], kind="stable")]
 
 
-def _poured(caps: Floats, number: int) -> Floats:
-    """``number`` in all, in the first places as many as they take."""
+def fill_in_order(caps: Floats, number: int) -> Floats:
+    """Distribute ``number`` in all over the places in order, each taking as many as its cap allows."""
     before = np.cumsum(caps) - caps
-    poured: Floats = np.minimum(np.maximum(number - before, 0), caps)
-    return poured
+    filled: Floats = np.minimum(np.maximum(number - before, 0), caps)
+    return filled

@@ -1,4 +1,4 @@
-"""What a search of masks is after: figures of a network come in, one number to maximise goes out."""
+"""Define what a search of masks maximises: the objective of DPaI, and floors under its three figures."""
 
 from __future__ import annotations
 
@@ -7,46 +7,51 @@ from dataclasses import dataclass
 
 from fxprune.methods.dpai.objective import Figures
 
-__all__ = ["GUARD", "NOTHING", "Aim"]
+__all__ = ["FLOOR_PRICES", "UNBOUNDED", "Target"]
 
-GUARD = (2.0, 20.0, 60.0)
-"""Prices of falling below a floor, per unit of ln paths, ln nodes, ln kernels: above what objectives pay."""
-
-NEAR = 0.95
-"""What share of a floor may stand in for it where all is given up for something else."""
-
-
-NEVER = 1e7
-"""Price of falling below the least that is accepted: one kernel of a million is more than any gain."""
-NOTHING = Figures(-1e9, 0, 0)
-
-
-def _logarithms(figures: Figures) -> tuple[float, float, float]:
-    return figures.log_paths, math.log(max(figures.nodes, 1)), math.log(max(figures.kernels, 1))
+FLOOR_PRICES = (2.0, 20.0, 60.0)
+"""Penalties for one unit of ln paths, ln nodes, ln kernels below a floor: more than any objective gains."""
+LEAST_PRICE = 1e7
+"""Penalty for one unit below the least figures: one kernel of a million costs more than anything gains."""
+NEAR_FLOOR = 0.95
+"""Fraction of a floor that :meth:`Target.is_near_floor` asks for."""
+UNBOUNDED = Figures(-1e9, 0, 0)
+"""Figures that no masks fall below."""
 
 
 @dataclass(frozen=True)
-class Aim:
-    """What is maximised: ``weights`` of ln paths, ln nodes and ln kernels, none of which shall fall below
-    its ``floor`` (a :class:`Figures`), and none for any price below the ``least``.
+class Target:
+    """Weights of ln paths, ln nodes and ln kernels, and bounds that these should not fall below.
+
+    Figures below ``floor`` cost ``FLOOR_PRICES``, figures below ``least`` cost ``LEAST_PRICE``.
     """
 
     weights: tuple[float, float, float]
     floor: Figures
-    least: Figures = NOTHING
+    least: Figures = UNBOUNDED
 
     def value(self, figures: Figures) -> float:
-        """The objective, less what is missing to the floors."""
+        """Return the objective less the penalties: with v = (ln R_P, ln R_N, ln R_C) of ``figures``,
+
+        sum of weight * v + FLOOR_PRICE * min(0, v - v_floor) + LEAST_PRICE * min(0, v - v_least).
+        """
         if figures.log_paths == -math.inf:
             return -math.inf
         found, floors, least = (_logarithms(x) for x in (figures, self.floor, self.least))
         return sum(
-            weight * value + price * min(0.0, value - floor) + NEVER * min(0.0, value - bottom)
+            weight * value + price * min(0.0, value - floor) + LEAST_PRICE * min(0.0, value - bottom)
             for weight, value, floor, bottom, price in zip(
-                self.weights, found, floors, least, GUARD, strict=True
+                self.weights, found, floors, least, FLOOR_PRICES, strict=True
             )
         )
 
-    def allows(self, figures: Figures) -> bool:
-        """Whether nodes and kernels are on their floors, or nearly: no number of paths pays for many."""
-        return figures.nodes >= NEAR * self.floor.nodes and figures.kernels >= NEAR * self.floor.kernels
+    def is_near_floor(self, figures: Figures) -> bool:
+        """Return whether nodes and kernels reach ``NEAR_FLOOR`` of their floors, whatever the paths."""
+        return (
+            figures.nodes >= NEAR_FLOOR * self.floor.nodes
+            and figures.kernels >= NEAR_FLOOR * self.floor.kernels
+        )
+
+
+def _logarithms(figures: Figures) -> tuple[float, float, float]:
+    return figures.log_paths, math.log(max(figures.nodes, 1)), math.log(max(figures.kernels, 1))

@@ -1,4 +1,4 @@
-"""DPaI: masks that climb towards many paths, nodes and kernels, without data and without weights."""
+"""DPaI: optimise masks for many paths, nodes and kernels, without data and without weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 
 from fxprune.methods.dpai.accelerator import DeviceAscent
 from fxprune.methods.dpai.adam_topk import Ascent
-from fxprune.methods.dpai.kernel_gradients import KernelReading
-from fxprune.methods.dpai.objective import Figures, Mixture, WeightReading
-from fxprune.methods.dpai.topk_state import Selection, contest_of
+from fxprune.methods.dpai.kernel_gradients import KernelGradients
+from fxprune.methods.dpai.objective import Figures, Objective
+from fxprune.methods.dpai.topk_state import GranularTopK, make_topk
+from fxprune.methods.dpai.weight_gradients import WeightGradients
 from fxprune.paths.circuit.compile import circuit
 from fxprune.paths.count import reach
 from fxprune.scoring.contract import Method, Problem
@@ -27,8 +28,8 @@ from fxprune.sparsity.schedule import OneShot, resolve
 EVERY = 10
 """Steps between two entries of the history."""
 LAUNCH = 1 << 26
-"""Units that an accelerator handles in one operation."""
-PATIENCE = 300
+"""Units per block on an accelerator, where an operation costs a launch."""
+WINDOW = 300
 """Steps over which figures are averaged before they are compared."""
 
 
@@ -54,11 +55,12 @@ def dpai(
         alpha: weight of nodes and kernels, against paths, in [0, 1]
         beta: weight of kernels, against nodes, in [0, 1]
         steps: steps of Adam, at most
-        lr: learning rate, the distance that a score goes in a step
-        tol: stop once ln paths, ln nodes and ln kernels (those that have a weight) change by less than this
-            from one 300 steps to the next, on average; 0 never stops
-        resolution: "channel" counts a kernel by the number of its weights, as on a periodic image, and is
-            many times faster; "spatial" is the paper's
+        lr: Adam's learning rate
+        tol: stop once ln paths, ln nodes and ln kernels (those that have a weight), averaged over 300 steps,
+            differ by less than this from their averages over the 300 steps before; 0 never stops
+        resolution: "channel" counts paths as on a periodic image, where only the number of weights of a
+        kernel
+            matters, and is many times faster; "spatial" is the paper's
         allocation: "erk", as in the authors' code, where densities are proportional to the sum over the
             product of a layer's dimensions; "equation15", the printed formula, where sparsities are
             proportional to one minus that
@@ -66,14 +68,15 @@ def dpai(
     The history (``gm.meta["fxprune"]["history"]``) holds ``step``, ``log_paths``, ``nodes``, ``kernels`` and
     ``objective`` at the resolution of the search, every 10 steps and at the end.
 
-    Warns (``UserWarning``) if no path is left, and says how many weights it takes.
+    Warns (``UserWarning``) if the masks leave no path, and names the least budget that would do.
 
     Deviations from the authors' code: its rescaling of every layer by its own maximum miscounts residual
-    networks and lets dead nodes pass for effective; here counts and derivatives are exact. While the masks
-    make no path at all, where the code divides by zero, what the nearest paths lack rises first.
+    networks and counts dead nodes as effective; here counts and derivatives are exact. While the masks make
+    no path at all, where the code divides by zero, scores follow the gradient of R with pruned weights
+    counting 1e-9 instead of 0, which raises those that the nearest paths lack.
     """
-    _check(alpha, beta, steps, lr, tol)
-    search = _Search(Mixture(alpha, beta), steps, lr, tol, resolution, allocation)
+    _check_options(alpha, beta, steps, lr, tol)
+    search = _Dpai(Objective(alpha, beta), steps, lr, tol, resolution, allocation)
     return Method(
         name="dpai",
         find=search.find,
@@ -84,7 +87,7 @@ def dpai(
     )
 
 
-def _check(alpha: float, beta: float, steps: int, lr: float, tol: float) -> None:
+def _check_options(alpha: float, beta: float, steps: int, lr: float, tol: float) -> None:
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not 0 <= value <= 1:
             raise ValueError(f"method 'dpai': {name}={value!r}, expected a number in [0, 1]")
@@ -97,10 +100,10 @@ def _check(alpha: float, beta: float, steps: int, lr: float, tol: float) -> None
 
 
 @dataclass(frozen=True)
-class _Search:
-    """The options, checked."""
+class _Dpai:
+    """The method with its options."""
 
-    mixture: Mixture
+    objective: Objective
     steps: int
     lr: float
     tol: float
@@ -108,57 +111,57 @@ class _Search:
     allocation: Literal["erk", "equation15"]
 
     def find(self, problem: Problem) -> Masks:
+        """Run the ascent, stage by stage and with an entry of the history every ``EVERY`` steps."""
         with torch.no_grad():
-            ascent, log = self._start(problem), _Log(problem.history, self.mixture)
+            ascent, history = self._make_ascent(problem), _History(problem.history, self.objective)
             stages = list(self._stages(problem))
-            blocks = [(budget, n) for budget, count in stages for n in _blocks(count)]
-            present = stages[0][0]
-            for place, (budget, count) in enumerate(
-                problem.progress(blocks, log.words, len(blocks)), start=1
-            ):
-                if budget is not present:
-                    ascent.resize(_layers(budget))
-                    present = budget
-                log.add(ascent.time, ascent.measured_step())
-                for _ in range(count - 1):
+            runs = [(budget, run) for budget, steps in stages for run in _split_steps(steps)]
+            current, final = stages[0][0], stages[-1][0]
+            described = problem.progress(runs, history.describe, len(runs))
+            for number, (budget, steps) in enumerate(described, start=1):
+                if budget is not current:
+                    ascent.set_budget(_layer_budgets(budget))
+                    current = budget
+                history.append(ascent.time, ascent.measured_step())
+                for _ in range(steps - 1):
                     ascent.step()
-                is_last_stage = budget is stages[-1][0]
-                if is_last_stage and place < len(blocks) and log.has_converged(self.tol):
+                if budget is final and number < len(runs) and history.has_converged(self.tol):
                     break
-            log.add(ascent.time, ascent.figures())
+            history.append(ascent.time, ascent.figures())
             masks = {name: mask.to(problem.device) for name, mask in ascent.masks().items()}
-        if log.latest.log_paths == -math.inf:
+        if history.latest.log_paths == -math.inf:
             _warn_of_collapse(problem, masks)
         return masks
 
-    def _start(self, problem: Problem) -> Ascent | DeviceAscent:
+    def _make_ascent(self, problem: Problem) -> Ascent | DeviceAscent:
+        """Draw the scores, and choose how gradients are computed: on a circuit, if that will do."""
         # Drawn on the CPU, so that a seed means the same masks on every device.
         magnitudes = {
             name: torch.randn(mask.shape, generator=problem.generator).abs().where(mask.cpu(), -torch.inf)
             for name, mask in problem.masks.items()
         }
-        layers = _layers(next(self._stages(problem))[0])
+        layers = _layer_budgets(next(self._stages(problem))[0])
         if problem.granularity != WEIGHT:
-            rule = Selection.under(problem.granularity, problem.masks)
-            return Ascent(self._whole_reading(problem), magnitudes, layers, self.lr, rule)
-        found = None if self.resolution == "spatial" else circuit(problem.graph)
-        if found is None:
-            return Ascent(self._whole_reading(problem), magnitudes, layers, self.lr, contest_of)
-        names, fixed = list(problem.masks), _fixed(problem)
+            make = GranularTopK.factory(problem.granularity, problem.masks)
+            return Ascent(self._weight_gradients(problem), magnitudes, layers, self.lr, make)
+        compiled = None if self.resolution == "spatial" else circuit(problem.graph)
+        if compiled is None:
+            return Ascent(self._weight_gradients(problem), magnitudes, layers, self.lr, make_topk)
+        names, fixed = list(problem.masks), _fixed_masks(problem)
         if _is_host(problem.device):
-            reading = KernelReading(found, names, fixed, self.mixture)
-            return Ascent(reading, magnitudes, layers, self.lr, contest_of)
-        reading = KernelReading(found, names, fixed, self.mixture, problem.device, block=LAUNCH)
-        there = {name: score.to(problem.device) for name, score in magnitudes.items()}
-        return DeviceAscent(reading, there, layers, self.lr)
+            gradients = KernelGradients(compiled, names, fixed, self.objective)
+            return Ascent(gradients, magnitudes, layers, self.lr, make_topk)
+        gradients = KernelGradients(compiled, names, fixed, self.objective, problem.device, block=LAUNCH)
+        on_device = {name: score.to(problem.device) for name, score in magnitudes.items()}
+        return DeviceAscent(gradients, on_device, layers, self.lr)
 
-    def _whole_reading(self, problem: Problem) -> WeightReading:
-        names, fixed = list(problem.masks), _fixed(problem)
-        return WeightReading(problem.graph, names, fixed, self.mixture, self.resolution, problem.device)
+    def _weight_gradients(self, problem: Problem) -> WeightGradients:
+        names, fixed = list(problem.masks), _fixed_masks(problem)
+        return WeightGradients(problem.graph, names, fixed, self.objective, self.resolution, problem.device)
 
     def _stages(self, problem: Problem) -> Iterator[tuple[Budget, int]]:
-        """What is kept, and for how many steps; more than one stage under a schedule."""
-        final = self._split(problem)
+        """Yield the budget of each stage and its number of steps; a schedule makes more than one stage."""
+        final = self._allocate(problem)
         if problem.schedule is None:
             yield final, self.steps
             return
@@ -169,8 +172,8 @@ class _Search:
                 yield final.towards(partial(plan.density, t), start), steps
         yield final, self.steps - (plan.rounds - 1) * self.steps // plan.rounds
 
-    def _split(self, problem: Problem) -> Budget:
-        """The problem's budget, with a number for every layer."""
+    def _allocate(self, problem: Problem) -> Budget:
+        """Return the problem's budget with a number for every layer."""
         budget = problem.budget
         if budget.layers is not None:
             return budget
@@ -188,7 +191,11 @@ class _Search:
 def _equation15(
     number: int, shapes: Mapping[str, tuple[int, ...]], room: Mapping[str, int]
 ) -> dict[str, float]:
-    """Real shares with sparsity ``c (1 - sum / product of dims)``, cut to what a layer has, for one c."""
+    """Return each layer's share of ``number`` weights under equation 15.
+
+    A layer's sparsity is c (1 - sum / product of its dimensions), capped at the weights it has (``room``),
+    with one c for all layers that makes the shares sum to ``number``. Shares are real numbers.
+    """
     ratios = erk_ratios(shapes)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
 
@@ -205,27 +212,27 @@ def _equation15(
     return shares(high)
 
 
-class _Log:
-    """The history as it is written, and the words for the progress bar."""
+class _History:
+    """Append figures to the problem's history, and compare them."""
 
-    def __init__(self, history: dict[str, list[float]], mixture: Mixture) -> None:
-        self.mixture, self.latest = mixture, Figures(-math.inf, 0, 0)
+    def __init__(self, columns: dict[str, list[float]], objective: Objective) -> None:
+        self.objective, self.latest = objective, Figures(-math.inf, 0, 0)
         self.columns: dict[str, list[float]] = {
-            name: history.setdefault(name, []) for name in ("step", *Figures._fields, "objective")
+            name: columns.setdefault(name, []) for name in ("step", *Figures._fields, "objective")
         }
 
-    def add(self, step: int, figures: Figures) -> None:
+    def append(self, step: int, figures: Figures) -> None:
         self.latest = figures
-        row = (step, *figures, self.mixture.value(figures))
+        row = (step, *figures, self.objective.value(figures))
         for column, value in zip(self.columns.values(), row, strict=True):
             column.append(value)
 
     def has_converged(self, tol: float) -> bool:
-        """Whether no figure that has a weight changes by ``tol`` any more, on average."""
-        window = PATIENCE // EVERY
+        """Return whether every figure that has a weight changes by less than ``tol`` between two windows."""
+        window = WINDOW // EVERY
         if len(self.columns["step"]) < 2 * window:
             return False
-        for name, weight in zip(Figures._fields, self.mixture.weights, strict=True):
+        for name, weight in zip(Figures._fields, self.objective.weights, strict=True):
             values = self.columns[name][-2 * window :]
             if name != "log_paths":
                 values = [math.log(max(value, 1)) for value in values]
@@ -234,39 +241,39 @@ class _Log:
                 return False
         return True
 
-    def words(self) -> str:
-        """What the progress bar says."""
+    def describe(self) -> str:
+        """Return the text of the progress bar."""
         paths, nodes, kernels = self.latest
         return f"dpai: ln paths {paths:.2f}, {nodes} nodes, {kernels} kernels"
 
 
-def _blocks(count: int) -> Iterator[int]:
-    """``count`` steps in runs of ``EVERY``."""
-    return (min(EVERY, count - start) for start in range(0, count, EVERY))
+def _split_steps(steps: int) -> Iterator[int]:
+    """Split ``steps`` into runs of ``EVERY``."""
+    return (min(EVERY, steps - start) for start in range(0, steps, EVERY))
 
 
-def _layers(budget: Budget) -> dict[str, int]:
-    assert budget.layers is not None, "split before"
+def _layer_budgets(budget: Budget) -> dict[str, int]:
+    assert budget.layers is not None, "allocated before"
     return budget.layers
 
 
 def _is_host(device: torch.device) -> bool:
-    """Whether scores are compared where they are kept; elsewhere steps are best replayed without a look."""
+    """Return whether the host computes on this device, so that reading a number from it takes no wait."""
     return device.type == "cpu"
 
 
-def _fixed(problem: Problem) -> Masks:
-    """Masks of parameters that are not to be pruned, where they were before: zeros among other values."""
-    found: Masks = {}
+def _fixed_masks(problem: Problem) -> Masks:
+    """Return the masks of parameters that are not pruned now but were before: some of their values are 0."""
+    masks: Masks = {}
     for name in problem.graph.kernels.keys() - problem.masks.keys():
-        live = problem.model.get_parameter(name).detach() != 0
-        if live.any() and not live.all():
-            found[name] = live
-    return found
+        is_nonzero = problem.model.get_parameter(name).detach() != 0
+        if is_nonzero.any() and not is_nonzero.all():
+            masks[name] = is_nonzero
+    return masks
 
 
 def _warn_of_collapse(problem: Problem, masks: Masks) -> None:
-    """Says that no path is left, and what budget a path through every layer takes at least."""
+    """Warn that the masks leave no path, and name the least budget that a path through every layer takes."""
     open_ = reach(problem.graph, {name: mask.to(problem.device) for name, mask in problem.masks.items()})
     needed = [name for name in masks if bool(open_[name].any())]
     size = sum(mask.numel() for mask in masks.values())

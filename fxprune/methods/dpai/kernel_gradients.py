@@ -1,64 +1,42 @@
-"""The reading of a network on its circuit: a unit is a kernel, and a direction an outer product.
+"""Compute DPaI's score gradients on a circuit, where a unit is a kernel and most gradients outer products.
 
-Counts of kept weights per kernel come in; ln R_P, R_N, R_C and the direction of every score go out, block by
-block, so that nothing as large as the network is written down on the way.
+Gradients are computed block by block, so that nothing as large as the network is ever written.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fxprune.methods.dpai.kernel_blocks import Block, BlockPart, allocate_block, split_units
 from fxprune.methods.dpai.objective import (
     BLOCK,
-    LARGEST,
-    SMALLEST,
-    SOFT,
-    Field,
+    PRUNED_COUNT,
     Figures,
-    Mixture,
+    Objective,
+    UnitGroup,
     count_nodes,
 )
+from fxprune.methods.dpai.outer_factors import OuterFactors, is_outer_product
 from fxprune.paths.circuit.circuit import Circuit, Pass
 from fxprune.paths.circuit.parts import Kept
 
-__all__ = ["KernelReading"]
+__all__ = ["KernelGradients"]
 
-FEW = 3
+FEW_POSITIONS = 3
 """Up to so many outer products are faster one after another than as a product of matrices."""
 
 
-class _Piece(NamedTuple):
-    """Some units of layer ``name`` in a block: those of the output channels ``rows``, perhaps all of them.
+class KernelGradients:
+    """Compute the gradient by the scores of kernels, at channel resolution.
 
-    ``out`` and ``factor`` are their places in the buffers, as (rows, units of a row) where the layer is
-    plain; only then are there the parts of what its direction is the product of.
-    """
-
-    name: str
-    rows: slice
-    out: Tensor
-    factor: Tensor
-    slope: Tensor | None = None
-    x: Tensor | None = None
-    node: Tensor | None = None
-
-
-class _Block(NamedTuple):
-    part: slice
-    pieces: list[_Piece]
-
-
-class KernelReading:
-    """Every kernel is a unit; in layers with taps that only ever see padding, every weight is.
-
-    ``fixed``: masks of parameters that are not to be pruned. All is done on ``device``, ``block`` units at a
-    time.
+    Every kernel is a unit; in layers with taps that only ever see padding, every weight is. ``fixed``: masks
+    of parameters that are not pruned. ``block``: units per block. The other methods are those of
+    :class:`fxprune.methods.dpai.objective.ScoreGradients`.
     """
 
     def __init__(
@@ -66,334 +44,251 @@ class KernelReading:
         circuit: Circuit,
         names: Sequence[str],
         fixed: Mapping[str, Tensor],
-        mixture: Mixture,
+        objective: Objective,
         device: torch.device | None = None,
         block: int = BLOCK,
     ) -> None:
-        self.circuit, self.mixture, self.dtype = circuit, mixture, circuit.dtype
-        self.device, self.size = torch.device("cpu") if device is None else device, block
+        self.circuit, self.objective, self.dtype = circuit, objective, circuit.dtype
+        self.device, self.block_size = torch.device("cpu") if device is None else device, block
         self.kernels = {name: circuit.kernels[name] for name in names}
-        self.whole = {name: bool(own.live_taps.all()) for name, own in self.kernels.items()}
+        self._is_per_kernel = {name: bool(own.live_taps.all()) for name, own in self.kernels.items()}
         self.widths = {
-            name: own.shape[2:].numel() if self.whole[name] else 1 for name, own in self.kernels.items()
+            name: own.shape[2:].numel() if self._is_per_kernel[name] else 1
+            for name, own in self.kernels.items()
         }
-        self._live = {
+        self._live_taps = {
             name: own.live_taps.flatten().to(self.device, torch.float32)
             for name, own in circuit.kernels.items()
         }
+        # Kept weights of every kernel, by layer, as the circuit reads them; first of those that are not
+        # pruned.
         self.counts = {
-            name: self._counted(name, fixed[name]) if name in fixed else self._dense(name)
+            name: self._count_taps(name, fixed[name]) if name in fixed else self._dense_counts(name)
             for name in circuit.kernels
             if name not in self.kernels
         }
-        self.uses: dict[str, list[int]] = {name: [] for name in names}
+        self._uses: dict[str, list[int]] = {name: [] for name in names}
         for place, op in enumerate(circuit.contractions):
-            if op.name in self.uses:
-                self.uses[op.name].append(place)
-        # By name, the one contraction of layers with one use and no view: their direction is one product.
-        self._plain = {name: self.uses[name][0] for name in names if self._is_plain(name)}
-        self.listable = frozenset(name for name in self._plain if self.widths[name] == 1)
-        self._rows = [circuit.contractions[place].rows for place in self._plain.values()]
-        self._heights = [self.kernels[name].shape[0] for name in self._plain]
-        self._outputs = [rows * height for rows, height in zip(self._rows, self._heights, strict=True)]
-        self._inputs = [
-            rows * self.kernels[name].shape[1] for name, rows in zip(self._plain, self._rows, strict=True)
-        ]
-        self._soft: dict[str, Tensor] = {}
-        # What directions are the product of, of all plain layers one after another, and its parts by name.
-        self._all_slopes, self._slopes = self._apart(self._outputs)
-        self._all_x, self._x = self._apart(self._inputs)
-        self._all_nodes = torch.empty(sum(self._heights), device=self.device)
-        columns = torch.split(self._all_nodes.unsqueeze(1), self._heights)
-        self._nodes = dict(zip(self._plain, columns, strict=True))
-        self._is_by_node = bool(self.mixture.weights[1] and self.mixture.weights[2])
-        # Layers whose kept units are listed, and what their directions are less there than elsewhere.
-        self.lists: dict[str, Kept] = {}
-        self._places: dict[str, Tensor] = {}
-        self._less: dict[str, Tensor] = {}
+            if op.name in self._uses:
+                self._uses[op.name].append(place)
+        outer = {
+            name: uses[0]
+            for name, uses in self._uses.items()
+            if self._is_per_kernel[name] and is_outer_product(circuit, name, uses)
+        }
+        self._factors = OuterFactors(circuit, outer, objective.weights, self.device)
+        self.indexable = frozenset(name for name in outer if self.widths[name] == 1)
+        # Layers whose masks are indices: their kept units, the same as a matrix, and what multiplies the
+        # gradient of kept kernels by output channel (see OuterFactors.scale_for_pruned).
+        self._kept_units: dict[str, Tensor] = {}
+        self.kept_lists: dict[str, Kept] = {}
+        self._kept_factors: dict[str, Tensor] = {}
+        # Counts with PRUNED_COUNT for pruned weights, while there is no path; else empty.
+        self._softened: dict[str, Tensor] = {}
 
-    def _is_plain(self, name: str) -> bool:
-        if len(self.uses[name]) != 1 or not self.whole[name] or self.kernels[name].transposed:
-            return False
-        op = self.circuit.contractions[self.uses[name][0]]
-        return op.groups == 1 and op.is_whole
-
-    def _apart(self, sizes: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Room for so many numbers per plain layer; the room of each, rows x channels where rows differ."""
-        whole = torch.empty(sum(sizes), device=self.device)
-        parts = zip(self._plain, self._rows, torch.split(whole, list(sizes)), strict=True)
-        return whole, {name: part if rows == 1 else part.view(rows, -1) for name, rows, part in parts}
-
-    def _dense(self, name: str) -> Tensor:
+    def _dense_counts(self, name: str) -> Tensor:
         return self.circuit.dense(name).to(self.device)
 
-    def _counted(self, name: str, kept: Tensor) -> Tensor:
-        """Kept live weights of every kernel, from those of every weight."""
-        own = self.circuit.kernels[name]
-        taps = kept.to(self.device, self.dtype).view(*own.shape[:2], -1)
-        return (taps * self._live[name].to(self.dtype)).sum(2)
+    def _count_taps(self, name: str, mask: Tensor) -> Tensor:
+        """Count the kept live weights of every kernel."""
+        kernels = self.circuit.kernels[name]
+        taps = mask.to(self.device, self.dtype).view(*kernels.shape[:2], -1)
+        return (taps * self._live_taps[name].to(self.dtype)).sum(2)
 
-    # -- blocks ---------------------------------------------------------------------------------------------
-    def attach(self, fields: list[Field]) -> None:
-        self.fields = fields
-        self._listed = {next(iter(field.where)): field for field in fields if field.kept is not None}
-        self.given = {
-            name: field.counts[where]
-            for field in fields
-            for name, where in field.where.items()
-            if name not in self._listed
+    # -- masks and blocks -----------------------------------------------------------------------------------
+    def attach(self, groups: list[UnitGroup]) -> None:
+        self._groups = groups
+        self._indexed = {next(iter(group.units)): group for group in groups if group.kept is not None}
+        self._unit_counts = {
+            name: group.counts[units]
+            for group in groups
+            for name, units in group.units.items()
+            if name not in self._indexed
         }
-        for name, kept in self.given.items():
-            if self.whole[name]:
-                self.counts[name] = kept.view(self.kernels[name].shape[:2])
-        parts = [self._parted(field) for field in fields]
-        most = max(part.stop - part.start for field in parts for part, _ in field)
-        self._buffer = torch.empty(most, device=self.device)
-        self._factor = torch.empty(most, device=self.device)
-        self._blocks = [[self._block(part, pieces) for part, pieces in field] for field in parts]
+        for name, counts in self._unit_counts.items():
+            if self._is_per_kernel[name]:
+                self.counts[name] = counts.view(self.kernels[name].shape[:2])
+        shapes = {name: own.shape for name, own in self.kernels.items()}
+        units_of_row = {name: shapes[name][1:].numel() // self.widths[name] for name in shapes}
+        is_outer = {name: name in self._factors.places for name in shapes}
+        split = [split_units(group.units, shapes, is_outer, self.block_size) for group in groups]
+        most = max(units.stop - units.start for blocks in split for units, _ in blocks)
+        self._gradient, self._factor = (torch.empty(most, device=self.device) for _ in range(2))
+        buffers = self._gradient, self._factor
+        self._blocks: list[list[Block]] = [
+            [allocate_block(units, layers, units_of_row, buffers, self._factors) for units, layers in blocks]
+            for blocks in split
+        ]
 
-    def _parted(self, field: Field) -> list[tuple[slice, list[tuple[str, slice]]]]:
-        """The field in blocks of about so many units, cut between output channels."""
-        cuts: list[tuple[slice, list[tuple[str, slice]]]] = []
-        for name, where in field.where.items():
-            height = self.kernels[name].shape[0]
-            row = (where.stop - where.start) // height
-            step = max(1, self.size // row) if name in self._plain else height
-            for first in range(0, height, step):
-                rows = slice(first, min(height, first + step))
-                start, stop = where.start + rows.start * row, where.start + rows.stop * row
-                if cuts and stop - cuts[-1][0].start <= self.size:
-                    part, pieces = cuts.pop()
-                    cuts.append((slice(part.start, stop), [*pieces, (name, rows)]))
-                else:
-                    cuts.append((slice(start, stop), [(name, rows)]))
-        return cuts
+    def blocks(self, group: int) -> list[slice]:
+        return [block.units for block in self._blocks[group]]
 
-    def _block(self, part: slice, pieces: list[tuple[str, slice]]) -> _Block:
-        found, start = [], 0
-        for name, rows in pieces:
-            row = self.kernels[name].shape.numel() // (self.kernels[name].shape[0] * self.widths[name])
-            size = (rows.stop - rows.start) * row
-            shape = (-1, row) if name in self._plain else (-1,)
-            views = [buffer[start : start + size].view(shape) for buffer in (self._buffer, self._factor)]
-            if name in self._plain:
-                views += [self._slopes[name][..., rows], self._x[name], self._nodes[name][rows]]
-            found.append(_Piece(name, rows, *views))
-            start += size
-        return _Block(part, found)
-
-    def blocks(self, field: int) -> list[slice]:
-        return [block.part for block in self._blocks[field]]
-
-    # -- reading --------------------------------------------------------------------------------------------
-    def climb(self) -> float:
-        self.recount()
-        self.found = self.circuit.run(self._edges)
-        self._soft = {}
-        if self.found.log_total == -math.inf:
-            self._climb_softly()
-        else:
-            self.prepare(self.found)
-        return self.found.log_total
-
-    def climb_ahead(self) -> None:
-        """The same without waiting for the device: directions are zero where there is no path."""
-        self.recount()
-        self._soft = {}
-        self.prepare(self.circuit.run_ahead(self._edges))
-
-    @property
-    def _edges(self) -> dict[str, Tensor | Kept]:
-        return {**self.counts, **self.lists}
-
-    def recount(self) -> None:
-        """Counts of kernels whose weights are units of their own, and of those that are listed."""
-        for name, field in self._listed.items():
-            assert field.kept is not None
-            if name not in self._places or self._places[name] is not field.kept:
-                self._places[name] = field.kept
+    def _read_masks(self) -> dict[str, Tensor | Kept]:
+        """Return the counts of all kernels under the present masks, as the circuit takes them."""
+        for name, group in self._indexed.items():
+            assert group.kept is not None
+            if name not in self._kept_units or self._kept_units[name] is not group.kept:
+                self._kept_units[name] = group.kept
                 height, width = self.kernels[name].shape[:2]
-                out = torch.div(field.kept, width, rounding_mode="floor")
-                self.lists[name] = Kept(out, field.kept - out * width, (height, width))
-        for name, kept in self.given.items():
-            if not self.whole[name]:
-                self.counts[name] = self._counted(name, kept)
+                out = torch.div(group.kept, width, rounding_mode="floor")
+                self.kept_lists[name] = Kept(out, group.kept - out * width, (height, width))
+        for name, counts in self._unit_counts.items():
+            if not self._is_per_kernel[name]:  # counts are the masks of weights here
+                self.counts[name] = self._count_taps(name, counts)
+        return {**self.counts, **self.kept_lists}
 
-    def _climb_softly(self) -> None:
-        """Towards a first path: whatever has a share in the paths that lack the fewest weights rises."""
-        self._soft = {}
+    # -- evaluation -----------------------------------------------------------------------------------------
+    def evaluate(self) -> float:
+        found = self.circuit.run(self._read_masks())
+        self._log_paths = found.log_total
+        self._softened = {}
+        if found.log_total == -math.inf:
+            self._evaluate_softened()
+        else:
+            self._cache_factors(found)
+        return found.log_total
+
+    def evaluate_ahead(self) -> None:
+        """Do the same without waiting for the device: gradients are zero where there is no path."""
+        self._softened = {}
+        self._cache_factors(self.circuit.run_ahead(self._read_masks()))
+
+    def _cache_factors(self, found: Pass) -> None:
+        """Cache output slopes and input path counts; the gradient is their outer product."""
+        self._found = found
+        if not self._factors.places:
+            return
+        self._factors.load(found)
+        if self.objective.weights[2]:
+            for name in self.kept_lists:
+                self._kept_factors[name] = self._factors.scale_for_pruned(name)
+
+    def _evaluate_softened(self) -> None:
+        """Cache the factors of gradients towards a first path, where the masks make none.
+
+        Pruned weights count ``PRUNED_COUNT``, so that the paths with the fewest of them dominate R. The
+        gradient is d ln R / d ln count: the share of the paths that go through a kernel.
+        """
+        softened: dict[str, Tensor] = {}
         for name in self.kernels:
-            dense = self._dense(name)
-            if name in self.lists:
-                self._soft[name] = dense * SOFT
-                self._soft[name][self.lists[name].out, self.lists[name].into] = 1.0
+            dense = self._dense_counts(name)
+            if name in self.kept_lists:
+                softened[name] = dense * PRUNED_COUNT
+                softened[name][self.kept_lists[name].out, self.kept_lists[name].into] = 1.0
             else:
-                self._soft[name] = self.counts[name] + SOFT * (dense - self.counts[name])
-        self._ready = self.circuit.run(self.counts | self._soft)
-        if self._plain:
-            self._split(self._flat(self._ready.slope), self._ready.x)
+                softened[name] = self.counts[name] + PRUNED_COUNT * (dense - self.counts[name])
+        self._softened = softened
+        self._found = self.circuit.run(self.counts | softened)
+        if self._factors.places:
+            self._factors.load_unscaled(self._found)
 
-    def prepare(self, found: Pass) -> None:
-        """Makes ready what directions are the product of."""
-        self._ready = found
-        if not self._plain:
-            return
-        for_paths, for_nodes, for_kernels = self.mixture.weights
-        slopes = self._flat(found.slope)
-        self._split(slopes, found.x)
-        if for_nodes:
-            is_passed = self._per_node((self._flat(found.y) > 0) & (slopes > 0))
-            torch.logical_not(is_passed, out=self._all_nodes).mul_(for_nodes).add_(for_paths)
-            if not for_kernels:
-                self._scale_by_node()
-        elif not for_kernels and for_paths != 1:
-            self._all_slopes.mul_(for_paths)
-        if for_kernels:
-            self._prepare_lists()
-
-    def _scale_by_node(self) -> None:
-        if max(self._rows) == 1:
-            self._all_slopes.mul_(self._all_nodes)
-            return
-        for name, slope in self._slopes.items():
-            slope.mul_(self._nodes[name].squeeze(1))
-
-    def _prepare_lists(self) -> None:
-        """Where few units are kept, slopes take the factor of all others; the few have theirs put right."""
-        for_paths, _, for_kernels = self.mixture.weights
-        for name in self.lists:
-            node = self._nodes[name].squeeze(1) if self._is_by_node else torch.tensor(for_paths)
-            self._slopes[name].mul_(node + for_kernels)
-            self._less[name] = (node / (node + for_kernels)).expand(self.kernels[name].shape[0])
-
-    def _flat(self, values: Sequence[Tensor]) -> Tensor:
-        """Those of plain layers, one after another."""
-        return torch.cat([values[place] for place in self._plain.values()])
-
-    def _per_node(self, passed: Tensor) -> Tensor:
-        """Whether any row of each output channel is marked, flat, from all rows."""
-        if max(self._rows) == 1:
-            return passed
-        parts = zip(torch.split(passed, self._outputs), self._rows, strict=True)
-        return torch.cat([part.view(rows, -1).any(0) for part, rows in parts])
-
-    def _split(self, slopes: Tensor, arriving: Sequence[Tensor]) -> None:
-        """Takes slopes and arriving paths of plain layers, to be seen by name in float32."""
-        self._all_slopes.copy_(slopes)
-        self._all_x.copy_(self._flat(arriving))
-
-    def direction(self, field: int, block: int) -> Tensor:
-        part, pieces = self._blocks[field][block]
-        size = part.stop - part.start
-        out, factor = self._buffer[:size], self._factor[:size]
-        for_paths, _, for_kernels = self.mixture.weights
-        if self.fields[field].kept is not None:
-            for piece in pieces:
-                self._product(piece)
-                if for_kernels and not self._soft:
-                    self._correct(piece.name, part, out)
-            return out
-        is_factored = bool(for_kernels) and not self._soft
-        if is_factored:
-            # A kernel that is kept and on no path has no derivative: whether it is empty says enough.
-            torch.eq(self.fields[field].counts[part], 0, out=factor).mul_(for_kernels)
-            if not self._is_by_node:
+    # -- gradients ------------------------------------------------------------------------------------------
+    def gradient(self, group: int, block: int) -> Tensor:
+        units, parts = self._blocks[group][block]
+        size = units.stop - units.start
+        gradient, factor = self._gradient[:size], self._factor[:size]
+        for_paths, for_nodes, for_kernels = self.objective.weights
+        has_kernel_factor = bool(for_kernels) and not self._softened
+        if self._groups[group].kept is not None:
+            for part in parts:
+                self._write_outer_product(part)
+                if has_kernel_factor:
+                    self._rescale_kept(part.name, units, gradient)
+            return gradient
+        if has_kernel_factor:
+            # c [kernel is on no path]: a kept kernel on no path has no gradient, so that empty ones will do.
+            torch.eq(self._groups[group].counts[units], 0, out=factor).mul_(for_kernels)
+            if not for_nodes:
                 factor.add_(for_paths)
-        for piece in pieces:
-            if piece.node is None:
-                self._whole_layer(piece)
-                if is_factored:
-                    piece.factor.fill_(1.0)
+        for part in parts:
+            if part.node_factor is None:
+                self._write_layer_gradient(part)
+                if has_kernel_factor:
+                    part.factor.fill_(1.0)  # is in the gradient already
                 continue
-            self._product(piece)
-            if is_factored and self._is_by_node:
-                piece.factor.add_(piece.node)
-        return out.mul_(factor) if is_factored else out
+            self._write_outer_product(part)
+            if has_kernel_factor and for_nodes:
+                part.factor.add_(part.node_factor)
+        return gradient.mul_(factor) if has_kernel_factor else gradient
 
-    def is_moderate(self, field: int) -> bool:
-        if self.fields[field].kept is None or self._soft:
-            return False  # a look at small layers costs no less than what it may save
-        (name,) = self.fields[field].where
-        (least, most), (least_x, most_x) = _range(self._slopes[name]), _range(self._x[name])
-        return least * least_x > SMALLEST and most * most_x * self._x[name].numel() < LARGEST
+    def is_in_range(self, group: int) -> bool:
+        if self._groups[group].kept is None or self._softened:
+            return False  # for small layers, to find out costs no less than it may save
+        (name,) = self._groups[group].units
+        return self._factors.is_in_range(name)
 
-    def _correct(self, name: str, part: slice, out: Tensor) -> None:
-        """Of the kept units in ``part`` of a listed layer, none opens a kernel."""
-        places = self._places[name].numpy()
-        first, last = np.searchsorted(places, (part.start, part.stop))
-        own = places[first:last] - part.start
-        out.numpy()[own] *= self._less[name].numpy()[self.lists[name].out.numpy()[first:last]]
-
-    def _product(self, piece: _Piece) -> None:
-        slope, x = piece.slope, piece.x
-        assert slope is not None, "only plain layers are products"
-        assert x is not None, "a product has two sides"
+    def _write_outer_product(self, part: BlockPart) -> None:
+        """Write the sum over positions of the outer products of slope and x."""
+        slope, x = part.slope, part.x
+        assert slope is not None, "only of layers with factors"
+        assert x is not None, "a product has two factors"
         if x.dim() == 1:
-            torch.outer(slope, x, out=piece.out)
-        elif len(x) <= FEW:
-            torch.outer(slope[0], x[0], out=piece.out)
-            for row in range(1, len(x)):
-                piece.out.addr_(slope[row], x[row])
+            torch.outer(slope, x, out=part.gradient)
+        elif len(x) <= FEW_POSITIONS:
+            torch.outer(slope[0], x[0], out=part.gradient)
+            for position in range(1, len(x)):
+                part.gradient.addr_(slope[position], x[position])
         else:
-            torch.mm(slope.t(), x, out=piece.out)
-        if self._soft:
-            piece.out.mul_(self._soft[piece.name][piece.rows])
+            torch.mm(slope.t(), x, out=part.gradient)
+        if self._softened:
+            part.gradient.mul_(self._softened[part.name][part.rows])
 
-    def _whole_layer(self, piece: _Piece) -> None:
-        name, own = piece.name, self.kernels[piece.name]
-        gradient = self._gradient(self._ready, name)
-        if self._soft:
-            gradient = gradient * self._soft[name].float()
-        else:
-            alive = (gradient > 0) & (self.counts[name] > 0)
-            gradient = gradient * self.mixture.factor(alive, own)
-        if self.whole[name]:
-            piece.out.copy_(gradient.flatten())
-        else:
-            piece.out.copy_((gradient.unsqueeze(2) * self._live[name]).flatten())
+    def _rescale_kept(self, name: str, units: slice, gradient: Tensor) -> None:
+        """Take the kernel term out of the gradient of the kept units of a block, in an indexed layer."""
+        kept = self._kept_units[name].numpy()
+        first, last = np.searchsorted(kept, (units.start, units.stop))
+        outputs = self.kept_lists[name].out.numpy()[first:last]
+        gradient.numpy()[kept[first:last] - units.start] *= self._kept_factors[name].numpy()[outputs]
 
-    def _gradient(self, found: Pass, name: str) -> Tensor:
-        """d ln R_P / d count, shaped as the kernels."""
+    def _write_layer_gradient(self, part: BlockPart) -> None:
+        """Write the gradient of a layer that is no single outer product."""
+        name, kernels = part.name, self.kernels[part.name]
+        gradient = self._path_gradient(self._found, name)
+        if self._softened:
+            gradient = gradient * self._softened[name].float()
+        else:
+            effective = (gradient > 0) & (self.counts[name] > 0)
+            gradient = gradient * self.objective.gradient_factor(effective, kernels)
+        if self._is_per_kernel[name]:
+            part.gradient.copy_(gradient.flatten())
+        else:
+            part.gradient.copy_((gradient.unsqueeze(2) * self._live_taps[name]).flatten())
+
+    def _path_gradient(self, found: Pass, name: str) -> Tensor:
+        """Return d ln R_P / d count, shaped as the kernels."""
         gradient = torch.zeros(self.kernels[name].shape[:2], device=self.device)
-        for place in self.uses[name]:
+        for place in self._uses[name]:
             op = self.circuit.contractions[place]
             op.spread(found.slope[place].float(), found.x[place].float(), gradient, add=True)
         return gradient
 
     # -- figures --------------------------------------------------------------------------------------------
     def figures(self) -> Figures:
-        if self.found.log_total == -math.inf:
+        if self._log_paths == -math.inf:
             return Figures(-math.inf, 0, 0)
-        marks = self.circuit.marks(self._edges)
-        nodes, kernels = [], []
-        for name, listed in self.lists.items():
-            slope, x = self._by_row(marks, name)
-            alive = (slope[:, listed.out] * x[:, listed.into]).amax(0) > 0
-            nodes.append(torch.zeros(listed.shape[0]).index_fill_(0, listed.out[alive], 1.0).sum().long())
-            kernels.append(alive.sum())
-        pieces = (piece for field in self._blocks for block in field for piece in block.pieces)
-        for name, rows, *_ in (piece for piece in pieces if piece.name not in self.lists):
-            if name not in self._plain:
-                alive = (self._gradient(marks, name) > 0) & (self.counts[name] > 0)
-                nodes.append(count_nodes(self.kernels[name], alive))
-            else:
-                slope, x = self._by_row(marks, name)
-                alive = torch.mm(slope[:, rows].t(), x) > 0
-                alive &= self.counts[name][rows] > 0
-                nodes.append(alive.any(1).sum())
-            kernels.append(alive.sum())
-        found = torch.stack([torch.stack(nodes).sum(), torch.stack(kernels).sum()]).tolist()
-        return Figures(self.found.log_total, *found)
+        # Ones and zeros for paths: numbers of branches with far fewer paths than others may underflow.
+        marks = self.circuit.marks({**self.counts, **self.kept_lists})
+        totals = [self._count_indexed(marks, name) for name in self.kept_lists]
+        parts = (part for blocks in self._blocks for block in blocks for part in block.parts)
+        totals += [self._count_part(marks, part) for part in parts if part.name not in self.kept_lists]
+        nodes, kernels = torch.stack([torch.stack(pair) for pair in totals]).sum(0).tolist()
+        return Figures(self._log_paths, nodes, kernels)
 
-    def _by_row(self, found: Pass, name: str) -> tuple[Tensor, Tensor]:
-        """Slopes and arriving paths of a plain layer, rows x channels."""
-        place = self._plain[name]
-        op = self.circuit.contractions[place]
-        return op.by_row(found.slope[place]), op.by_row(found.x[place])
+    def _count_indexed(self, marks: Pass, name: str) -> tuple[Tensor, Tensor]:
+        """Count the effective nodes and kernels of a layer whose mask is a list of indices."""
+        listed = self.kept_lists[name]
+        slope, x = self._factors.by_position(marks, name)
+        effective = (slope[:, listed.out] * x[:, listed.into]).amax(0) > 0
+        nodes = torch.zeros(listed.shape[0]).index_fill_(0, listed.out[effective], 1.0).sum().long()
+        return nodes, effective.sum()
 
-
-def _range(values: Tensor) -> tuple[float, float]:
-    """A bound on the least of the values above zero (NaN for none) and the largest (float32, none below)."""
-    found = values.numpy()
-    least = (found.view(np.uint32) - np.uint32(1)).min()  # zero comes after all others
-    return float(least.view(np.float32)), float(found.max())
+    def _count_part(self, marks: Pass, part: BlockPart) -> tuple[Tensor, Tensor]:
+        """Count the effective nodes and kernels of one layer in a block."""
+        counts = self.counts[part.name]
+        if part.slope is None:
+            effective = (self._path_gradient(marks, part.name) > 0) & (counts > 0)
+            return count_nodes(self.kernels[part.name], effective), effective.sum()
+        slope, x = self._factors.by_position(marks, part.name)
+        effective = torch.mm(slope[:, part.rows].t(), x) > 0
+        effective &= counts[part.rows] > 0
+        return effective.any(1).sum(), effective.sum()

@@ -1,46 +1,45 @@
-"""What DPaI climbs: paths, nodes and kernels of a masked network, and the direction in which they grow.
+"""Define the objective of DPaI, and what its optimisers ask of a class that computes score gradients.
 
-Masks, as counts of kept weights per unit, come in; ln R_P, R_N, R_C and an ascent direction for the score of
-every unit go out. Two readings serve the same optimiser: on a circuit a unit is a kernel
-(``fxprune.methods.dpai.kernel_gradients``), in the full interpreter, here, it is a weight.
+Two classes compute them: :class:`fxprune.methods.dpai.kernel_gradients.KernelGradients` on a circuit, and
+:class:`fxprune.methods.dpai.weight_gradients.WeightGradients` on any graph.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fxprune.graph.ir import ChannelGraph, KernelSet
-from fxprune.paths.count import flow
+from fxprune.graph.ir import KernelSet
 
 __all__ = [
     "BLOCK",
     "LARGEST",
+    "PRUNED_COUNT",
     "SMALLEST",
-    "SOFT",
-    "Field",
     "Figures",
-    "Mixture",
-    "Reading",
-    "WeightReading",
+    "Objective",
+    "ScoreGradients",
+    "UnitGroup",
     "count_nodes",
 ]
 
 BLOCK = 1 << 19
-"""Units that a direction is computed and used for in one go; it is what fits into a core's cache."""
+"""Units whose gradient is computed and used at a time; their numbers fit into a core's cache."""
 SMALLEST, LARGEST = 1e-15, 1e15
-"""Derivatives below move nothing in float32, but are slow; those above would overflow when squared."""
-SOFT = 1e-9
-"""What a pruned weight counts while the kept ones make no path: the paths with the fewest of them decide."""
+"""Gradients below move nothing in float32, but are slow; those above would overflow when squared."""
+PRUNED_COUNT = 1e-9
+"""Count of a pruned weight while the kept ones make no path: the paths with the fewest of them dominate."""
 
 
 class Figures(NamedTuple):
-    """``log_paths``: ln R_P. ``nodes``: R_N and ``kernels``: R_C, for a large gamma, where tanh counts."""
+    """The three quantities of DPaI: ``log_paths`` is ln R_P, ``nodes`` is R_N and ``kernels`` is R_C.
+
+    The paper's tanh(gamma N) of nodes and kernels is taken for a large gamma, where it counts them.
+    """
 
     log_paths: float
     nodes: int
@@ -48,7 +47,7 @@ class Figures(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Objective:
     """(1 - alpha) ln R_P + alpha [(1 - beta) ln R_N + beta ln R_C] (Xiang et al. 2025, sec. 3.2)."""
 
     alpha: float
@@ -56,11 +55,11 @@ class Mixture:
 
     @property
     def weights(self) -> tuple[float, float, float]:
-        """Of ln paths, ln nodes and ln kernels."""
+        """The weights of ln R_P, ln R_N and ln R_C."""
         return 1 - self.alpha, self.alpha * (1 - self.beta), self.alpha * self.beta
 
     def value(self, figures: Figures) -> float:
-        """The objective; terms of weight zero do not count even where they are infinite."""
+        """Return the objective; terms of weight zero do not count even where they are infinite."""
         terms = (
             figures.log_paths,
             math.log(figures.nodes) if figures.nodes else -math.inf,
@@ -68,148 +67,75 @@ class Mixture:
         )
         return sum(weight * term for weight, term in zip(self.weights, terms, strict=True) if weight)
 
-    def factor(self, alive: Tensor, kernels: KernelSet) -> Tensor:
-        """What d ln R_P / d mask of the weights in each kernel is multiplied by, shaped as the kernels.
+    def gradient_factor(self, effective: Tensor, kernels: KernelSet) -> Tensor:
+        """Return the gradient of the objective divided by d ln R_P / d mask, for every kernel of a layer.
 
-        ``alive``: kernels on a path. The derivatives of ln R_N and ln R_C (eq. 6) are those of ln R_P where
-        the node, or the kernel, is on no path yet, and zero elsewhere; their constant factors are dropped.
+        ``effective``: whether each kernel is on a path. The derivatives of ln R_N and ln R_C (eq. 6) are
+        those of ln R_P where the node, or the kernel, is on no path yet, and zero elsewhere; their constant
+        factors are dropped. With the weights p, n and c of the objective, the factor of the kernel (o, i) is
+        p + n [node o is on no path] + c [kernel (o, i) is on no path].
         """
-        dead_node = ~node_any(alive, kernels)
+        is_dead_node = ~_any_in_node(effective, kernels)
         for_paths, for_nodes, for_kernels = self.weights
-        return for_paths + for_nodes * dead_node.float() + for_kernels * (~alive).float()
+        return for_paths + for_nodes * is_dead_node.float() + for_kernels * (~effective).float()
 
 
-def node_any(marked: Tensor, kernels: KernelSet) -> Tensor:
-    """For every kernel whether any kernel into the same output channel is marked (bool, kernels' shape)."""
+def _any_in_node(flags: Tensor, kernels: KernelSet) -> Tensor:
+    """For every kernel, return whether any kernel into the same output channel is flagged."""
     if not kernels.transposed:
-        return marked.any(1, keepdim=True).expand(marked.shape)
-    apart = marked.reshape(kernels.groups, -1, marked.shape[1])
-    return apart.any(1, keepdim=True).expand(apart.shape).reshape(marked.shape)
+        return flags.any(1, keepdim=True).expand(flags.shape)
+    by_group = flags.reshape(kernels.groups, -1, flags.shape[1])
+    return by_group.any(1, keepdim=True).expand(by_group.shape).reshape(flags.shape)
 
 
-def count_nodes(kernels: KernelSet, marked: Tensor) -> Tensor:
-    """Output channels with a marked kernel (bool, of the kernels' shape), as a scalar tensor."""
+def count_nodes(kernels: KernelSet, flags: Tensor) -> Tensor:
+    """Count the output channels with a flagged kernel (bool, of the kernels' shape), as a scalar tensor."""
     if not kernels.transposed:
-        return marked.any(1).sum()
-    return marked.reshape(kernels.groups, -1, marked.shape[1]).any(1).sum()
+        return flags.any(1).sum()
+    return flags.reshape(kernels.groups, -1, flags.shape[1]).any(1).sum()
 
 
 @dataclass
-class Field:
-    """Units of some layers, one after another: what an optimiser and a reading share.
+class UnitGroup:
+    """Units of some layers, one after another: the masks, as an optimiser hands them to the gradients.
 
-    ``counts``: kept weights of every unit; ``where``: the units of each layer. ``kept``: of a single layer
-    with one weight per unit, the places of the kept units, ascending (int64), instead of ``counts``.
+    ``counts``: kept weights of every unit; ``units``: the slice of each layer. ``kept``: for a single layer
+    with one weight per unit, the ascending indices of the kept units (int64), instead of ``counts``.
     """
 
     counts: Tensor
-    where: dict[str, slice]
+    units: dict[str, slice]
     kept: Tensor | None = None
 
 
-class Reading(Protocol):
-    """How an optimiser reads a network. ``widths``: weights per unit, by layer; ``dtype``: of the counts;
-    ``listable``: the layers for which places of kept units will do.
+class ScoreGradients(Protocol):
+    """Compute the gradient of an :class:`Objective` by the scores of all units.
+
+    ``widths``: weights per unit, by layer; ``dtype``: that of the counts; ``indexable``: the layers whose
+    masks may be handed over as indices of kept units.
     """
 
     widths: dict[str, int]
     dtype: torch.dtype
-    listable: frozenset[str]
+    indexable: frozenset[str]
 
-    def attach(self, fields: list[Field]) -> None:
-        """Where ``climb`` reads counts from now on."""
+    def attach(self, groups: list[UnitGroup]) -> None:
+        """Read the masks from ``groups`` from now on."""
 
-    def climb(self) -> float:
-        """Reads the network at the present counts; returns ln R_P."""
+    def evaluate(self) -> float:
+        """Count the paths under the present masks, as :meth:`gradient` needs them; return ln R_P."""
 
-    def blocks(self, field: int) -> list[slice]:
-        """The units of a field, in parts whose directions are asked for one at a time."""
+    def blocks(self, group: int) -> list[slice]:
+        """Return the parts of a group for which :meth:`gradient` is called one at a time."""
 
-    def direction(self, field: int, block: int) -> Tensor:
-        """Where the scores of a block should go (float32, one number per unit), since the last ``climb``.
+    def gradient(self, group: int, block: int) -> Tensor:
+        """Return the gradient by the scores of a block's units (float32), at the last :meth:`evaluate`.
 
         The tensor is the caller's until the next call.
         """
 
-    def is_moderate(self, field: int) -> bool:
-        """Whether directions in a field are known to be zero, or from ``SMALLEST`` to ``LARGEST``."""
+    def is_in_range(self, group: int) -> bool:
+        """Return whether gradients are known to be zero, or from ``SMALLEST`` to ``LARGEST``."""
 
     def figures(self) -> Figures:
-        """Those of the last ``climb``."""
-
-
-class WeightReading:
-    """Every weight is a unit: the interpreter itself, at either resolution, on any graph.
-
-    ``fixed``: masks of parameters that are not to be pruned.
-    """
-
-    dtype = torch.float32
-    listable: frozenset[str] = frozenset()
-
-    def __init__(
-        self,
-        graph: ChannelGraph,
-        names: list[str],
-        fixed: Mapping[str, Tensor],
-        mixture: Mixture,
-        resolution: Literal["spatial", "channel"],
-        device: torch.device,
-    ) -> None:
-        self.kernels = {name: graph.kernels[name] for name in names}
-        self.graph, self.mixture, self.device = graph, mixture, device
-        self.resolution: Literal["spatial", "channel"] = resolution
-        self.fixed = {name: mask.to(device, torch.float32) for name, mask in fixed.items()}
-        self.widths = dict.fromkeys(names, 1)
-        self.counts: dict[str, Tensor] = {}
-        self.directions: dict[str, Tensor] = {}
-        self._whole: list[Tensor] = []
-        self._found = Figures(-math.inf, 0, 0)
-
-    def attach(self, fields: list[Field]) -> None:
-        self._whole = [torch.zeros(len(field.counts)) for field in fields]
-        for field, whole in zip(fields, self._whole, strict=True):
-            for name, where in field.where.items():
-                shape = self.kernels[name].shape
-                self.counts[name] = field.counts[where].view(shape)
-                self.directions[name] = whole[where].view(shape)
-
-    def blocks(self, field: int) -> list[slice]:
-        size = len(self._whole[field])
-        return [slice(start, min(size, start + BLOCK)) for start in range(0, size, BLOCK)]
-
-    def direction(self, field: int, block: int) -> Tensor:
-        return self._whole[field][self.blocks(field)[block]]
-
-    def is_moderate(self, field: int) -> bool:
-        return False
-
-    def climb(self) -> float:
-        masks = {name: kept.to(self.device) for name, kept in self.counts.items()}
-        found = flow(self.graph, masks | self.fixed, resolution=self.resolution)
-        if found.log_total == -math.inf:
-            self._climb_softly(masks)
-            return found.log_total
-        nodes = kernels = 0
-        for name, mask in masks.items():
-            gradient, own = found.gradients[name], self.kernels[name]
-            effective = (gradient > 0) & (mask > 0)
-            alive = effective.flatten(2).any(2) if effective.dim() > 2 else effective
-            factor = self.mixture.factor(alive, own)
-            factor = factor.view(*factor.shape, *[1] * (gradient.dim() - 2))
-            self.directions[name].copy_(gradient * factor)
-            nodes += int(count_nodes(own, alive))
-            kernels += int(alive.sum())
-        self._found = Figures(found.log_total, nodes, kernels)
-        return found.log_total
-
-    def _climb_softly(self, masks: dict[str, Tensor]) -> None:
-        """Towards a first path: whatever has a share in the paths that lack the fewest weights rises."""
-        soft = {name: mask + SOFT * (1 - mask) for name, mask in masks.items()}
-        gradients = flow(self.graph, soft | self.fixed, resolution=self.resolution).gradients
-        for name, mask in soft.items():
-            self.directions[name].copy_(gradients[name] * mask)
-        self._found = Figures(-math.inf, 0, 0)
-
-    def figures(self) -> Figures:
-        return self._found
+        """Return the figures at the last :meth:`evaluate`."""

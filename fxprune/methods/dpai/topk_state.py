@@ -1,10 +1,11 @@
-"""The exact top-k of scores that only rise, kept up to date instead of searched anew.
+"""Keep the exact top-k of every layer's scores while the scores rise.
 
-Scores of the weights of one or more layers come in, and after each rise the number of kept weights in every
-kernel goes out. Two facts make it cheap. No score ever falls, so the k-th largest never falls either: a layer
-changes only when some score outside passes the old threshold, and only weights between the old threshold and
-the highest newcomer can leave. And weights that share one rise (all weights of a *unit*: a kernel at channel
-resolution) keep their order for ever: a unit is described by how many of its weights are kept.
+A *unit* is a set of weights that share one rise (a kernel at channel resolution, or a single weight). The
+classes here and in :mod:`fxprune.methods.dpai.layer_topk` are variants of
+:func:`fxprune.sparsity.select.select` for one layer budget each; ``tests/methods/dpai/test_topk.py`` holds
+them equal to it. They are faster for two reasons. No score falls, so that the k-th largest score of a layer
+(its *threshold*) does not fall: a layer changes only when a pruned weight reaches the threshold. And weights
+of one unit keep their order: the number of kept weights says which of them are kept.
 """
 
 from __future__ import annotations
@@ -19,331 +20,221 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fxprune.methods.dpai.layer_topk import Floats, MaskTopK, keep_largest, top_k
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import Granularity
 from fxprune.sparsity.select import select
 
-__all__ = ["Contest", "Listed", "Rule", "Selection", "Singles", "contest_of", "gathered", "is_sparse"]
+__all__ = ["GranularTopK", "MakeTopK", "UnitTopK", "group_layers", "make_topk"]
 
-Floats = NDArray[np.float32]
-UP = np.float32(np.inf)
-AHEAD, NEAR = 8, 0.3
-"""Rises between two looks at every score of a listed layer: so many, if that is no farther."""
-RARE = 16
-"""A layer that keeps less than one weight in so many is listed."""
+INFINITY = np.float32(np.inf)
 
 
-class Contest:
-    """The units of some layers, each layer with a number of weights to keep.
+class UnitTopK:
+    """Store the top-k of some layers as the number of kept weights of each unit.
 
-    ``scores``: by layer, (units, weights per unit), in no order, ``-inf`` for a weight that may not be kept.
-    ``rise``: how much the scores of each unit have risen since, a float32 tensor over all units of all layers
-    in their order; the caller adds to it and then calls :meth:`settle`. ``counts``: weights kept per unit,
-    likewise. Ties go to the lower index.
+    ``scores``: by layer, (units, weights per unit), ``-inf`` for a weight that may not be kept. ``rise``: how
+    far the scores of each unit have risen since, one float32 per unit, all layers in their order; the caller
+    adds to it and then calls :meth:`update`. ``counts``: kept weights per unit, likewise. Ties go to the
+    lower index.
     """
 
     def __init__(self, scores: Mapping[str, Tensor], budget: Mapping[str, int]) -> None:
         self.names = tuple(scores)
         sizes = [len(score) for score in scores.values()]
         self.starts = [0, *itertools.accumulate(sizes)]
-        self.layer = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)
-        self.sizes = np.array(sizes)
+        self._layer_of = np.repeat(np.arange(len(sizes), dtype=np.int16), sizes)
+        self._sizes = np.array(sizes)
         width = max(score.shape[1] for score in scores.values())
-        whole = torch.cat([_padded(score.float(), width) for score in scores.values()])
-        self.table: Floats = whole.numpy()
-        np.negative(self.table, out=self.table)
-        self.table.sort(axis=1)  # in place: half the memory of a sort that also says where things were
-        np.negative(self.table, out=self.table)
-        self.rise = torch.zeros(len(self.table))
+        padded = torch.cat([_pad_units(score.float(), width) for score in scores.values()])
+        self.descending: Floats = padded.numpy()
+        np.negative(self.descending, out=self.descending)
+        self.descending.sort(axis=1)  # in place: half the memory of a sort that also returns indices
+        np.negative(self.descending, out=self.descending)
+        self.rise = torch.zeros(len(self.descending))
         self._rise: Floats = self.rise.numpy()
-        self.counts = np.zeros(len(self.table), dtype=np.int32)
-        self._columns = np.arange(width)
-        self._next = np.empty_like(self._rise)
-        self._last = np.empty_like(self._rise)
-        self._bounds = np.empty_like(self._rise)
-        self._work = np.empty_like(self._rise)
+        self.counts = np.zeros(len(self.descending), dtype=np.int32)
+        self._ranks = np.arange(width)
+        # Of each unit, without the rise: its highest pruned and its lowest kept score.
+        self._best_pruned = np.empty_like(self._rise)
+        self._worst_kept = np.empty_like(self._rise)
         self.thresholds = np.full(len(sizes), -np.inf, dtype=np.float32)
-        self.resize(budget)
+        self._threshold_of_unit = np.empty_like(self._rise)
+        self._scratch = np.empty_like(self._rise)
+        self.set_budget(budget)
 
-    def segment(self, name: str) -> slice:
-        """Where the units of layer ``name`` are."""
+    def units_of(self, name: str) -> slice:
+        """Return the units of the layer ``name``."""
         place = self.names.index(name)
         return slice(self.starts[place], self.starts[place + 1])
 
-    def resize(self, budget: Mapping[str, int]) -> None:
-        """Chooses anew, for other numbers of weights to keep."""
+    def set_budget(self, budget: Mapping[str, int]) -> None:
+        """Select the top-k of every layer for other numbers of weights to keep."""
         for place, name in enumerate(self.names):
-            where = self.segment(name)
-            values = self.table[where] + self._rise[where, None]
-            kept, self.thresholds[place] = _best(values, budget[name])
-            self.counts[where] = kept.sum(1)
-            self._bounds[where] = self.thresholds[place]
-        self._edges(np.arange(len(self.table)))
+            units = self.units_of(name)
+            values = self.descending[units] + self._rise[units, None]
+            kept, self.thresholds[place] = top_k(values, budget[name])
+            self.counts[units] = kept.sum(1)
+            self._threshold_of_unit[units] = self.thresholds[place]
+        self._update_neighbours(np.arange(len(self.descending)))
 
-    def settle(self) -> NDArray[np.intp]:
-        """Chooses after a rise; returns the units whose count has changed."""
-        reach = np.add(self._next, self._rise, out=self._work)
-        newcomers = np.flatnonzero(reach >= self._bounds)
-        if not len(newcomers):
-            return newcomers
-        tops = np.full(len(self.sizes), -np.inf, dtype=np.float32)
-        np.maximum.at(tops, self.layer[newcomers], reach[newcomers])
-        # Of those that are kept, only what is not above every newcomer can leave.
-        weakest = np.add(self._last, self._rise, out=self._work)
-        if len(tops) == 1:
-            tops[0] = min(tops[0], self._most_that_leaves(newcomers, weakest[weakest <= tops[0]]))
-            is_near = weakest <= tops[0]
-        else:
-            is_near = weakest <= np.repeat(tops, self.sizes)
-        is_near[newcomers] = True
-        return self._contend(np.flatnonzero(is_near), tops)
+    def update(self) -> NDArray[np.intp]:
+        """Update the top-k after scores have risen; return the units whose count has changed.
 
-    def _most_that_leaves(self, newcomers: NDArray[np.intp], weakest: Floats) -> np.float32:
-        """A value above which nothing leaves a single layer: at least as many as come are at or below it.
-
-        ``weakest``: the least kept value of every unit that has one below the highest newcomer.
+        In a layer with weights that enter, the *ceiling* is a score above which every weight is kept: those
+        that leave are at or below it. Only units with a kept weight at or below it are selected from again.
         """
-        values = self.table.take(newcomers, 0)
-        values += self._rise[newcomers, None]
-        comes = (self._columns >= self.counts[newcomers, None]) & (values >= self.thresholds[0])
-        number = np.count_nonzero(comes)
-        return np.partition(weakest, number - 1)[number - 1] if 0 < number <= len(weakest) else UP
+        best_pruned = np.add(self._best_pruned, self._rise, out=self._scratch)
+        entering = np.flatnonzero(best_pruned >= self._threshold_of_unit)
+        if not len(entering):
+            return entering
+        ceilings = np.full(len(self._sizes), -np.inf, dtype=np.float32)
+        np.maximum.at(ceilings, self._layer_of[entering], best_pruned[entering])
+        worst_kept = np.add(self._worst_kept, self._rise, out=self._scratch)
+        if len(ceilings) == 1:
+            below = worst_kept[worst_kept <= ceilings[0]]
+            ceilings[0] = min(ceilings[0], self._lower_ceiling(entering, below))
+            is_open = worst_kept <= ceilings[0]
+        else:
+            is_open = worst_kept <= np.repeat(ceilings, self._sizes)
+        is_open[entering] = True
+        return self._reselect(np.flatnonzero(is_open), ceilings)
 
-    def _contend(self, near: NDArray[np.intp], tops: Floats) -> NDArray[np.intp]:
-        """Chooses among the units ``near``; values above ``tops`` are kept (by layer; -inf: no change)."""
-        layer, before = self.layer[near], self.counts[near]
-        values = self.table.take(near, 0)
-        values += self._rise[near, None]
-        kept = self._columns < before[:, None]
-        is_above = values > (tops[0] if len(tops) == 1 else tops[layer, None])
-        floor = self.thresholds[0] if len(tops) == 1 else self.thresholds[layer, None]
-        rows, columns = (~is_above & (kept | (values >= floor))).nonzero()
-        owner, value = layer[rows], values[rows, columns]
-        # Of those in question as many are kept as were before, less those that are above and were not.
-        if len(tops) == 1:
-            number = int(np.count_nonzero(kept[rows, columns]) - np.count_nonzero(is_above & ~kept))
+    def _lower_ceiling(self, entering: NDArray[np.intp], worst_kept: Floats) -> np.float32:
+        """Return a lower ceiling for a single layer: the n-th smallest of ``worst_kept``.
+
+        n is the number of weights at or above the threshold that enter: no more than n can leave, and at
+        least n kept weights are at or below this score. ``worst_kept``: the lowest kept score of every unit
+        that has one at or below the highest entering score.
+        """
+        values = self.descending.take(entering, 0)
+        values += self._rise[entering, None]
+        enters = (self._ranks >= self.counts[entering, None]) & (values >= self.thresholds[0])
+        n = np.count_nonzero(enters)
+        return np.partition(worst_kept, n - 1)[n - 1] if 0 < n <= len(worst_kept) else INFINITY
+
+    def _reselect(self, units: NDArray[np.intp], ceilings: Floats) -> NDArray[np.intp]:
+        """Select again among the weights of ``units``; return the units whose count has changed.
+
+        ``ceilings``: by layer, the score above which all weights are kept; ``-inf`` for layers that stay.
+        """
+        is_single = len(ceilings) == 1
+        layer, before = self._layer_of[units], self.counts[units]
+        values = self.descending.take(units, 0)
+        values += self._rise[units, None]
+        was_kept = self._ranks < before[:, None]
+        is_above = values > (ceilings[0] if is_single else ceilings[layer, None])
+        threshold = self.thresholds[0] if is_single else self.thresholds[layer, None]
+        rows, ranks = (~is_above & (was_kept | (values >= threshold))).nonzero()
+        owner, value = layer[rows], values[rows, ranks]
+        # k stays: as many candidates are kept as were kept before, less the weights that are new above the
+        # ceiling. (Of several layers none is new there, as the ceiling is the highest entering score.)
+        if is_single:
+            number = int(np.count_nonzero(was_kept[rows, ranks]) - np.count_nonzero(is_above & ~was_kept))
             room = np.array([number])
-            chosen = np.flatnonzero(_stays(value, number)[0])
-        else:  # all that are above were kept
-            room = np.bincount(owner, kept[rows, columns], len(tops)).astype(np.int64)
-            chosen = _chosen(owner, value, room)
-        counts = _counted(is_above) + np.bincount(rows[chosen], minlength=len(near))
-        lowest = np.nextafter(tops, UP)  # nobody at or below is kept, so far
-        lowest[room > 0] = UP
-        np.minimum.at(lowest, owner[chosen], value[chosen])
-        for place in (tops > -UP).nonzero()[0].tolist():
-            self.thresholds[place] = lowest[place]
-            self._bounds[self.starts[place] : self.starts[place + 1]] = lowest[place]
+            chosen = np.flatnonzero(keep_largest(value, number)[0])
+        else:
+            room = np.bincount(owner, was_kept[rows, ranks], len(ceilings)).astype(np.int64)
+            chosen = _top_k_by_layer(owner, value, room)
+        counts = _count_in_rows(is_above) + np.bincount(rows[chosen], minlength=len(units))
+        self._set_thresholds(ceilings, room, owner[chosen], value[chosen])
         is_changed = counts != before
-        changed: NDArray[np.intp] = near[is_changed]
+        changed: NDArray[np.intp] = units[is_changed]
         self.counts[changed] = counts[is_changed]
-        self._edges(changed)
+        self._update_neighbours(changed)
         return changed
 
-    def _edges(self, units: NDArray[np.intp]) -> None:
-        """The best score outside and the worst inside, without the rise, of some units."""
-        counts, width = self.counts[units], self.table.shape[1]
-        best = self.table[units, np.minimum(counts, width - 1)]
-        worst = self.table[units, np.maximum(counts, 1) - 1]
-        self._next[units] = np.where(counts < width, best, -UP)
-        self._last[units] = np.where(counts > 0, worst, UP)
+    def _set_thresholds(
+        self, ceilings: Floats, room: NDArray[np.int64], owner: NDArray[np.int16], value: Floats
+    ) -> None:
+        """Set the thresholds of the layers with a ceiling to the lowest score that was chosen in them.
+
+        ``owner``, ``value``: layer and score of the chosen weights. Where there was no ``room``, nothing at
+        or below the ceiling is kept.
+        """
+        lowest = np.nextafter(ceilings, INFINITY)
+        lowest[room > 0] = INFINITY
+        np.minimum.at(lowest, owner, value)
+        for place in (ceilings > -INFINITY).nonzero()[0].tolist():
+            self.thresholds[place] = lowest[place]
+            self._threshold_of_unit[self.starts[place] : self.starts[place + 1]] = lowest[place]
+
+    def _update_neighbours(self, units: NDArray[np.intp]) -> None:
+        """Look up the highest pruned and the lowest kept score of ``units``, without the rise."""
+        counts, width = self.counts[units], self.descending.shape[1]
+        best_pruned = self.descending[units, np.minimum(counts, width - 1)]
+        worst_kept = self.descending[units, np.maximum(counts, 1) - 1]
+        self._best_pruned[units] = np.where(counts < width, best_pruned, -INFINITY)
+        self._worst_kept[units] = np.where(counts > 0, worst_kept, INFINITY)
 
 
-def _counted(flags: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """How many are set in each row; a product is many times faster than a sum over short rows."""
-    counts: NDArray[np.int32] = flags.astype(np.float32).dot(_ones(flags.shape[1])).astype(np.int32)
-    return counts
+class GranularTopK:
+    """Select whole groups of weights again after every rise; every weight is a unit.
 
-
-@cache
-def _ones(number: int) -> Floats:
-    return np.ones(number, dtype=np.float32)
-
-
-def _chosen(owner: NDArray[np.int16], value: Floats, room: NDArray[np.int64]) -> NDArray[np.intp]:
-    """The places of the best of each owner, as many as it has room for, ties by index."""
-    order = np.lexsort((-value, owner))  # stable: equal scores stay in the order of their indices
-    ends = np.bincount(owner, minlength=len(room)).cumsum()
-    # Ranks start anew with each owner; the best are taken until its room is full.
-    last = ends - np.diff(ends, prepend=0) + room
-    chosen: NDArray[np.intp] = order[np.arange(len(order)) < last[owner[order]]]
-    return chosen
-
-
-def _best(values: Floats, number: int) -> tuple[NDArray[np.bool_], np.float32]:
-    """The ``number`` largest entries, ties by index, and the smallest of them (inf for none)."""
-    if number == 0:
-        return np.zeros(values.shape, dtype=bool), np.float32(np.inf)
-    flat = torch.from_numpy(values).flatten()
-    threshold = np.float32(flat.kthvalue(flat.numel() - number + 1).values.item())
-    kept = values > threshold
-    ties = np.flatnonzero(values.ravel() == threshold)[: number - int(kept.sum())]
-    kept.ravel()[ties] = True
-    return kept, threshold
-
-
-class Singles:
-    """A contest of one large layer, each weight a unit: nothing is kept but scores and one byte per weight.
-
-    ``rise`` is the scores themselves: ``scores``, (units, 1), are taken over, and risen in place.
+    The attributes are those of :class:`UnitTopK`. ``granularity``: the groups; ``masks``: the weights that
+    may be kept.
     """
-
-    def __init__(self, scores: Mapping[str, Tensor], budget: Mapping[str, int]) -> None:
-        ((self.name, score),) = scores.items()
-        self.rise = score.float().flatten()
-        self._values: Floats = self.rise.numpy()
-        self.resize(budget)
-
-    def segment(self, name: str) -> slice:
-        """Where the units of the layer are."""
-        return slice(0, len(self._values))
-
-    def resize(self, budget: Mapping[str, int]) -> None:
-        """Chooses anew, for another number of weights to keep."""
-        self.number = budget[self.name]
-        kept, self.threshold = _best(self._values, self.number)
-        self.counts = kept.view(np.int8)
-
-    def settle(self) -> NDArray[np.intp]:
-        """Chooses after a rise; returns the units whose count has changed."""
-        is_in = self._values >= self.threshold
-        excess = int(np.count_nonzero(is_in)) - self.number
-        if not excess:
-            return np.empty(0, dtype=np.intp)
-        inside = np.flatnonzero(is_in)
-        stays, self.threshold = _stays(self._values[inside], self.number)
-        is_changed = stays != (self.counts[inside] > 0)
-        changed: NDArray[np.intp] = inside[is_changed]
-        self.counts[changed] = stays[is_changed]
-        return changed
-
-
-class Listed:
-    """A contest of one large layer, each weight a unit, of which few are kept: their places are listed.
-
-    ``rise`` is the scores themselves, as in :class:`Singles`. After a rise :meth:`look` has to see every
-    part, best while it is in the cache. ``leap``: what no score rises by more in one go. ``kept``: the places
-    of the best, ascending.
-    """
-
-    def __init__(self, scores: Mapping[str, Tensor], budget: Mapping[str, int], leap: float) -> None:
-        ((self.name, score),) = scores.items()
-        self.rise = score.float().flatten()
-        self.leap, self._ahead = leap, max(1, min(AHEAD, int(NEAR / leap)))
-        self._values: Floats = self.rise.numpy()
-        self._inside: list[tuple[NDArray[np.intp], Floats]] = []
-        self.resize(budget)
-
-    def segment(self, name: str) -> slice:
-        """Where the units of the layer are."""
-        return slice(0, len(self._values))
-
-    def resize(self, budget: Mapping[str, int]) -> None:
-        """Chooses anew, for another number of weights to keep."""
-        self.number = budget[self.name]
-        kept, self.threshold = _best(self._values, self.number)
-        self.kept = np.flatnonzero(kept)
-        # By the start of a part, who can be at the threshold within so many rises; it never falls.
-        self._near: dict[int, NDArray[np.intp]] = {}
-        self._left = 0
-
-    def look(self, part: slice) -> None:
-        """Notes who is at or above the threshold as it was."""
-        values = self._values[part]
-        if not self._left:
-            reach = np.float32(1.001 * (self._ahead - 1) * self.leap)  # and something for rounding
-            self._near[part.start] = np.flatnonzero(values >= self.threshold - reach)
-        near = self._near[part.start]
-        reached = self.rise[part].index_select(0, torch.from_numpy(near)).numpy()  # faster than numpy's
-        is_in = reached >= self.threshold
-        self._inside.append((near.compress(is_in) + part.start, reached.compress(is_in)))
-
-    def settle(self) -> bool:
-        """Chooses after a rise, of all parts; whether any place has changed."""
-        self._left = (self._left or self._ahead) - 1
-        inside, values = (np.concatenate(found) for found in zip(*self._inside, strict=True))
-        self._inside.clear()
-        if len(inside) == self.number:
-            return False
-        stays, self.threshold = _stays(values, self.number)
-        before, self.kept = self.kept, inside.compress(stays)
-        return not np.array_equal(before, self.kept)
-
-
-def _stays(values: Floats, number: int) -> tuple[NDArray[np.bool_], np.float32]:
-    """The ``number`` largest of more than that, ties by index, and the threshold: the least of them."""
-    excess = len(values) - number
-    threshold = np.partition(values, excess)[excess] if number else np.nextafter(values.max(), UP)
-    stays = values > threshold
-    ties = np.flatnonzero(values == threshold)
-    stays[ties[: number - int(stays.sum())]] = True
-    return stays, threshold
-
-
-class Selection:
-    """The same for whole groups of weights, selected anew each time: every weight is a unit."""
 
     def __init__(
         self,
         scores: Mapping[str, Tensor],
         budget: Mapping[str, int],
         granularity: Granularity,
-        within: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
     ) -> None:
-        self.granularity, self.within = granularity, {name: mask.cpu() for name, mask in within.items()}
+        self.granularity, self.masks = granularity, {name: mask.cpu() for name, mask in masks.items()}
         self.names = tuple(scores)
         self.starts = np.concatenate([[0], np.cumsum([len(score) for score in scores.values()])])
         self.initial = torch.cat([score.flatten() for score in scores.values()]).clamp(min=0)
         self.rise = torch.zeros(len(self.initial))
-        self.resize(budget)
+        self.set_budget(budget)
 
     @classmethod
-    def under(cls, granularity: Granularity, within: Mapping[str, Tensor]) -> Rule:
-        """The rule that an ascent is made with."""
-        return lambda scores, budget: cls(scores, budget, granularity, within)
+    def factory(cls, granularity: Granularity, masks: Mapping[str, Tensor]) -> MakeTopK:
+        """Return the function that makes the top-k of these groups from scores and budgets."""
+        return lambda scores, budget: cls(scores, budget, granularity, masks)
 
-    def segment(self, name: str) -> slice:
-        """Where the units of layer ``name`` are."""
+    def units_of(self, name: str) -> slice:
+        """Return the units of the layer ``name``."""
         place = self.names.index(name)
         return slice(int(self.starts[place]), int(self.starts[place + 1]))
 
-    def resize(self, budget: Mapping[str, int]) -> None:
-        """Chooses anew, for other numbers of weights to keep."""
-        sizes = {name: self.within[name].numel() for name in self.names}
+    def set_budget(self, budget: Mapping[str, int]) -> None:
+        """Select for other numbers of weights to keep, or fewer where no groups make up the number."""
+        sizes = {name: self.masks[name].numel() for name in self.names}
         layers = {name: budget[name] for name in self.names}
         whole = Budget(sum(layers.values()), sizes, layers)
-        self.budget = whole.capped(self.granularity.room(self.within))
-        self.settle()
+        self.budget = whole.capped(self.granularity.room(self.masks))
+        self.update()
 
-    def settle(self) -> NDArray[np.intp]:
-        """Chooses after a rise; returns all units."""
+    def update(self) -> NDArray[np.intp]:
+        """Select again after scores have risen; return all units."""
         risen = self.initial + self.rise
-        scores = {name: risen[self.segment(name)].view(self.within[name].shape) for name in self.names}
-        masks = select(scores, self.budget, within=self.within, granularity=self.granularity, method="dpai")
+        scores = {name: risen[self.units_of(name)].view(self.masks[name].shape) for name in self.names}
+        masks = select(scores, self.budget, within=self.masks, granularity=self.granularity, method="dpai")
         self.counts: NDArray[np.int32] = (
             torch.cat([masks[name].flatten() for name in self.names]).int().numpy()
         )
         return np.arange(len(self.counts))
 
 
-Rule = Callable[[Mapping[str, Tensor], Mapping[str, int]], Contest | Singles | Selection]
-"""Makes the contest of some layers from their scores (units x weights per unit) and budgets."""
+MakeTopK = Callable[[Mapping[str, Tensor], Mapping[str, int]], UnitTopK | MaskTopK | GranularTopK]
+"""Make the top-k of some layers from their scores (units x weights per unit) and budgets."""
 
 
-def contest_of(scores: Mapping[str, Tensor], budget: Mapping[str, int]) -> Contest | Singles:
-    """The leaner contest where it serves, else the general one."""
+def make_topk(scores: Mapping[str, Tensor], budget: Mapping[str, int]) -> UnitTopK | MaskTopK:
+    """Make the top-k that takes least memory: a :class:`MaskTopK` for one layer of single weights."""
     if len(scores) == 1 and all(score.shape[1] == 1 for score in scores.values()):
-        return Singles(scores, budget)
-    return Contest(scores, budget)
+        return MaskTopK(scores, budget)
+    return UnitTopK(scores, budget)
 
 
-def is_sparse(size: int, number: int) -> bool:
-    """Whether so few of so many units are kept that a list of them is better than a number for each."""
-    return number * RARE < size
+def group_layers(widths: Mapping[str, int], sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Group consecutive layers, each group with at most ``limit`` entries; larger layers stay alone.
 
-
-def gathered(widths: Mapping[str, int], sizes: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Layers in groups of up to ``limit`` table entries (units x the widest of them); larger layers alone."""
+    ``widths``: weights per unit, ``sizes``: units, of every layer. The entries of a group are its units times
+    the largest width among its layers.
+    """
     groups: list[list[str]] = []
     for name in widths:
         group = [*groups[-1], name] if groups else [name]
@@ -354,6 +245,26 @@ def gathered(widths: Mapping[str, int], sizes: Mapping[str, int], limit: int) ->
     return groups
 
 
-def _padded(scores: Tensor, width: int) -> Tensor:
-    """Units with fewer weights than others get some that may not be kept."""
+def _top_k_by_layer(owner: NDArray[np.int16], value: Floats, k: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Return the indices of the ``k[layer]`` largest values of every layer, ties by index."""
+    order = np.lexsort((-value, owner))  # stable: equal scores stay in the order of their indices
+    ends = np.bincount(owner, minlength=len(k)).cumsum()
+    starts = ends - np.diff(ends, prepend=0)
+    chosen: NDArray[np.intp] = order[np.arange(len(order)) < (starts + k)[owner[order]]]
+    return chosen
+
+
+def _count_in_rows(flags: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Count the set flags of each row; a product is many times faster than a sum over short rows."""
+    counts: NDArray[np.int32] = flags.astype(np.float32).dot(_ones(flags.shape[1])).astype(np.int32)
+    return counts
+
+
+@cache
+def _ones(number: int) -> Floats:
+    return np.ones(number, dtype=np.float32)
+
+
+def _pad_units(scores: Tensor, width: int) -> Tensor:
+    """Pad every unit to ``width`` weights with scores of ``-inf``, which are never kept."""
     return pad(scores, (0, width - scores.shape[1]), value=-np.inf)

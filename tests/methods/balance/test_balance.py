@@ -15,10 +15,11 @@ from fxprune.capture import capture
 from fxprune.channels.counts import count_kernels, count_nodes
 from fxprune.lowering import lower
 from fxprune.methods import Problem
-from fxprune.methods.balance.coordinate_ascent import Sweeps
-from fxprune.methods.balance.layer_moves import Exchange, _filled, cover
-from fxprune.methods.balance.tap_placement import Polish
-from fxprune.methods.balance.target import Aim
+from fxprune.methods.balance.coordinate_ascent import CoordinateAscent
+from fxprune.methods.balance.layer_moves import cover_channels, fill_by_gain
+from fxprune.methods.balance.local_search import LocalSearch
+from fxprune.methods.balance.tap_refinement import TapRefinement
+from fxprune.methods.balance.target import Target
 from fxprune.methods.dpai.objective import Figures
 from fxprune.paths.circuit.compile import circuit
 from fxprune.paths.count import flow, reach
@@ -52,14 +53,13 @@ def figures(question: Problem, masks: Masks) -> tuple[int, int, float]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_is_filled_is_optimal_by_enumeration(seed: int) -> None:
+def test_filling_by_gain_is_optimal_by_enumeration(seed: int) -> None:
     random = np.random.default_rng(seed)
     gain = random.random((1, 3, 2))
     cap = random.integers(1, 3, (1, 3, 2)).astype(float)
     covered = np.zeros(gain.shape, dtype=bool)
     covered[0, 2, 1] = True
-    aim = Aim((1.0, 0.0, float(seed)), Figures(0.0, 1, 1))
-    found = _filled(covered, gain, cap, 5, aim, Figures(0.0, 1, 4))
+    found = fill_by_gain(covered, gain, cap, 5, path_weight=1.0, kernel_bonus=seed / 4)
 
     def worth(counts: np.ndarray) -> float:
         return float((counts * gain).sum() * (1 + 1e-6) + seed / 4 * (counts > 0).sum())
@@ -74,13 +74,13 @@ def test_what_is_filled_is_optimal_by_enumeration(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_is_filled_in_a_large_layer_is_taken_one_by_one(seed: int) -> None:
+def test_filling_a_large_layer_is_taking_weights_one_by_one(seed: int) -> None:
     random = np.random.default_rng(seed)
     gain = random.integers(0, 4, (2, 30, 20)).astype(float)  # with ties, and kernels on no path
     cap = random.integers(0, 4, gain.shape).astype(float)
     covered = (random.random(gain.shape) < 0.01) & (cap > 0)
     number = int(covered.sum()) + 400 * (seed % 2) + 30
-    found = _filled(covered, gain, cap, number, Aim((1.0, 0.0, 4.0), Figures(0.0, 1, 1)), Figures(0.0, 1, 4))
+    found = fill_by_gain(covered, gain, cap, number, path_weight=1.0, kernel_bonus=1.0)
 
     naive = covered.astype(float)
     for _ in range(number - int(covered.sum())):
@@ -97,12 +97,12 @@ def test_covers_touch_all_that_is_asked_with_as_few_kernels_as_can_be() -> None:
     random = np.random.default_rng(0)
     gain = random.random((2, 5, 4))
     inputs, outputs = random.random((2, 4)) < 0.7, random.random((2, 5)) < 0.7
-    chosen = cover(inputs, outputs, gain, np.ones(gain.shape), 20, random)
+    chosen = cover_channels(inputs, outputs, gain, np.ones(gain.shape), 20, random)
     assert bool((chosen.any(1) | ~inputs).all())
     assert bool((chosen.any(2) | ~outputs).all())
     for group in range(2):
         assert chosen[group].sum() <= max(inputs[group].sum(), outputs[group].sum())
-    fewer = cover(inputs, outputs, gain, np.ones(gain.shape), 3, random)
+    fewer = cover_channels(inputs, outputs, gain, np.ones(gain.shape), 3, random)
     assert fewer.sum() == 3
 
 
@@ -115,10 +115,10 @@ def test_every_count_of_the_search_is_exact() -> None:
     caps = {name: found.dense(name) for name in found.kernels}
     generator = torch.Generator().manual_seed(0)
     counts = {n: (torch.rand(c.shape, generator=generator) < 0.3).double() for n, c in caps.items()}
-    search = Exchange(found, counts, caps, {}, Aim((0.5, 1.0, 0.5), Figures(0.0, 1, 1)), generator)
+    search = LocalSearch(found, counts, caps, {}, Target((0.5, 1.0, 0.5), Figures(0.0, 1, 1)), generator)
     values = [search.value]
     for _ in range(150):
-        better = search.climb()
+        better = search.try_move()
         values.append(search.value)
         assert better == (values[-1] > values[-2])
     assert values[-1] > values[0]
@@ -139,7 +139,7 @@ def test_every_count_of_the_search_is_exact() -> None:
     assert search.figures.kernels == sum(count_kernels(mask) for mask in effective.values())
 
 
-def test_heat_lets_it_fall_and_settle_brings_it_back() -> None:
+def test_temperature_lets_the_value_fall_and_the_best_is_restored() -> None:
     torch.manual_seed(0)
     net, inputs = small()
     found = circuit(asked(net, inputs, 0.9).graph)
@@ -147,13 +147,13 @@ def test_heat_lets_it_fall_and_settle_brings_it_back() -> None:
     caps = {name: found.dense(name) for name in found.kernels}
     counts = {name: (cap > 0).double() for name, cap in caps.items()}
     generator = torch.Generator().manual_seed(0)
-    search = Exchange(found, counts, caps, {}, Aim((1.0, 0.0, 0.0), Figures(0.0, 1, 1)), generator)
+    search = LocalSearch(found, counts, caps, {}, Target((1.0, 0.0, 0.0), Figures(0.0, 1, 1)), generator)
     values = []
     for _ in range(60):
-        search.climb(heat=5.0)
+        search.try_move(temperature=5.0)
         values.append(search.value)
     assert min(np.diff(values)) < 0
-    search.settle()
+    search.restore_best()
     assert search.value == max(values)
     run = found.run(search.counts)
     assert run.log_total == search.figures.log_paths
@@ -237,14 +237,14 @@ def parts() -> tuple[Problem, Any, Masks, dict[str, torch.Tensor]]:
     )
 
 
-def test_a_drawn_beginning_is_a_local_optimum_of_every_layer() -> None:
+def test_drawn_counts_are_a_local_optimum_of_every_layer() -> None:
     _, found, counts, caps = parts()
     caps["1.weight"][:6] = 0  # what was pruned before stays so
     counts["1.weight"][:6] = 0
-    sweeps = Sweeps(found, counts, caps, {}, np.random.default_rng(0))
+    ascent = CoordinateAscent(found, counts, caps, {}, np.random.default_rng(0))
     values = set()
     for _ in range(3):
-        drawn = sweeps.drawn()
+        drawn = ascent.draw()
         log_total = found.run(drawn).log_total
         values.add(log_total)
         for name, count in drawn.items():
@@ -263,7 +263,7 @@ def test_a_drawn_beginning_is_a_local_optimum_of_every_layer() -> None:
     assert min(values) > found.run(counts).log_total + 1
 
 
-def test_sweeps_leave_the_circuit_and_shared_parameters_alone() -> None:
+def test_coordinate_ascent_leaves_the_circuit_and_shared_parameters_alone() -> None:
     torch.manual_seed(0)
     question = asked(*NETS["tied"](), 0.7)
     found = circuit(question.graph)
@@ -272,7 +272,7 @@ def test_sweeps_leave_the_circuit_and_shared_parameters_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     counts = {n: (torch.rand(c.shape, generator=generator) < 0.6).double() for n, c in caps.items()}
     before = found.run(counts).log_total
-    drawn = Sweeps(found, counts, caps, {}, np.random.default_rng(0)).drawn()
+    drawn = CoordinateAscent(found, counts, caps, {}, np.random.default_rng(0)).draw()
     assert found.run(counts).log_total == before
     reads = [op.name for op in found.contractions]
     shared = [name for name in counts if reads.count(name) > 1]
@@ -280,26 +280,26 @@ def test_sweeps_leave_the_circuit_and_shared_parameters_alone() -> None:
     assert all(torch.equal(drawn[name], counts[name]) for name in shared)
 
 
-def test_offers_are_taken_only_if_better_and_near_the_floors() -> None:
+def test_a_restart_is_accepted_only_if_better_and_near_the_floors() -> None:
     _, found, counts, caps = parts()
-    drawn = Sweeps(found, counts, caps, {}, np.random.default_rng(0)).drawn()
+    drawn = CoordinateAscent(found, counts, caps, {}, np.random.default_rng(0)).draw()
     for floor, expected in ((Figures(0.0, 1, 1), True), (Figures(0.0, 1, 10**4), False)):
-        search = Exchange(
-            found, counts, caps, {}, Aim((1.0, 0.0, 0.0), floor), torch.Generator().manual_seed(0)
+        search = LocalSearch(
+            found, counts, caps, {}, Target((1.0, 0.0, 0.0), floor), torch.Generator().manual_seed(0)
         )
         before = search.figures
-        is_taken, offered = search.offer(drawn)
+        is_taken, offered = search.restart_if_better(drawn)
         assert is_taken is expected
         assert (search.figures != before) is expected
-        assert search.offer(counts)[0] is False
-        search.take(drawn)
+        assert search.restart_if_better(counts)[0] is False
+        search.restart_from(drawn)
         assert search.figures == offered
-        search.take(counts)
-        search.settle()
+        search.restart_from(counts)
+        search.restore_best()
         assert (search.figures != before) is expected
 
 
-def test_polish_finds_the_best_taps_of_a_layer_by_enumeration() -> None:
+def test_refinement_finds_the_best_taps_of_a_layer_by_enumeration() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, bias=False), nn.Conv2d(2, 1, 3, padding=1, bias=False))
     question = asked(net, torch.ones(1, 1, 3, 3), 0.5)
@@ -308,10 +308,10 @@ def test_polish_finds_the_best_taps_of_a_layer_by_enumeration() -> None:
     masks["0.weight"][:, 0, 0] = True  # two rows of three taps at the upper border
     masks["1.weight"][:] = True
     del usable["1.weight"], masks["1.weight"]
-    polish = Polish(
-        question.graph, usable, {}, Aim((1.0, 0.0, 0.0), Figures(0.0, 1, 1)), np.random.default_rng(0)
+    refinement = TapRefinement(
+        question.graph, usable, {}, Target((1.0, 0.0, 0.0), Figures(0.0, 1, 1)), np.random.default_rng(0)
     )
-    found = polish(masks)
+    found = refinement.refine(masks)
     best = -math.inf
     for chosen in itertools.combinations(range(18), 6):
         trial = torch.zeros(18)
@@ -324,7 +324,7 @@ def test_polish_finds_the_best_taps_of_a_layer_by_enumeration() -> None:
 
 
 def test_paths_of_resnet20_at_865_weights() -> None:
-    # DPaI ends at 59.4, the exchange alone at 60.1 (docs/balance.md).
+    # DPaI ends at 59.4, the local search alone at 60.1 (docs/balance.md).
     question = asked(zoo.resnet20(), torch.ones(1, 3, 32, 32), 1 - 865 / 270896, budget="erk")
     masks = methods.get("balance", alpha=0.0, beta=0.0).find(question)
     nodes, kernels, paths = figures(question, masks)
@@ -346,10 +346,10 @@ def test_nodes_of_small_images_live_position_by_position(alpha: float, beta: flo
     assert figures(question, masks)[:2] == (question.history["nodes"][-1], question.history["kernels"][-1])
 
 
-def test_nothing_pays_for_a_node_that_was_there() -> None:
+def test_no_gain_makes_up_for_a_node_below_the_least() -> None:
     """Of 5000 nodes one is a 5000th; a floor of kernels out of reach must not buy it."""
     start = Figures(60.0, 5000, 100_000)
-    aim = Aim((1e-3, 1.0, 1e-3), Figures(61.0, 5250, 102_000), start)
-    assert aim.value(start) > aim.value(Figures(90.0, 4999, 110_000))
-    assert aim.value(start) > aim.value(Figures(90.0, 5100, 99_999))
-    assert aim.value(Figures(60.0, 5000, 100_001)) > aim.value(start)
+    target = Target((1e-3, 1.0, 1e-3), Figures(61.0, 5250, 102_000), start)
+    assert target.value(start) > target.value(Figures(90.0, 4999, 110_000))
+    assert target.value(start) > target.value(Figures(90.0, 5100, 99_999))
+    assert target.value(Figures(60.0, 5000, 100_001)) > target.value(start)

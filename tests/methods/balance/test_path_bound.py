@@ -14,7 +14,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def bound() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "path_bound.py"
+    path = Path(__file__).parents[3] / "benchmarks" / "path_bound.py"
     spec = importlib.util.spec_from_file_location("path_bound", path)
     assert spec is not None
     assert spec.loader is not None

@@ -17,8 +17,8 @@ from fxprune.lowering import lower
 from fxprune.methods import dpai
 from fxprune.methods.dpai.accelerator import DeviceAscent
 from fxprune.methods.dpai.adam_topk import Ascent
-from fxprune.methods.dpai.kernel_gradients import KernelReading
-from fxprune.methods.dpai.objective import Mixture
+from fxprune.methods.dpai.kernel_gradients import KernelGradients
+from fxprune.methods.dpai.objective import Objective
 from fxprune.paths.circuit.compile import circuit
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.masks import Masks, kept
@@ -42,18 +42,18 @@ def start(graph: ChannelGraph, sparsity: float) -> tuple[dict[str, torch.Tensor]
     return scores, budget
 
 
-def ascent_on(device: str, graph: ChannelGraph, mixture: Mixture, sparsity: float = 0.8) -> DeviceAscent:
+def ascent_on(device: str, graph: ChannelGraph, objective: Objective, sparsity: float = 0.8) -> DeviceAscent:
     found = circuit(graph)
     assert found is not None
     scores, budget = start(graph, sparsity)
-    reading = KernelReading(found, list(graph.kernels), {}, mixture, torch.device(device))
-    return DeviceAscent(reading, {name: score.to(device) for name, score in scores.items()}, budget, 0.005)
+    gradients = KernelGradients(found, list(graph.kernels), {}, objective, torch.device(device))
+    return DeviceAscent(gradients, {name: score.to(device) for name, score in scores.items()}, budget, 0.005)
 
 
-def ascent_of(graph: ChannelGraph, mixture: Mixture, sparsity: float = 0.8) -> Ascent:
+def ascent_of(graph: ChannelGraph, objective: Objective, sparsity: float = 0.8) -> Ascent:
     found = circuit(graph)
     assert found is not None
-    return Ascent(KernelReading(found, list(graph.kernels), {}, mixture), *start(graph, sparsity), 0.005)
+    return Ascent(KernelGradients(found, list(graph.kernels), {}, objective), *start(graph, sparsity), 0.005)
 
 
 def same(a: Masks, b: Masks) -> bool:
@@ -64,8 +64,8 @@ def same(a: Masks, b: Masks) -> bool:
 @pytest.mark.parametrize("name", WITH_CIRCUIT)
 def test_masks_are_those_of_the_ascent_for_cpus(name: str, device: str) -> None:
     graph = graph_of(name)
-    for mixture in (Mixture(0, 0), Mixture(1, 0), Mixture(0.9, 0.4)):
-        there, here = ascent_on(device, graph, mixture), ascent_of(graph, mixture)
+    for objective in (Objective(0, 0), Objective(1, 0), Objective(0.9, 0.4)):
+        there, here = ascent_on(device, graph, objective), ascent_of(graph, objective)
         for _ in range(4):
             figures, expected = there.measured_step(), here.measured_step()
             assert figures[1:] == expected[1:]
@@ -83,24 +83,27 @@ def test_ties_go_by_index(device: str) -> None:
     found = circuit(lower(capture(net, torch.ones(1, 4))))
     assert found is not None
     scores = torch.tensor([[1.0, 2, 1, 1], [1, 3, 1, 1], [1, 1, 1, 1]])
-    reading = KernelReading(found, ["weight"], {}, Mixture(0, 0), torch.device(device))
+    gradients = KernelGradients(found, ["weight"], {}, Objective(0, 0), torch.device(device))
     for number in range(13):
-        ascent = DeviceAscent(reading, {"weight": scores.to(device)}, {"weight": number}, 0.005)
+        ascent = DeviceAscent(gradients, {"weight": scores.to(device)}, {"weight": number}, 0.005)
         order = scores.flatten().argsort(descending=True, stable=True)[:number]
         expected = torch.zeros(12, dtype=torch.bool).index_fill_(0, order, True).view(3, 4)
         assert torch.equal(ascent.masks()["weight"].cpu(), expected)
-        assert torch.equal(ascent.field.counts.cpu().view(3, 4) > 0, expected)
+        assert torch.equal(ascent.group.counts.cpu().view(3, 4) > 0, expected)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_another_budget_half_way(device: str) -> None:
     graph = graph_of("residual")
-    there, here = ascent_on(device, graph, Mixture(0.5, 0.5), 0.5), ascent_of(graph, Mixture(0.5, 0.5), 0.5)
+    there, here = (
+        ascent_on(device, graph, Objective(0.5, 0.5), 0.5),
+        ascent_of(graph, Objective(0.5, 0.5), 0.5),
+    )
     for ascent in (there, here):
         ascent.figures()
         for _ in range(5):
             ascent.step()
-        ascent.resize(start(graph, 0.9)[1])
+        ascent.set_budget(start(graph, 0.9)[1])
         for _ in range(5):
             ascent.step()
     assert kept(there.masks()) == start(graph, 0.9)[1]
@@ -111,7 +114,7 @@ def test_another_budget_half_way(device: str) -> None:
 def test_a_first_path_is_looked_for(device: str) -> None:
     deep = nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(10)))
     graph = lower(capture(deep, torch.ones(1, 12)))
-    ascent = ascent_on(device, graph, Mixture(0.5, 0.5), 1 - 40 / graph.prunable)
+    ascent = ascent_on(device, graph, Objective(0.5, 0.5), 1 - 40 / graph.prunable)
     assert ascent.measured_step().log_paths == -math.inf
     for _ in range(500):
         ascent.step()
@@ -131,8 +134,8 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["conv_chain", "residual", "grouped", "dead_taps", "mlp"])
 def test_a_step_does_not_wait_for_the_device(name: str) -> None:
-    ascent = ascent_on("cpu", graph_of(name), Mixture(0.9, 0.5), 0.5)
-    assert ascent.reading.circuit.is_fixed
+    ascent = ascent_on("cpu", graph_of(name), Objective(0.9, 0.5), 0.5)
+    assert ascent.gradients.circuit.is_fixed
     ascent.measured_step()
     with NoWaiting():
         ascent.step()
@@ -147,8 +150,8 @@ def test_it_is_the_device_that_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
 
     made: list[DeviceAscent] = []
 
-    def ascent(reading: KernelReading, magnitudes: Any, budget: Any, lr: float) -> DeviceAscent:
-        made.append(DeviceAscent(reading, magnitudes, budget, lr))
+    def ascent(gradients: KernelGradients, magnitudes: Any, budget: Any, lr: float) -> DeviceAscent:
+        made.append(DeviceAscent(gradients, magnitudes, budget, lr))
         return made[-1]
 
     monkeypatch.setattr(dpai, "DeviceAscent", ascent)

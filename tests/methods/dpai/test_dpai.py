@@ -16,11 +16,11 @@ from fxprune.capture import capture
 from fxprune.graph import ChannelGraph
 from fxprune.lowering import lower
 from fxprune.methods import Problem
-from fxprune.methods.dpai import adam_topk, topk_state
-from fxprune.methods.dpai.adam_topk import LEAP, TIDY, Ascent
-from fxprune.methods.dpai.kernel_gradients import KernelReading
-from fxprune.methods.dpai.objective import LARGEST, SMALLEST, Mixture, Reading, WeightReading
-from fxprune.methods.dpai.topk_state import Contest, Listed, Singles, contest_of
+from fxprune.methods.dpai import adam_topk, layer_topk
+from fxprune.methods.dpai.adam_topk import FLUSH_EVERY, LONGEST_STEP, Ascent
+from fxprune.methods.dpai.kernel_gradients import KernelGradients
+from fxprune.methods.dpai.objective import LARGEST, SMALLEST, Objective, ScoreGradients
+from fxprune.methods.dpai.weight_gradients import WeightGradients
 from fxprune.metrics import measure
 from fxprune.paths.circuit import compile as circuits
 from fxprune.paths.circuit.circuit import Circuit
@@ -63,32 +63,34 @@ TOY_R = {
 }
 
 
-def reading_of(graph: ChannelGraph, mixture: Mixture, kind: str) -> Reading:
+def gradients_of(graph: ChannelGraph, objective: Objective, kind: str) -> ScoreGradients:
     if kind == "weight":
-        return WeightReading(graph, list(graph.kernels), {}, mixture, "channel", torch.device("cpu"))
+        return WeightGradients(graph, list(graph.kernels), {}, objective, "channel", torch.device("cpu"))
     found = circuit(graph)
     assert found is not None
-    return KernelReading(found, list(graph.kernels), {}, mixture)
+    return KernelGradients(found, list(graph.kernels), {}, objective)
 
 
-def ascent_at(graph: ChannelGraph, masks: Masks, mixture: Mixture, kind: str, lr: float = 0.005) -> Ascent:
+def ascent_at(
+    graph: ChannelGraph, masks: Masks, objective: Objective, kind: str, lr: float = 0.005
+) -> Ascent:
     """Scores 2 where the masks keep, 1 where they prune."""
     scores = {name: 1.0 + mask.float() for name, mask in masks.items()}
-    return Ascent(reading_of(graph, mixture, kind), scores, kept(masks), lr)
+    return Ascent(gradients_of(graph, objective, kind), scores, kept(masks), lr)
 
 
 def directions(ascent: Ascent) -> dict[str, torch.Tensor]:
-    ascent.reading.climb()
+    ascent.gradients.evaluate()
     found = {}
-    for place, field in enumerate(ascent.fields):
-        blocks = range(len(ascent.reading.blocks(place)))
-        whole = torch.cat([ascent.reading.direction(place, block).clone() for block in blocks])
-        found |= {name: whole[where] for name, where in field.where.items()}
+    for place, group in enumerate(ascent.groups):
+        blocks = range(len(ascent.gradients.blocks(place)))
+        whole = torch.cat([ascent.gradients.gradient(place, block).clone() for block in blocks])
+        found |= {name: whole[where] for name, where in group.units.items()}
     return found
 
 
-def assert_direction(masks: Masks, graph: ChannelGraph, kind: str, mixture: Mixture, *rows: Any) -> None:
-    found = directions(ascent_at(graph, masks, mixture, kind))
+def assert_direction(masks: Masks, graph: ChannelGraph, kind: str, objective: Objective, *rows: Any) -> None:
+    found = directions(ascent_at(graph, masks, objective, kind))
     for (name, direction), row in zip(found.items(), rows, strict=True):
         assert torch.allclose(direction, torch.tensor(row).flatten().float(), atol=1e-6), name
 
@@ -97,26 +99,26 @@ def assert_direction(masks: Masks, graph: ChannelGraph, kind: str, mixture: Mixt
 def test_toy_m(kind: str) -> None:
     net, masks = stack(*TOY_M)
     graph = lower(capture(net, torch.zeros(1, 2)))
-    figures = ascent_at(graph, masks, Mixture(0, 0), kind).figures()
+    figures = ascent_at(graph, masks, Objective(0, 0), kind).figures()
     assert (round(math.exp(figures.log_paths), 5), figures.nodes, figures.kernels) == (3, 4, 6)
     third = 1 / 3
     paths = [third, third, third, third, 2 / 3, 2 / 3], [2 / 3, third, 0, 2 / 3, third, 0], [1.0, 0]
     nodes = [0, 0, 0, 0, 2 / 3, 2 / 3], [0, 0, 0, 2 / 3, third, 0], [0, 0]
     kernels = [0, 0, 0, third, 2 / 3, 2 / 3], [0, 0, 0, 2 / 3, third, 0], [0, 0]
     mixed = [1 / 6, 1 / 6, 1 / 6, 1 / 4, 2 / 3, 2 / 3], [third, 1 / 6, 0, 2 / 3, third, 0], [0.5, 0]
-    assert_direction(masks, graph, kind, Mixture(0, 0), *paths)
-    assert_direction(masks, graph, kind, Mixture(1, 0), *nodes)
-    assert_direction(masks, graph, kind, Mixture(1, 1), *kernels)
-    assert_direction(masks, graph, kind, Mixture(0.5, 0.5), *mixed)
+    assert_direction(masks, graph, kind, Objective(0, 0), *paths)
+    assert_direction(masks, graph, kind, Objective(1, 0), *nodes)
+    assert_direction(masks, graph, kind, Objective(1, 1), *kernels)
+    assert_direction(masks, graph, kind, Objective(0.5, 0.5), *mixed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_of_adam_on_toy_m(kind: str) -> None:
     net, masks = stack(*TOY_M)
     graph = lower(capture(net, torch.zeros(1, 2)))
-    ascent = ascent_at(graph, masks, Mixture(1, 0), kind)
+    ascent = ascent_at(graph, masks, Objective(1, 0), kind)
     assert ascent.step() == pytest.approx(math.log(3))
-    rises = torch.cat([contest.rise for contest in ascent.contests])
+    rises = torch.cat([state.rise for state in ascent.states])
     assert torch.allclose(rises, 0.005 * torch.tensor([0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0.0]))
 
 
@@ -124,14 +126,14 @@ def test_a_step_of_adam_on_toy_m(kind: str) -> None:
 def test_toy_r_counts_paths_beside_the_branch_once(kind: str) -> None:
     graph = lower(capture(Skip(), torch.zeros(1, 2)))
     ones = {name: torch.ones(own.shape, dtype=torch.bool) for name, own in graph.kernels.items()}
-    assert math.exp(ascent_at(graph, ones, Mixture(0, 0), kind).figures().log_paths) == pytest.approx(20)
+    assert math.exp(ascent_at(graph, ones, Objective(0, 0), kind).figures().log_paths) == pytest.approx(20)
     masks = {name: torch.tensor(mask).bool() for name, mask in TOY_R.items()}
-    figures = ascent_at(graph, masks, Mixture(0, 0), kind).figures()
+    figures = ascent_at(graph, masks, Objective(0, 0), kind).figures()
     assert math.exp(figures.log_paths) == pytest.approx(8)
     assert (figures.nodes, figures.kernels) == (6, 9)
     # Unit 0 of F2 has no way out: its incoming scores get nothing.
     assert_direction(
-        masks, graph, kind, Mixture(0, 0),
+        masks, graph, kind, Objective(0, 0),
         [0.375, 0.375, 0.125, 0.125], [0, 0, 0.5, 0.5], [0.5, 0.25, 0.5, 0.25], [0.5, 0.5],
     )  # fmt: skip
 
@@ -248,7 +250,7 @@ def test_directions_are_those_of_single_weights(name: str, alpha: float, beta: f
     graph = lower(capture(*NETS[name]()))
     masks = random_masks(graph, 0.5)
     by_kernel, by_weight = (
-        directions(ascent_at(graph, masks, Mixture(alpha, beta), kind)) for kind in ("kernel", "weight")
+        directions(ascent_at(graph, masks, Objective(alpha, beta), kind)) for kind in ("kernel", "weight")
     )
     for label, own in graph.kernels.items():
         units = by_kernel[label].unsqueeze(1)  # a kernel's weights share its direction
@@ -261,124 +263,26 @@ def test_nodes_of_a_branch_with_far_fewer_paths_count(monkeypatch: pytest.Monkey
     monkeypatch.setattr(circuits, "WIDE", 0)
     graph = lower(capture(Uneven((240, 120, 1)), torch.ones(1, 16)))
     ones = {name: torch.ones(own.shape, dtype=torch.bool) for name, own in graph.kernels.items()}
-    figures = ascent_at(graph, ones, Mixture(0.5, 0.5), "kernel").figures()
+    figures = ascent_at(graph, ones, Objective(0.5, 0.5), "kernel").figures()
     assert figures.log_paths == pytest.approx(241 * math.log(16))
     assert (figures.nodes, figures.kernels) == (361 * 16, 361 * 16**2)
 
 
 def test_what_is_known_to_be_moderate_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of one weight per kernel are listed; that of a branch of few paths is not moderate."""
-    monkeypatch.setattr(adam_topk, "GROUPED", 1)
-    monkeypatch.setattr(topk_state, "RARE", 1)
+    monkeypatch.setattr(adam_topk, "GROUP_ENTRIES", 1)
+    monkeypatch.setattr(layer_topk, "INDEX_RATIO", 1)
     graph = lower(capture(Uneven((16, 8, 1)), torch.ones(1, 16)))
     masks = {name: torch.rand(own.shape).argsort(1) < 15 for name, own in graph.kernels.items()}
-    ascent = ascent_at(graph, masks, Mixture(0.0, 0.0), "kernel")
+    ascent = ascent_at(graph, masks, Objective(0.0, 0.0), "kernel")
     ascent.figures()
     known = []
     for place, direction in enumerate(directions(ascent).values()):
-        assert ascent.fields[place].kept is not None
-        known.append(ascent.reading.is_moderate(place))
+        assert ascent.groups[place].kept is not None
+        known.append(ascent.gradients.is_in_range(place))
         is_moderate = (direction == 0) | ((direction > SMALLEST) & (direction < LARGEST))
         assert bool(is_moderate.all()) >= known[-1]
     assert known == [name != "branches.2.0.weight" for name in graph.kernels]
-
-
-@pytest.mark.parametrize("width", [1, 3, 9])
-@pytest.mark.parametrize("is_coarse", [False, True])
-def test_the_contest_is_top_k(width: int, is_coarse: bool) -> None:
-    """Coarse scores and rises are full of ties: the lower index wins."""
-    generator = torch.Generator().manual_seed(width)
-
-    def draw(*shape: int) -> torch.Tensor:
-        values = torch.rand(shape, generator=generator)
-        return (values * 8).round() / 8 if is_coarse else values
-
-    scores = {"a": draw(40, width), "b": draw(7, width), "c": draw(1, width)}
-    scores["a"][3] = -torch.inf
-    budget = {"a": 11, "b": 7 * width, "c": 0}
-    contest = Contest(scores, budget)
-    for step in range(120):
-        rise = draw(48) * (torch.rand(48, generator=generator) < 0.2) * 0.125
-        contest.rise.add_((rise * 8).round() / 8 if is_coarse else rise)
-        before = contest.counts.copy()
-        changed = contest.settle()
-        assert set((before != contest.counts).nonzero()[0]) == set(changed)
-        if step == 60:
-            budget = {"a": 5, "b": 3, "c": 1}
-            contest.resize(budget)
-        for name, score in scores.items():
-            where = contest.segment(name)
-            risen = (score + contest.rise[where].unsqueeze(1)).flatten()
-            best = risen.argsort(descending=True, stable=True)[: budget[name]]
-            expected = torch.zeros_like(risen, dtype=torch.bool)
-            expected[best] = True
-            counts = expected.view_as(score).sum(1)
-            if is_coarse:  # which of two equal scores of different units it is depends on the path
-                assert int(contest.counts[where].sum()) == budget[name]
-                chosen = score.sort(dim=1, descending=True).values + contest.rise[where].unsqueeze(1)
-                inside = torch.arange(width) < torch.tensor(contest.counts[where]).unsqueeze(1)
-                assert chosen[inside].sort().values.equal(risen[expected].sort().values)
-            else:
-                assert counts.tolist() == contest.counts[where].tolist()
-
-
-@pytest.mark.parametrize("is_coarse", [False, True])
-def test_the_lean_contest_is_the_general_one(is_coarse: bool) -> None:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw() -> torch.Tensor:
-        values = torch.rand(200, 1, generator=generator)
-        return (values * 4).round() / 4 if is_coarse else values
-
-    start = draw()
-    start[:9] = -torch.inf
-    for number in (0, 1, 30, 191):
-        lean, general = Singles({"a": start.clone()}, {"a": number}), Contest({"a": start}, {"a": number})
-        assert isinstance(contest_of({"a": start.clone()}, {"a": number}), Singles)
-        for step in range(80):
-            rise = draw().flatten() * (torch.rand(200, generator=generator) < 0.2)
-            lean.rise.add_(rise)
-            general.rise.add_(rise)
-            before = lean.counts.copy()
-            assert set(lean.settle()) == set((before != lean.counts).nonzero()[0])
-            general.settle()
-            if step == 40:
-                lean.resize({"a": number // 2})
-                general.resize({"a": number // 2})
-            chosen = [lean.rise[torch.tensor(c.counts) > 0].sort().values for c in (lean, general)]
-            assert torch.allclose(*chosen)
-            assert is_coarse or (lean.counts == general.counts).all()
-
-
-@pytest.mark.parametrize("leap", [1.0, 0.125, 0.03125])
-@pytest.mark.parametrize("is_coarse", [False, True])
-def test_the_listed_contest_is_the_lean_one(is_coarse: bool, leap: float) -> None:
-    generator = torch.Generator().manual_seed(2)
-
-    def draw() -> torch.Tensor:
-        values = torch.rand(200, 1, generator=generator)
-        return (values * 4).round() / 4 if is_coarse else values
-
-    start = draw()
-    start[:9] = -torch.inf
-    for number in (0, 1, 12, 191):
-        listed, lean = (
-            Listed({"a": start.clone()}, {"a": number}, leap),
-            Singles({"a": start.clone()}, {"a": number}),
-        )
-        for step in range(80):
-            rise = draw().flatten() * leap * (torch.rand(200, generator=generator) < 0.2)
-            listed.rise.add_(rise)
-            lean.rise.add_(rise)
-            before = listed.kept.copy()
-            for part in (slice(0, 64), slice(64, 200)):
-                listed.look(part)
-            assert listed.settle() == (before.tolist() != listed.kept.tolist())
-            lean.settle()
-            if step == 40:
-                listed.resize({"a": number // 2})
-                lean.resize({"a": number // 2})
-            assert listed.kept.tolist() == lean.counts.nonzero()[0].tolist()
 
 
 @pytest.mark.parametrize("name", ["mlp", "attention", "mixer", "glu_free", "vit"])
@@ -391,14 +295,14 @@ def test_layers_that_are_listed_end_as_those_that_are_not(
     found: list[tuple[Masks, dict[str, list[float]]]] = []
     for rare in (0, 1):
         asked = problem(nn.Identity(), 0.5, graph=graph, only=dense_weights(graph), seed=4)
-        monkeypatch.setattr(topk_state, "RARE", rare or 10**9)
-        monkeypatch.setattr(adam_topk, "GROUPED", 1)
+        monkeypatch.setattr(layer_topk, "INDEX_RATIO", rare or 10**9)
+        monkeypatch.setattr(adam_topk, "GROUP_ENTRIES", 1)
         masks = methods.get("dpai", alpha=alpha, beta=beta, steps=40).find(asked)
         found.append((masks, asked.history))
-    ascent = ascent_at(graph, found[1][0], Mixture(alpha, beta), "kernel")
+    ascent = ascent_at(graph, found[1][0], Objective(alpha, beta), "kernel")
     ascent.figures()
-    assert isinstance(ascent.reading, KernelReading)
-    assert ascent.reading.lists
+    assert isinstance(ascent.gradients, KernelGradients)
+    assert ascent.gradients.kept_lists
     (masks, history), (others, other_history) = found
     assert all(torch.equal(masks[label], others[label]) for label in masks)
     for column, values in history.items():
@@ -416,11 +320,11 @@ def test_no_step_is_longer_than_the_leap(growth: float) -> None:
         score.grad = torch.tensor(growth**power, dtype=torch.float64)
         optimiser.step()
         longest, before = max(longest, float(score.detach()) - before), float(score.detach())
-    assert longest <= 0.25 * LEAP
-    assert growth != 0.999 / 0.9 or longest > 0.99 * 0.25 * LEAP
+    assert longest <= 0.25 * LONGEST_STEP
+    assert growth != 0.999 / 0.9 or longest > 0.99 * 0.25 * LONGEST_STEP
 
 
-def naive_dpai(question: Problem, mixture: Mixture, steps: int, resolution: Any) -> Masks:
+def naive_dpai(question: Problem, objective: Objective, steps: int, resolution: Any) -> Masks:
     """The algorithm word by word: signed scores, a sort in every step, torch's own Adam."""
     layers = plan("erk", 1 - question.budget.density, {n: tuple(m.shape) for n, m in question.masks.items()})
     assert layers.layers is not None
@@ -447,8 +351,8 @@ def naive_dpai(question: Problem, mixture: Mixture, steps: int, resolution: Any)
             effective = (gradients[name] > 0) & masks[name]
             alive = effective.flatten(2).any(2) if effective.dim() > 2 else effective
             dead_nodes = ~alive.any(1, keepdim=True).expand(alive.shape)
-            factor = (1 - mixture.alpha) + mixture.alpha * (
-                (1 - mixture.beta) * dead_nodes.double() + mixture.beta * (~alive).double()
+            factor = (1 - objective.alpha) + objective.alpha * (
+                (1 - objective.beta) * dead_nodes.double() + objective.beta * (~alive).double()
             )
             shaped = factor.view(*factor.shape, *[1] * (score.dim() - 2))
             score.grad = (score.detach().sign() * gradients[name] * shaped).float()
@@ -459,14 +363,14 @@ def naive_dpai(question: Problem, mixture: Mixture, steps: int, resolution: Any)
 @pytest.mark.parametrize("resolution", ["channel", "spatial"])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.9, 0.3)])
 def test_masks_are_those_of_the_naive_loop(resolution: str, alpha: float, beta: float) -> None:
-    steps = TIDY + 10
+    steps = FLUSH_EVERY + 10
     for name in ("residual", "grouped", "dead_taps"):
         torch.manual_seed(0)
         model, example = NETS[name]()
         graph = lower(capture(model, example))
         asked = problem(model, 0.8, graph=graph, seed=4)
         once_more = problem(model, 0.8, graph=graph, seed=4)
-        expected = naive_dpai(once_more, Mixture(alpha, beta), steps, resolution)
+        expected = naive_dpai(once_more, Objective(alpha, beta), steps, resolution)
         method = methods.get("dpai", alpha=alpha, beta=beta, steps=steps, resolution=resolution)
         found = method.find(asked)
         assert all(torch.equal(found[n], expected[n]) for n in expected), name
@@ -600,8 +504,8 @@ def test_a_first_path_is_found_where_the_random_masks_have_none(
     is_listed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if is_listed:
-        monkeypatch.setattr(topk_state, "RARE", 1)
-        monkeypatch.setattr(adam_topk, "GROUPED", 1)
+        monkeypatch.setattr(layer_topk, "INDEX_RATIO", 1)
+        monkeypatch.setattr(adam_topk, "GROUP_ENTRIES", 1)
     deep = nn.Sequential(*(nn.Linear(12, 12) for _ in range(10)))
     graph = lower(capture(deep, torch.ones(1, 12)))
     asked = problem(deep, 1 - 40 / graph.prunable, graph=graph, budget="uniform")
