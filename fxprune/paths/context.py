@@ -1,35 +1,40 @@
-"""What a running step may ask for, and the form of a compiled step.
-
-In: nothing. Out: the types that compile functions and the interpreter share.
-"""
+"""The form of a compiled step, and what it may ask of whoever runs it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fxprune.graph import ir
 from fxprune.paths.layout import Layout
 
-__all__ = ["Compiled", "Counting", "Linear", "Setting"]
+__all__ = ["Compiled", "EvalContext", "LinearMap", "Pooling", "unit_operand"]
 
-Counting = Literal["sum", "mean", "any"]
-
-
-class Setting(Protocol):
-    """What a running step asks for: the weights, and how pools count (``any``: entries are 0 or 1)."""
-
-    @property
-    def counting(self) -> Counting: ...
-    @property
-    def constant(self) -> float:
-        """What a constant entry is worth: nothing on the track of paths, one on the track of presence."""
-        ...
-
-    def operand(self, weight: ir.WeightRef) -> Tensor: ...
+Pooling = Literal["sum", "mean", "any"]
+"""How average pooling combines entries. ``"any"``: entries are 0 or 1, and every pooling adds them."""
 
 
-Linear = Callable[[Setting, Sequence[Tensor]], Tensor]
-Compiled = tuple[Layout, Linear]
+@dataclass(frozen=True)
+class EvalContext:
+    """Weight lookup and pooling mode of one evaluation of a step.
+
+    ``operand(weight)`` is the tensor that a contraction multiplies by. ``constant`` is the value of entries
+    that hold a constant: 0 where paths are counted, 1 where presence is tested.
+    """
+
+    operand: Callable[[ir.WeightRef], Tensor]
+    pooling: Pooling
+    constant: float = 0.0
+
+
+def unit_operand(weight: ir.WeightRef) -> Tensor:
+    """The operand of a contraction whose parameter is all ones."""
+    return weight.operand(lambda _: torch.ones(weight.shape))
+
+
+LinearMap = Callable[[EvalContext, Sequence[Tensor]], Tensor]
+Compiled = tuple[Layout, LinearMap]

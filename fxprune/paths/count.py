@@ -1,13 +1,8 @@
-"""The linear interpreter: paths through the graph, counted or tested, with their derivatives.
+"""Count the paths of a network, or test whether there are any, with derivatives.
 
-In: a :class:`ChannelGraph` and a non-negative number per weight. Out: ln R, the log of the number (or the
-weight) of all input-output paths, and its gradients; or which weights lie on a path at all. Every objective
-of the library is this traversal with other numbers at the edges: masks (paths), \\|w\\| (SynFlow), w²
-(SynFlow-L2, PX).
-
-Numbers of paths leave every floating-point range (10^65 in a ResNet-18), so a value is a mantissa tensor and
-a power of two; operands are brought to one scale wherever paths meet. ln R does not depend on the scales, so
-they are constants to the derivative.
+R is the total weight of all input-output paths when every weight is replaced by a non-negative number. Every
+objective of the library is R with other numbers at the edges: masks (paths), \\|w\\| (SynFlow), w²
+(SynFlow-L2, PX). :func:`flow` gives ln R and its gradients, :func:`reach` the weights that lie on any path.
 """
 
 from __future__ import annotations
@@ -21,10 +16,9 @@ import torch
 from torch import Tensor
 
 from fxprune.graph import ir
-from fxprune.paths.context import Counting
-from fxprune.paths.program import Half, Program, Resolution, Step, compile_graph
-from fxprune.paths.scaled import Counted, Scaled, Tested, moderated
-from fxprune.paths.steps import total
+from fxprune.paths.program import Resolution, compile_graph
+from fxprune.paths.scaled import Counted, Tested
+from fxprune.paths.traversal import EdgeWeights, Traversal
 
 __all__ = ["Flow", "flow", "reach"]
 
@@ -59,8 +53,7 @@ def flow(
     Args:
         graph: the lowered network.
         weights: non-negative numbers by kernel name, in the parameter's shape; a kernel that is missing
-        counts as
-            ones. All on one device, where the work is done.
+            counts as ones. All on one device, where the work is done.
         resolution: ``"spatial"`` counts positions, ``"channel"`` reads images as periodic.
         pool: average pooling adds (``"sum"``, path counting) or averages (``"mean"``, as the network does).
         products: a product of two factors on paths passes on the paths of ``"each"`` (path counting), or the
@@ -87,12 +80,12 @@ def flow(
     leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
     device = next((weight.device for weight in leaves.values()), torch.device("cpu"))
     with torch.enable_grad():
-        algebra = Counted(dtype, device, pool, shares=products == "mean")
-        run = _Run(program, algebra, _Operands(graph, leaves, dtype, device))
-        mantissa, scale = run.total()
+        arithmetic = Counted(dtype, device, pool, shares=products == "mean")
+        traversal = Traversal(program, arithmetic, EdgeWeights(graph, leaves, dtype, device))
+        mantissa, power = traversal.total()
         if float(mantissa.detach()) <= 0:
             return Flow(-math.inf, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()})
-        log_total = float(mantissa.detach().double().log() + scale * math.log(2)) - math.log(program.samples)
+        log_total = float(mantissa.detach().double().log() + power * math.log(2)) - math.log(program.samples)
         return Flow(log_total, _gradients(mantissa.log(), leaves))
 
 
@@ -132,8 +125,9 @@ def reach(
     for leaf in leaves.values():
         leaf.requires_grad_()
     with torch.enable_grad():
-        run = _Run(program, Tested(device), _Operands(graph, leaves, torch.float32, device, scaled=False))
-        gradients = _gradients(run.total()[0], leaves)
+        edges = EdgeWeights(graph, leaves, torch.float32, device, rescale=False)
+        total, _ = Traversal(program, Tested(device), edges).total()
+        gradients = _gradients(total, leaves)
     return {name: (gradients[name] > 0.5) & (leaf.detach() > 0.5) for name, leaf in leaves.items()}
 
 
@@ -156,136 +150,3 @@ def _gradients(result: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         name: torch.zeros_like(leaf) if gradient is None else gradient
         for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
     }
-
-
-class _Operands:
-    """Weights as the steps read them: at most one and a scale (counted), or as patterns (presence)."""
-
-    def __init__(
-        self,
-        graph: ir.ChannelGraph,
-        leaves: dict[str, Tensor],
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        scaled: bool = True,
-    ) -> None:
-        self.graph, self.leaves, self.dtype, self.device, self.scaled = graph, leaves, dtype, device, scaled
-        self._known: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def number(self, ref: ir.WeightRef) -> Tensor:
-        return ref.operand(lambda name: self._leaf(name)[0]).to(self.device, self.dtype)
-
-    def scale(self, ref: ir.WeightRef) -> Tensor | float:
-        return 0.0 if ref.name is None else self._leaf(ref.name)[1]
-
-    def pattern(self, ref: ir.WeightRef) -> Tensor:
-        return ref.operand(lambda name: (self._leaf(name)[0].detach() > 0).to(self.dtype)).to(self.device)
-
-    def _leaf(self, name: str) -> tuple[Tensor, Tensor]:
-        if name not in self._known:
-            leaf = self.leaves.get(name)
-            if leaf is None:
-                leaf = torch.ones(self.graph.kernels[name].shape, dtype=self.dtype, device=self.device)
-            self._known[name] = moderated(leaf) if self.scaled else (leaf, leaf.new_zeros(()))
-        return self._known[name]
-
-
-@dataclass(frozen=True)
-class _Paths:
-    """The setting of a step on the track of paths."""
-
-    counting: Counting
-    operands: _Operands
-    constant: float = 0.0
-
-    def operand(self, weight: ir.WeightRef) -> Tensor:
-        return self.operands.number(weight)
-
-
-@dataclass(frozen=True)
-class _Presence:
-    """The setting of a step on the track of presence."""
-
-    operands: _Operands
-    counting: Counting = "any"
-    constant: float = 1.0
-
-    def operand(self, weight: ir.WeightRef) -> Tensor:
-        return self.operands.pattern(weight)
-
-
-class _Run:
-    """One traversal."""
-
-    def __init__(self, program: Program, algebra: Counted | Tested, operands: _Operands) -> None:
-        self.program, self.algebra, self.operands = program, algebra, operands
-        self.paths: dict[int, Scaled] = {}
-        self.present: dict[int, Tensor] = {}
-        self.settings = _Paths(algebra.counting, operands), _Presence(operands)
-
-    def total(self) -> tuple[Tensor, Tensor]:
-        """R over the whole batch: a number and its scale."""
-        last = {value.index: i for i, step in enumerate(self.program.steps) for value in step.op.inputs}
-        outputs = self.program.outputs
-        kept = {index for index, _ in outputs}
-        for i, step in enumerate(self.program.steps):
-            if step.op.output.live:
-                self.paths[step.output] = self._paths(step)
-            if step.needs_presence:
-                self.present[step.output] = self._presence(step)
-            for value in step.op.inputs:  # let go of what nobody reads again
-                if last[value.index] == i and value.index not in kept:
-                    self.paths.pop(value.index, None)
-                    self.present.pop(value.index, None)
-        if not outputs:
-            nothing = self.algebra.start(torch.zeros(()))
-            return nothing.x, nothing.scale
-        tensors, scale = self.algebra.align([self.paths[index] for index, _ in outputs])
-        return total([layout for _, layout in outputs], tensors), scale
-
-    def _paths(self, step: Step) -> Scaled:
-        algebra = self.algebra
-        if step.linear is None:
-            if step.pattern is not None:
-                return algebra.start(step.pattern)
-            parts = [self._half(half) for half in step.halves]
-            return parts[0] if len(parts) == 1 else algebra.join(*parts)
-        live = [self.paths[value.index] for value in step.op.inputs if value.live]
-        aligned, scale = algebra.align(live)
-        pending = iter(aligned)
-        tensors = [
-            next(pending) if value.live else live[0].x.new_zeros(self.program.shapes[value.index])
-            for value in step.op.inputs
-        ]
-        result = step.linear(self.settings[0], tensors)
-        if isinstance(step.op, ir.Kernel):
-            scale = scale + self.operands.scale(step.op.weight)
-        return algebra.settle(result, scale)
-
-    def _half(self, half: Half) -> Scaled:
-        x, scale, _ = self.paths[half.live]
-        other = self.present[half.other] if half.ones is None else x.new_ones(half.ones)
-        return self.algebra.settle(half.product(x, other), scale)
-
-    def _presence(self, step: Step) -> Tensor:
-        dtype, device = self.algebra.dtype, self.algebra.device
-        if step.pattern is not None:
-            return step.pattern.to(device, dtype)
-        inputs = [
-            self.present[value.index]
-            if value.index in self.present
-            else torch.ones(self.program.shapes[value.index], dtype=dtype, device=device)
-            for value in step.op.inputs
-        ]
-        with torch.no_grad():
-            if step.linear is not None:
-                result = step.linear(self.settings[1], inputs)
-            elif step.product is not None:
-                shapes = [
-                    (1,) * x.dim() if v.index not in self.present else None
-                    for v, x in zip(step.op.inputs, inputs, strict=True)
-                ]
-                a, b = (x if s is None else x.new_ones(s) for x, s in zip(inputs, shapes, strict=True))
-                result = step.product(a, b)
-            return (result > 0.5).to(dtype)

@@ -1,9 +1,9 @@
-"""A graph compiled for one resolution: steps on reduced tensors, in execution order.
+"""Compile a graph for one resolution: steps on reduced tensors, in the order of execution.
 
-In: a :class:`ChannelGraph`. Out: a :class:`Program`, compiled once per graph and resolution and run by every
-objective. Besides its paths a value may need its *presence* (is the entry ever not Zero?): a product passes
-each factor where the other is present. What is present for sure (after a bias, a sigmoid) is known here and
-costs nothing.
+A :class:`Program` is compiled once per graph and resolution, and run by every objective. A product passes the
+paths through each factor where the other one is *present*, that is, not Zero. Values that are present
+everywhere whatever the masks are (after a bias, a sigmoid) are found here; the presence of others is computed
+in every run, for those values that some product asks about.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxprune.graph import ir
-from fxprune.paths.context import Linear
+from fxprune.paths.context import LinearMap
 from fxprune.paths.layout import Layout, collapsed, join, layout_of_labels, reader, reduced_shape
 from fxprune.paths.products import Product, compile_product
 from fxprune.paths.steps import compile_linear
@@ -28,9 +28,9 @@ Resolution = Literal["spatial", "channel"]
 
 @dataclass(frozen=True)
 class Half:
-    """One half of a product: paths of input ``live``, where input ``other`` is present.
+    """The paths of a product through its input ``live``, where its input ``other`` is present.
 
-    ``ones`` is the shape of a tensor of ones to take for it where it is present everywhere.
+    ``ones``: where ``other`` is present everywhere, the shape of a tensor of ones that stands for it.
     """
 
     live: int
@@ -41,15 +41,16 @@ class Half:
 
 @dataclass(frozen=True)
 class Step:
-    """One op. ``linear`` or ``halves`` make its paths; ``linear`` or ``product`` its presence, if
-    ``needs_presence``.
+    """One op, compiled.
+
+    ``pattern`` is the value of a source. Otherwise paths are computed by ``linear``, or as the sum of
+    ``halves``; presence, if ``needs_presence``, by ``linear`` or ``product``.
     """
 
     op: ir.Op
     layout: Layout
-    is_full: bool
     needs_presence: bool
-    linear: Linear | None = None
+    linear: LinearMap | None = None
     halves: tuple[Half, ...] = ()
     product: Product | None = None
     pattern: Tensor | None = None
@@ -61,9 +62,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Program:
-    """``steps`` in order; ``outputs`` are the live values whose entries add up to R, with their layouts.
+    """Steps in order of execution.
 
-    ``shapes`` gives the reduced shape of every value.
+    ``shapes``: the reduced shape of every value. ``outputs``: the live values whose entries add up to R, with
+    their layouts.
     """
 
     steps: tuple[Step, ...]
@@ -87,7 +89,7 @@ def compile_graph(graph: ir.ChannelGraph, resolution: Resolution) -> Program:
 
 
 def _compile(graph: ir.ChannelGraph, *, periodic: bool) -> Program:
-    full = _presence_known(graph)
+    full = _present_everywhere(graph)
     needed = _presence_needed(graph, full)
     layouts: dict[int, Layout] = {}
     steps: list[Step] = []
@@ -99,12 +101,12 @@ def _compile(graph: ir.ChannelGraph, *, periodic: bool) -> Program:
             continue
         inputs = [layouts[value.index] for value in op.inputs]
         if isinstance(op, ir.Source):
-            step = _source(op, index in full, index in needed)
+            step = _source(op, index in needed)
         elif isinstance(op, (ir.Gate, ir.Mix)):
             step = _product(op, inputs, full, index in needed)
         else:
             layout, linear = compile_linear(op, inputs, periodic=periodic)
-            step = Step(op, layout, index in full, index in needed, linear=linear)
+            step = Step(op, layout, index in needed, linear=linear)
         layouts[index] = step.layout
         steps.append(step)
     shapes = {index: reduced_shape(layout) for index, layout in layouts.items()}
@@ -112,7 +114,7 @@ def _compile(graph: ir.ChannelGraph, *, periodic: bool) -> Program:
 
 
 def _used(graph: ir.ChannelGraph) -> list[ir.Op]:
-    """Ops that some output depends on; what is computed and thrown away has no paths."""
+    """Ops that some output depends on."""
     wanted: set[int] = set()
     used: list[ir.Op] = []
     for op in reversed(graph.ops):
@@ -123,8 +125,8 @@ def _used(graph: ir.ChannelGraph) -> list[ir.Op]:
 
 
 # -- presence ------------------------------------------------------------------------------------
-def _presence_known(graph: ir.ChannelGraph) -> set[int]:
-    """Values that are not Zero anywhere, whatever the masks are."""
+def _present_everywhere(graph: ir.ChannelGraph) -> set[int]:
+    """Values that are not Zero at any entry, whatever the masks are."""
     full: set[int] = set()
     for op in graph.ops:
         known = [value.index in full for value in op.inputs]
@@ -146,69 +148,73 @@ def _presence_known(graph: ir.ChannelGraph) -> set[int]:
 
 
 def _fills(op: ir.Gather) -> bool:
-    """Whether the movement fills in zeros of its own."""
+    """Whether the movement fills in zeros."""
     ones = [torch.ones((), dtype=torch.float64).expand(value.shape) for value in op.inputs]
     return not bool(op.move(*ones).all())
 
 
 def _presence_needed(graph: ir.ChannelGraph, full: set[int]) -> set[int]:
-    """Values whose presence some product asks for, and those that it is computed from."""
+    """Values whose presence some product asks about, and those that it is computed from."""
     needed: set[int] = set()
     for op in reversed(graph.ops):
         wanted = op.output.index in needed
         for i, value in enumerate(op.inputs):
             others = [other for j, other in enumerate(op.inputs) if j != i]
-            asked = isinstance(op, (ir.Gate, ir.Mix)) and any(other.live for other in others)
-            if (wanted or asked) and value.index not in full:
+            is_asked = isinstance(op, (ir.Gate, ir.Mix)) and any(other.live for other in others)
+            if (wanted or is_asked) and value.index not in full:
                 needed.add(value.index)
     return needed
 
 
 # -- steps ---------------------------------------------------------------------------------------
-def _source(op: ir.Source, is_full: bool, needed: bool) -> Step:
+def _source(op: ir.Source, needed: bool) -> Step:
+    """Compile an input (ones) or a constant (its pattern)."""
     if op.pattern is None or not op.pattern.any():
-        layout = tuple(collapsed(size) for size in op.output.shape)
+        layout = _collapsed(op.output)
         value = 0.0 if op.pattern is not None else 1.0
-        return Step(op, layout, is_full, needed, pattern=torch.full((1,) * len(layout), value))
+        return Step(op, layout, needed, pattern=torch.full((1,) * len(layout), value))
     layout, reduced = layout_of_labels(op.pattern.long())
-    return Step(op, layout, is_full, needed, pattern=reduced.float())
+    return Step(op, layout, needed, pattern=reduced.float())
 
 
 def _product(op: ir.Gate | ir.Mix, inputs: Sequence[Layout], full: set[int], needed: bool) -> Step:
-    """Paths through either factor; a factor that is present everywhere is a collapsed tensor of ones."""
-    first, second = op.inputs
-    parts: list[tuple[Half, Layout]] = []
-    for place, (live, other) in enumerate(((first, second), (second, first))):
-        if not live.live:
-            continue
-        layouts = list(inputs)
-        ones = None
-        if other.index in full:
-            layouts[1 - place] = tuple(collapsed(size) for size in other.shape)
-            ones = (1,) * len(other.shape)
-        layout, product = compile_product(op, layouts[0], layouts[1])
-        ordered = product if place == 0 else _swapped(product)
-        parts.append((Half(live.index, other.index, ones, ordered), layout))
-    joined = join([layout for _, layout in parts], op.output.shape)
-    own = None
+    """Compile a product: paths through either factor, and its presence."""
+    parts = [_half(op, inputs, place, full) for place, value in enumerate(op.inputs) if value.live]
+    presence: list[tuple[Product, Layout]] = []
     if needed or not parts:
-        known = [_known(value, x, full) for value, x in zip(op.inputs, inputs, strict=True)]
-        own_layout, own = compile_product(op, known[0], known[1])
-        joined = join([joined, own_layout], op.output.shape)
-        own = _placed(own, reader(own_layout, joined))
+        first, second = (
+            _collapsed(value) if value.index in full else layout
+            for value, layout in zip(op.inputs, inputs, strict=True)
+        )
+        layout, product = compile_product(op, first, second)
+        presence = [(product, layout)]
+    joined = join([layout for _, layout in [*parts, *presence]], op.output.shape)
     halves = tuple(
-        replace(half, product=_placed(half.product, reader(layout, joined))) for half, layout in parts
+        replace(half, product=_read_at(half.product, reader(layout, joined))) for half, layout in parts
     )
-    return Step(op, joined, op.output.index in full, needed, halves=halves, product=own)
+    own = next((_read_at(product, reader(layout, joined)) for product, layout in presence), None)
+    return Step(op, joined, needed, halves=halves, product=own)
 
 
-def _known(value: ir.Value, layout: Layout, full: set[int]) -> Layout:
-    return tuple(collapsed(size) for size in value.shape) if value.index in full else layout
+def _half(op: ir.Gate | ir.Mix, inputs: Sequence[Layout], place: int, full: set[int]) -> tuple[Half, Layout]:
+    """Paths through the factor at ``place``; where the other is present everywhere, it is collapsed ones."""
+    live, other = op.inputs[place], op.inputs[1 - place]
+    layouts = list(inputs)
+    ones = None
+    if other.index in full:
+        layouts[1 - place] = _collapsed(other)
+        ones = (1,) * len(other.shape)
+    layout, product = compile_product(op, layouts[0], layouts[1])
+    return Half(live.index, other.index, ones, product if place == 0 else _swapped(product)), layout
+
+
+def _collapsed(value: ir.Value) -> Layout:
+    return tuple(collapsed(size) for size in value.shape)
 
 
 def _swapped(product: Product) -> Product:
     return lambda x, y: product(y, x)
 
 
-def _placed(product: Product, place: Callable[[Tensor], Tensor]) -> Product:
-    return lambda x, y: place(product(x, y))
+def _read_at(product: Product, read: Callable[[Tensor], Tensor]) -> Product:
+    return lambda x, y: read(product(x, y))

@@ -1,9 +1,9 @@
-"""What each op does to reduced tensors: one compile function per op kind.
+"""Compile the ops that are linear in their inputs to functions of reduced tensors.
 
-In: an op, the layouts of its inputs, whether images are periodic. Out: the output's layout and a function of
-the reduced inputs. Contraction with ones along a collapsed axis is a multiplication by its size, so the
-functions give exactly what the op gives on the full tensors; a periodic image has no border, so that
-positions never split there.
+Each compile function takes an op and the layouts of its inputs, and returns the layout of the output and the
+function. The result is exactly what the op gives on the full tensors: a sum along a collapsed axis, for
+instance, is a multiplication by the axis's size. A periodic image has no border, so that its positions stay
+alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.graph import ir
-from fxprune.paths.context import Compiled, Setting
+from fxprune.paths.context import Compiled, EvalContext
 from fxprune.paths.layout import (
     Layout,
     broadcast,
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def compile_linear(op: ir.Op, layouts: Sequence[Layout], *, periodic: bool) -> Compiled:
-    """The function of any op that is linear in its inputs (all but Source, Gate, Mix and Sink)."""
+    """Compile any op but Source, Gate, Mix and Sink."""
     if isinstance(op, ir.Kernel):
         return _linear(op, layouts[0]) if op.window is None else conv(op, op.window, layouts[0], periodic)
     if isinstance(op, ir.Sum):
@@ -48,21 +48,22 @@ def compile_linear(op: ir.Op, layouts: Sequence[Layout], *, periodic: bool) -> C
         return _reduce(op, layouts[0]) if op.window is None else pool(op, op.window, layouts[0], periodic)
     if isinstance(op, ir.Opaque):
         return _opaque(op, layouts)
-    return _same(op, layouts[0])
+    return _identity(op, layouts[0])
 
 
-def _same(op: ir.Op, x: Layout) -> Compiled:
-    """Norms, maps, scales: entries stay what they are, broadcast to the output's shape."""
+def _identity(op: ir.Op, x: Layout) -> Compiled:
+    """Compile a norm, map or scale: entries stay as they are, broadcast to the output's shape."""
     layout = broadcast(x, op.output.shape)
     shape = reduced_shape(layout)
-    return layout, lambda setting, tensors: tensors[0].reshape(shape)
+    return layout, lambda context, tensors: tensors[0].reshape(shape)
 
 
 def _sum(op: ir.Sum, layouts: Sequence[Layout]) -> Compiled:
+    """Compile a sum of values."""
     layout = join(layouts, op.output.shape)
     readers = [reader(x, layout) for x in layouts]
 
-    def add(setting: Setting, tensors: Sequence[Tensor]) -> Tensor:
+    def add(context: EvalContext, tensors: Sequence[Tensor]) -> Tensor:
         total = readers[0](tensors[0])
         for read, tensor in zip(readers[1:], tensors[1:], strict=True):
             total = total + read(tensor)
@@ -73,22 +74,26 @@ def _sum(op: ir.Sum, layouts: Sequence[Layout]) -> Compiled:
 
 # -- kernels -------------------------------------------------------------------------------------
 def _linear(op: ir.Kernel, x: Layout) -> Compiled:
+    """Compile a contraction along the last axis."""
     read = reader(x, (*x[:-1], explicit(x[-1].size)))
     layout = (*x[:-1], explicit(op.output.shape[-1]))
 
-    def contract(setting: Setting, tensors: Sequence[Tensor]) -> Tensor:
-        return F.linear(read(tensors[0]), setting.operand(op.weight))
+    def contract(context: EvalContext, tensors: Sequence[Tensor]) -> Tensor:
+        return F.linear(read(tensors[0]), context.operand(op.weight))
 
     return layout, contract
 
 
 # -- movement ------------------------------------------------------------------------------------
-ZERO, PRESENT = 0, 1  # labels of filled-in entries; those of the inputs' entries follow
+FIRST = 2
+"""The label of the first entry of the inputs. Labels 0 and 1 mark entries that the op fills in: zeros, and
+constants."""
 
 
 def _gather(op: ir.Gather, layouts: Sequence[Layout], periodic: bool) -> Compiled:
+    """Compile data movement: run it on labelled entries, and read off where each output entry comes from."""
     labels: list[Tensor] = []
-    offset = PRESENT + 1
+    offset = FIRST
     for x in layouts:
         labels.append(full_labels(x, offset).double())
         offset += math.prod(reduced_shape(x))
@@ -100,12 +105,11 @@ def _gather(op: ir.Gather, layouts: Sequence[Layout], periodic: bool) -> Compile
         moved = op.move(*labels)
     layout, reduced = layout_of_labels(moved.long())
     shape, index = tuple(reduced.shape), reduced.flatten()
-    first = PRESENT + 1
-    if len(layouts) == 1 and torch.equal(index, torch.arange(first, offset)):
-        return layout, lambda setting, tensors: tensors[0].reshape(shape)
+    if len(layouts) == 1 and torch.equal(index, torch.arange(FIRST, offset)):
+        return layout, lambda context, tensors: tensors[0].reshape(shape)
 
-    def gather(setting: Setting, tensors: Sequence[Tensor]) -> Tensor:
-        filled = tensors[0].new_tensor([0.0, setting.constant])
+    def gather(context: EvalContext, tensors: Sequence[Tensor]) -> Tensor:
+        filled = tensors[0].new_tensor([0.0, context.constant])
         entries = torch.cat([filled, *(tensor.reshape(-1) for tensor in tensors)])
         return entries.index_select(0, index.to(entries.device)).reshape(shape)
 
@@ -113,8 +117,8 @@ def _gather(op: ir.Gather, layouts: Sequence[Layout], periodic: bool) -> Compile
 
 
 # -- pools ---------------------------------------------------------------------------------------
-def _counted(x: Tensor, layout: Layout, dims: Sequence[int]) -> Tensor:
-    """Sum over ``dims`` (kept as size one), every class as often as it occurs."""
+def _sum_over(x: Tensor, layout: Layout, dims: Sequence[int]) -> Tensor:
+    """Sum over ``dims`` of the full tensor (kept as size one): every class counts as often as it occurs."""
     for dim in dims:
         axis = layout[dim]
         if axis.is_collapsed:
@@ -129,34 +133,35 @@ def _counted(x: Tensor, layout: Layout, dims: Sequence[int]) -> Tensor:
 
 
 def _reduce(op: ir.Pool, x: Layout) -> Compiled:
+    """Compile a reduction over whole axes."""
     kept = tuple(collapsed(1) if dim in op.dims else axis for dim, axis in enumerate(x))
     layout = kept if op.keepdim else tuple(axis for dim, axis in enumerate(x) if dim not in op.dims)
     shape = reduced_shape(layout)
     entries = math.prod(x[dim].size for dim in op.dims)
 
-    def reduce(setting: Setting, tensors: Sequence[Tensor]) -> Tensor:
-        if op.how == "max" and setting.counting != "any":
+    def reduce(context: EvalContext, tensors: Sequence[Tensor]) -> Tensor:
+        if op.how == "max" and context.pooling != "any":
             return (tensors[0].amax(op.dims) if op.dims else tensors[0]).reshape(shape)
-        total = _counted(tensors[0], x, op.dims).reshape(shape)
-        return total / entries if op.how == "mean" and setting.counting == "mean" else total
+        total = _sum_over(tensors[0], x, op.dims).reshape(shape)
+        return total / entries if op.how == "mean" and context.pooling == "mean" else total
 
     return layout, reduce
 
 
 def _opaque(op: ir.Opaque, layouts: Sequence[Layout]) -> Compiled:
-    """Every entry of every input reaches every entry of the output."""
+    """Compile an unknown op: every entry of every input reaches every entry of the output."""
     layout = tuple(collapsed(size) for size in op.output.shape)
 
-    def spread(setting: Setting, tensors: Sequence[Tensor]) -> Tensor:
+    def spread(context: EvalContext, tensors: Sequence[Tensor]) -> Tensor:
         return total(layouts, tensors).reshape(reduced_shape(layout))
 
     return layout, spread
 
 
 def total(layouts: Sequence[Layout], tensors: Sequence[Tensor]) -> Tensor:
-    """Sum over all entries of all the (full) tensors: a number."""
+    """Sum over all entries of all the full tensors, as a scalar."""
     parts = [
-        _counted(tensor, layout, range(len(layout))).sum()
+        _sum_over(tensor, layout, range(len(layout))).sum()
         for layout, tensor in zip(layouts, tensors, strict=True)
     ]
     return torch.stack(parts).sum()

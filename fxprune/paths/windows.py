@@ -1,10 +1,8 @@
-"""Windows that slide over positions: convolutions and pools, on no more positions than differ.
+"""Compile convolutions and pools, so that they run on no more positions than differ.
 
-In: an op with a window and the layout of its input. Out: the output's layout and a function of the reduced
-input. Positions that are all alike stay one class where no border is seen. Where one is seen, the classes are
-border positions and the inside: a stretch of equal positions is cut short, and the op runs on the smaller
-image with its own padding. Every output of the large image is an output of the small one, so nothing is
-approximated.
+Positions that are all alike stay one class if no window reaches over a border. Otherwise a stretch of equal
+positions is shortened, and the op runs on the smaller image with its own padding. Every output of the large
+image is an output of the small one, so nothing is approximated.
 """
 
 from __future__ import annotations
@@ -17,43 +15,48 @@ from torch import Tensor
 
 from fxprune.graph import ir
 from fxprune.lowering.periodic import fold_periodically
-from fxprune.paths.context import Compiled, Counting, Linear, Setting
+from fxprune.paths.context import Compiled, EvalContext, LinearMap, Pooling
 from fxprune.paths.layout import AxisMap, Layout, collapsed, explicit, reader, reduced_shape
 
 __all__ = ["conv", "pool", "shortened", "wrapped"]
 
 
 def shortened(axis: AxisMap, out: int, span: int, stride: int, before: int) -> tuple[Tensor, AxisMap]:
-    """Positions to keep of an axis over which windows of ``span`` entries slide, and the map of the output.
+    """Shorten an axis over which windows of ``span`` entries slide.
 
-    ``before`` zeros stand in front of the axis, ``out`` is the number of windows. Of the longest stretch of
-    equal entries all windows that lie inside it are alike; all but one of them are left out.
+    ``before`` zeros stand in front of the axis, ``out`` is the number of windows. Windows that lie inside the
+    longest stretch of equal entries are all alike; one of them is enough. Returns the positions to keep, and
+    the map of the output axis.
 
     >>> shortened(collapsed(8), 8, 3, 1, 1)[0], shortened(collapsed(8), 8, 3, 1, 1)[1].index()
     (tensor([5, 6, 7]), tensor([0, 1, 1, 1, 1, 1, 1, 2]))
     """
+    start, stop = _longest_stretch(axis)
+    first_inside = max(0, -(-(start + before) // stride))
+    last_inside = min(out - 1, (stop - span + before) // stride)
+    spare = last_inside - first_inside
+    if spare <= 0:
+        return torch.arange(axis.size), explicit(out)
+    kept = torch.arange(axis.size - spare * stride)
+    kept = torch.where(kept < start, kept, kept + spare * stride)
+    windows = torch.arange(out)
+    labels = torch.where(windows <= first_inside, windows, (windows - spare).clamp(min=first_inside))
+    count = out - spare
+    return kept, AxisMap(out, count, labels if count > 1 else None)
+
+
+def _longest_stretch(axis: AxisMap) -> tuple[int, int]:
+    """Where the longest run of entries of one class starts and stops."""
     classes = axis.index()
     edges = torch.nonzero(classes[1:] != classes[:-1]).flatten() + 1
     starts = torch.cat([edges.new_zeros(1), edges])
     lengths = torch.diff(starts, append=edges.new_tensor([axis.size]))
     longest = int(lengths.argmax())
-    start, stop = int(starts[longest]), int(starts[longest] + lengths[longest])
-    first = max(0, -(-(start + before) // stride))
-    last = min(out - 1, (stop - span + before) // stride)
-    spare = last - first
-    if spare <= 0:
-        return torch.arange(axis.size), explicit(out)
-    kept = torch.arange(axis.size - spare * stride)
-    windows = torch.arange(out)
-    labels = torch.where(windows <= first, windows, (windows - spare).clamp(min=first))
-    count = out - spare
-    return torch.where(kept < start, kept, kept + spare * stride), AxisMap(
-        out, count, labels if count > 1 else None
-    )
+    return int(starts[longest]), int(starts[longest] + lengths[longest])
 
 
-def _picker(x: Layout, positions: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
-    """Reads a reduced tensor at the given positions of some axes."""
+def _position_reader(x: Layout, positions: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Function that reads a reduced tensor at the given positions of some axes."""
     picks = {dim: x[dim].index()[at] for dim, at in positions.items()}
     picks = {dim: at for dim, at in picks.items() if not torch.equal(at, torch.arange(x[dim].count))}
 
@@ -67,44 +70,49 @@ def _picker(x: Layout, positions: dict[int, Tensor]) -> Callable[[Tensor], Tenso
 
 # -- convolutions -----------------------------------------------------------------------------------
 def conv(op: ir.Kernel, window: ir.Window, x: Layout, periodic: bool) -> Compiled:
-    """A convolution of any rank, transposed or not."""
+    """Compile a convolution of any rank, transposed or not."""
     rank = len(window.kernel)
-    alike = all(axis.is_collapsed for axis in x[-rank:])
-    padded = window.mode == "zeros" and any(p != (0, 0) for p in window.padding)
-    grows = any(op.output.shape[d - rank] != x[d - rank].size for d in range(rank))
-    uneven = window.transposed and (grows or any(stride > 1 for stride in window.stride))
-    channels = explicit(op.output.shape[-rank - 1])
-    outer = x[: -rank - 1]
-    if alike and not uneven and (periodic or not (padded or window.transposed)):
-        spots = tuple(collapsed(size) for size in op.output.shape[-rank:])
-        return (*outer, channels, *spots), _conv_of_constant_image(op, x, rank)
-    cuts = not periodic and not window.transposed and window.mode == "zeros"
+    sizes = op.output.shape[-rank:]
+    outer = (*x[: -rank - 1], explicit(op.output.shape[-rank - 1]))
+    if all(axis.is_collapsed for axis in x[-rank:]) and _keeps_constant(op, window, x, periodic):
+        return (*outer, *map(collapsed, sizes)), _conv_of_constant_image(op, x, rank)
+    may_shorten = not periodic and not window.transposed and window.mode == "zeros"
     positions, axes = {}, []
-    for d in range(rank):
-        axis, out, dim = x[d - rank], op.output.shape[d - rank], len(x) + d - rank
-        span = window.dilation[d] * (window.kernel[d] - 1) + 1
+    for d, (axis, out) in enumerate(zip(x[-rank:], sizes, strict=True)):
         kept, map_out = torch.arange(axis.size), explicit(out)
-        if cuts:
+        if may_shorten:
+            span = window.dilation[d] * (window.kernel[d] - 1) + 1
             kept, map_out = shortened(axis, out, span, window.stride[d], window.padding[d][0])
-        positions[dim] = kept
+        positions[len(x) + d - rank] = kept
         axes.append(map_out)
-    return (*outer, channels, *axes), _conv_of_image(op, window, x, (positions, tuple(axes)), periodic)
+    return (*outer, *axes), _conv_of_image(op, window, x, (positions, tuple(axes)), periodic)
 
 
-def _weight(op: ir.Kernel, setting: Setting) -> Tensor:
-    weight = setting.operand(op.weight)
+def _keeps_constant(op: ir.Kernel, window: ir.Window, x: Layout, periodic: bool) -> bool:
+    """Whether the convolution of a constant image is a constant image."""
+    if not window.transposed:
+        return periodic or window.mode != "zeros" or all(p == (0, 0) for p in window.padding)
+    rank = len(window.kernel)
+    is_same_size = all(op.output.shape[d - rank] == x[d - rank].size for d in range(rank))
+    return periodic and is_same_size and all(stride == 1 for stride in window.stride)
+
+
+def _live_weight(op: ir.Kernel, context: EvalContext) -> Tensor:
+    """The op's weight, with zeros at the taps that only ever see padding."""
+    weight = context.operand(op.weight)
     return weight if op.live_taps is None else weight * op.live_taps.to(weight)
 
 
-def _conv_of_constant_image(op: ir.Kernel, x: Layout, rank: int) -> Linear:
-    """All positions alike: the taps add up, and the convolution is a product with one number per kernel."""
+def _conv_of_constant_image(op: ir.Kernel, x: Layout, rank: int) -> LinearMap:
+    """Where all positions are alike: the taps of a kernel add up, and the convolution is a matrix product."""
     read = reader(x, (*x[: -rank - 1], explicit(x[-rank - 1].size), *x[-rank:]))
     shape = (*(axis.count for axis in x[: -rank - 1]), -1, *([1] * rank))
     groups, transposed = op.groups, op.window is not None and op.window.transposed
+    inputs_per_group = x[-rank - 1].size // groups
 
-    def contract(setting: Setting, tensors: Sequence[Tensor]) -> Tensor:
-        weight = _weight(op, setting).flatten(2).sum(2)
-        inputs = read(tensors[0]).reshape(-1, groups, tensors_per_group)
+    def contract(context: EvalContext, tensors: Sequence[Tensor]) -> Tensor:
+        weight = _live_weight(op, context).flatten(2).sum(2)
+        inputs = read(tensors[0]).reshape(-1, groups, inputs_per_group)
         if transposed:
             weight = weight.reshape(groups, -1, weight.shape[1])
         else:
@@ -113,7 +121,6 @@ def _conv_of_constant_image(op: ir.Kernel, x: Layout, rank: int) -> Linear:
             return (inputs[:, 0] @ weight[0]).reshape(shape)
         return torch.einsum("ngi,gio->ngo", inputs, weight).reshape(shape)
 
-    tensors_per_group = x[-rank - 1].size // groups
     return contract
 
 
@@ -123,18 +130,21 @@ def _conv_of_image(
     x: Layout,
     places: tuple[dict[int, Tensor], Layout],
     periodic: bool,
-) -> Linear:
+) -> LinearMap:
+    """The convolution itself, on the positions to keep; ``places``: these, and the output's axes."""
     positions, axes = places
     rank = len(window.kernel)
     fine = (*x[: -rank - 1], explicit(x[-rank - 1].size), *x[-rank:])
-    read, pick = reader(x, fine), _picker(x, positions)
+    read, pick = reader(x, fine), _position_reader(x, positions)
     outer, inner = reduced_shape(x[: -rank - 1]), (x[-rank - 1].size, *map(len, positions.values()))
     shape = (*outer, op.output.shape[-rank - 1], *reduced_shape(axes))
     run = _transposed if window.transposed else _correlate
 
-    def contract(setting: Setting, tensors: Sequence[Tensor]) -> Tensor:
+    def contract(context: EvalContext, tensors: Sequence[Tensor]) -> Tensor:
         image = pick(read(tensors[0])).reshape(-1, *inner)
-        return run(image, _weight(op, setting), window, op.groups, shape[-rank:], periodic).reshape(shape)
+        return run(image, _live_weight(op, context), window, op.groups, shape[-rank:], periodic).reshape(
+            shape
+        )
 
     return contract
 
@@ -142,6 +152,7 @@ def _conv_of_image(
 def _correlate(
     image: Tensor, weight: Tensor, window: ir.Window, groups: int, out: Sequence[int], periodic: bool
 ) -> Tensor:
+    """A convolution, without a bias."""
     rank = len(window.kernel)
     padding: tuple[int, ...] = (0,) * rank
     if window.mode == "circular" or (periodic and window.mode == "zeros"):
@@ -160,6 +171,7 @@ def _correlate(
 def _transposed(
     image: Tensor, weight: Tensor, window: ir.Window, groups: int, out: Sequence[int], periodic: bool
 ) -> Tensor:
+    """A transposed convolution, without a bias; a periodic image folds back what leaves it."""
     rank = len(window.kernel)
     conv = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[rank - 1]
     if not periodic:
@@ -175,7 +187,7 @@ def _transposed(
 
 
 def wrapped(x: Tensor, dim: int, before: int, after: int) -> Tensor:
-    """``x`` extended periodically."""
+    """Extend an axis periodically, by ``before`` and ``after`` entries."""
     if before == after == 0:
         return x
     size = x.shape[dim]
@@ -184,13 +196,13 @@ def wrapped(x: Tensor, dim: int, before: int, after: int) -> Tensor:
 
 # -- pools ------------------------------------------------------------------------------------------
 def pool(op: ir.Pool, window: ir.WindowPool, x: Layout, periodic: bool) -> Compiled:
-    """Pooling, resampling, and whatever else adds up positions."""
+    """Compile pooling, resampling, and anything else that adds up positions."""
     out = op.output.shape
     if len(out) == len(x) and all(x[dim].is_collapsed for dim in op.dims):
         gains = _even_gains(op, window, x, periodic)
         if gains is not None:
             layout = tuple(collapsed(out[dim]) if dim in op.dims else axis for dim, axis in enumerate(x))
-            return layout, lambda setting, tensors: tensors[0] * gains[setting.counting]
+            return layout, lambda context, tensors: tensors[0] * gains[context.pooling]
     total = window.periodic if periodic and window.periodic is not None else window.total
     positions: dict[int, Tensor] = {}
     axes = [x[dim] if dim < len(x) and dim not in op.dims else explicit(size) for dim, size in enumerate(out)]
@@ -201,20 +213,18 @@ def pool(op: ir.Pool, window: ir.WindowPool, x: Layout, periodic: bool) -> Compi
             span = geometry.dilation[d] * (geometry.kernel[d] - 1) + 1
             before = geometry.padding[d][0]
             positions[dim], axes[dim] = shortened(x[dim], out[dim], span, geometry.stride[d], before)
-    pick = _picker(x, positions)
+    pick = _position_reader(x, positions)
 
-    def meet(setting: Setting, tensors: Sequence[Tensor]) -> Tensor:
-        sums = setting.counting == "any" or (op.how != "max" and setting.counting == "sum")
+    def run(context: EvalContext, tensors: Sequence[Tensor]) -> Tensor:
+        sums = context.pooling == "any" or (op.how != "max" and context.pooling == "sum")
         result: Tensor = (total if sums else window.own)(pick(tensors[0]))
         return result
 
-    return tuple(axes), meet
+    return tuple(axes), run
 
 
-def _even_gains(
-    op: ir.Pool, window: ir.WindowPool, x: Layout, periodic: bool
-) -> dict[Counting, float] | None:
-    """What an image of ones becomes, where that is the same everywhere (a maximum always is)."""
+def _even_gains(op: ir.Pool, window: ir.WindowPool, x: Layout, periodic: bool) -> dict[Pooling, float] | None:
+    """What an image of ones becomes under each pooling mode; None if that differs between positions."""
     if op.how == "max":
         return {"sum": 1.0, "mean": 1.0, "any": 1.0}
     ones = torch.ones([axis.size if dim in op.dims else 1 for dim, axis in enumerate(x)])

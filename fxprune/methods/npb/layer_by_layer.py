@@ -1,8 +1,7 @@
-"""Deciding on layers one after the other: a forward count of paths that asks for each parameter on its way.
+"""Choose the weights of one layer after the other, given the number of paths that arrive at each.
 
-In: a :class:`ChannelGraph` and a function that chooses the weights of one parameter, given how many paths
-arrive at it. Out: all that it chose. Layer-wise methods see the true number of incoming paths, also behind
-residual sums, products and attention, because the traversal is the interpreter's own.
+The numbers come from the traversal that counts paths everywhere else, so they are right behind residual sums,
+products and attention, too.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fxprune.graph import ir
-from fxprune.paths.count import _Operands, _Run
 from fxprune.paths.layout import Layout
-from fxprune.paths.program import Program, Resolution, Step, compile_graph
+from fxprune.paths.program import Resolution, compile_graph
 from fxprune.paths.scaled import Counted, Scaled
+from fxprune.paths.traversal import EdgeWeights, Traversal
 
 __all__ = ["decide"]
 
@@ -31,7 +30,7 @@ def decide(
     resolution: Resolution = "spatial",
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Tensor]:
-    """Asks ``choose(name, incoming)`` for the weights of every parameter, in the order of execution.
+    """Call ``choose(name, incoming)`` for the weights of every parameter, in the order of execution.
 
     Args:
         graph: the lowered network.
@@ -59,36 +58,29 @@ def decide(
     program = compile_graph(graph, resolution)
     leaves = {name: weight.to(dtype) for name, weight in (known or {}).items()}
     device = next((weight.device for weight in leaves.values()), torch.device("cpu"))
-    algebra = Counted(dtype, device, "sum")
+    edges = EdgeWeights(graph, leaves, dtype, device)
+    layouts = {step.output: step.layout for step in program.steps}
+    chosen: dict[str, Tensor] = {}
+
+    def choose_weights(op: ir.Kernel, arriving: Scaled[Tensor]) -> None:
+        name = op.weight.name
+        if name is None or name in edges.leaves:
+            return
+        totals = channel_totals(op, arriving.values, layouts)
+        incoming = _per_weight(op, totals, graph.kernels[name].shape)
+        chosen[name] = choose(name, incoming)
+        edges.leaves[name] = chosen[name].to(incoming)
+
     with torch.no_grad():
-        run = _Deciding(program, algebra, _Operands(graph, leaves, dtype, device), choose)
-        run.total()
-    return run.chosen
-
-
-class _Deciding(_Run):
-    """A traversal that fills in its own weights."""
-
-    def __init__(self, program: Program, algebra: Counted, operands: _Operands, choose: Choose) -> None:
-        super().__init__(program, algebra, operands)
-        self.choose = choose
-        self.chosen: dict[str, Tensor] = {}
-        self.layouts = {step.output: step.layout for step in program.steps}
-
-    def _paths(self, step: Step) -> Scaled:
-        op = step.op
-        if isinstance(op, ir.Kernel) and op.weight.name is not None:
-            name = op.weight.name
-            if name not in self.operands.leaves:
-                arriving = channel_totals(op, self.paths[op.inputs[0].index].x, self.layouts)
-                incoming = _per_weight(op, arriving, self.operands.graph.kernels[name].shape)
-                self.chosen[name] = self.choose(name, incoming)
-                self.operands.leaves[name] = self.chosen[name].to(incoming)
-        return super()._paths(step)
+        Traversal(program, Counted(dtype, device, "sum"), edges, choose_weights).total()
+    return chosen
 
 
 def channel_totals(op: ir.Kernel, x: Tensor, layouts: Mapping[int, Layout]) -> Tensor:
-    """Sum of the reduced input ``x`` over all but its channels: one number per input channel, at most 1."""
+    """Paths per input channel, summed over all other axes and scaled so that the largest is 1.
+
+    ``x``: the reduced input of ``op``.
+    """
     layout = layouts[op.inputs[0].index]
     axis = len(layout) - 1 if op.window is None else len(layout) - 1 - len(op.window.kernel)
     for dim, classes in enumerate(layout):
@@ -102,7 +94,7 @@ def channel_totals(op: ir.Kernel, x: Tensor, layouts: Mapping[int, Layout]) -> T
 
 
 def _per_weight(op: ir.Kernel, arriving: Tensor, shape: torch.Size) -> Tensor:
-    """``arriving`` (per input channel of the op) at every weight of the parameter, through the op's view."""
+    """Spread ``arriving`` (per input channel of the op) over the weights of the parameter that it reads."""
     operand = list(op.weight.shape)
     if op.window is not None and op.window.transposed:
         spread = arriving.reshape(-1, *[1] * (len(operand) - 1)).expand(operand)

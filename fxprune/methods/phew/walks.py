@@ -29,10 +29,10 @@ from torch import Tensor
 from fxprune.graph import ir
 from fxprune.methods.phew.kernel_transition import KernelLink
 from fxprune.methods.phew.transitions import EdgeLink, Link, edges_of
-from fxprune.paths.context import Counting
-from fxprune.paths.count import _Operands, _Run
+from fxprune.paths.context import EvalContext, unit_operand
 from fxprune.paths.program import Half, Step, compile_graph
 from fxprune.paths.scaled import Tested
+from fxprune.paths.traversal import EdgeWeights, Traversal
 
 __all__ = ["Visits", "Walks"]
 
@@ -139,7 +139,7 @@ class Walks:
         def apply(x: Tensor) -> Tensor:
             tensors = [torch.zeros(shape, dtype=x.dtype) for shape in shapes]
             tensors[place] = x
-            return linear(_Movement(), tensors)
+            return linear(EvalContext(unit_operand, "any"), tensors)
 
         return edges_of(apply, shapes[place])
 
@@ -154,12 +154,8 @@ class Walks:
     def _present(self) -> dict[int, Tensor]:
         """Where each value is not Zero in the dense network, for products."""
         cpu = torch.device("cpu")
-        operands = _Operands(self.graph, {}, torch.float32, cpu, scaled=False)
-        run = _Run(self.program, Tested(cpu), operands)
-        for step in self.program.steps:
-            if step.needs_presence:
-                run.present[step.output] = run._presence(step)
-        return run.present
+        edges = EdgeWeights(self.graph, {}, torch.float32, cpu, rescale=False)
+        return Traversal(self.program, Tested(cpu), edges).presence()
 
     def _prune(self) -> None:
         """Leaves only what lies between the network's inputs and its outputs."""
@@ -230,16 +226,6 @@ class Walks:
                 if len(mine):
                     trip.cross(way, walkers[mine], way.link.backward, entries[mine], ids, back=True)
         return trip.visits()
-
-
-class _Movement:
-    """The setting under which ops give their own coefficients: pools add, constants are no way."""
-
-    counting: Counting = "any"
-    constant = 0.0
-
-    def operand(self, weight: ir.WeightRef) -> Tensor:
-        return weight.operand(lambda _: torch.ones(weight.shape))
 
 
 class _Trip:

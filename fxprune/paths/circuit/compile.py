@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -28,7 +27,7 @@ from fxprune.paths.circuit.parts import (
     Sparse,
     Wire,
 )
-from fxprune.paths.context import Counting
+from fxprune.paths.context import EvalContext, Pooling, unit_operand
 from fxprune.paths.layout import Layout, explicit, reader, reduced_shape
 from fxprune.paths.program import Half, Program, Step, compile_graph
 
@@ -137,27 +136,15 @@ def _multiplicities(layout: Layout) -> Tensor:
     return total.flatten()
 
 
-@dataclass(frozen=True)
-class _Constants:
-    """The setting of steps without prunable weights: paths are counted. ``one`` says the dtype and device."""
-
-    one: Tensor
-    counting: Counting
-    constant: float = 0.0
-
-    def operand(self, weight: ir.WeightRef) -> Tensor:
-        return weight.operand(lambda name: torch.ones(weight.shape)).to(self.one)
-
-
-def _marking(one: Tensor) -> _Constants:
-    """The setting on the track of presence."""
-    return _Constants(one, "any", 1.0)
+def _context(like: Tensor, pooling: Pooling, constant: float = 0.0) -> EvalContext:
+    """The context of steps without prunable weights, in the dtype and on the device of ``like``."""
+    return EvalContext(lambda weight: unit_operand(weight).to(like), pooling, constant)
 
 
 class _Compiler:
     """Turns steps into ops, one by one."""
 
-    def __init__(self, program: Program, pool: Counting, dtype: torch.dtype) -> None:
+    def __init__(self, program: Program, pool: Pooling, dtype: torch.dtype) -> None:
         self.program, self.pool, self.dtype = program, pool, dtype
         self.layouts = {step.output: step.layout for step in program.steps}
         self.ops: list[Op] = []
@@ -221,7 +208,7 @@ class _Compiler:
                 next(given).view(shape) if alive else tensors[0].new_zeros(shape)
                 for alive, shape in zip(live, every, strict=True)
             ]
-            return linear(_Constants(tensors[0], self.pool), full).flatten()
+            return linear(_context(tensors[0], self.pool), full).flatten()
 
         inputs = tuple(value.index for value in step.op.inputs if value.live)
         self._emit(step.output, inputs, [shapes[index] for index in inputs], function)
@@ -279,7 +266,9 @@ class _Compiler:
             read = reader(layout, _by_channel(op, layout))
             return lambda tensors, one: _last(op, read(known.full(tensors, one)[0])).flatten()
         if linear is not None:
-            return lambda tensors, one: linear(_marking(one), known.full(tensors, one)).flatten()
+            return lambda tensors, one: linear(
+                _context(one, "any", constant=1.0), known.full(tensors, one)
+            ).flatten()
         assert product is not None, "a step without a linear map is a product"
         return lambda tensors, one: product(*known.factors(tensors, one)).flatten()
 
