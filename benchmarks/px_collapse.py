@@ -28,7 +28,7 @@ from fxprune.capture import capture
 from fxprune.data import balanced, digits
 from fxprune.lowering import lower
 from fxprune.methods import Problem
-from fxprune.methods.px import _activities
+from fxprune.methods.px.output_activity import output_activities
 from fxprune.paths.count import reach
 from fxprune.scoring import contract
 from fxprune.scoring.data import batches
@@ -68,7 +68,7 @@ class Checked:
 
     def __call__(self, scores: Any, *args: Any, within: Any, **options: Any) -> Any:
         problem = self.problem
-        (activity, _), *_ = _activities(problem, within, batches(problem, 1, "px"))
+        activity = output_activities(problem, within, batches(problem, 1, "px"))[0].values
         head = within["fc.weight"] & (activity > 0)[:, None]
         on_path = reach(problem.graph, within | {"fc.weight": head})
         self.right += all(torch.equal(score > 0, on_path[label]) for label, score in scores.items())

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from fxprune.paths.count import flow
-from fxprune.scoring.contract import Method, Problem, Scores, prune_in_rounds
+from fxprune.scoring.contract import Method, Problem, Scores, fixed_magnitudes, prune_in_rounds
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.schedule import Exponential, resolve
 
@@ -54,11 +54,7 @@ def _find(
     problem: Problem, schedule: Exponential, every: int, until: int, resolution: Literal["spatial", "channel"]
 ) -> Masks:
     sizes = {name: weight.abs().float() for name, weight in problem.weights.items()}
-    fixed = {
-        name: problem.model.get_parameter(name).detach().abs().float().to(problem.device)
-        for name in problem.graph.kernels
-        if name not in sizes
-    }
+    fixed = fixed_magnitudes(problem)
     last = resolve(problem.schedule, schedule).rounds - 1
     # Pruned weights come last in a SynFlow round, also where the caller has the lowest scores kept.
     worst = 1.0 if problem.invert else -1.0

@@ -1,7 +1,6 @@
-"""The contract of a method: a ``Problem`` comes in, ``Masks`` that meet its budget go out.
+"""The contract of a method: ``Method.find`` takes a ``Problem`` and returns ``Masks`` that meet its budget.
 
-``Method.find`` is the wide door. ``from_scores`` is the narrow one, for methods that only have to say how
-much each weight is worth: it owns rounds, regrowth and selection.
+A method that only gives each weight a score uses ``from_scores``, which does rounds, regrowth and selection.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Scores = dict[str, torch.Tensor]
 
 
 class Progress(Protocol):
-    """How a method shows that it moves: wraps an iterable of ``total`` steps, and may draw a bar.
+    """Wraps an iterable of ``total`` steps, and may draw a progress bar.
 
     The description may be a function, which is asked for the words of the moment after each step.
     """
@@ -47,7 +46,7 @@ def silent(steps: Iterable[_T], description: str | Callable[[], str], total: int
 
 @dataclass(frozen=True)
 class Problem:
-    """What a method is asked: find masks within ``masks`` that keep exactly ``budget``.
+    """The task of a method: find masks within ``masks`` that keep exactly ``budget``.
 
     ``model``: a private copy of the captured network, which a method may run and must leave as it found it.
     ``graph``: its lowered form. ``device``: where the model runs. ``weights``: the prunable parameters'
@@ -160,7 +159,7 @@ def prune_in_rounds(
 
 
 def round_budgets(problem: Problem, *, schedule: Schedule, regrow: bool, name: str) -> Iterator[Budget]:
-    """What is to be kept after each round, with progress shown; none where the masks meet the budget already.
+    """The budget of each round, with progress shown; none where the masks meet the final one already.
 
     Errors: those of ``prune_in_rounds`` that do not concern scores.
     """
@@ -183,6 +182,19 @@ def round_budgets(problem: Problem, *, schedule: Schedule, regrow: bool, name: s
 def select_within(problem: Problem, scores: Scores, budget: Budget, within: Masks, name: str) -> Masks:
     """The masks of the highest ``scores`` within ``within``, as ``problem`` wants weights to be pruned."""
     return choose(problem, scores, budget.capped(_room(problem, within)), within, name)
+
+
+def fixed_magnitudes(problem: Problem, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """|w| of the graph's parameters that are not to be pruned, beside ``problem.weights`` on their device.
+
+    They are dense, but paths do not go through zeros.
+    """
+    device = next((weight.device for weight in problem.weights.values()), problem.device)
+    return {
+        name: problem.model.get_parameter(name).detach().abs().to(device, dtype)
+        for name in problem.graph.kernels
+        if name not in problem.weights
+    }
 
 
 def noise(problem: Problem, name: str) -> torch.Tensor:

@@ -1,8 +1,4 @@
-"""What methods that construct masks layer by layer share: their layers' budgets, and how masks are settled.
-
-A problem comes in with whatever budget and granularity the caller asked for. Integers per layer go out at the
-start; masks that keep exactly what was asked for go out at the end.
-"""
+"""Budgets of layers, and selection by layer, for methods that choose weights layer by layer."""
 
 from __future__ import annotations
 
@@ -30,24 +26,18 @@ def layer_budgets(problem: Problem) -> dict[str, int]:
     return apportion(problem.budget.total, shares, kept(problem.masks))
 
 
-def others(problem: Problem) -> dict[str, torch.Tensor]:
-    """Parameters of the graph that are not to be pruned, as their |w|: dense, but zeros carry no path."""
-    return {
-        name: problem.model.get_parameter(name).detach().abs().double().to(problem.device)
-        for name in problem.graph.kernels
-        if name not in problem.weights
-    }
-
-
 def is_untouched(problem: Problem) -> bool:
     """Whether nothing is to be removed."""
     return problem.budget.total == sum(kept(problem.masks).values())
 
 
-def settled(
+def select_by_layer(
     problem: Problem, scores: Mapping[str, torch.Tensor], layers: Mapping[str, int], name: str
 ) -> Masks:
-    """The masks of the highest scores, layer by layer; under a granularity, as ``budget`` and it allow."""
+    """Keep the highest scores: ``layers`` gives the number per layer.
+
+    Under a granularity other than single weights the problem's own budget holds, as far as there is room.
+    """
     granularity = fitted(problem.granularity, problem.graph)
     if granularity == WEIGHT:
         budget = Budget(sum(layers.values()), problem.budget.sizes, dict(layers))

@@ -1,7 +1,7 @@
-"""Synaptic flow: the loop that SynFlow and its variants share.
+"""Prune by synaptic flow in many small rounds: the loop that SynFlow and its variants share.
 
-A problem comes in, with what a variant makes of |w| and of the flow through the network (:class:`Synapse`).
-Masks go out, in many small rounds.
+Weights that compete one by one are removed in place (:func:`_by_removal`): no round writes a score or a mask
+for each of them. At channel resolution the network is a circuit, whose counts are kept from round to round.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from fxprune.graph.ir import ChannelGraph
 from fxprune.paths.circuit.circuit import Circuit, Pass
 from fxprune.paths.circuit.compile import circuit
 from fxprune.paths.count import flow
-from fxprune.scoring.contract import Problem, Scores, prune_in_rounds, round_budgets, select_within
+from fxprune.scoring.contract import (
+    Problem,
+    Scores,
+    fixed_magnitudes,
+    prune_in_rounds,
+    round_budgets,
+    select_within,
+)
 from fxprune.scoring.distributed import agree
 from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.incremental import Dense, Gain, Outer, Survivors
@@ -67,37 +74,36 @@ def in_rounds(
             label: synapse.strength(weight.abs().float().contiguous())
             for label, weight in problem.weights.items()
         }
-        device = next(weight.device for weight in strengths.values())
-        # Layers that are not to be pruned carry flow all the same.
         others = {
-            label: synapse.edge(synapse.strength(problem.model.get_parameter(label).detach().abs().float()))
-            for label in problem.graph.kernels
-            if label not in strengths
+            label: synapse.edge(synapse.strength(size)) for label, size in fixed_magnitudes(problem).items()
         }
-        others = {label: edges.to(device) for label, edges in others.items()}
-        traversed = _Traversed(problem.graph, synapse, others, resolution)
+        traversed = _TraversedNetwork(problem.graph, synapse, others, resolution)
         if problem.granularity == WEIGHT and problem.shards is None and not problem.invert:
             return _by_removal(problem, traversed, strengths, schedule, name)
 
-        def carried(_: Problem, masks: Masks) -> Scores:
+        def criterion(_: Problem, masks: Masks) -> Scores:
             alive = {label: strength * masks[label] for label, strength in strengths.items()}
             gains = traversed.flow(alive)
             return {label: strength * gains[label] for label, strength in alive.items()}
 
-        return prune_in_rounds(problem, carried, schedule=schedule, regrow=False, name=name)
+        return prune_in_rounds(problem, criterion, schedule=schedule, regrow=False, name=name)
 
     return find
 
 
 def _by_removal(
-    problem: Problem, traversed: _Traversed, strengths: dict[str, Tensor], schedule: Exponential, name: str
+    problem: Problem,
+    traversed: _TraversedNetwork,
+    strengths: dict[str, Tensor],
+    schedule: Exponential,
+    name: str,
 ) -> Masks:
-    """Where weights compete one by one, no round writes a score or a mask for each of them."""
+    """Remove weights in place, where they compete one by one."""
     check_scores(strengths, problem.budget, name)
-    wired = None
+    compiled = None
     if traversed.resolution == "channel":
-        wired = circuit(problem.graph, pool="mean", products="mean")
-    network = traversed if wired is None else _Wired(wired, traversed, strengths)
+        compiled = circuit(problem.graph, pool="mean", products="mean")
+    network = traversed if compiled is None else _CircuitNetwork(compiled, traversed, strengths)
     weights = Survivors(strengths, problem.masks)
     network.start(weights)
     for budget in round_budgets(problem, schedule=schedule, regrow=False, name=name):
@@ -115,8 +121,8 @@ def _by_removal(
 
 
 @dataclass
-class _Traversed:
-    """A network of edges, read by traversal. ``others``: edges of parameters that stay as they are."""
+class _TraversedNetwork:
+    """A network that is traversed in every round. ``others``: edges of parameters that are not pruned."""
 
     graph: ChannelGraph
     synapse: Synapse
@@ -124,7 +130,7 @@ class _Traversed:
     resolution: Literal["spatial", "channel"]
 
     def flow(self, alive: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The gain of every weight, where ``alive`` are the strengths of the kept ones and zeros."""
+        """The gain of every weight; ``alive`` are the strengths of the kept ones, and zeros."""
         edges = {label: self.synapse.edge(strength) for label, strength in alive.items()}
         found = flow(
             self.graph, edges | self.others, resolution=self.resolution, pool="mean", products="mean"
@@ -135,7 +141,7 @@ class _Traversed:
         """Nothing is kept between rounds."""
 
     def gains(self, weights: Survivors) -> dict[str, Gain]:
-        """What every weight is multiplied by."""
+        """The factor of every weight's score besides its strength."""
         found = self.flow({label: strength.nan_to_num(0.0) for label, strength in weights.values.items()})
         return {label: Dense(gain.reshape(*gain.shape[:2], -1)) for label, gain in found.items()}
 
@@ -143,15 +149,17 @@ class _Traversed:
         """Nothing is kept between rounds."""
 
 
-class _Wired:
-    """The same network as a circuit: sums over the taps of every kernel are kept from round to round.
+class _CircuitNetwork:
+    """The same network as a circuit. The sum of every kernel's edges is kept from round to round.
 
     ``strengths``: those of taps that see nothing but padding are set to zero, in place, so that all taps of a
     kernel may share its gain.
     """
 
-    def __init__(self, wired: Circuit, traversed: _Traversed, strengths: Mapping[str, Tensor]) -> None:
-        self.circuit, self.traversed, self.synapse = wired, traversed, traversed.synapse
+    def __init__(
+        self, compiled: Circuit, traversed: _TraversedNetwork, strengths: Mapping[str, Tensor]
+    ) -> None:
+        self.circuit, self.traversed, self.synapse = compiled, traversed, traversed.synapse
         self.kernels = traversed.graph.kernels
         for label, strength in strengths.items():
             if self.kernels[label].shape[2:]:
@@ -159,7 +167,7 @@ class _Wired:
         self.counts: dict[str, Tensor] = {}
 
     def start(self, weights: Survivors) -> None:
-        """Sums all kernels."""
+        """Sum the edges of all kernels."""
         for label, edges in self.traversed.others.items():
             live = self.kernels[label].live_taps.to(edges) if edges.shape[2:] else 1
             self.counts[label] = self._summed(edges * live)
@@ -167,7 +175,7 @@ class _Wired:
             self.counts[label] = self._summed(self.synapse.edge(strength))
 
     def prune(self, weights: Survivors, pruned: dict[str, Tensor]) -> None:
-        """Sums the kernels again that lost weights."""
+        """Sum the kernels that lost weights again."""
         for label, index in pruned.items():
             strength, counts = weights.values[label], self.counts[label].view(-1)
             taps = strength.numel() // len(counts)
@@ -179,7 +187,7 @@ class _Wired:
             counts[places] = self._summed(self.synapse.edge(kernels).unsqueeze(0)).view(-1)
 
     def gains(self, weights: Survivors) -> dict[str, Gain]:
-        """What the weights of every kernel are multiplied by."""
+        """The factor that the scores of a kernel's weights have besides their strengths."""
         found = self.circuit.run(self.counts)
         if any(bool(slope.isnan().any()) for slope in found.slope):  # beyond what single scales can hold
             return self.traversed.gains(weights)

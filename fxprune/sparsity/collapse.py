@@ -223,7 +223,7 @@ class _OnKernels:
         return self._spread(self.circuit.run(edges), edges[name], name)
 
     def alive(self, edges: Mapping[str, torch.Tensor], name: str) -> bool:
-        return bool((self._spread(self.circuit.marks(edges), edges[name], name) * edges[name] > 0).any())
+        return bool((self._spread(self.circuit.on_paths(edges), edges[name], name) * edges[name] > 0).any())
 
     def _spread(self, found: Pass, like: torch.Tensor, name: str) -> torch.Tensor:
         """The sum over all uses of ``name`` of its outputs' slopes times what arrives at its inputs."""

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fxprune import methods
 from fxprune.methods import Problem, agree, as_dtensors, local_rows
-from fxprune.methods.px import _activities
+from fxprune.methods.px.output_activity import output_activities
 from fxprune.scoring.data import Batch
 from fxprune.sparsity.budget import Budget, plan
 from fxprune.sparsity.granularity import KERNEL, NM, WEIGHT, Granularity
@@ -258,7 +258,7 @@ def activity(rank: int | None) -> torch.Tensor:
     group = None if rank is None else dist.group.WORLD
     asked = problem(net(), 0.6, group=group)
     own = batches if rank is None else batches[rank :: dist.get_world_size()]
-    (found,) = _activities(asked, asked.masks, own)
+    (found,) = output_activities(asked, asked.masks, own)
     return found.values * 2.0**found.power
 
 

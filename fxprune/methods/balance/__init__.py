@@ -21,8 +21,8 @@ from fxprune.methods.dpai.objective import Figures, Objective
 from fxprune.methods.dpai.weight_gradients import WeightGradients
 from fxprune.paths.circuit.circuit import Circuit
 from fxprune.paths.circuit.compile import circuit
-from fxprune.scoring.contract import Method, Problem
-from fxprune.scoring.layerwise import is_untouched, layer_budgets, others, settled
+from fxprune.scoring.contract import Method, Problem, fixed_magnitudes
+from fxprune.scoring.layerwise import is_untouched, layer_budgets, select_by_layer
 from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.masks import Masks
 
@@ -110,7 +110,7 @@ class _Balance:
             return dict(problem.masks)
         layers = layer_budgets(problem)
         compiled = circuit(problem.graph) if problem.granularity == WEIGHT else None
-        fixed = {name: (size != 0).cpu() for name, size in others(problem).items()}
+        fixed = {name: (size != 0).cpu() for name, size in fixed_magnitudes(problem).items()}
         steps = self.steps if compiled is None else max(1, self.steps // ASCENT_SHARE)
         with torch.no_grad():
             gradients = self._make_gradients(problem, compiled, fixed)
@@ -295,4 +295,4 @@ def _fit_budget(problem: Problem, masks: Masks, layers: dict[str, int]) -> Masks
         name: (4.0 * mask + torch.rand(mask.shape, generator=problem.generator)).to(problem.device)
         for name, mask in masks.items()
     }
-    return settled(problem, scores, layers, "balance")
+    return select_by_layer(problem, scores, layers, "balance")

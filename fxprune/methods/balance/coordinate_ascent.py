@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxprune.methods.balance.layer_moves import Floats, oriented
 from fxprune.paths.circuit.circuit import Circuit
-from fxprune.paths.circuit.parts import Contraction, Op
+from fxprune.paths.circuit.parts import Contraction, Part
 
 __all__ = ["CoordinateAscent"]
 
@@ -85,7 +85,7 @@ class CoordinateAscent:
         }
         self._has_zero_caps = {name for name in self.free if not bool(self.caps[name].all())}
         self._noise_scale = 0.0
-        ops = [self._visited(op) if isinstance(op, Contraction) else replace(op) for op in circuit.ops]
+        ops = [self._visited(op) if isinstance(op, Contraction) else replace(op) for op in circuit.parts]
         self.circuit = Circuit(
             ops,
             circuit.sources,
@@ -96,7 +96,7 @@ class CoordinateAscent:
             circuit.presences,
         )
 
-    def _visited(self, op: Contraction) -> Op:
+    def _visited(self, op: Contraction) -> Part:
         return _VisitedContraction(
             op.output, op.inputs, op.name, op.operand, op.groups, op.transposed, op.rows, op.is_whole,
             visit=self._rewrite if op.name in self.free else None,

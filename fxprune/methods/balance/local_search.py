@@ -161,7 +161,7 @@ class LocalSearch:
         counts = {**self.fixed, **self.counts}
         run = self.circuit.run(counts)
         # In float32, branches with far fewer paths than others may have no slopes left.
-        marks = self.circuit.marks(counts) if self.circuit.dtype == torch.float32 else run
+        marks = self.circuit.on_paths(counts) if self.circuit.dtype == torch.float32 else run
         nodes, kernels = self._count_simple(marks)
         for name in self._uses.keys() - self._simple.keys():
             effective = (self._gain(marks, name) > 0) & (self.counts[name] > 0)

@@ -267,7 +267,7 @@ class KernelGradients:
         if self._log_paths == -math.inf:
             return Figures(-math.inf, 0, 0)
         # Ones and zeros for paths: numbers of branches with far fewer paths than others may underflow.
-        marks = self.circuit.marks({**self.counts, **self.kept_lists})
+        marks = self.circuit.on_paths({**self.counts, **self.kept_lists})
         totals = [self._count_indexed(marks, name) for name in self.kept_lists]
         parts = (part for blocks in self._blocks for block in blocks for part in block.parts)
         totals += [self._count_part(marks, part) for part in parts if part.name not in self.kept_lists]

@@ -1,4 +1,4 @@
-"""NPB: layer by layer, weights that balance nodes in use against paths coming in, by an exact programme."""
+"""NPB: in each layer, balance nodes in use against incoming paths, by an exact programme."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from fxprune.graph.ir import KernelSet
 from fxprune.methods.npb.assignment import solve
 from fxprune.methods.npb.layer_by_layer import decide
 from fxprune.paths.count import flow, reach
-from fxprune.scoring.contract import Method, Problem, Scores
-from fxprune.scoring.layerwise import is_untouched, layer_budgets, others, settled
+from fxprune.scoring.contract import Method, Problem, Scores, fixed_magnitudes
+from fxprune.scoring.layerwise import is_untouched, layer_budgets, select_by_layer
 from fxprune.sparsity.masks import Masks
 
-CHOSEN = 4.0  # scores of a layer: chosen weights, then candidates on a path (1 to 3), then the rest (below 1)
+CHOSEN = 4.0
+"""The score of chosen weights; that of others on a path is 1 to 3, that of the rest below 1."""
 
 
 def npb(
@@ -62,10 +63,10 @@ def npb(
         if value < 1:
             raise ValueError(f"method 'npb': {option}={value!r}, expected an integer of at least 1")
 
-    wish = _Wish(alpha, beta, max_per_kernel, min_per_node, inside, repair, resolution)
+    options = _Options(alpha, beta, max_per_kernel, min_per_node, inside, repair, resolution)
     return Method(
         name="npb",
-        find=lambda problem: _find(problem, wish),
+        find=lambda problem: _find(problem, options),
         summary="balances nodes and paths in every layer, by an exact programme; no data",
         paper="Pham et al. 2023, NeurIPS (Towards data-agnostic pruning at initialization)",
         scored=False,
@@ -74,8 +75,8 @@ def npb(
 
 
 @dataclass(frozen=True)
-class _Wish:
-    """The options."""
+class _Options:
+    """The options of :func:`npb`: ``cap`` is ``max_per_kernel``, ``least`` is ``min_per_node``."""
 
     alpha: float
     beta: float
@@ -86,7 +87,7 @@ class _Wish:
     resolution: Literal["spatial", "channel"]
 
 
-def _find(problem: Problem, wish: _Wish) -> Masks:
+def _find(problem: Problem, options: _Options) -> Masks:
     if is_untouched(problem):
         return dict(problem.masks)
     layers = layer_budgets(problem)
@@ -96,39 +97,43 @@ def _find(problem: Problem, wish: _Wish) -> Masks:
     def choose(name: str, incoming: Tensor) -> Tensor:
         next(done, None)
         kernels, weight = problem.graph.kernels[name], problem.weights[name]
-        order = weight.abs() if wish.inside == "magnitude" else _noise(problem, weight)
+        order = weight.abs() if options.inside == "magnitude" else _noise(problem, weight)
         within = problem.masks[name].cpu()
-        cap = wish.cap if scores else weight[0, 0].numel()
-        counts = _counts(kernels, incoming, layers[name], cap, wish, problem.generator)
+        cap = options.cap if scores else weight[0, 0].numel()
+        counts = _counts(kernels, incoming, layers[name], cap, options, problem.generator)
         scores[name] = _scores(counts, incoming, order.cpu(), within & kernels.live_taps)
-        return _best(scores[name], layers[name], within)
+        return _select(scores[name], layers[name], within)
 
-    fixed = {name: size.cpu() for name, size in others(problem).items()}
-    chosen = decide(problem.graph, choose, known=fixed, resolution=wish.resolution)
+    fixed = {name: size.cpu() for name, size in fixed_magnitudes(problem, torch.float64).items()}
+    chosen = decide(problem.graph, choose, known=fixed, resolution=options.resolution)
     for name, weight in problem.weights.items():
         if name not in chosen:  # no path ever reaches it
             scores[name] = _noise(problem, weight).double()
-            chosen[name] = _best(scores[name], layers[name], problem.masks[name].cpu())
-    if wish.repair:
-        scores = _repaired(problem, scores, {name: chosen[name] for name in problem.weights}, wish.resolution)
+            chosen[name] = _select(scores[name], layers[name], problem.masks[name].cpu())
+    if options.repair:
+        scores = _repaired(
+            problem, scores, {name: chosen[name] for name in problem.weights}, options.resolution
+        )
     scores = {name: scores[name].to(problem.masks[name].device) for name in problem.weights}
-    return settled(problem, scores, layers, "npb")
+    return select_by_layer(problem, scores, layers, "npb")
 
 
 def _noise(problem: Problem, weight: Tensor) -> Tensor:
     return torch.rand(weight.shape, generator=problem.generator)
 
 
-def _oriented(x: Tensor, kernels: KernelSet) -> Tensor:
-    """(out, in / groups, *taps), or back, where the parameter is that of a transposed convolution."""
+def _outputs_first(x: Tensor, kernels: KernelSet) -> Tensor:
+    """Turn a parameter of a transposed convolution to (out, in / groups, *taps), or back; no other one."""
     return swap_orientation(x, kernels.groups) if kernels.transposed else x
 
 
 def _counts(
-    kernels: KernelSet, incoming: Tensor, budget: int, cap: int, wish: _Wish, generator: torch.Generator
+    kernels: KernelSet, incoming: Tensor, budget: int, cap: int, options: _Options, generator: torch.Generator
 ) -> Tensor:
-    """Weights of every kernel, in the layout of the parameter: shape (out, in / groups) or turned."""
-    paths = _oriented(incoming, kernels).flatten(2).amax(2) if incoming.dim() > 2 else incoming
+    """Solve the programme of one layer: the number of weights of each kernel, shaped as the parameter's first
+    two axes.
+    """
+    paths = _outputs_first(incoming, kernels).flatten(2).amax(2) if incoming.dim() > 2 else incoming
     outputs = paths.shape[0] // kernels.groups
     paths = paths.reshape(kernels.groups, outputs, -1).amax(1)
     taps = max(1, int(kernels.live_taps.sum()))
@@ -137,17 +142,17 @@ def _counts(
         paths.cpu(),
         outputs,
         budget,
-        alpha=wish.alpha,
-        beta=wish.beta,
+        alpha=options.alpha,
+        beta=options.beta,
         cap=min(taps, max(cap, needed)),
-        least=wish.least,
+        least=options.least,
         generator=generator,
     )
-    return _oriented(solved.transpose(1, 2).flatten(0, 1), kernels)
+    return _outputs_first(solved.transpose(1, 2).flatten(0, 1), kernels)
 
 
 def _scores(counts: Tensor, incoming: Tensor, order: Tensor, usable: Tensor) -> Tensor:
-    """The first ``counts`` usable weights of every kernel in ``order`` are chosen; then paths decide."""
+    """Choose the first ``counts`` usable weights of every kernel in ``order``; score others by paths."""
     ranked = (
         order.where(usable, -1.0).flatten(2) if order.dim() > 2 else order.where(usable, -1.0).unsqueeze(2)
     )
@@ -160,7 +165,8 @@ def _scores(counts: Tensor, incoming: Tensor, order: Tensor, usable: Tensor) -> 
     return is_chosen * CHOSEN + spare.double()
 
 
-def _best(scores: Tensor, budget: int, within: Tensor) -> Tensor:
+def _select(scores: Tensor, budget: int, within: Tensor) -> Tensor:
+    """Keep the chosen weights, or the ``budget`` highest scores where their number differs."""
     chosen = (scores >= CHOSEN) & within
     if int(chosen.sum()) == budget:
         return chosen
@@ -172,12 +178,12 @@ def _best(scores: Tensor, budget: int, within: Tensor) -> Tensor:
 def _repaired(
     problem: Problem, scores: Scores, chosen: dict[str, Tensor], resolution: Literal["spatial", "channel"]
 ) -> Scores:
-    """Scores under which weights on no path go where they are on one: to the fullest kernels in use.
+    """Scores that move weights on no path to places on a path: to the fullest kernels in use.
 
-    A weight whose derivative of ln R is positive lies on a path as soon as it is kept. Nothing that has an
-    effect is taken away, so that nodes, kernels and paths can only grow.
+    A weight lies on a path as soon as it is kept if d ln R / d weight is positive. Effective weights stay, so
+    that nodes, kernels and paths can only grow.
     """
-    known = {name: weight.cpu() for name, weight in others(problem).items()}
+    known = {name: size.cpu() for name, size in fixed_magnitudes(problem, torch.float64).items()}
     masks = {name: mask.bool() for name, mask in chosen.items()}
     effective = reach(problem.graph, {**known, **masks}, resolution=resolution)
     if all(bool((effective[name] == mask).all()) for name, mask in masks.items()):

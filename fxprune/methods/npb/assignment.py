@@ -1,7 +1,4 @@
-"""The node-path balancing programme of one layer, solved exactly without a solver.
-
-In: the paths that arrive at each input channel, the layer's size and budget. Out: the number of weights for
-every kernel.
+"""Solve the node-path balancing programme of one layer exactly, without a solver.
 
 Let M (inputs x outputs) be the numbers of weights, r and c its row and column sums. The programme (Pham et
 al. 2023) maximises, over integers 0 <= M_ij <= K with a sum of at most n,
@@ -11,10 +8,10 @@ al. 2023) maximises, over integers 0 <= M_ij <= K with a sum of at most n,
 
 A counting nodes with at least m weights (in part below m), B the incoming paths, C the kernels in use.
 
-*Theorem.* Fix r, with 0 <= r_i <= K J, and deal the weights out cyclically: row after row, each weight to the
-next column. Then all of A, B and C are as large as this r allows. *Proof.* B depends on r alone. Row i uses
-min(r_i, J) columns, and no row can use more: C is at its upper bound. Column sums differ by one at most, and
-sum_j min(c_j, m), concave and symmetric, is largest among all c of that sum where c is level: A is at its
+*Theorem.* Fix r, with 0 <= r_i <= K J, and distribute the weights cyclically: row after row, each weight to
+the next column. Then all of A, B and C are as large as this r allows. *Proof.* B depends on r alone. Row i
+uses min(r_i, J) columns, and no row can use more: C is at its upper bound. Column sums differ by one at most,
+and sum_j min(c_j, m), concave and symmetric, is largest among all c of that sum where c is level: A is at its
 upper bound. A row puts at most ceil(r_i / J) <= K weights on one kernel, so M is feasible. []
 
 It remains to choose r: a sum of concave functions of the single r_i,
@@ -75,8 +72,8 @@ def solve(
     groups, inputs = paths.shape
     order = _shuffled(groups, inputs, generator)
     rows = _row_sums(paths.gather(1, order), outputs, budget, alpha, beta, cap, least)
-    dealt = _dealt(rows, outputs)
-    counts = torch.empty_like(dealt).scatter_(1, order.unsqueeze(2).expand_as(dealt), dealt)
+    in_order = _distribute_cyclically(rows, outputs)
+    counts = torch.empty_like(in_order).scatter_(1, order.unsqueeze(2).expand_as(in_order), in_order)
     columns = _shuffled(groups, outputs, generator).unsqueeze(1).expand_as(counts)
     return counts.gather(2, columns)
 
@@ -92,16 +89,17 @@ def most_paths(paths: Tensor, outputs: int, budget: int, cap: int) -> float:
 def _row_sums(
     paths: Tensor, outputs: int, budget: int, alpha: float, beta: float, cap: int, least: int
 ) -> Tensor:
-    """r, shape of ``paths``: the ``budget`` largest marginal gains."""
+    """r, of the shape of ``paths``: take the ``budget`` largest marginal gains."""
     groups, inputs = paths.shape
     node = alpha / (groups * (inputs + outputs))
     kernel = beta / max(budget, 1)
     top = most_paths(paths, outputs, budget, cap)
     path = (1 - alpha) * paths / top if top > 0 else torch.zeros_like(paths)
     is_dead = (paths <= 0) & (top > 0)
-    marks = sorted({0, min(least, cap * outputs), outputs, cap * outputs})
+    # The gain of a row changes at these numbers of weights.
+    levels = sorted({0, min(least, cap * outputs), outputs, cap * outputs})
     gains, sizes = [], []
-    for start, end in pairwise(marks):
+    for start, end in pairwise(levels):
         gain = path + node * (start < least) + kernel * (start < outputs)
         gains.append(gain.masked_fill(is_dead, -1.0))
         sizes.append(torch.full_like(gain, end - start))
@@ -121,15 +119,16 @@ def _row_sums(
     return per_part.view(groups, inputs, -1).sum(2).round().long()
 
 
-def _dealt(rows: Tensor, outputs: int) -> Tensor:
-    """Row after row, each weight to the next column, all around: int64, (groups, inputs, outputs)."""
+def _distribute_cyclically(rows: Tensor, outputs: int) -> Tensor:
+    """Give each weight to the next column, row after row: int64, (groups, inputs, outputs)."""
     start = (rows.cumsum(1) - rows) % outputs
     column = torch.arange(outputs, device=rows.device)
-    turn = (column - start.unsqueeze(2)) % outputs
-    return (rows // outputs).unsqueeze(2) + (turn < (rows % outputs).unsqueeze(2)).long()
+    after_start = (column - start.unsqueeze(2)) % outputs
+    return (rows // outputs).unsqueeze(2) + (after_start < (rows % outputs).unsqueeze(2)).long()
 
 
 def _shuffled(groups: int, size: int, generator: torch.Generator | None) -> Tensor:
+    """A random order for every group; the natural one without a generator."""
     if generator is None:
         return torch.arange(size).expand(groups, size)
     return torch.rand(groups, size, generator=generator).argsort(1)

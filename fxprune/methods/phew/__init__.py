@@ -7,15 +7,18 @@ from torch import Tensor
 
 from fxprune.methods.phew.walks import Visits, Walks
 from fxprune.paths.count import flow
-from fxprune.scoring.contract import Method, Problem, Scores
-from fxprune.scoring.layerwise import is_untouched, settled
+from fxprune.scoring.contract import Method, Problem, Scores, fixed_magnitudes
+from fxprune.scoring.layerwise import is_untouched, select_by_layer
 from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.select import select
 
-NEVER = 2**31 - 1  # the first walk through a weight that no walk has passed
-SMALLEST, LARGEST = 256, 1 << 16  # walks in a batch
-WORTH = 0.05  # share of steps on weights that are still wanted, below which walking ends
+NEVER = 2**31 - 1
+"""The number of the first walk through a weight that no walk has passed."""
+SMALLEST, LARGEST = 256, 1 << 16
+"""Walks in a batch."""
+WORTH = 0.05
+"""Walking ends when a smaller share of all steps passes weights that no walk had passed before."""
 
 
 def phew(*, kernel: bool = False) -> Method:
@@ -42,17 +45,13 @@ def phew(*, kernel: bool = False) -> Method:
         if is_untouched(problem):
             return dict(problem.masks)
         sizes = {name: weight.detach().abs().float().cpu() for name, weight in problem.weights.items()}
-        fixed = {
-            name: problem.model.get_parameter(name).detach().abs().float().cpu()
-            for name in problem.graph.kernels
-            if name not in sizes
-        }
+        fixed = {name: size.cpu() for name, size in fixed_magnitudes(problem).items()}
         usable = {name: mask.cpu() for name, mask in problem.masks.items()}
         walks = Walks(problem.graph, {**sizes, **fixed}, usable)
         first = _first_visits(problem, walks, usable, kernel)
         scores = {name: _score(problem, first[name], sizes[name]) for name in first}
         if problem.granularity == WEIGHT and problem.budget.layers is None:
-            _close(problem, first, scores, sizes, fixed)
+            _raise_closing_weights(problem, first, scores, sizes, fixed)
         scores = {name: score.to(problem.masks[name].device) for name, score in scores.items()}
         return _chosen(problem, scores)
 
@@ -70,7 +69,7 @@ def _first_visits(problem: Problem, walks: Walks, usable: Masks, kernel: bool) -
     first = {name: torch.full(w.shape, NEVER, dtype=torch.int32) for name, w in problem.weights.items()}
     short = total = _missing(problem, first)
     done = 0
-    bar, shown = iter(problem.progress(range(100), "phew", 100)), 0
+    percent, shown = iter(problem.progress(range(100), "phew", 100)), 0
     while short > 0 and walks.longest:
         number = min(LARGEST, max(SMALLEST, short // walks.longest))
         ids = torch.arange(done, done + number)
@@ -80,17 +79,18 @@ def _first_visits(problem: Problem, walks: Walks, usable: Masks, kernel: bool) -
             (walks.forward(ids[::2] // 2, problem.generator), 0),
             (walks.backward(ids[::2] // 2, problem.generator), 1),
         ):
-            _enter(first, visits, offset, kernel, usable)
+            _record(first, visits, offset, kernel, usable)
         before, short = short, _missing(problem, first)
         while shown < 100 * (total - max(short, 0)) // total:
             shown += 1
-            next(bar, None)
+            next(percent, None)
         if before - short < WORTH * number * min(walks.longest, len(first)):
             break
     return first
 
 
-def _enter(first: dict[str, Tensor], visits: Visits, offset: int, kernel: bool, usable: Masks) -> None:
+def _record(first: dict[str, Tensor], visits: Visits, offset: int, kernel: bool, usable: Masks) -> None:
+    """Enter the first walk through each weight; with ``kernel``, through each weight of its kernel."""
     for name, weights in visits.weights.items():
         if name not in first:
             continue
@@ -105,7 +105,7 @@ def _enter(first: dict[str, Tensor], visits: Visits, offset: int, kernel: bool, 
 
 
 def _missing(problem: Problem, first: dict[str, Tensor]) -> int:
-    """How many weights the budget still lacks, in all or summed over the layers that lack some."""
+    """The number of weights that the budget still lacks, in all or summed over the layers that lack some."""
     passed = {name: int((walk < NEVER).sum()) for name, walk in first.items()}
     if problem.budget.layers is None:
         return problem.budget.total - sum(passed.values())
@@ -113,10 +113,10 @@ def _missing(problem: Problem, first: dict[str, Tensor]) -> int:
 
 
 def _score(problem: Problem, first: Tensor, size: Tensor) -> Tensor:
-    """From 2 to 3 what walks have passed, early ones high; from 0 to 1 the rest, drawn by its size.
+    """Score weights that walks have passed from 2 to 3, early ones high, and the others from 0 to 1.
 
-    A weight's chance to be passed, with walks level over channels, is the mean of its shares of its input's
-    and of its output's weights. Waiting times that are exponential at that rate put weights in the order of a
+    Where all channels are equally likely, a weight is passed with the mean of its shares of its input's and
+    of its output's weights. Waiting times that are exponential at this rate put weights in the order of a
     draw without replacement.
     """
     shares = size.double().flatten(1)
@@ -129,8 +129,13 @@ def _score(problem: Problem, first: Tensor, size: Tensor) -> Tensor:
     return torch.where(first < NEVER, 3 - first.double() / NEVER, 1 / (1 + waiting))
 
 
-def _close(problem: Problem, first: dict[str, Tensor], scores: Scores, sizes: Scores, fixed: Scores) -> None:
-    """Raises what closes a path between channels in use, for the places that no whole walk fits into."""
+def _raise_closing_weights(
+    problem: Problem, first: dict[str, Tensor], scores: Scores, sizes: Scores, fixed: Scores
+) -> None:
+    """Raise the scores of weights that close a path between channels that walks have passed.
+
+    They fill the rest of the budget where the next walk would not fit. Scores change in place.
+    """
     walk = torch.cat([walks[walks < NEVER] for walks in first.values()])
     if len(walk) <= problem.budget.total:
         return
@@ -153,6 +158,6 @@ def _close(problem: Problem, first: dict[str, Tensor], scores: Scores, sizes: Sc
 def _chosen(problem: Problem, scores: Scores) -> Masks:
     layers = problem.budget.layers
     if layers is not None or problem.granularity != WEIGHT:
-        return settled(problem, scores, layers or {}, "phew")
+        return select_by_layer(problem, scores, layers or {}, "phew")
 
     return select(scores, problem.budget, within=problem.masks, method="phew")

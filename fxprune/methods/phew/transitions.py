@@ -1,8 +1,6 @@
-"""Links: how the entries of an op's input lead to the entries of its output, ready for random walks.
+"""Transitions: from the entries of an op's input to the entries of its output, for many walkers at once.
 
-In: the steps of a program and non-negative sizes of the weights. Out: for every live input of every op a
-:class:`Link`, which takes many walkers across at once, forward or backward. Entries are flat indices of
-reduced tensors. A walker that meets no way on is lost; the caller sees it as ``-1``.
+Entries are flat indices of reduced tensors. A walker that finds no way on is lost: its entry becomes ``-1``.
 """
 
 from __future__ import annotations
@@ -14,35 +12,43 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Choice", "EdgeLink", "Link", "edges_of"]
+from fxprune.paths.circuit.linear_maps import coefficients
+from fxprune.paths.circuit.parts import Entries
 
-DENSE_LIMIT = 2_000_000_000  # entries of the largest Jacobian that is looked through, row by row
+__all__ = ["CoefficientTransition", "Draw", "Members", "RowSampler", "Transition", "transition_of"]
 
-
-class Link(Protocol):
-    """One live input of one op."""
-
-    def forward(self, entries: Tensor, ids: Tensor, draw: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
-        """Output entries for input ``entries``, and the weights passed (``-1`` for none)."""
-
-    def backward(self, entries: Tensor, ids: Tensor, draw: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
-        """Input entries for output ``entries``, and the weights passed (``-1`` for none)."""
-
-    def spread(self, fed: Tensor) -> Tensor:
-        """Which outputs are reached from the inputs ``fed`` (bool)."""
-
-    def gather(self, feeding: Tensor) -> Tensor:
-        """Which inputs reach the outputs ``feeding`` (bool)."""
-
-    def within(self, fed: Tensor, feeding: Tensor) -> None:
-        """Leaves only what leads from inputs ``fed`` to outputs ``feeding``."""
+Draw = Callable[[int], Tensor]
+"""``draw(n)``: n numbers from U(0, 1)."""
 
 
-class Choice:
-    """Draws one of the items of a row, with probability proportional to its size, for many rows at once.
+class Transition(Protocol):
+    """The way from one live input of an op to its output, and back.
 
-    ``rows`` (sorted, int64) and ``sizes`` (non-negative) of the items; ``number`` of rows. The cumulative
-    shares of all rows follow one another in one ascending array, so that a draw is one binary search.
+    ``ids`` are the numbers of the walks, one for each of ``entries``.
+    """
+
+    def forward(self, entries: Tensor, ids: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Draw output entries for input ``entries``, and the weights passed (``-1`` for none)."""
+
+    def backward(self, entries: Tensor, ids: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Draw input entries for output ``entries``, and the weights passed (``-1`` for none)."""
+
+    def reached_from(self, inputs: Tensor) -> Tensor:
+        """Which outputs can be reached from any of ``inputs`` (both bool)."""
+
+    def leading_to(self, outputs: Tensor) -> Tensor:
+        """Which inputs lead to any of ``outputs`` (both bool)."""
+
+    def restrict(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Leave only what leads from ``inputs`` to ``outputs`` (both bool)."""
+
+
+class RowSampler:
+    """Draws one item of a row, with probability proportional to its size, for many rows at once.
+
+    ``rows`` (sorted, int64) and ``sizes`` (non-negative) describe the items; ``number`` is that of rows. The
+    cumulative shares of all rows follow one another in one ascending array, so that a draw is a binary
+    search.
     """
 
     def __init__(self, rows: Tensor, sizes: Tensor, number: int) -> None:
@@ -50,137 +56,80 @@ class Choice:
         totals = torch.zeros(number, dtype=torch.float64).index_add_(0, rows, sizes)
         before = torch.cat([totals.new_zeros(1), totals.cumsum(0)[:-1]])
         share = (sizes.cumsum(0) - before[rows]) / totals[rows].clamp(min=1e-300)
-        self.cumulative = rows + share.clamp(0, 1)
-        self.open = totals > 0
-        self.items = len(rows)
+        self._cumulative = rows + share.clamp(0, 1)
+        self._has_items = totals > 0
+        self._items = len(rows)
 
     def draw(self, rows: Tensor, chance: Tensor) -> Tensor:
-        """An item of each of ``rows``; ``-1`` where the row has none."""
-        if not self.items:
+        """An item of each of ``rows``; ``-1`` where the row has none of positive size."""
+        if not self._items:
             return torch.full_like(rows, -1)
-        item = torch.searchsorted(self.cumulative, rows + chance, right=True).clamp(max=self.items - 1)
-        return item.where(self.open[rows], -1)
+        item = torch.searchsorted(self._cumulative, rows + chance, right=True).clamp(max=self._items - 1)
+        return item.where(self._has_items[rows], -1)
 
 
-class EdgeLink:
-    """A link given by its edges: from input entry ``source`` to output entry ``target``, of some size."""
+class CoefficientTransition:
+    """The transition of an op without weights: proportional to the op's own coefficients."""
 
-    def __init__(self, source: Tensor, target: Tensor, sizes: Tensor, inputs: int, outputs: int) -> None:
-        self.edges = source, target, sizes
-        self.inputs, self.outputs = inputs, outputs
+    def __init__(self, entries: Entries, inputs: int, outputs: int) -> None:
+        self.entries, self.inputs, self.outputs = entries, inputs, outputs
         self._index()
 
     def _index(self) -> None:
-        source, target, sizes = self.edges
-        onward, back = source.argsort(stable=True), target.argsort(stable=True)
-        self.targets, self.sources = target[onward], source[back]
-        self.onward = Choice(source[onward], sizes[onward], self.inputs)
-        self.back = Choice(target[back], sizes[back], self.outputs)
+        target, source, sizes = self.entries
+        by_source, by_target = source.argsort(stable=True), target.argsort(stable=True)
+        self._targets, self._sources = target[by_source], source[by_target]
+        self._forward = RowSampler(source[by_source], sizes[by_source], self.inputs)
+        self._backward = RowSampler(target[by_target], sizes[by_target], self.outputs)
 
-    def forward(self, entries: Tensor, ids: Tensor, draw: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
-        item = self.onward.draw(entries, draw(len(entries)))
-        return _picked(self.targets, item), torch.full_like(entries, -1)
+    def forward(self, entries: Tensor, ids: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        item = self._forward.draw(entries, draw(len(entries)))
+        return _at(self._targets, item), torch.full_like(entries, -1)
 
-    def backward(self, entries: Tensor, ids: Tensor, draw: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
-        item = self.back.draw(entries, draw(len(entries)))
-        return _picked(self.sources, item), torch.full_like(entries, -1)
+    def backward(self, entries: Tensor, ids: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        item = self._backward.draw(entries, draw(len(entries)))
+        return _at(self._sources, item), torch.full_like(entries, -1)
 
-    def spread(self, fed: Tensor) -> Tensor:
-        source, target, _ = self.edges
-        reached = torch.zeros(self.outputs, dtype=torch.bool)
-        reached[target[fed[source]]] = True
-        return reached
-
-    def gather(self, feeding: Tensor) -> Tensor:
-        source, target, _ = self.edges
-        found = torch.zeros(self.inputs, dtype=torch.bool)
-        found[source[feeding[target]]] = True
+    def reached_from(self, inputs: Tensor) -> Tensor:
+        found = torch.zeros(self.outputs, dtype=torch.bool)
+        found[self.entries.out[inputs[self.entries.into]]] = True
         return found
 
-    def within(self, fed: Tensor, feeding: Tensor) -> None:
-        source, target, _ = self.edges
-        used = fed[source] & feeding[target]
+    def leading_to(self, outputs: Tensor) -> Tensor:
+        found = torch.zeros(self.inputs, dtype=torch.bool)
+        found[self.entries.into[outputs[self.entries.out]]] = True
+        return found
+
+    def restrict(self, inputs: Tensor, outputs: Tensor) -> None:
+        used = inputs[self.entries.into] & outputs[self.entries.out]
         if not bool(used.all()):
-            self.edges = tuple(part[used] for part in self.edges)  # type: ignore[assignment]
+            self.entries = Entries(*(part[used] for part in self.entries))
             self._index()
 
 
-def _picked(values: Tensor, item: Tensor) -> Tensor:
+def _at(values: Tensor, item: Tensor) -> Tensor:
+    """``values[item]``, and ``-1`` where ``item`` is."""
     if not len(values):
         return item
     return values[item.clamp(min=0)].where(item >= 0, -1)
 
 
-def edges_of(apply: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> EdgeLink:
-    """The non-zero coefficients of a linear function of a reduced tensor of ``shape``, as edges.
-
-    Most ops move entries: each output has one input (a gather, a broadcast), or each input one output (a
-    reduction). Both are read off one run on labels, and checked on random numbers; anything else is
-    differentiated row by row.
+def transition_of(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> CoefficientTransition:
+    """The transition of a linear function of a reduced tensor of ``shape``.
 
     Raises:
-        ValueError: neither holds, and there are too many coefficients to look at.
+        ValueError: the function has too many coefficients to look at.
     """
-    ones = torch.ones(shape, dtype=torch.float64, requires_grad=True)
-    inputs = ones.numel()
-    with torch.enable_grad():
-        out = apply(ones)
-    outputs = out.numel()
-    generator = torch.Generator().manual_seed(0x5EED)
-    noise = torch.rand(inputs, generator=generator, dtype=torch.float64) + 1
-
-    def run(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return apply(x.reshape(shape)).flatten()
-
-    def turned(x: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad(out, ones, x.reshape(out.shape), retain_graph=True)
-        return found.flatten()
-
-    def single(count: Tensor, labels: Tensor, check: Tensor, noise: Tensor) -> Tensor | None:
-        """The only partner of each entry, if there is one."""
-        partner = (labels / count.clamp(min=1e-300) - 1).round().long().clamp(0, len(noise) - 1)
-        fits = torch.allclose(check, count * noise[partner], rtol=1e-9, atol=0)
-        return partner if fits else None
-
-    counts = out.detach().flatten()
-    label = torch.arange(1, inputs + 1, dtype=torch.float64)
-    partner = single(counts, run(label), run(noise), noise)
-    if partner is not None:
-        used = counts > 0
-        return EdgeLink(partner[used], used.nonzero().flatten(), counts[used], inputs, outputs)
-    counts = turned(torch.ones(outputs, dtype=torch.float64))
-    label = torch.arange(1, outputs + 1, dtype=torch.float64)
-    noise = torch.rand(outputs, generator=generator, dtype=torch.float64) + 1
-    partner = single(counts, turned(label), turned(noise), noise)
-    if partner is not None:
-        used = counts > 0
-        return EdgeLink(used.nonzero().flatten(), partner[used], counts[used], inputs, outputs)
-    if inputs * outputs > DENSE_LIMIT:
-        raise ValueError(f"an op has {inputs} x {outputs} channels and positions: too many for walks")
-    return _looked_through(out, ones, inputs, outputs)
-
-
-def _looked_through(out: Tensor, x: Tensor, inputs: int, outputs: int) -> EdgeLink:
-    step = max(1, 4_000_000 // max(inputs, outputs))
-    parts = []
-    for start in range(0, outputs, step):
-        size = min(step, outputs - start)
-        rows = torch.zeros(size, outputs, dtype=torch.float64)
-        rows[torch.arange(size), torch.arange(start, start + size)] = 1
-        (found,) = torch.autograd.grad(
-            out, x, rows.reshape(size, *out.shape), retain_graph=True, is_grads_batched=True
-        )
-        found = found.reshape(size, inputs)
-        row, column = found.nonzero(as_tuple=True)
-        parts.append((column, row + start, found[row, column]))
-    source, target, sizes = (torch.cat(column) for column in zip(*parts, strict=True))
-    return EdgeLink(source, target, sizes, inputs, outputs)
+    entries, outputs = coefficients(function, shape)
+    return CoefficientTransition(entries, torch.Size(shape).numel(), outputs)
 
 
 @dataclass(frozen=True)
 class Members:
-    """The entries of every class of one axis: ``order[first[c] : first[c] + count[c]]``."""
+    """The entries of every class of one axis: those of class c are ``order[first[c] : first[c] + count[c]]``.
+
+    ``index`` is the class of every entry.
+    """
 
     index: Tensor
     order: Tensor
@@ -192,6 +141,6 @@ class Members:
         count = torch.bincount(index, minlength=classes)
         return cls(index, index.argsort(stable=True), count.cumsum(0) - count, count)
 
-    def pick(self, classes: Tensor, chance: Tensor) -> Tensor:
-        """A member of each class, uniformly."""
+    def draw(self, classes: Tensor, chance: Tensor) -> Tensor:
+        """A member of each class, each as likely."""
         return self.order[self.first[classes] + (chance * self.count[classes]).long()]

@@ -1,7 +1,7 @@
-"""The parts of a circuit: one matrix per contraction, and the fixed maps between them.
+"""The parts of a circuit: one matrix per contraction, and fixed linear maps between them.
 
-In: nothing; these are plain data with the little arithmetic that each has of its own, made by
-``fxprune.paths.circuit.compile`` and run by :class:`fxprune.paths.circuit.circuit.Circuit`.
+Each part computes its output from its inputs (``forward``), and the slopes of its inputs from that of its
+output (``backward``). A *slope* is d ln R / d value. All values are flat. Gains are set by the circuit.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ __all__ = [
     "Entries",
     "Function",
     "Kept",
-    "Marking",
-    "Op",
+    "Part",
     "Presence",
+    "PresenceFunction",
     "Sparse",
     "Wire",
 ]
 
 Function = Callable[[Sequence[Tensor]], Tensor]
-Marking = Callable[[Sequence[Tensor], Tensor], Tensor]
+"""A linear function of flat tensors."""
+PresenceFunction = Callable[[Sequence[Tensor], Tensor], Tensor]
+"""The presence of a value, from those of its inputs, and a scalar 1 that has the dtype and the device."""
 
 
 @dataclass
@@ -41,8 +43,28 @@ class Wire:
     gains: tuple[float, ...] = ()
 
     def move(self, device: torch.device) -> None:
-        """To another device, in place."""
+        """Move to another device, in place."""
         self.indices = tuple(None if index is None else index.to(device) for index in self.indices)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """The output."""
+        total: Tensor | None = None
+        for x, index, gain in zip(inputs, self.indices, self.gains, strict=True):
+            term = x if index is None else x.index_select(0, index)
+            if total is None:
+                total = term if gain == 1 else term * gain
+            else:
+                total = torch.add(total, term, alpha=gain)
+        assert total is not None, "a wire has an input"
+        return total
+
+    def backward(self, slope: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The slope of each input."""
+        found = []
+        for x, index, gain in zip(inputs, self.indices, self.gains, strict=True):
+            term = slope if gain == 1 else slope * gain
+            found.append(term if index is None else torch.zeros_like(x).index_add_(0, index, term))
+        return found
 
 
 class Entries(NamedTuple):
@@ -64,18 +86,18 @@ class Sparse:
     gains: tuple[float, ...] = ()
 
     def move(self, device: torch.device) -> None:
-        """To another device, in place."""
+        """Move to another device, in place."""
         self.matrices = tuple(Entries(*(x.to(device) for x in entries)) for entries in self.matrices)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The output, of its inputs."""
+        """The output."""
         total = inputs[0].new_zeros(self.size)
         for x, entries, gain in zip(inputs, self.matrices, self.gains, strict=True):
             total.index_add_(0, entries.out, x.index_select(0, entries.into) * entries.value, alpha=gain)
         return total
 
     def backward(self, slope: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """d ln R / d inputs, from d ln R / d output."""
+        """The slope of each input."""
         found = []
         for x, entries, gain in zip(inputs, self.matrices, self.gains, strict=True):
             part = slope.index_select(0, entries.out) * entries.value
@@ -85,10 +107,10 @@ class Sparse:
 
 @dataclass
 class Closure:
-    """Any other linear map, of many entries or not constant, differentiated by autograd.
+    """Any other linear map: a large one, or one that depends on presence. Autograd differentiates it.
 
-    ``function`` gets the inputs, and after them which entries of the values ``present`` are not Zero (0 or
-    1): the factors of a product, which passes on the paths through one where the other is present.
+    ``function`` gets the inputs, and then the presence (0 or 1) of the values ``present``: a product passes
+    the paths through one factor where the other is present.
     """
 
     output: int
@@ -97,12 +119,23 @@ class Closure:
     present: tuple[int, ...] = ()
     gains: tuple[float, ...] = ()
 
+    def forward(self, inputs: Sequence[Tensor], presence: Sequence[Tensor]) -> Tensor:
+        """The output."""
+        return self.function([*(x * gain for x, gain in zip(inputs, self.gains, strict=True)), *presence])
+
+    def backward(self, slope: Tensor, inputs: Sequence[Tensor], presence: Sequence[Tensor]) -> list[Tensor]:
+        """The slope of each input."""
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            output = self.forward(leaves, presence)
+        return list(torch.autograd.grad(output, leaves, slope))
+
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A matrix of counts by the places of its ones, all else being zero: ``out[k]`` and ``into[k]``.
+    """A matrix of zeros and ones, given by the places of its ones: row ``out[k]`` and column ``into[k]``.
 
-    It serves layers with one weight per kernel that are read whole, in one group.
+    It can stand for the counts of a layer with one weight per kernel and one group that is read as a whole.
     """
 
     out: Tensor
@@ -118,17 +151,18 @@ class Kept:
         return x.new_zeros(len(x), self.shape[0]).index_add_(1, self.out, x.index_select(1, self.into))
 
     def backward(self, slope: Tensor) -> Tensor:
-        """d ln R / d inputs, from d ln R / d outputs."""
+        """Slopes of inputs (rows x inputs), from those of outputs (rows x outputs)."""
         part = slope.index_select(1, self.out)
         return slope.new_zeros(len(slope), self.shape[1]).index_add_(1, self.into, part)
 
 
 @dataclass
 class Contraction:
-    """``output = gain * input @ matrix``, the matrix being a view of the counts of parameter ``name``.
+    """``output = gain * input @ matrix``, where the matrix is a view of the counts of parameter ``name``.
 
-    ``operand`` gives that view of any tensor of shape (out, in / groups), or (in, out / groups) where
-    ``transposed``; ``is_whole`` says that it is the tensor itself. ``rows``: positions that are told apart.
+    ``operand`` makes that view of a tensor of shape (out, in / groups), or (in, out / groups) where
+    ``transposed``; ``is_whole`` says that it is the tensor itself. ``rows``: the number of positions that
+    differ; the matrix is applied to each of them. The gain is applied by the circuit.
     """
 
     output: int
@@ -152,7 +186,7 @@ class Contraction:
         return apart.transpose(1, 2) if self.transposed else apart
 
     def read(self, matrix: Tensor | Kept) -> None:
-        """Takes ``matrix`` as the counts; views of it are made once, and see what is written to it later."""
+        """Bind ``matrix`` as the counts. Views of it are made once, and see what is written to it later."""
         if isinstance(matrix, Kept):
             self._matrix = matrix
         elif matrix is not self._matrix:
@@ -161,7 +195,7 @@ class Contraction:
             self._rows = self._columns.t() if self.groups == 1 else self._columns
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs, flat, of inputs ``x``, flat."""
+        """The output, without the gain."""
         if isinstance(self._matrix, Kept):
             return self._matrix.forward(self.by_row(x)).flatten()
         if self.groups > 1:
@@ -171,7 +205,7 @@ class Contraction:
         return (self.by_row(x) @ self._rows).flatten()
 
     def backward(self, slope: Tensor) -> Tensor:
-        """d ln R / d inputs, flat, from d ln R / d outputs, flat."""
+        """The slope of the input, without the gain."""
         if isinstance(self._matrix, Kept):
             return self._matrix.backward(self.by_row(slope)).flatten()
         if self.groups > 1:
@@ -181,11 +215,11 @@ class Contraction:
         return (self.by_row(slope) @ self._columns).flatten()
 
     def by_row(self, values: Tensor) -> Tensor:
-        """Inputs, outputs or slopes, flat, as rows x channels."""
+        """View a flat input, output or slope as rows x channels."""
         return values.view(self.rows, -1)
 
     def spread(self, slope: Tensor, x: Tensor, out: Tensor, *, add: bool) -> None:
-        """Writes (or adds) the sum over rows of ``slope[:, o] * x[:, i]`` to ``out`` (shaped as counts)."""
+        """Write (or add) d ln R / d counts to ``out``: the sum over rows of ``slope[:, o] * x[:, i]``."""
         target, slope, x = self.operand(out), self.by_row(slope), self.by_row(x)
         if self.groups > 1:
             rows = (self.rows, self.groups, -1)
@@ -204,16 +238,17 @@ class Contraction:
             target.copy_(a.t() @ b)
 
 
-Op = Wire | Sparse | Closure | Contraction
+Part = Wire | Sparse | Closure | Contraction
 
 
 @dataclass
 class Presence:
-    """Where ``output`` is not Zero: 1 where ``function`` of that of ``inputs`` (and of a scalar one, for the
-    dtype and device) is above 1/2. A ``contraction`` follows, with the kernels that have any weight left.
+    """The presence of value ``output``: 1 where the result of ``function`` is above 1/2.
+
+    A ``contraction`` is applied to the result first, with 1 for every kernel that has any weight left.
     """
 
     output: int
     inputs: tuple[int, ...]
-    function: Marking
+    function: PresenceFunction
     contraction: Contraction | None = None

@@ -13,7 +13,6 @@ from fxprune import methods
 from fxprune.capture import capture
 from fxprune.lowering import lower
 from fxprune.methods import Problem
-from fxprune.methods.phew.transitions import edges_of
 from fxprune.methods.phew.walks import Visits, Walks
 from fxprune.paths.count import reach
 from fxprune.sparsity.masks import is_subset, kept, total
@@ -200,15 +199,3 @@ def test_nothing_collapses_at_extreme_sparsity_and_no_weight_is_wasted() -> None
         fxprune.apply(net, "phew", 0.99, example_inputs=example, progress=False), example_inputs=example
     )
     assert report.kept_params == report.effective_params
-
-
-def test_edges_of_a_linear_function_are_its_matrix() -> None:
-    matrix = torch.tensor([[1.0, 0.0, 2.0], [0.0, 3.0, 1.0]], dtype=torch.float64)
-    link = edges_of(lambda x: matrix @ x, (3,))
-    found = torch.zeros(2, 3, dtype=torch.float64)
-    found[link.edges[1], link.edges[0]] = link.edges[2]
-    assert torch.equal(found, matrix)
-    moved = edges_of(lambda x: torch.cat([x[1:], x[:1], x[:1]]), (3,))
-    assert moved.edges[0].tolist() == [1, 2, 0, 0]
-    summed = edges_of(lambda x: x.reshape(2, 2).sum(0), (4,))
-    assert summed.edges[1].tolist() == [0, 1, 0, 1]

@@ -14,9 +14,10 @@ from fxprune import methods
 from fxprune.capture import capture
 from fxprune.lowering import lower
 from fxprune.methods import Problem, Scores
-from fxprune.methods.px import _activities
-from fxprune.methods.px.active_paths import Activity, Number
+from fxprune.methods.px.active_paths import Activity
+from fxprune.methods.px.output_activity import output_activities
 from fxprune.paths.count import reach
+from fxprune.paths.scaled import Scaled
 from fxprune.scoring.data import Batch
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.masks import Masks, dense, total
@@ -47,14 +48,14 @@ def px_problem(
 
 
 def activities(asked: Problem, masks: Masks | None = None) -> list[torch.Tensor]:
-    found = _activities(asked, masks or asked.masks, [Batch(*asked.data)])
-    return [values * 2.0**power for values, power in found]
+    found = output_activities(asked, masks or asked.masks, [Batch(*asked.data)])
+    return [each.values * 2.0**each.power for each in found]
 
 
 def real(activity: Activity, y: torch.Tensor) -> torch.Tensor:
     """The second number of y."""
-    values, power = activity.paths[y]
-    return values.double() * 2.0**power
+    number = activity.paths[y]
+    return number.values.double() * 2.0**number.power
 
 
 def test_toy_a(scored: list[Scores]) -> None:
@@ -134,7 +135,7 @@ def test_gains_of_activations(
 ) -> None:
     z = torch.linspace(-4, 4, 30)
     with Activity({}) as activity:
-        activity.paths[z] = Number(torch.full_like(z, 3.0), 0)
+        activity.paths[z] = Scaled(torch.full_like(z, 3.0), 0, 0)
         y = activation(z)
         found = real(activity, y)
     assert torch.allclose(found, 3.0 * gain(z.double()).double().square(), atol=1e-4)
@@ -196,7 +197,7 @@ def test_more_paths_than_a_float_can_count() -> None:
     x = torch.rand(5, 64, generator=torch.Generator().manual_seed(0))
     masks = {name: torch.ones_like(p, dtype=torch.bool) for name, p in net.named_parameters() if p.dim() > 1}
     masks["800.weight"][0, ::2] = False
-    (found,) = _activities(px_problem(net, (x, None), masks=masks), masks, [Batch(x)])
+    (found,) = output_activities(px_problem(net, (x, None), masks=masks), masks, [Batch(x)])
     assert torch.allclose(found.values / found.values[1], torch.tensor([0.5, 1.0, 1.0], dtype=torch.float64))
     expected = float(x.double().square().sum().log2()) + 400 * 6
     assert float(found.values[1].log2()) + found.power == pytest.approx(expected, abs=1e-5)
