@@ -1,8 +1,8 @@
 """The house rules of the package, read off its source: who may import whom, and where.
 
 The ladder: { capture | graph } <- lowering <- paths <- channels <- sparsity <- scoring <- { methods | rewrite
-| metrics } <- api <- training <- cli. A room may import the rooms left of it; rooms in braces never import each
-other.
+| metrics } <- api <- training <- cli. A room may import the rooms left of it; rooms in braces never import
+each other.
 """
 
 import ast

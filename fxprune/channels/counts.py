@@ -1,4 +1,4 @@
-"""Counts over the weights of one layer: a bool tensor of its shape comes in, an integer goes out.
+"""Count kernels, nodes and multiply-adds of one layer.
 
 The definitions are those of the DPaI paper: a *kernel* is the slice of weights between one input and one
 output channel; a *node* is an output channel of a layer, and it counts if any of its incoming kernels does.
@@ -23,13 +23,19 @@ def count_kernels(weights: torch.Tensor) -> int:
 
 def count_nodes(kernels: KernelSet, weights: torch.Tensor) -> int:
     """Number of output channels with any incoming weight marked in ``weights`` (bool, of the shape)."""
-    matrix = weights.flatten(2).any(-1) if weights.dim() > 2 else weights
+    return int(has_incoming(kernels, weights.flatten(2).any(-1) if weights.dim() > 2 else weights).sum())
+
+
+def has_incoming(kernels: KernelSet, marked: torch.Tensor) -> torch.Tensor:
+    """Whether each output channel has an incoming kernel that is marked.
+
+    ``marked``: bool, of the parameter's first two dimensions. The result is of shape (out,), or (groups, out
+    / groups) for a transposed convolution.
+    """
     if not kernels.transposed:
-        return int(matrix.any(1).sum())
-    # (in, out / groups, *taps): the rows of one group lead to the channels of that group alone.
-    rows, columns = matrix.shape
-    grouped = matrix.reshape(kernels.groups, rows // kernels.groups, columns)
-    return int(grouped.any(1).sum())
+        return marked.any(1)
+    # (in, out / groups): the rows of one group lead to the channels of that group alone.
+    return marked.reshape(kernels.groups, -1, marked.shape[1]).any(1)
 
 
 def masked_macs(kernels: KernelSet, kept: int) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fxprune.channels.counts import has_incoming
 from fxprune.graph.ir import KernelSet
 
 __all__ = [
@@ -90,9 +91,7 @@ def _any_in_node(flags: Tensor, kernels: KernelSet) -> Tensor:
 
 def count_nodes(kernels: KernelSet, flags: Tensor) -> Tensor:
     """Count the output channels with a flagged kernel (bool, of the kernels' shape), as a scalar tensor."""
-    if not kernels.transposed:
-        return flags.any(1).sum()
-    return flags.reshape(kernels.groups, -1, flags.shape[1]).any(1).sum()
+    return has_incoming(kernels, flags).sum()
 
 
 @dataclass

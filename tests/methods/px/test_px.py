@@ -141,6 +141,28 @@ def test_gains_of_activations(
     assert torch.allclose(found, 3.0 * gain(z.double()).double().square(), atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("activation", "gain"),
+    [
+        (lambda z: F.leaky_relu(z, 0.2), 0.2),
+        (lambda z: F.leaky_relu(z, 3.0), 1.0),
+        (F.hardtanh, 1.0),
+        (F.relu6, 0.0),
+        (F.gelu, 0.5),
+        (torch.sigmoid, 0.25),
+    ],
+    ids=["leaky", "steep", "hardtanh", "relu6", "gelu", "sigmoid"],
+)
+def test_at_exactly_zero_the_smaller_slope_counts(
+    activation: Callable[..., torch.Tensor], gain: float
+) -> None:
+    for z in (torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.tensor(0.0)):
+        with Activity({}) as activity:
+            activity.paths[z] = Scaled(torch.full_like(z, 3.0), 0, 0)
+            found = real(activity, activation(z))
+        assert torch.allclose(found[z == 0], torch.tensor(3.0 * gain**2, dtype=torch.float64), atol=2e-3)
+
+
 def test_values_times_gains_are_the_network() -> None:
     # One path per output, and squares of weights in place of masks: squared outputs come out.
     torch.manual_seed(0)
