@@ -23,11 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxprune.graph.index_map import IndexMap, find_index_map
 from fxprune.graph.tensor_function import TensorFunction, same
 
 __all__ = [
@@ -237,6 +239,14 @@ class Gather(Op):
 
     move: TensorFunction = field(default_factory=TensorFunction)
     pads: tuple[tuple[int, int, int], ...] = ()
+
+    def index_map(self) -> IndexMap:
+        """Return which input entry every output entry copies; found at the first call, and kept."""
+        return self._index_map
+
+    @cached_property
+    def _index_map(self) -> IndexMap:
+        return find_index_map(self.move, [value.shape for value in self.inputs], self.output.shape)
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,6 +69,7 @@ _PADS = (
     nn.ConstantPad1d,
     nn.ConstantPad2d,
     nn.ConstantPad3d,
+    torch.constant_pad_nd,
 )
 
 _PAD_MODES: dict[str, tuple[type[nn.Module], ...]] = {
@@ -156,6 +157,8 @@ def function_of(
         return TensorFunction.of(target, *args, *more, **kwargs, **named)
     if target is operator.setitem:
         x, index, new = args
+        if not isinstance(new, Operand):  # numbers that are written: labels of zeros and of constants
+            new = (new != 0).double() if isinstance(new, Tensor) else float(new != 0)
         return TensorFunction.of(set_item, x, index, new)
     return TensorFunction.of(target, *args, **kwargs)
 
@@ -180,7 +183,9 @@ def _padding(
     """Amounts of a constant padding (as F.pad takes them) and whether with zeros; ``None`` for other ops."""
     if context.target not in _PADS:
         return None
-    if context.module is None:
+    if context.target is torch.constant_pad_nd:
+        amounts, mode, value = args[1], "constant", args[2] if len(args) > 2 else kwargs.get("value", 0)
+    elif context.module is None:
         amounts = args[1] if len(args) > 1 else kwargs["pad"]
         mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
         value = args[3] if len(args) > 3 else kwargs.get("value")
