@@ -7,15 +7,21 @@
 0.5
 """
 
-from fxprune.api import analyze, apply
-from fxprune.capture import capture
-from fxprune.lowering import lower
-from fxprune.methods import Method
-from fxprune.methods import names as list_methods
-from fxprune.plot import plot_history
-from fxprune.rewrite import finalize, load_masks, save, set_masks, verify
-from fxprune.rewrite import read as masks
-from fxprune.training import Pruner, load_ticket, lottery
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxprune.api import analyze, apply
+    from fxprune.capture import capture
+    from fxprune.lowering import lower
+    from fxprune.methods import Method
+    from fxprune.methods import names as list_methods
+    from fxprune.plot import plot_history
+    from fxprune.rewrite import finalize, load_masks, save, set_masks, verify
+    from fxprune.rewrite import read as masks
+    from fxprune.training import Pruner, load_ticket, lottery
 
 __all__ = [
     "Method",
@@ -35,3 +41,50 @@ __all__ = [
     "set_masks",
     "verify",
 ]
+
+# Public name -> where it is. A room is imported when one of its names is first asked for, so that the command
+# line can show its help without PyTorch.
+_HOMES = {
+    "Method": "fxprune.methods.Method",
+    "Pruner": "fxprune.training.Pruner",
+    "analyze": "fxprune.api.analyze",
+    "apply": "fxprune.api.apply",
+    "capture": "fxprune.capture.capture",
+    "finalize": "fxprune.rewrite.finalize",
+    "list_methods": "fxprune.methods.names",
+    "load_masks": "fxprune.rewrite.load_masks",
+    "load_ticket": "fxprune.training.load_ticket",
+    "lottery": "fxprune.training.lottery",
+    "lower": "fxprune.lowering.lower",
+    "masks": "fxprune.rewrite.read",
+    "plot_history": "fxprune.plot.plot_history",
+    "save": "fxprune.rewrite.save",
+    "set_masks": "fxprune.rewrite.set_masks",
+    "verify": "fxprune.rewrite.verify",
+}
+_ROOMS = ("api", "data", "graph", "lowering", "methods", "metrics", "plot", "rewrite", "training", "zoo")
+
+
+class _Package(ModuleType):
+    """The type of this package: importing the room ``fxprune.capture`` does not hide the function."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].rpartition(".")
+    globals()[name] = getattr(importlib.import_module(module), attribute)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES, *_ROOMS})

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
-from torchvision import datasets, transforms
 
 
 def balanced(
@@ -143,15 +142,18 @@ def cifar10(root: str | os.PathLike[str], *, augment: bool = True, check: bool =
     Raises:
         FileNotFoundError: the files are not there, or are not the published ones.
     """
-    return _cifar(datasets.CIFAR10, root, _CIFAR10, augment, check)
+    return _cifar("CIFAR10", root, _CIFAR10, augment, check)
 
 
 def cifar100(root: str | os.PathLike[str], *, augment: bool = True, check: bool = True) -> Split:
     """CIFAR-100 for training and testing, from ``root/cifar-100-python``; otherwise as :func:`cifar10`."""
-    return _cifar(datasets.CIFAR100, root, _CIFAR100, augment, check)
+    return _cifar("CIFAR100", root, _CIFAR100, augment, check)
 
 
-def _cifar(base: Any, root: Any, stats: Any, augment: bool, check: bool) -> Split:
+def _cifar(name: str, root: Any, stats: Any, augment: bool, check: bool) -> Split:
+    from torchvision import datasets, transforms
+
+    base = getattr(datasets, name)
     if not check:
         # A digest of None is not looked at; only that the files are there.
         unchecked = {
@@ -182,20 +184,22 @@ def tiny_imagenet(root: str | os.PathLike[str], *, augment: bool = True) -> Spli
         FileNotFoundError: a part of it is not there.
         ValueError: an annotation names a class without a folder.
     """
+    from torchvision import transforms
+
     plain = _to_tensor(*_IMAGENET)
     crop = [transforms.RandomCrop(64, padding=4), transforms.RandomHorizontalFlip()] if augment else []
     train = _folder(os.path.join(root, "train"), transforms.Compose([*crop, plain]))
-    return train, _Annotated(Path(root) / "val", train.class_to_idx, plain)
+    return train, _Annotated(Path(root) / "val", train.class_to_idx, plain, train.loader)
 
 
 class _Annotated(Dataset[Any]):
     """The validation images of Tiny-ImageNet: one folder, and a table of file name and class."""
 
-    def __init__(self, folder: Path, classes: dict[str, int], transform: Any) -> None:
+    def __init__(self, folder: Path, classes: dict[str, int], transform: Any, loader: Any) -> None:
         table = folder / "val_annotations.txt"
         if not table.is_file():
             raise FileNotFoundError(f"{table}: not there; expected Tiny-ImageNet as it is published")
-        self.transform = transform
+        self.transform, self.loader = transform, loader
         self.samples = []
         for line in table.read_text(encoding="utf-8").splitlines():
             name, label = line.split("\t")[:2]
@@ -211,7 +215,7 @@ class _Annotated(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(datasets.folder.default_loader(path)), label
+        return self.transform(self.loader(path)), label
 
 
 def image_folder(root: str | os.PathLike[str], *, size: int = 224, augment: bool = True) -> Split:
@@ -226,6 +230,8 @@ def image_folder(root: str | os.PathLike[str], *, size: int = 224, augment: bool
         FileNotFoundError: a folder is not there, or has no images.
         ValueError: the classes of the two differ.
     """
+    from torchvision import transforms
+
     plain = _to_tensor(*_IMAGENET)
     middle = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size), plain]
     varied = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), plain]
@@ -240,10 +246,14 @@ def image_folder(root: str | os.PathLike[str], *, size: int = 224, augment: bool
 def _folder(path: str, transform: Any) -> Any:
     if not os.path.isdir(path):
         raise FileNotFoundError(f"{path}: no such folder; expected one folder of images for each class in it")
+    from torchvision import datasets
+
     return datasets.ImageFolder(path, transform)
 
 
 def _to_tensor(mean: tuple[float, ...], deviation: tuple[float, ...]) -> Any:
+    from torchvision import transforms
+
     return transforms.Compose([transforms.ToTensor(), transforms.Normalize(mean, deviation)])
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 T = TypeVar("T")
 
@@ -24,16 +26,16 @@ class Display:
     """
 
     def __init__(self, *, enabled: bool = True, console: Console | None = None) -> None:
-        self.console = Console(stderr=True) if console is None else console
-        self.enabled = enabled and self.console.is_terminal
+        self.console = console
+        self.enabled = enabled and (sys.stderr.isatty() if console is None else console.is_terminal)
 
     def __call__(self, steps: Iterable[T], description: str | Callable[[], str], total: int) -> Iterator[T]:
         """``steps``, unchanged, with a bar that moves by one for each; a function's words may change."""
         words = description if callable(description) else lambda: description
-        with self._bar(words(), total) as (bar, task):
+        with self._bar(words(), total) as advance:
             for step in steps:
                 yield step
-                bar.update(task, advance=1, description=words())
+                advance(words())
 
     @contextmanager
     def step(self, description: str) -> Iterator[None]:
@@ -42,15 +44,12 @@ class Display:
             yield
 
     @contextmanager
-    def _bar(self, description: str, total: int | None) -> Iterator[tuple[Progress, TaskID]]:
-        bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-        )
+    def _bar(self, description: str, total: int | None) -> Iterator[Callable[[str], None]]:
+        """Show a bar once ``PATIENCE`` is over; yields a function that moves it by one, with new words."""
+        if not self.enabled:
+            yield lambda words: None
+            return
+        bar = _make_bar(self.console)
         task = bar.add_task(description, total=total)
         lock = threading.Lock()
         over = shown = False
@@ -64,13 +63,26 @@ class Display:
 
         timer = threading.Timer(PATIENCE, show)
         timer.daemon = True
-        if self.enabled:
-            timer.start()
+        timer.start()
         try:
-            yield bar, task
+            yield lambda words: bar.update(task, advance=1, description=words)
         finally:
             timer.cancel()
             with lock:
                 over = True
             if shown:
                 bar.stop()
+
+
+def _make_bar(console: Console | None) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True) if console is None else console,
+        transient=True,
+    )

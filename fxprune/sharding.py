@@ -14,7 +14,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fxprune.methods import Method, Problem, agree, as_dtensors, local_rows
 from fxprune.methods import get as get_method
@@ -22,6 +21,7 @@ from fxprune.methods import names as list_methods
 from fxprune.request import Request
 from fxprune.rewrite.masking.parameters import mask_at, masked_places
 from fxprune.rewrite.masking.sharded import home, is_sharded
+from fxprune.sharded_types import is_dtensor
 from fxprune.sparsity.granularity import NM, WEIGHT
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.sharded import own_part
@@ -70,7 +70,7 @@ def split(problem: Problem, model: nn.Module, method: Method) -> Problem:
     own: Masks = {}
     for name, row in rows.items():
         parameter = model.get_parameter(name)
-        assert isinstance(parameter, DTensor)
+        assert is_dtensor(parameter)
         own[name] = own_part(problem.masks[name].to(device), parameter).to(row.device)
     return replace(problem, model=model, weights=rows, masks=own, device=device, group=None, shards=group)
 
@@ -96,7 +96,7 @@ def gathered(masks: Mapping[str, torch.Tensor], problem: Problem, model: nn.Modu
         placed = as_dtensors(whole, model)
         whole = {name: mask.full_tensor() for name, mask in placed.items()}
     parameter = model.get_parameter(next(iter(whole)))
-    assert isinstance(parameter, DTensor)
+    assert is_dtensor(parameter)
     for dim in range(parameter.device_mesh.ndim):
         agree(whole, parameter.device_mesh.get_group(dim))
     return whole
@@ -105,5 +105,5 @@ def gathered(masks: Mapping[str, torch.Tensor], problem: Problem, model: nn.Modu
 def _fill(gm: nn.Module, name: str, values: torch.Tensor) -> None:
     """Gives a parameter of the captured network the values that it has in the model."""
     path, _, attribute = name.rpartition(".")
-    whole = values.full_tensor() if isinstance(values, DTensor) else values
+    whole = values.full_tensor() if is_dtensor(values) else values
     gm.get_submodule(path)._parameters[attribute] = nn.Parameter(whole, requires_grad=False)

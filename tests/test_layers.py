@@ -14,11 +14,17 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fxprune"
 RANKS = {
+    "sharded_types": -1,
     "capture": 0, "graph": 0, "progress": 0, "data": 0, "zoo": 0, "plot": 0, "lowering": 1, "paths": 2,
     "channels": 3, "sparsity": 4, "scoring": 5, "methods": 6, "rewrite": 6, "metrics": 6, "request": 7,
     "sharding": 8, "api": 9, "training": 10, "__init__": 11, "cli": 11, "__main__": 12,
 }  # fmt: skip
 OPTIONAL = {"matplotlib", "sklearn", "transformers", "lightning", "scipy"}
+# Packages that are slow to import -> the rooms that are only imported when they are needed anyway.
+SLOW: dict[str, set[str]] = {
+    "networkx": set(), "rich": {"cli"}, "timm": set(), "torch.distributed.fsdp": set(),
+    "torch.distributed.tensor": set(), "torchvision": set(), "typer": {"cli"},
+}  # fmt: skip
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -58,6 +64,18 @@ def internal(tree: ast.AST) -> Iterator[str]:
             yield name
 
 
+def type_checking_blocks(tree: ast.Module) -> list[ast.If]:
+    """The conditions ``if TYPE_CHECKING:`` at the top level."""
+    return [
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+
+
+def slow(name: str) -> str | None:
+    """The slow package that an import of ``name`` brings in."""
+    return next((package for package in SLOW if f"{name}.".startswith(f"{package}.")), None)
+
+
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -94,12 +112,24 @@ def test_there_are_no_cycles() -> None:
 def test_imports_stand_at_the_top(path: Path) -> None:
     tree = parse(path)
     at_top = {id(node) for node in tree.body}
+    for_types = {id(node) for block in type_checking_blocks(tree) for node in block.body}
     for node, name in imports(tree):
-        if id(node) not in at_top:
+        if id(node) not in at_top | for_types:
             top = name.split(".")[0]
-            assert top in OPTIONAL, (
+            assert top in OPTIONAL or slow(name) is not None, (
                 f"{path.name}:{node.lineno} imports {name} inside a function or a condition"
             )
+
+
+@each_file()
+def test_slow_packages_are_imported_where_they_are_used(path: Path) -> None:
+    tree = parse(path)
+    at_top = {id(node) for node in tree.body}
+    for node, name in imports(tree):
+        package = slow(name)
+        assert package is None or id(node) not in at_top or room(module_name(path)) in SLOW[package], (
+            f"{path.name}:{node.lineno} imports {package} with the module; import it in the function"
+        )
 
 
 @each_file()

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
@@ -24,6 +23,7 @@ from fxprune.capture.module import assemble
 from fxprune.capture.tracer.meta_values import map_structure, meta_like
 from fxprune.capture.tracer.sample_values import needs_numbers
 from fxprune.capture.tracer.trace import remove_dead_code, shapes_only, trace
+from fxprune.sharded_types import is_dtensor
 
 __all__ = ["capture", "capture_leaf"]
 
@@ -126,7 +126,7 @@ def _check(model: Any) -> None:
         raise ValueError(
             "model: got a compiled module; capture the one in it (model._orig_mod), then compile"
         )
-    if any(isinstance(tensor, DTensor) for tensor in model.parameters()):
+    if any(is_dtensor(tensor) for tensor in model.parameters()):
         raise ValueError(
             "model: its parameters are split over processes; capture it before fully_shard (fxprune.analyze"
             " takes it as it is, and so does fxprune.apply with returns='inplace')"

@@ -1,84 +1,85 @@
-"""The command line over ``api.py``: words come in; tables, files and exit codes go out.
+"""Run the command line. Only the module of the command that was asked for is imported: help needs no PyTorch.
 
-The flags of ``prune`` are its own and the options of every method, read off ``fxprune.methods``. A bad
-argument is one line on stderr and exit code 2.
+A bad argument is one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
+import importlib
 import sys
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from types import NoneType
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import typer
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from safetensors.torch import save_model
-from torch import nn
 
-from fxprune import methods
-from fxprune.api import analyze as analyze_network
-from fxprune.api import apply
-from fxprune.capture import CaptureError, capture
-from fxprune.cli.sources import load_data, load_network
-from fxprune.cli.train import register as register_training
-from fxprune.lowering import lower
-from fxprune.metrics import Report
-from fxprune.progress import Display
-from fxprune.rewrite import finalize, load_masks, read_header, save, set_masks
-
-MASKS, REPORT, WEIGHTS = "masks.safetensors", "report.json", "model.safetensors"
-TABLE_WIDTH = 140
+COMMANDS = {
+    "prune": ("fxprune.cli.pruning", "Prune a network and report what is left of it."),
+    "analyze": (
+        "fxprune.cli.pruning",
+        "Report on a network, dense or pruned: density, effective paths, nodes, kernels, multiply-adds.",
+    ),
+    "methods": ("fxprune.cli.methods", "List the methods, what they need and their options."),
+    "graph": ("fxprune.cli.pruning", "Show the channel and kernel graph that a network is lowered to."),
+    "train": (
+        "fxprune.cli.train",
+        "Train a network dense (D), pruned in training (A), and again from centroids (C) and the start (S).",
+    ),
+}
+"""Name of a command -> the module with a function of that name, and the first line of its docstring."""
 
 # Every error that typer finds in the words themselves; it is not exported by that name.
 UsageError: Any = typer.BadParameter.__base__
 
-app = typer.Typer(
-    name="fxprune",
-    help="A compiler pass that prunes any PyTorch network, on its graph.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, or path/to/file.py:factory.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Resolution = Annotated[str, typer.Option(help="spatial (exact) or channel (faster, an upper bound).")]
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and ends the process, with 0, 1 (it failed) or 2 (a bad argument)."""
+    """Run the command line and end the process, with 0, 1 (it failed) or 2 (a bad argument)."""
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
+    words = list(arguments) or ["--help"]
     with warnings.catch_warnings(record=True) as noted:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
         try:
-            code = app(list(arguments) or ["--help"], standalone_mode=False)
+            code = _app(words[0])(words, standalone_mode=False)
         except UsageError as error:
             return _fail(error.format_message(), 2)
-        except (CaptureError, OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             return _fail(error, 2)
         except RuntimeError as error:
-            return _fail(error, 1)
+            return _fail(error, 2 if _is_capture_error(error) else 1)
         except KeyboardInterrupt:
             return _fail("interrupted", 130)
         for warning in noted:
             if warning.category is UserWarning:
                 typer.echo(f"fxprune: warning: {_one_line(warning.message)}", err=True)
     return code if isinstance(code, int) else 0
+
+
+def _app(chosen: str) -> typer.Typer:
+    """Build the application: the command called ``chosen`` in full, of the others name and help."""
+    app = typer.Typer(
+        name="fxprune",
+        help="A compiler pass that prunes any PyTorch network, on its graph.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    for name, (module, summary) in COMMANDS.items():
+        function: Callable[..., object] = lambda: None  # noqa: E731  # never called
+        if name == chosen:
+            function = getattr(importlib.import_module(module), name)
+        app.command(name, help=None if name == chosen else summary)(function)
+    return app
+
+
+def _is_capture_error(error: RuntimeError) -> bool:
+    """Return whether a model could not be captured; if none was, nothing is imported to find out."""
+    capture = sys.modules.get("fxprune.capture")
+    return capture is not None and isinstance(error, capture.CaptureError)
 
 
 def _fail(error: object, code: int) -> int:
@@ -88,214 +89,3 @@ def _fail(error: object, code: int) -> int:
 
 def _one_line(text: object) -> str:
     return " ".join(str(text).split())
-
-
-def prune(
-    model: Model,
-    method: Annotated[str, typer.Option("--method", "-m", help="See `fxprune methods`.")] = "synflow",
-    sparsity: Annotated[
-        float, typer.Option("--sparsity", "-s", help="Fraction of the prunable weights to remove, in [0, 1).")
-    ] = 0.9,
-    budget: Annotated[
-        str, typer.Option(help="global, uniform, erk, or sparsities by layer: 'fc=0.5,layer1.*=0.8'.")
-    ] = "global",
-    granularity: Annotated[
-        str, typer.Option(help="weight, kernel, channel, nm(2,4) or block(16,16).")
-    ] = "weight",
-    schedule: Annotated[
-        str | None, typer.Option(help="oneshot, linear, exponential, cubic, sigmoid.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Module or pattern that is not pruned; may be repeated.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Decides the model's initial weights and the masks.")] = 0,
-    data: Annotated[
-        str | None,
-        typer.Option(help="path/to/file.py:factory of (x, y) or of batches."),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Where to score: cpu, cuda, cuda:1.")] = None,
-    on_collapse: Annotated[str, typer.Option(help="warn, raise or repair.")] = "warn",
-    out: Annotated[
-        Path | None, typer.Option(help=f"Folder for {MASKS}, {REPORT} and the weights, {WEIGHTS}.")
-    ] = None,
-    json_: AsJson = False,
-    **options: Any,
-) -> None:
-    """Prune a network and report what is left of it."""
-    given = {name: value for name, value in options.items() if value is not None}
-    chosen = methods.resolve(method, **_values(method, given))
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: there is a file of that name; expected a folder, or a new name")
-    display = Display()
-    with display.step(f"load {model}"):
-        network, inputs = load_network(model, seed)
-    pruned = apply(
-        network,
-        chosen,
-        sparsity,
-        example_inputs=inputs,
-        data=None if data is None else load_data(data),
-        budget=_budget(budget),
-        granularity=granularity,
-        schedule=schedule,
-        exclude=tuple(exclude or ()),
-        seed=seed,
-        device=device,
-        on_collapse=on_collapse,  # type: ignore[arg-type]  # apply says which words it knows
-    )
-    with display.step("analyze"):
-        report = analyze_network(pruned)
-    facts = {"model": model, "method": method, "options": given, "seed": seed}
-    if out is not None:
-        with display.step(f"write {out}"):
-            _write(out, pruned, {**facts, "sparsity": sparsity}, _json(report, facts))
-    typer.echo(_json(report, facts) if json_ else report)
-
-
-def analyze(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL|DIR", help="A model as for prune, or a folder that prune wrote."),
-    ],
-    resolution: Resolution = "spatial",
-    json_: AsJson = False,
-) -> None:
-    """Report on a network, dense or pruned: density, effective paths, nodes, kernels, multiply-adds."""
-    if resolution not in ("spatial", "channel"):
-        raise ValueError(f"--resolution {resolution}: expected spatial or channel")
-    display = Display()
-    with display.step(f"load {model}"):
-        network, facts = _restored(Path(model)) if Path(model).is_dir() else _captured(model)
-    with display.step("analyze"):
-        report = analyze_network(network, resolution)  # type: ignore[arg-type]  # checked above
-    typer.echo(_json(report, facts) if json_ else report)
-
-
-def graph(model: Model) -> None:
-    """Show the channel and kernel graph that a network is lowered to."""
-    display = Display()
-    with display.step(f"capture {model}"):
-        network, _ = _captured(model)
-    with display.step("lower"):
-        lowered = lower(network)
-    typer.echo(lowered.summary())
-
-
-def list_methods(json_: AsJson = False) -> None:
-    """List the methods, what they need and their options."""
-    known = {name: methods.get(name) for name in methods.names()}
-    flags = {name: {o.name: o.default for o in methods.options(name).values()} for name in known}
-    if json_:
-        rows = {
-            name: {"summary": method.summary, "needs": sorted(method.needs), "options": flags[name],
-                   "paper": method.paper}
-            for name, method in known.items()
-        }  # fmt: skip
-        typer.echo(json.dumps(rows, indent=2))
-        return
-    table = Table("method", "what it does", "needs", "options", "paper", box=SIMPLE, pad_edge=False)
-    for name, method in known.items():
-        spelled = " ".join(f"{_flag(option)}={default}" for option, default in flags[name].items())
-        cells = (name, method.summary, ", ".join(sorted(method.needs)), spelled, method.paper)
-        table.add_row(*(escape(cell) for cell in cells))
-    Console(width=TABLE_WIDTH).print(table)
-
-
-def _captured(source: str) -> tuple[Any, dict[str, Any]]:
-    network, inputs = load_network(source, 0)
-    return capture(network, inputs), {"model": source}
-
-
-def _restored(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The captured network that a folder of ``prune --out`` is about, with its masks."""
-    facts = read_header(folder / MASKS)
-    masks = load_masks(folder / MASKS)
-    if "model" not in facts:
-        raise ValueError(f"{folder / MASKS}: does not say of which model; expected a folder of prune --out")
-    network, _ = _captured(facts["model"])
-    set_masks(network, masks)
-    return network, {key: facts[key] for key in ("model", "method", "seed")}
-
-
-def _write(folder: Path, pruned: nn.Module, facts: dict[str, Any], report: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    save(pruned, folder / MASKS, **facts)
-    (folder / REPORT).write_text(report + "\n", encoding="utf-8")
-    save_model(finalize(pruned), str(folder / WEIGHTS))
-
-
-def _json(report: Report, facts: dict[str, Any]) -> str:
-    return json.dumps({**facts, **json.loads(report.to_json())}, indent=2)
-
-
-def _budget(text: str) -> str | dict[str, float]:
-    if "=" not in text:
-        return text
-    entries = {}
-    for entry in text.split(","):
-        pattern, _, value = entry.rpartition("=")
-        try:
-            entries[pattern.strip()] = float(value)
-        except ValueError as error:
-            raise ValueError(f"--budget {text}: expected layer=sparsity, not {entry!r}") from error
-    return entries
-
-
-def _values(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The words after a method's flags as values of its options' types."""
-    known = methods.options(method)
-    return {name: _value(known[name], text) if name in known else text for name, text in given.items()}
-
-
-def _value(option: methods.Option, text: Any) -> Any:
-    """What ``text`` means; where it means nothing, itself, for the method to say what it expects."""
-    if option.choices:
-        return next((choice for choice in option.choices if str(choice) == text), text)
-    if NoneType in option.types and text == "none":
-        return None
-    for kind in (int, float):
-        if kind in option.types:
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-    return text
-
-
-def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
-
-
-def _method_flags() -> list[inspect.Parameter]:
-    """One flag for every option of every method; methods that share an option share the flag."""
-    owners: dict[str, dict[str, list[str]]] = {}
-    switches: dict[str, bool] = {}
-    for method in methods.names():
-        for option in methods.options(method).values():
-            note = f"{option.help or option.name} (default {option.default})"
-            owners.setdefault(option.name, {}).setdefault(note, []).append(method)
-            switches[option.name] = switches.get(option.name, True) and set(option.types) == {bool}
-    flags = []
-    for name, notes in sorted(owners.items()):
-        text = "; ".join(f"{', '.join(users)}: {note}" for note, users in notes.items())
-        spelled = f"{_flag(name)}/--no-{_flag(name)[2:]}" if switches[name] else _flag(name)
-        word = typer.Option(spelled, help=escape(text), rich_help_panel="Options of methods")
-        kind = Annotated[bool | None, word] if switches[name] else Annotated[str | None, word]
-        flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-    return flags
-
-
-def _register() -> None:
-    signature = inspect.signature(prune, eval_str=True)
-    own = [
-        parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD
-    ]
-    prune.__signature__ = signature.replace(parameters=own + _method_flags())  # type: ignore[attr-defined]
-    app.command()(prune)
-    app.command()(analyze)
-    app.command("methods")(list_methods)
-    app.command()(graph)
-    register_training(app)
-
-
-_register()

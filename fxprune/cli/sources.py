@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
 from torch import nn
+
+LIBRARIES = ("timm", "torchvision")
 
 
 def load_network(source: str, seed: int) -> tuple[nn.Module, Any]:
@@ -29,14 +29,10 @@ def load_network(source: str, seed: int) -> tuple[nn.Module, Any]:
     kind, _, name = source.partition(":")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if kind == "timm":
-            if not timm.is_model(name):
-                raise ValueError(_unknown(source, name, timm.list_models()))
-            return timm.create_model(name), None
-        if kind == "torchvision":
-            if name not in torchvision.models.list_models():
-                raise ValueError(_unknown(source, name, torchvision.models.list_models()))
-            return torchvision.models.get_model(name), None
+        if kind in LIBRARIES:
+            if not _is_model(kind, name):
+                raise ValueError(_unknown(source, name, list_models(kind)))
+            return make_model(kind, name), None
         made = _factory(source)()
     network, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(network, nn.Module):
@@ -45,6 +41,39 @@ def load_network(source: str, seed: int) -> tuple[nn.Module, Any]:
             "and its example inputs"
         )
     return network, inputs
+
+
+def list_models(library: str) -> list[str]:
+    """List the names of the models of ``"timm"`` or ``"torchvision"``."""
+    if library == "timm":
+        import timm
+
+        return list(timm.list_models())
+    import torchvision
+
+    return list(torchvision.models.list_models())
+
+
+def make_model(library: str, name: str, **sizes: Any) -> nn.Module:
+    """Make a model of ``"timm"`` or ``"torchvision"``; ``sizes`` are keyword arguments of its constructor."""
+    if library == "timm":
+        import timm
+
+        network: nn.Module = timm.create_model(name, **sizes)
+        return network
+    import torchvision
+
+    network = torchvision.models.get_model(name, **sizes)
+    return network
+
+
+def _is_model(library: str, name: str) -> bool:
+    """Return whether the library has the model; timm also knows names with a tag, ``resnet18.a1_in1k``."""
+    if library == "timm":
+        import timm
+
+        return bool(timm.is_model(name))
+    return name in list_models(library)
 
 
 def load_data(source: str) -> Any:

@@ -10,16 +10,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
-import timm
 import torch
-import torchvision
 import typer
 from torch import nn
 
 from fxprune import data as sources
 from fxprune import zoo
 from fxprune.cli.experiment import VARIANTS, Comparison, Note, Recipe, compare
-from fxprune.cli.sources import load_network
+from fxprune.cli.sources import list_models, load_network, make_model
 from fxprune.progress import Display
 from fxprune.training.methods import METHODS, options
 
@@ -168,9 +166,7 @@ def _maker(source: str, train_set: Any, seed: int) -> Callable[[], nn.Module]:
         raise ValueError(f"{source!r}: the zoo has {', '.join(builders)}")
     if kind not in ("zoo", "timm", "torchvision"):
         return lambda: load_network(source, seed)[0]
-    if kind != "zoo" and name not in (
-        timm.list_models() if kind == "timm" else torchvision.models.list_models()
-    ):
+    if kind != "zoo" and name not in list_models(kind):
         load_network(source, seed)  # says what is wrong, and what was meant
 
     def make() -> nn.Module:
@@ -178,11 +174,8 @@ def _maker(source: str, train_set: Any, seed: int) -> Callable[[], nn.Module]:
             torch.manual_seed(seed)
             if kind == "zoo":
                 return builders[name]()
-            if kind == "timm":
-                network: nn.Module = timm.create_model(name, num_classes=classes, in_chans=channels)
-                return network
-            network = torchvision.models.get_model(name, num_classes=classes)
-            return network
+            sizes = {"num_classes": classes} | ({"in_chans": channels} if kind == "timm" else {})
+            return make_model(kind, name, **sizes)
 
     return make
 
@@ -214,11 +207,13 @@ def _flag(name: str, note: str, panel: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
-def register(app: typer.Typer) -> None:
-    """Adds the command to ``app``, with the flags of all methods."""
+def _register() -> None:
+    """Give ``train`` the flags of its recipe and of all training methods."""
     signature = inspect.signature(train, eval_str=True)
     own = [
         parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD
     ]
     train.__signature__ = signature.replace(parameters=own + _flags())  # type: ignore[attr-defined]
-    app.command()(train)
+
+
+_register()

@@ -6,12 +6,14 @@ In: ops and kernel sets. Out: text, or a :class:`networkx.DiGraph`. Nothing here
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import networkx as nx
 import torch
 
 from fxprune.graph.ops import Affine, Kernel, KernelSet, Map, Mix, Norm, Op, Opaque, Pool, Source
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = ["summary", "to_networkx"]
 
@@ -81,6 +83,8 @@ def to_networkx(
 
 
 def _ops(name: str, ops: Sequence[Op]) -> nx.DiGraph:
+    import networkx as nx
+
     result = nx.DiGraph(name=name)
     for op in ops:
         kernel = op.weight.name if isinstance(op, Kernel) else None
@@ -97,6 +101,8 @@ def _ops(name: str, ops: Sequence[Op]) -> nx.DiGraph:
 
 
 def _channels(name: str, sets: Mapping[str, KernelSet]) -> nx.DiGraph:
+    import networkx as nx
+
     count = sum(kernels.shape[0] * kernels.shape[1] for kernels in sets.values())
     if count > LIMIT:
         raise ValueError(f"level: the graph has {count:,} kernels, more than {LIMIT:,}; export level='op'")

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import networkx as nx
 from torch import fx
 
 from fxprune.graph import display
@@ -37,6 +36,9 @@ from fxprune.graph.ops import (
     Window,
     WindowPool,
 )
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = [
     "Affine",

@@ -11,19 +11,18 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from fxprune.channels.counts import count_kernels, count_nodes, masked_macs
 from fxprune.graph import ChannelGraph, KernelSet
 from fxprune.paths.count import flow, reach
 from fxprune.sparsity.collapse import dead_layers
 from fxprune.sparsity.masks import Masks, kept
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Resolution = Literal["spatial", "channel"]
 HEADINGS = ("layer", "shape", "kept", "density", "effective", "kernels", "nodes", "MACs")
@@ -155,6 +154,8 @@ class Report:
         return json.dumps(found, indent=2)
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         text = io.StringIO()
         console = Console(file=text, width=WIDTH, force_terminal=False, color_system=None)
         console.print(_table(self))
@@ -211,6 +212,10 @@ def _layer(kernels: KernelSet, number: int, effective: torch.Tensor) -> LayerRep
 
 
 def _table(report: Report) -> Table:
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table
+
     title = f"{report.network}, {report.resolution} resolution"
     table = Table(title=title, title_justify="left", box=SIMPLE, show_footer=True, pad_edge=False)
     rows = [_cells(name, "x".join(map(str, layer.shape)), layer) for name, layer in report.layers.items()]
@@ -218,13 +223,13 @@ def _table(report: Report) -> Table:
         left = heading == HEADINGS[0]
         table.add_column(heading, total, justify="left" if left else "right", no_wrap=True, overflow="ignore")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 
 def _cells(name: str, shape: str, counts: LayerReport | Report) -> tuple[str, ...]:
     return (
-        escape(name),
+        name,
         shape,
         f"{counts.kept_params:,}",
         f"{counts.density:.2%}",

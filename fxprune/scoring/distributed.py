@@ -9,12 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard
 
+from fxprune.sharded_types import is_dtensor
 from fxprune.sparsity.masks import Masks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def average(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None) -> None:
@@ -97,8 +101,8 @@ def local_rows(
     group: dist.ProcessGroup | None = None
     for name in names:
         parameter = model.get_parameter(name)
-        if not isinstance(parameter, DTensor) or not _is_by_rows(parameter):
-            how = parameter.placements if isinstance(parameter, DTensor) else "not at all"
+        if not is_dtensor(parameter) or not _is_by_rows(parameter):
+            how = parameter.placements if is_dtensor(parameter) else "not at all"
             raise ValueError(
                 f"model: {name!r} has to be split over its rows, as fully_shard does it, but is split {how}; "
                 "call fully_shard on the root too, or exclude the parameter"
@@ -115,16 +119,20 @@ def local_rows(
 
 def _is_by_rows(parameter: DTensor) -> bool:
     """Whether consecutive rows lie along the last dimension of the mesh, and copies along the others."""
+    from torch.distributed.tensor import Shard
+
     *copies, split = parameter.placements
     return split == Shard(0) and all(placement.is_replicate() for placement in copies)
 
 
 def as_dtensors(masks: Masks, model: torch.nn.Module) -> dict[str, DTensor]:
     """Local masks as DTensors that are laid out like the model's parameters."""
+    from torch.distributed.tensor import DTensor
+
     whole = {}
     for name, mask in masks.items():
         like = model.get_parameter(name)
-        assert isinstance(like, DTensor)
+        assert is_dtensor(like)
         whole[name] = DTensor.from_local(
             mask, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         )
@@ -163,4 +171,4 @@ def holding(
 def _local(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     if gradient is None:
         return torch.zeros_like(like)
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return gradient.to_local() if is_dtensor(gradient) else gradient

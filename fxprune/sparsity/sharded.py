@@ -10,14 +10,17 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
 
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import NEVER, NM, WEIGHT, Bundle, Granularity
 from fxprune.sparsity.masks import Masks, kept
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def select_sharded(
@@ -129,6 +132,8 @@ def summed(numbers: list[int], group: dist.ProcessGroup | None) -> list[int]:
 
 def own_part(whole: torch.Tensor, like: DTensor) -> torch.Tensor:
     """This process's part of a tensor that every process has in full, split as ``like``; nothing travels."""
+    from torch.distributed.tensor import DTensor, Replicate
+
     mesh = like.device_mesh
     placed = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return placed.redistribute(mesh, like.placements).to_local()

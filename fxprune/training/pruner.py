@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fxprune.methods import Problem, agree, get
 from fxprune.request import Exclusion, Request, listed
 from fxprune.rewrite import bare, read, set_masks, stamp
 from fxprune.rewrite.files.tickets import centroids, fill, negative_signs, neutralise, whole
+from fxprune.sharded_types import is_dtensor
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.granularity import WEIGHT, Granularity
 from fxprune.sparsity.granularity import resolve as resolve_granularity
@@ -270,7 +270,7 @@ class Pruner:
 
     def _twin(self) -> nn.Module:
         """The model without masks, for criteria that run it; sharded models cannot be copied."""
-        if not any(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+        if not any(is_dtensor(parameter) for parameter in self.model.parameters()):
             return bare(self.model)
         if "data" in self.method.needs:
             raise ValueError(f"method {self.method.name!r}: its criterion runs the model, which is sharded")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fxprune.rewrite.files.tickets import whole
 from fxprune.rewrite.masking.masked_module import SUFFIX
 from fxprune.rewrite.masking.optimizer_hook import zero
 from fxprune.rewrite.masking.parameters import join, mask_at, masked_places, parameter_at, unwrap
+from fxprune.sharded_types import is_dtensor
 
 Values = dict[str, torch.Tensor]
 """Name of a parameter or buffer -> its value, on the host. Masks are not among them."""
@@ -36,7 +36,9 @@ def put_back(model: nn.Module, values: Values) -> None:
         if name not in values:
             continue
         value = values[name].to(tensor.device)
-        if isinstance(tensor, DTensor):
+        if is_dtensor(tensor):
+            from torch.distributed.tensor import distribute_tensor
+
             tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements))
         else:
             tensor.copy_(value)

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fxprune.rewrite.files.packing import pack, unpack
 from fxprune.rewrite.masking.optimizer_hook import zero
 from fxprune.rewrite.masking.parameters import join, mask_at, masked_places, parameter_at, unwrap
+from fxprune.sharded_types import is_dtensor
 
 CENTROIDS, SIGNS = "//centroids", "//signs"
 """Names in a file that no parameter can have."""
@@ -55,7 +55,7 @@ def masked(model: nn.Module) -> list[tuple[str, nn.Parameter, torch.Tensor]]:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The values of a tensor, gathered where it is sharded."""
     detached = tensor.detach()
-    return detached.full_tensor() if isinstance(detached, DTensor) else detached
+    return detached.full_tensor() if is_dtensor(detached) else detached
 
 
 def _means(weight: torch.Tensor) -> tuple[float, float]:
@@ -74,7 +74,9 @@ def fill(model: nn.Module, values: dict[str, tuple[float, float]], signs: dict[s
     for name, parameter, mask in masked(model):
         negative, positive = values[name]
         sides = torch.where(signs[name].to(mask.device), negative, positive).to(parameter.dtype)
-        if isinstance(parameter, DTensor):
+        if is_dtensor(parameter):
+            from torch.distributed.tensor import DTensor
+
             placed = DTensor.from_local(sides, parameter.device_mesh, run_check=False)
             sides = placed.redistribute(parameter.device_mesh, parameter.placements)
         parameter.copy_(sides)

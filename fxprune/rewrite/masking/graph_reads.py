@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule, Node, map_arg
 from torch.fx.graph import Graph
 
@@ -21,6 +20,7 @@ from fxprune.rewrite.masking.masked_module import SUFFIX
 from fxprune.rewrite.masking.operand_probe import FAILURES, UnfollowableError, moves_zeros
 from fxprune.rewrite.masking.sharded import plain_class
 from fxprune.rewrite.masking.weight_functions import KERNELS, weight_operand, with_weight_operand
+from fxprune.sharded_types import is_dtensor
 
 # The second is what capturing a masked plain module gives.
 _PRODUCTS = (torch.mul, operator.mul)
@@ -173,7 +173,7 @@ def evaluate(gm: GraphModule, region: list[Node], given: dict[Node, torch.Tensor
         args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
         if node.op == "get_attr":
             value = attribute_at(gm, str(node.target))
-            if given is not None and isinstance(value, DTensor):
+            if given is not None and is_dtensor(value):
                 value = torch.ones(value.shape)
             double = given is not None and isinstance(value, torch.Tensor) and value.is_floating_point()
             values[node] = value.detach().to("cpu", torch.float64) if double else value

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.fx import GraphModule
 
 from fxprune.rewrite.masking.graph_reads import check_reads, mask_reads
@@ -24,6 +23,7 @@ from fxprune.rewrite.masking.optimizer_hook import enrol, zero
 from fxprune.rewrite.masking.parameters import CONTAINERS, Place, check, join, tied, unwrap
 from fxprune.rewrite.masking.sharded import home, reshard, sharded_class
 from fxprune.rewrite.masking.state_dict import adapt
+from fxprune.sharded_types import is_fsdp_module
 
 
 def install(module: nn.Module, masks: Mapping[str, torch.Tensor], direct: Iterable[str] = ()) -> None:
@@ -125,7 +125,7 @@ def _reclass(owner: nn.Module, form: Form | None) -> None:
             owner.register_load_state_dict_pre_hook(_adapt_hook)  # type: ignore[no-untyped-call]
     elif form_of(owner) != form:
         cls = masked_class(original_class(owner), form)
-        owner.__class__ = sharded_class(cls, owner) if isinstance(owner, FSDPModule) else cls
+        owner.__class__ = sharded_class(cls, owner) if is_fsdp_module(owner) else cls
     enrol(owner)
 
 

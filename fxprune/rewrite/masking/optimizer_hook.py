@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from fxprune.sharded_types import is_dtensor
 from fxprune.sparsity.sharded import own_part
 
 _living: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -46,7 +46,7 @@ def zero(tensor: torch.Tensor, mask: torch.Tensor) -> None:
 
 def local_part(tensor: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What this process holds of a tensor that may be sharded, and its part of the (replicated) mask."""
-    if not isinstance(tensor, DTensor):
+    if not is_dtensor(tensor):
         return tensor, mask
     return tensor.to_local(), own_part(mask, tensor)
 

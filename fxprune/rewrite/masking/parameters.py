@@ -7,8 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -17,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fxprune.capture.leaves import is_compiled
 from fxprune.rewrite.masking.masked_module import SUFFIX, form_of
+from fxprune.sharded_types import is_dtensor, is_fsdp_module
 from fxprune.sparsity.masks import Masks, validate
 
 Place = tuple[str, nn.Module, str]
@@ -95,7 +94,7 @@ def check(model: nn.Module, masks: Any) -> dict[int, torch.Tensor]:
     if lazy:
         raise ValueError(f"masks[{lazy[0]!r}]: the parameter is lazy; run the model once before masking it")
     validate(masks, {name: parameter_at(place).shape for name, place in ready.items()}, whole=False)
-    split = any(isinstance(module, FSDPModule) for module in model.modules())
+    split = any(is_fsdp_module(module) for module in model.modules())
     chosen: dict[int, torch.Tensor] = {}
     first: dict[int, str] = {}
     for name, mask in masks.items():
@@ -116,7 +115,7 @@ def _check_place(name: str, place: Place, split: bool) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise ValueError(f"masks[{name!r}]: a TorchScript module cannot be masked; mask it before scripting")
     masked = attribute + SUFFIX in module._buffers
-    if isinstance(parameter_at(place), DTensor) and not masked and not split:
+    if is_dtensor(parameter_at(place)) and not masked and not split:
         raise RuntimeError(
             f"masks[{name!r}]: the parameter is a DTensor, and not of fully_shard; set the masks before it is"
             " distributed"

@@ -7,13 +7,16 @@ for the time of a forward. Such a module cannot be copied, nor run by itself.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
+
+from fxprune.sharded_types import is_dtensor, is_fsdp_class, is_fsdp_module
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # What fully_shard leaves among a module's attributes, besides its hooks; and code compiled for the module.
 _TRACES = ("__composable_api_", "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_compiled_call_impl")
@@ -21,15 +24,15 @@ _TRACES = ("__composable_api_", "_is_fsdp_managed_module", "_fsdp_use_orig_param
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters of ``model`` are split over processes."""
-    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
-        isinstance(parameter, DTensor) for parameter in model.parameters()
+    return any(is_fsdp_module(module) for module in model.modules()) or any(
+        is_dtensor(parameter) for parameter in model.parameters()
     )
 
 
 def reshard(model: nn.Module) -> None:
     """Puts the split parameters in place: after a forward, those of the root may still be whole."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if is_fsdp_module(module):
             module.reshard()
 
 
@@ -39,12 +42,14 @@ def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
     >>> plain_class(nn.Linear).__name__
     'Linear'
     """
-    return cls.__bases__[-1] if FSDPModule in cls.__bases__ else cls
+    return cls.__bases__[-1] if is_fsdp_class(cls) else cls
 
 
 def sharded_class(cls: type[nn.Module], owner: nn.Module) -> type[nn.Module]:
     """What ``fully_shard`` makes of ``cls``, for ``owner``, which it has split already."""
-    mesh = next(p.device_mesh for p in owner.parameters() if isinstance(p, DTensor))
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = next(p.device_mesh for p in owner.parameters() if is_dtensor(p))
     shell = object.__new__(cls)
     nn.Module.__init__(shell)
     # Without parameters nothing is split; torch.compile looks the class up among those made this way.
@@ -54,7 +59,7 @@ def sharded_class(cls: type[nn.Module], owner: nn.Module) -> type[nn.Module]:
 
 def home(parameter: torch.Tensor) -> torch.device:
     """The device on which a parameter is used: that of the mesh where it is split, and perhaps offloaded."""
-    if not isinstance(parameter, DTensor) or parameter.device.type == parameter.device_mesh.device_type:
+    if not is_dtensor(parameter) or parameter.device.type == parameter.device_mesh.device_type:
         return parameter.device
     kind = parameter.device_mesh.device_type
     return torch.device(kind, torch.get_device_module(kind).current_device())
@@ -68,7 +73,7 @@ def plain_twin(model: nn.Module) -> nn.Module:
     reshard(model)
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
-        memo[id(parameter)] = _without_values(parameter) if isinstance(parameter, DTensor) else parameter
+        memo[id(parameter)] = _without_values(parameter) if is_dtensor(parameter) else parameter
     modules = list(model.modules())
     for module in modules:
         cls = plain_class(type(module))

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from fxprune.sharded_types import is_dtensor
 
 DENSE_CHECKPOINT = (
     "the checkpoint has no masks for this masked model: it is read as dense, and its masks become all ones"
@@ -60,7 +61,7 @@ def _rename(state_dict: dict[str, Any], prefix: str, attribute: str) -> None:
 
 def _zeroed(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """``weight`` with zeros where ``mask`` has them; the same object where it had them already."""
-    if isinstance(weight, DTensor) or weight.is_meta or mask.is_meta or weight.shape != mask.shape:
+    if is_dtensor(weight) or weight.is_meta or mask.is_meta or weight.shape != mask.shape:
         return weight  # a shard was written by a masked model; a wrong shape is load_state_dict's to report
     dropped = mask.to(weight.device).logical_not()
     with torch.no_grad():

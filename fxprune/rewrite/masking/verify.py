@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
 
 from fxprune.rewrite.masking.graph_reads import (
@@ -20,6 +19,7 @@ from fxprune.rewrite.masking.optimizer_hook import local_part
 from fxprune.rewrite.masking.parameters import Place, join, mask_at, masked_places, parameter_at, tied, unwrap
 from fxprune.rewrite.masking.sharded import home, reshard
 from fxprune.rewrite.masking.weight_functions import KERNELS, weight_operand
+from fxprune.sharded_types import is_dtensor
 
 
 def verify(model: nn.Module) -> None:
@@ -56,7 +56,7 @@ def verify(model: nn.Module) -> None:
         form = form_of(module)
         if isinstance(module, GraphModule):
             _check_graph(path, module)
-        elif any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        elif any(is_dtensor(parameter) for parameter in module.parameters()):
             continue  # a sharded layer cannot run by itself
         elif form is not None and form.kind in ("stock", "reads"):
             _check_module(path, module, form)
@@ -143,7 +143,7 @@ def _check_graph(path: str, gm: GraphModule) -> None:
             operand = weight_operand(node.args, node.kwargs)
             region = constant_region(operand) if isinstance(operand, torch.fx.Node) else None
             reads = [source for source in region or () if source.op == "get_attr"]
-            if any(isinstance(attribute_at(gm, str(source.target)), DTensor) for source in reads):
+            if any(is_dtensor(attribute_at(gm, str(source.target))) for source in reads):
                 continue  # whole only in a forward
             for source in reads:
                 if mask_of(gm, str(source.target)) is not None:
