@@ -49,18 +49,18 @@ def grasp(
     if temperature is not None and not temperature > 0:
         raise ValueError(f"method 'grasp': temperature={temperature!r}, expected a number above 0")
 
-    def preservation(problem: Problem, masks: Masks) -> Scores:
-        some = read_batches(problem, batches, "grasp")
+    def score(problem: Problem, masks: Masks) -> Scores:
+        data = read_batches(problem, batches, "grasp")
         weights = masked(problem, masks)
-        by = temperature or (200.0 if problem.loss_fn is None else 1.0)
+        divisor = temperature or (200.0 if problem.loss_fn is None else 1.0)
         with scoring(problem, mode), twice_differentiable():
-            products = _hessian_times_gradient(problem, weights, some, by)
+            products = _hessian_times_gradient(problem, weights, data, divisor)
         scores = {name: product.mul_(problem.weights[name]) for name, product in products.items()}
         return {name: score.abs_() for name, score in scores.items()} if rank == "absolute" else scores
 
     return Method(
         name="grasp",
-        find=from_scores(preservation, name="grasp"),
+        find=from_scores(score, name="grasp"),
         needs=frozenset({"data"}),
         summary="keeps the weights whose removal harms the flow of gradients most",
         paper="Wang et al. 2020, arXiv 2002.07376",
@@ -68,18 +68,18 @@ def grasp(
 
 
 def _hessian_times_gradient(
-    problem: Problem, weights: dict[str, torch.Tensor], some: list[Batch], temperature: float
+    problem: Problem, weights: dict[str, torch.Tensor], data: list[Batch], temperature: float
 ) -> dict[str, torch.Tensor]:
-    """The mean Hessian times the mean gradient: the gradient of <g_b, mean g>, the latter held constant."""
+    """Return mean H times mean g, as the mean gradient of <g_b, mean g> with mean g held constant."""
 
     def loss(batch: Batch) -> torch.Tensor:
         return loss_at(problem, weights, batch, "grasp", temperature)
 
-    def along(batch: Batch) -> torch.Tensor:
+    def product_with_mean(batch: Batch) -> torch.Tensor:
         leaves = list(weights.values())
         slopes = torch.autograd.grad(loss(batch), leaves, create_graph=True, materialize_grads=True)
         pairs = zip(slopes, mean.values(), strict=True)
-        return torch.stack([(slope * step.to(slope.device)).sum() for slope, step in pairs]).sum()
+        return torch.stack([(slope * g.to(slope.device)).sum() for slope, g in pairs]).sum()
 
-    mean = mean_gradients(problem, weights, some, "grasp", of=loss)
-    return mean_gradients(problem, weights, some, "grasp", of=along)
+    mean = mean_gradients(problem, weights, data, "grasp", of=loss)
+    return mean_gradients(problem, weights, data, "grasp", of=product_with_mean)

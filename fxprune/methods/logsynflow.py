@@ -1,4 +1,4 @@
-"""LogSynFlow: SynFlow with the logarithm of the gradient, so that a few large ones do not decide alone."""
+"""LogSynFlow: SynFlow with the logarithm of the gradient, so that a few large ones do not dominate."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fxprune.scoring.contract import Method
 from fxprune.scoring.synaptic import Synapse, in_rounds
 
 NEGLIGIBLE = 1e-7
-"""Where ln(1 + x) and x are the same number, in float32."""
+"""ln(1 + x) and x are the same number in float32 for x below this."""
 SATURATED = 17.0
-"""Where ln(1 + e^x) and x are."""
+"""ln(1 + e^x) and x are the same number in float32 for x above this."""
 
 
 def logsynflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] = "spatial") -> Method:
@@ -35,17 +35,17 @@ def logsynflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] =
     """
     return Method(
         name="logsynflow",
-        find=in_rounds(Synapse(gain=_tamed), rounds=rounds, resolution=resolution, name="logsynflow"),
+        find=in_rounds(Synapse(gain=_log_gain), rounds=rounds, resolution=resolution, name="logsynflow"),
         summary="SynFlow with the logarithm of the gradient; no data",
         paper="Cavagnero et al. 2022, FreeREA, arXiv 2207.05135",
     )
 
 
-def _tamed(gradient: Tensor, log_total: float) -> Tensor:
-    """ln(1 + dR/d|w|), divided by R where that is below one; zero where the gradient d ln R / d|w| is, or R.
+def _log_gain(gradient: Tensor, log_total: float) -> Tensor:
+    """Return ln(1 + dR/d|w|) from d ln R / d|w| and ln R; divided by R where R is below one.
 
-    The divisor leaves the order as it is. Without it, the flow of a deep and sparse network would leave
-    nothing but subnormal numbers to rank.
+    It is zero where the gradient is. The division keeps the order; without it, scores of deep and sparse
+    networks would be subnormal numbers.
     """
     if log_total < 0:
         total = math.exp(log_total)
@@ -54,7 +54,7 @@ def _tamed(gradient: Tensor, log_total: float) -> Tensor:
             return gradient
         return torch.where(slope > NEGLIGIBLE, slope.log1p() / total, gradient)
     least = torch.finfo(gradient.dtype).tiny
-    # Logarithms of zeros and of subnormal numbers would take ten times as long.
+    # ln dR/d|w|. Logarithms of zeros and of subnormal numbers would take ten times as long.
     logarithm = gradient.clamp(min=least).log_().add_(log_total)
     if bool(logarithm.amin() < SATURATED):
         logarithm = softplus(logarithm)

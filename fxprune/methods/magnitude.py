@@ -15,12 +15,12 @@ def magnitude() -> Method:
     """
     return Method(
         name="magnitude",
-        find=from_scores(_size, name="magnitude"),
+        find=from_scores(_magnitudes, name="magnitude"),
         summary="keeps the largest weights",
         paper="Han et al. 2015, arXiv 1506.02626",
         shards="rows",
     )
 
 
-def _size(problem: Problem, masks: Masks) -> Scores:
+def _magnitudes(problem: Problem, masks: Masks) -> Scores:
     return {name: weight.abs() for name, weight in problem.weights.items()}

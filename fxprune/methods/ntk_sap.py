@@ -51,8 +51,8 @@ def ntk_sap(
     if not epsilon > 0:
         raise ValueError(f"method 'ntk-sap': epsilon={epsilon!r}, expected a number above 0")
 
-    def influence(problem: Problem, masks: Masks) -> Scores:
-        shapes = _inputs(problem)
+    def score(problem: Problem, masks: Masks) -> Scores:
+        shapes = _read_inputs(problem)
         scores = {
             name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in problem.weights.items()
         }
@@ -60,7 +60,7 @@ def ntk_sap(
             gates = {name: mask.to(problem.device).float().requires_grad_() for name, mask in masks.items()}
             drawn = {name: _draw(problem, name, init) for name in gates}
             moved = {name: w + epsilon * _noise(problem, w) for name, w in drawn.items()}
-            inputs = tree_map(lambda part: _fresh(problem, part), shapes)
+            inputs = tree_map(lambda part: _noise_input(problem, part), shapes)
             with scoring(problem, "eval"):
                 slopes = torch.autograd.grad(
                     _distance(problem, drawn, moved, gates, inputs), list(gates.values()),
@@ -73,27 +73,27 @@ def ntk_sap(
 
     return Method(
         name="ntk-sap",
-        find=from_scores(influence, schedule=Exponential(rounds), name="ntk-sap"),
+        find=from_scores(score, schedule=Exponential(rounds), name="ntk-sap"),
         summary="keeps the weights that move the output most, over random weights and noise inputs",
         paper="Wang et al. 2023, arXiv 2304.02840",
     )
 
 
 def _distance(problem: Problem, drawn: Weights, moved: Weights, gates: Weights, inputs: Any) -> torch.Tensor:
-    """Squared distance of the outputs at ``drawn`` and ``moved``, both under the same gates."""
+    """Return ||f(x; w m) - f(x; (w + eps z) m)||^2; w = ``drawn``, w + eps z = ``moved``, m = ``gates``."""
 
     def outputs(weights: Weights, buffers: Weights) -> list[torch.Tensor]:
         gated = {name: weight * gates[name].to(weight.dtype) for name, weight in weights.items()}
-        found = torch.func.functional_call(_Inputs(problem.model), _inside(buffers | gated), (inputs,))
+        found = torch.func.functional_call(_Inputs(problem.model), _with_prefix(buffers | gated), (inputs,))
         return [part for part in tree_leaves(found) if isinstance(part, torch.Tensor)]
 
     buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
-    with torch.no_grad(), _taking_statistics(problem.model):
+    with torch.no_grad(), _batch_statistics(problem.model):
         outputs(drawn, buffers)
     pairs = zip(outputs(drawn, buffers), outputs(moved, buffers), strict=True)
     distances = [(a - b).square().sum() for a, b in pairs if a.is_floating_point()]
     total: torch.Tensor = torch.stack(distances).sum()
-    # A network that is cut gives a constant.
+    # The outputs of a network without any path do not depend on the gates.
     return total if total.requires_grad else total + 0 * torch.stack([g.sum() for g in gates.values()]).sum()
 
 
@@ -108,13 +108,13 @@ class _Inputs(torch.nn.Module):
         return run(self.model, inputs)
 
 
-def _inside(state: Weights) -> Weights:
+def _with_prefix(state: Weights) -> Weights:
     return {f"model.{name}": tensor for name, tensor in state.items()}
 
 
 @contextmanager
-def _taking_statistics(model: torch.nn.Module) -> Iterator[None]:
-    """Norms with running statistics in train mode, where they take those of the next batch as they are."""
+def _batch_statistics(model: torch.nn.Module) -> Iterator[None]:
+    """Put norms with running statistics into train mode, so that these become those of the next batch."""
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     try:
@@ -128,8 +128,8 @@ def _taking_statistics(model: torch.nn.Module) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def _inputs(problem: Problem) -> Any:
-    """The model's inputs, of which only shapes and types count: see ``run`` for their forms."""
+def _read_inputs(problem: Problem) -> Any:
+    """Return inputs of the model, of which only shapes and types matter; ``run`` says in which forms."""
     if problem.data is not None:
         batch = read_batches(problem, 1, "ntk-sap")[0]
         if not batch.mapping:
@@ -140,7 +140,8 @@ def _inputs(problem: Problem) -> Any:
     return named
 
 
-def _fresh(problem: Problem, part: Any) -> Any:
+def _noise_input(problem: Problem, part: Any) -> Any:
+    """Return noise in place of a real tensor; other inputs as they are."""
     if not isinstance(part, torch.Tensor):
         return part
     if part.is_floating_point():

@@ -47,8 +47,8 @@ def prospr(
     if not lr > 0 or not 0 <= momentum < 1:
         raise ValueError(f"method 'prospr': lr={lr!r}, momentum={momentum!r}, expected lr > 0 and 0 to 1")
 
-    def prospect(problem: Problem, masks: Masks) -> Scores:
-        some = read_batches(problem, batches, "prospr")
+    def score(problem: Problem, masks: Masks) -> Scores:
+        data = read_batches(problem, batches, "prospr")
         start = masked(problem, masks)
         others = {
             name: parameter.detach().requires_grad_()
@@ -56,8 +56,8 @@ def prospr(
             if name not in start and parameter.is_floating_point()
         }
         with scoring(problem, mode), twice_differentiable():
-            final = _train(problem, start | others, some, steps, lr, momentum, full=order == "full")
-            loss = loss_at(problem, final, some[steps % len(some)], "prospr")
+            final = _train(problem, start | others, data, steps, lr, momentum, full=order == "full")
+            loss = loss_at(problem, final, data[steps % len(data)], "prospr")
             wanted = start if order == "full" else {name: final[name] for name in start}
             slopes = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)
         homes = problem.weights
@@ -67,7 +67,7 @@ def prospr(
 
     return Method(
         name="prospr",
-        find=from_scores(prospect, name="prospr"),
+        find=from_scores(score, name="prospr"),
         needs=frozenset({"data"}),
         summary="SNIP through the first steps of training",
         paper="Alizadeh et al. 2022, arXiv 2202.08132",
@@ -77,17 +77,17 @@ def prospr(
 def _train(
     problem: Problem,
     parameters: dict[str, torch.Tensor],
-    some: list[Batch],
+    data: list[Batch],
     steps: int,
     lr: float,
     momentum: float,
     *,
     full: bool,
 ) -> dict[str, torch.Tensor]:
-    """The parameters after SGD, as functions of those before, or as new leaves."""
+    """Return the parameters after SGD: functions of those before if ``full``, else new leaves."""
     velocities: dict[str, torch.Tensor] = {}
     for step in range(steps):
-        loss = loss_at(problem, parameters, some[step % len(some)], "prospr")
+        loss = loss_at(problem, parameters, data[step % len(data)], "prospr")
         leaves = list(parameters.values())
         slopes = torch.autograd.grad(loss, leaves, create_graph=full, materialize_grads=True)
         for (name, parameter), slope in zip(tuple(parameters.items()), slopes, strict=True):

@@ -1,4 +1,4 @@
-"""Random pruning: independent uniform noise as score. The baseline that every method has to beat."""
+"""Random pruning: independent uniform noise as score, the baseline of all methods."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def random() -> Method:
     """
     return Method(
         name="random",
-        find=from_scores(_noise, name="random"),
+        find=from_scores(_uniform, name="random"),
         summary="independent noise for every weight",
         paper="Liu et al. 2022, arXiv 2202.02643",
         shards="rows",
     )
 
 
-def _noise(problem: Problem, masks: Masks) -> Scores:
+def _uniform(problem: Problem, masks: Masks) -> Scores:
     return {name: noise(problem, name).to(weight.device) for name, weight in problem.weights.items()}

@@ -15,12 +15,13 @@ from fxprune.capture import capture
 from fxprune.channels.counts import count_kernels, count_nodes
 from fxprune.lowering import lower
 from fxprune.methods import Problem
-from fxprune.methods.balance.coordinate_ascent import CoordinateAscent
+from fxprune.methods.balance.coordinate_ascent import CoordinateAscent, fill_in_order
 from fxprune.methods.balance.layer_moves import cover_channels, fill_by_gain
 from fxprune.methods.balance.local_search import LocalSearch
 from fxprune.methods.balance.tap_refinement import TapRefinement
 from fxprune.methods.balance.target import Target
 from fxprune.methods.dpai.objective import Figures
+from fxprune.paths.circuit import compile as circuits
 from fxprune.paths.circuit.compile import circuit
 from fxprune.paths.count import flow, reach
 from fxprune.sparsity.masks import Masks, is_subset, kept, total
@@ -353,3 +354,43 @@ def test_no_gain_makes_up_for_a_node_below_the_least() -> None:
     assert target.value(start) > target.value(Figures(90.0, 4999, 110_000))
     assert target.value(start) > target.value(Figures(90.0, 5100, 99_999))
     assert target.value(Figures(60.0, 5000, 100_001)) > target.value(start)
+
+
+def test_a_search_goes_back_to_its_start_where_all_else_was_worse() -> None:
+    """The best is that since the target was set, the start included, and not the last that was kept."""
+    _, found, counts, caps = parts()
+    best = CoordinateAscent(found, counts, caps, {}, np.random.default_rng(0)).draw()
+    target = Target((1.0, 0.0, 0.0), Figures(0.0, 1, 1))
+    search = LocalSearch(found, best, caps, {}, target, torch.Generator().manual_seed(0))
+    start = search.value
+    for _ in range(20):
+        search.try_move(temperature=50.0)
+        search.restart_from(counts)
+    assert search.value < start
+    search.restore_best()
+    assert search.value >= start
+    assert found.run(search.counts).log_total == search.figures.log_paths
+
+
+def test_a_move_that_is_not_kept_leaves_the_counts_alone() -> None:
+    _, found, counts, caps = parts()
+    target = Target((1.0, 1.0, 1.0), Figures(0.0, 1, 1))
+    search = LocalSearch(found, counts, caps, {}, target, torch.Generator().manual_seed(0))
+    for _ in range(60):
+        search.try_move()
+        run = found.run(search.counts)
+        assert run.log_total == search.figures.log_paths
+
+
+def test_networks_that_are_counted_in_float32_have_restarts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(circuits, "WIDE", 0)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 30), nn.Linear(30, 5))
+    question = asked(net, torch.ones(1, 20), 0.9, budget="uniform")
+    masks = methods.get("balance", alpha=0.0, steps=200).find(question)
+    assert kept(masks) == question.budget.layers
+    assert figures(question, masks)[2] == pytest.approx(question.history["log_paths"][-1], abs=1e-4)
+
+
+def test_weights_fill_places_in_order() -> None:
+    assert fill_in_order(np.array([2.0, 1.0, 3.0, 4.0]), 5).tolist() == [2, 1, 2, 0]
