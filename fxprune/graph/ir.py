@@ -16,6 +16,7 @@ from torch import fx
 from fxprune.graph import display
 from fxprune.graph.ops import (
     Affine,
+    AxisUse,
     ConstantValue,
     Gate,
     Gather,
@@ -26,6 +27,7 @@ from fxprune.graph.ops import (
     Norm,
     Op,
     Opaque,
+    ParamUse,
     Pool,
     Sink,
     Source,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Affine",
+    "AxisUse",
     "ChannelGraph",
     "ConstantValue",
     "Gate",
@@ -54,6 +57,7 @@ __all__ = [
     "Norm",
     "Op",
     "Opaque",
+    "ParamUse",
     "Pool",
     "Sink",
     "Source",

@@ -30,10 +30,12 @@ import torch
 from torch import Tensor
 
 from fxprune.graph.index_map import IndexMap, find_index_map
+from fxprune.graph.params import AxisUse, ParamUse
 from fxprune.graph.tensor_function import TensorFunction, same
 
 __all__ = [
     "Affine",
+    "AxisUse",
     "ConstantValue",
     "Gate",
     "Gather",
@@ -44,6 +46,7 @@ __all__ = [
     "Norm",
     "Op",
     "Opaque",
+    "ParamUse",
     "Pool",
     "Sink",
     "Source",
@@ -166,6 +169,7 @@ class Op:
 
     ``node`` is the name of a node in the graph that ``capture`` returned. An op from the inside of a leaf has
     the leaf's node there, and in ``inner`` the names of the nodes of the leaf's own graph, joined by dots.
+    ``params`` lists the parameters and buffers that the op reads.
     Several ops may share one node; ``ChannelGraph.value_of`` says which value the node yields.
     """
 
@@ -174,6 +178,7 @@ class Op:
     node: str
     layer: str
     inner: str = ""
+    params: tuple[ParamUse, ...] = ()
 
     @property
     def kind(self) -> str:

@@ -7,19 +7,20 @@ parameters. Rules never build ops by hand, so liveness and provenance are right 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor
 
 from fxprune.graph import ir
+from fxprune.graph.params import axes_of_labels, axes_of_whole
 from fxprune.graph.tensor_function import TensorFunction
+from fxprune.lowering.parameters import Parameters
+from fxprune.lowering.reads import Reads, joined
+from fxprune.lowering.taps import live_taps
 
-__all__ = ["Builder", "Constant", "Parameters"]
-
-PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+__all__ = ["Builder", "Constant"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Constant:
     zeros are accidents of the present values. ``zero`` marks what is zero throughout. A statistic of the
     input (a variance, a length) counts as a constant, too: ``statistic`` is the set of axes, counted from the
     last one as -1, along which entries of the input went into it, as far as its shape does not show it.
+    ``reads`` follows the parameters and buffers in it, entry by entry.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +43,7 @@ class Constant:
     zero: bool = False
     is_learnt: bool = False
     statistic: frozenset[int] | None = None
+    reads: Reads | None = None
 
     def numbers(self) -> Tensor | None:
         """The numbers, or ``None`` where they cannot be had (on the meta device)."""
@@ -49,56 +52,6 @@ class Constant:
         except RuntimeError:
             return None
         return None if not isinstance(result, Tensor) or result.device.type == "meta" else result.cpu()
-
-
-@dataclass
-class Parameters:
-    """Names of the network's parameters: tied ones share the first name; ``owners`` maps a name to its
-    module.
-
-    ``prunable`` holds the names of the weights of convolutions, linear layers and ``nn.MultiheadAttention``.
-    """
-
-    names: dict[int, str] = field(default_factory=dict)
-    aliases: dict[str, list[str]] = field(default_factory=dict)
-    owners: dict[str, tuple[str, nn.Module]] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    prunable: set[str] = field(default_factory=set)
-
-    @classmethod
-    def of(cls, root: nn.Module) -> Parameters:
-        table = cls()
-        for path, module in root.named_modules(remove_duplicate=False):
-            for leaf, tensor in module._parameters.items():
-                if tensor is None:
-                    continue
-                name = f"{path}.{leaf}" if path else leaf
-                first = table.names.setdefault(id(tensor), name)
-                table.aliases.setdefault(first, [])
-                if first == name:
-                    table.owners[name] = (path, module)
-                    table.tensors[name] = tensor
-                elif name not in table.aliases[first]:
-                    table.aliases[first].append(name)
-                if _is_kernel(module, leaf):
-                    table.prunable.add(first)
-        return table
-
-    def reference(self, tensor: Tensor, reader: nn.Module | None) -> ir.WeightRef | None:
-        """The tensor as a weight operand, if it is a prunable parameter; ``reader`` is the module that reads
-        it.
-        """
-        name = self.names.get(id(tensor))
-        if name is None or name not in self.prunable:
-            return None
-        return ir.WeightRef(name, tuple(tensor.shape), direct=self.owners[name][1] is not reader)
-
-
-def _is_kernel(module: nn.Module, leaf: str) -> bool:
-    if isinstance(module, nn.MultiheadAttention):
-        return leaf in PROJECTIONS
-    # A network that is one layer has lost its class to the graph that it became.
-    return leaf == "weight" and isinstance(module, (nn.Linear, _ConvNd, fx.GraphModule))
 
 
 class Builder:
@@ -163,10 +116,13 @@ class Builder:
         else:
             pattern = None if bool((numbers != 0).any()) else torch.zeros(x.shape, dtype=torch.bool)
         if id(x) not in self.constant_nodes:
-            return self.source(x.shape, live=False, pattern=pattern)
+            value = self.source(x.shape, live=False, pattern=pattern)
+            self.read(value, x)
+            return value
         reader = self.node, self.inner
         self.node, self.inner = self.constant_nodes[id(x)], ""
         value = self.source(x.shape, live=False, pattern=pattern)
+        self.read(value, x)
         self.node, self.inner = reader
         self.sources.setdefault(id(x), value)
         return value
@@ -192,12 +148,25 @@ class Builder:
         """``x`` where ``pattern`` (bool) holds, Zero elsewhere."""
         return self.gate(x, self.source(pattern.shape, live=False, pattern=pattern), shape)
 
-    def affine(self, x: ir.Value, shape: Sequence[int] | None = None, *, bias: bool = False) -> ir.Value:
-        """Scale by a constant, add a constant if ``bias``, broadcast to ``shape``."""
+    def affine(
+        self,
+        x: ir.Value,
+        shape: Sequence[int] | None = None,
+        *,
+        bias: bool = False,
+        by: Constant | None = None,
+    ) -> ir.Value:
+        """Scale by a constant, or add one if ``bias``, broadcast to ``shape``; no op where nothing changes.
+
+        ``by`` is the constant: its parameters are noted.
+        """
         shape = x.shape if shape is None else tuple(shape)
-        if not bias and shape == x.shape:
+        reads = by is not None and by.reads is not None
+        if not bias and shape == x.shape and not reads:
             return x
-        return self._keep_range(x, self._emit(ir.Affine, (x,), shape, bias=bias))
+        output = self._keep_range(x, self._emit(ir.Affine, (x,), shape, bias=bias))
+        self.read(output, by)
+        return output
 
     def norm(
         self,
@@ -219,9 +188,9 @@ class Builder:
             return x
         return self._keep_range(x, self._emit(ir.Map, (x,), x.shape, floor=floor, axes=_axes(axes, x)))
 
-    def map_anew(self, x: ir.Value) -> ir.Value:
+    def map_anew(self, x: ir.Value, *, floor: bool = False) -> ir.Value:
         """``x`` again, as a value of its own, so that something can be said of it alone."""
-        return self._keep_range(x, self._emit(ir.Map, (x,), x.shape))
+        return self._keep_range(x, self._emit(ir.Map, (x,), x.shape, floor=floor))
 
     def gather(
         self,
@@ -250,13 +219,100 @@ class Builder:
     def opaque(self, inputs: Sequence[ir.Value], shape: Sequence[int], reason: str) -> ir.Value:
         return self._emit(ir.Opaque, inputs, shape, reason=reason)
 
+    # -- parameters -----------------------------------------------------------------------------------------
+    def read(
+        self,
+        value: ir.Value,
+        operand: Any,
+        places: Sequence[tuple[int, int] | None] | None = None,
+        groups: int = 1,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        """Note that the op emitted last, which makes ``value``, reads the parameters in an operand.
+
+        Args:
+            value: the op's output.
+            operand: a constant, or a parameter or buffer of a module; anything else has no parameters.
+            places: along which axis of which value every axis of the operand runs; by default, as in
+                broadcasting, the last axes of ``value``.
+            groups: of a grouped convolution.
+            sizes: of the axes in ``places``, where the operand repeats along them.
+        """
+        reads = self.reads_of(operand)
+        if reads is None:
+            return
+        if places is None:
+            first = len(value.shape) - len(operand.shape)
+            places = [(value.index, first + axis) for axis in range(len(operand.shape))]
+        uses = []
+        for name in reads.names:
+            shape = self.parameters.shapes[name]
+            if reads.whole:
+                found = axes_of_whole(shape, places, sizes)
+            else:
+                labels = reads.labels().get(name)
+                if labels is not None and sizes is not None:
+                    labels = labels.tile([full // n for full, n in zip(sizes, labels.shape, strict=True)])
+                unknown = (None,) * len(shape)
+                found = unknown if labels is None else axes_of_labels(labels, shape, places)
+            uses.append(ir.ParamUse(name, found, groups))
+        assert self.ops[-1].output.index == value.index
+        self.ops[-1] = replace(self.ops[-1], params=(*self.ops[-1].params, *uses))
+
+    def reads_of(self, operand: Any) -> Reads | None:
+        """The parameters in a constant, or in a parameter or buffer of a module."""
+        if isinstance(operand, Tensor):
+            name = self.parameters.all_names.get(id(operand))
+            return None if name is None else Reads.of(name, operand.shape)
+        return operand.reads if isinstance(operand, Constant) else None
+
+    def part(self, operand: Any, view: Callable[[Tensor], Tensor], shape: Sequence[int]) -> Constant | None:
+        """A part of a constant, or of a parameter of a module, as a constant that knows its parameters."""
+        if operand is None:
+            return None
+        reads = self.reads_of(operand)
+        own = None if reads is None else joined([reads], lambda _, labels: view(labels))
+        return Constant(tuple(shape), torch.float32, lambda: torch.ones(tuple(shape)), reads=own)
+
+    def _read_weight(
+        self, x: ir.Value, output: ir.Value, weight: ir.WeightRef, by: Any, *, rank: int, groups: int
+    ) -> None:
+        """Note the axes of a contraction's weight, or of what it was made of (``by``), with ``rank`` taps."""
+        axis = len(output.shape) - rank - 1
+        sides = [(output, axis), (x, axis)]
+        if self._is_transposed():
+            sides.reverse()
+        places = [*[(value.index, axis) for value, axis in sides], *[None] * rank]
+        sizes = [*[value.shape[axis] for value, axis in sides], *weight.shape[2:]]
+        if weight.name is not None:
+            reads = Reads.of(weight.name, self.parameters.shapes[weight.name])
+            if weight.view is not None:
+                reads = joined([reads], lambda _, own: weight.operand(lambda _: own.double()).long())
+            operand = Constant(weight.shape, torch.float32, lambda: None, reads=reads)
+            self.read(output, operand, places, groups=groups, sizes=sizes)
+        known = {use.name for use in self.ops[-1].params}
+        others = self.reads_of(by)
+        if others is not None and not set(others.names) <= known:
+            rest = replace(others, names=tuple(name for name in others.names if name not in known))
+            operand = Constant(weight.shape, torch.float32, lambda: None, reads=rest)
+            self.read(output, operand, places, groups=groups, sizes=sizes)
+
+    def _is_transposed(self) -> bool:
+        op = self.ops[-1]
+        return isinstance(op, ir.Kernel) and op.window is not None and op.window.transposed
+
     # -- kernels --------------------------------------------------------------------------------------------
-    def linear(self, x: ir.Value, weight: ir.WeightRef, *, bias: bool) -> ir.Value:
-        """Contraction of the last axis with an operand of shape ``(out, in)``."""
+    def linear(self, x: ir.Value, weight: ir.WeightRef, *, bias: Any, by: Any = None) -> ir.Value:
+        """Contract the last axis with an operand of shape ``(out, in)``.
+
+        ``bias`` is an operand or ``None``; ``by`` is what the weight was made of, if it is not one parameter.
+        """
         shape = (*x.shape[:-1], weight.shape[0])
         positions = max(1, torch.Size(shape[:-1]).numel() // self.samples)
         taps = torch.ones((), dtype=torch.bool)
-        output = self._emit(ir.Kernel, (x,), shape, weight=weight, bias=bias)
+        output = self._emit(ir.Kernel, (x,), shape, weight=weight, bias=bias is not None)
+        self._read_weight(x, output, weight, by, rank=0, groups=1)
+        self.read(output, bias)
         self._record(weight, x, output, positions, taps, 1, transposed=False)
         return output
 
@@ -268,7 +324,8 @@ class Builder:
         *,
         window: ir.Window,
         groups: int,
-        bias: bool,
+        bias: Any,
+        by: Any = None,
     ) -> ir.Value:
         rank = len(window.kernel)
         taps = live_taps(window, x.shape[-rank:], tuple(shape)[-rank:], self._ranges(x, rank))
@@ -277,11 +334,13 @@ class Builder:
             (x,),
             shape,
             weight=weight,
-            bias=bias,
+            bias=bias is not None,
             groups=groups,
             window=window,
             live_taps=None if bool(taps.all()) else taps,
         )
+        self._read_weight(x, output, weight, by, rank=rank, groups=groups)
+        self.read(output, bias, [(output.index, len(shape) - rank - 1)])
         places = x.shape[-rank:] if window.transposed else output.shape[-rank:]
         positions = torch.Size(places).numel()
         self._record(weight, x, output, positions, taps, groups, transposed=window.transposed)
@@ -339,27 +398,3 @@ class Builder:
 
 def _axes(axes: Sequence[int], x: ir.Value) -> tuple[int, ...]:
     return tuple(sorted({axis % len(x.shape) for axis in axes})) if x.shape else ()
-
-
-def live_taps(
-    window: ir.Window, size: Sequence[int], out: Sequence[int], ranges: Sequence[tuple[int, int]]
-) -> Tensor:
-    """Taps that meet at least one entry that is not padding: bool, of the taps' shape.
-
-    Along each axis tap ``t`` of output ``p`` reads input ``p * stride - before + t * dilation`` (for a
-    transposed convolution input ``p`` writes to output ``p * stride - before + t * dilation``).
-    """
-    grid = torch.ones(window.kernel, dtype=torch.bool)
-    if window.mode != "zeros":
-        return grid
-    for axis, kernel in enumerate(window.kernel):
-        before = window.padding[axis][0]
-        places = torch.arange(size[axis] if window.transposed else out[axis])
-        taps = torch.arange(kernel)
-        seen = places[:, None] * window.stride[axis] - before + taps * window.dilation[axis]
-        low, high = (0, out[axis]) if window.transposed else ranges[axis]
-        live = ((seen >= low) & (seen < high)).any(0)
-        view = [1] * len(window.kernel)
-        view[axis] = kernel
-        grid = grid & live.reshape(view)
-    return grid

@@ -20,12 +20,16 @@ from fxprune.capture import CaptureError, capture_leaf
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.aliases import Memory, written
-from fxprune.lowering.builder import Builder, Constant, Parameters
+from fxprune.lowering.builder import Builder, Constant
+from fxprune.lowering.follow import reads_of_result
+from fxprune.lowering.parameters import Parameters
+from fxprune.lowering.reads import Reads, lost
 from fxprune.lowering.results import Results
 from fxprune.lowering.rules import KERNEL_TARGETS, RULES
-from fxprune.lowering.rules.movement import MOVES, REARRANGES, SHAPED_LIKE, function_of
+from fxprune.lowering.rules.movement import REARRANGES
 from fxprune.lowering.rules.pointwise import statistic_axes
 from fxprune.lowering.rules.table import Context, Unknown, substitute, tensors_in
+from fxprune.lowering.weight_views import provenance, simplified, view_of
 
 __all__ = ["lower"]
 
@@ -171,7 +175,9 @@ class _Walk:
             return thing
         ref = self.build.parameters.reference(thing, self.leaf)
         learnt = thing.is_floating_point() and not node.meta.get("is_literal", False)
-        return Constant(tuple(thing.shape), thing.dtype, lambda: thing, ref, is_learnt=learnt)
+        name = self.build.parameters.all_names.get(id(thing))
+        reads = None if name is None or node.meta.get("is_literal", False) else Reads.of(name, thing.shape)
+        return Constant(tuple(thing.shape), thing.dtype, lambda: thing, ref, is_learnt=learnt, reads=reads)
 
     def _read(self, args: Any) -> Any:
         return fx.node.map_arg(args, lambda node: self.env[node])
@@ -190,6 +196,8 @@ class _Walk:
         if module is not None:
             self.build.layer = f"{self.path}.{node.target}" if self.path else str(node.target)
             target = getattr(module, "dense_class", type(module))
+        if target is operator.getitem and isinstance(args[0], (list, tuple, dict)):
+            return args[0][args[1]]
         operands = list(tensors_in((args, kwargs)))
         result = self.env[node.args[0]] if in_place else val  # type: ignore[index]
         if not any(isinstance(x, ir.Value) for x in operands) and not self._has_kernels(target, module):
@@ -207,7 +215,7 @@ class _Walk:
                 return rule(Context(self.build, node, target, result, module), *args, **kwargs)
             except Unknown as error:
                 reason = str(error)
-        return self._opaque(operands, val, reason)
+        return self._opaque(operands, val, reason, module)
 
     def _has_kernels(self, target: Any, module: nn.Module | None) -> bool:
         if module is not None:
@@ -228,11 +236,16 @@ class _Walk:
 
             return run(substitute(args, numbers), substitute(kwargs, numbers))
 
+        module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        kind: Any = node.target if module is None else type(module)
+        places = {id(leaf): place for place, leaf in enumerate(_leaves(result))}
         if isinstance(result, Constant):  # setitem: the changed first argument
-            return Constant(result.shape, result.dtype, _changed(result.evaluate, *args[1:]))
+            changed = _changed(result.evaluate, *args[1:])
+            reads = lost([x.reads for x in operands if isinstance(x, Constant) and x.reads is not None])
+            return Constant(result.shape, result.dtype, changed, reads=reads if reads.names else None)
 
         def constant(val: Tensor, read: Callable[[], Any], view: TensorFunction | None) -> Constant:
-            ref = _simplified(_provenance(operands, val, view), self.build.parameters)
+            ref = simplified(provenance(operands, val, view), self.build.parameters)
             return Constant(
                 tuple(val.shape),
                 val.dtype,
@@ -240,11 +253,11 @@ class _Walk:
                 ref,
                 zero=node.target in (torch.zeros, torch.zeros_like, "new_zeros"),
                 is_learnt=any(isinstance(x, Constant) and x.is_learnt for x in operands),
+                reads=reads_of_result(kind, args, kwargs, run, places[id(val)]),
                 statistic=statistic_axes(operands, () if node.target in REARRANGES else val.shape),
             )
 
-        module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        return _constants(result, evaluate, _view(node, module, operands, args, kwargs), constant)
+        return _constants(result, evaluate, view_of(node, module, operands, args, kwargs), constant)
 
     def _inline(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Lower the inside of a leaf in place."""
@@ -258,7 +271,7 @@ class _Walk:
         try:
             inner = capture_leaf(module, meta_args, meta_kwargs)
         except CaptureError as error:
-            return self._opaque(operands, node.meta["val"], f"inside of {layer}: {error}")
+            return self._opaque(operands, node.meta["val"], f"inside of {layer}: {error}", module)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
         inputs = _bind(inner, args, kwargs)
@@ -267,11 +280,19 @@ class _Walk:
         self.build.node, self.build.inner = place
         return result
 
-    def _opaque(self, operands: list[Any], val: Any, reason: str) -> Any:
+    def _opaque(self, operands: list[Any], val: Any, reason: str, module: nn.Module | None = None) -> Any:
         values = [x for x in operands if isinstance(x, ir.Value)]
+        parts = [x.reads for x in operands if isinstance(x, Constant) and x.reads is not None]
+        state = (*module.parameters(), *module.buffers()) if module is not None else ()
+        names = [name for t in state if (name := self.build.parameters.all_names.get(id(t))) is not None]
+        reads = lost([*parts, Reads(tuple(names), dict)])
 
         def build(leaf: Any) -> Any:
-            return self.build.opaque(values, leaf.shape, reason) if isinstance(leaf, Tensor) else leaf
+            if not isinstance(leaf, Tensor):
+                return leaf
+            output = self.build.opaque(values, leaf.shape, reason)
+            self.build.read(output, Constant((), torch.float32, lambda: None, reads=reads))
+            return output
 
         return _map_structure(build, val)
 
@@ -332,45 +353,6 @@ def _constants(
         ]
         return type(result)(items) if type(result) in (list, tuple) else tuple(items)
     return result
-
-
-def _view(
-    node: fx.Node, module: nn.Module | None, operands: list[Any], args: Any, kwargs: Any
-) -> TensorFunction | None:
-    """What a node that moves one constant about does to it; ``None`` for other nodes."""
-    target = node.target if module is None else type(module)
-    if target not in MOVES or not operands or not isinstance(operands[0], Constant):
-        return None
-    if target in SHAPED_LIKE:
-        shape = tuple(node.meta["val"].shape)
-        return TensorFunction.of(SHAPED_LIKE[str(target)], PREVIOUS, shape)
-    if len(operands) != 1:
-        return None
-    return function_of(target, module, args, kwargs, lambda x: PREVIOUS)
-
-
-def _provenance(operands: list[Any], val: Tensor, view: TensorFunction | None) -> ir.WeightRef | None:
-    """The parameter that a constant is a view of, or a re-parameterisation of in its own shape."""
-    refs = [x for x in operands if isinstance(x, Constant) and x.weight is not None]
-    shape = tuple(val.shape)
-    old = operands[0].weight if view is not None else None
-    if view is not None and old is not None:
-        return ir.WeightRef(old.name, shape, (old.view or TensorFunction()).followed_by(view), old.direct)
-    same = [x.weight for x in refs if x.shape == shape]
-    return same[0] if len(same) == 1 else None
-
-
-def _simplified(ref: ir.WeightRef | None, parameters: Parameters) -> ir.WeightRef | None:
-    """Without a view that gives the parameter itself, as there and back again does (standardised weights)."""
-    if ref is None or ref.view is None or ref.name is None:
-        return ref
-    shape = parameters.tensors[ref.name].shape
-    if ref.shape != tuple(shape):
-        return ref
-    whole = torch.empty(shape, device="meta")
-    seen = ref.view(whole)
-    is_whole = seen is whole or (seen._base is whole and seen.stride() == whole.stride())
-    return ir.WeightRef(ref.name, ref.shape, direct=ref.direct) if is_whole else ref
 
 
 def _bind(inner: fx.GraphModule, args: Any, kwargs: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import getitem
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
-from fxprune.lowering.builder import PROJECTIONS, Constant
+from fxprune.lowering.builder import Constant
+from fxprune.lowering.parameters import PROJECTIONS
 from fxprune.lowering.rules.pointwise import plus_constant
 from fxprune.lowering.rules.pool import accumulate
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
@@ -106,7 +108,7 @@ def multihead_module(
         refs = [module_weight(context, name) for name in PROJECTIONS[1:]]
     out = context.build.parameters.reference(m.out_proj.weight, m.out_proj)
     out = out or ir.WeightRef(None, tuple(m.out_proj.weight.shape))
-    biases = m.in_proj_bias is not None, m.out_proj.bias is not None
+    biases = m.in_proj_bias, m.out_proj.bias
     return _multihead(
         context,
         (query, key, value),
@@ -134,7 +136,7 @@ def multihead(
     separate = given.get("use_separate_proj_weight")
     read = PROJECTIONS[1:] if separate else PROJECTIONS[:1]
     refs = [operand(given[name]) for name in (*read, "out_proj_weight")]
-    biases = given.get("in_proj_bias") is not None, given.get("out_proj_bias") is not None
+    biases = given.get("in_proj_bias"), given.get("out_proj_bias")
     return _multihead(
         context,
         (query, key, value),
@@ -151,7 +153,7 @@ def _multihead(
     context: Context,
     operands: tuple[Any, Any, Any],
     refs: tuple[ir.WeightRef, ...],
-    biases: tuple[bool, bool],
+    biases: tuple[Any, Any],
     *,
     heads: int,
     first: bool,
@@ -211,20 +213,30 @@ def _unbatched(rank: int, first: bool) -> TensorFunction:
 
 
 def _projected(
-    context: Context, inputs: tuple[ir.Value, ...], refs: tuple[ir.WeightRef, ...], bias: bool
+    context: Context, inputs: tuple[ir.Value, ...], refs: tuple[ir.WeightRef, ...], bias: Any
 ) -> list[ir.Value]:
     """Queries, keys and values. One projection of one input is one linear layer, cut in three."""
     build = context.build
     q, k, v = inputs
     if len(refs) == 3:
-        return [build.linear(x, ref, bias=bias) for x, ref in zip(inputs, refs, strict=True)]
+        return [
+            build.linear(x, ref, bias=build.part(bias, _thirds(i), ref.shape[:1]))
+            for i, (x, ref) in enumerate(zip(inputs, refs, strict=True))
+        ]
     width = refs[0].shape[0] // 3
     if q.index == k.index == v.index:
         whole = build.linear(q, refs[0], bias=bias)
         shape = (*q.shape[:-1], width)
         thirds = TensorFunction.of("chunk", PREVIOUS, 3, -1)
         return [build.gather(thirds.then(getitem, PREVIOUS, i), [whole], shape) for i in range(3)]
-    return [build.linear(x, _third(refs[0], i), bias=bias) for i, x in enumerate(inputs)]
+    return [
+        build.linear(x, _third(refs[0], i), bias=build.part(bias, _thirds(i), (width,)))
+        for i, x in enumerate(inputs)
+    ]
+
+
+def _thirds(i: int) -> Callable[[Tensor], Tensor]:
+    return lambda whole: whole.chunk(3)[i]
 
 
 def _third(ref: ir.WeightRef, i: int) -> ir.WeightRef:
@@ -252,11 +264,17 @@ def recurrent(context: Context, x: Any, state: Any = None) -> Any:
     if state is not None or m.proj_size or len(value.shape) != 3:
         raise Unknown("a recurrent layer with an initial state, projections or a single sample")
     time = 1 if m.batch_first else 0
-    for _ in range(m.num_layers):
+    for layer in range(m.num_layers):
         outputs = []
         for direction in range(2 if m.bidirectional else 1):
             ref = ir.WeightRef(None, (m.hidden_size, value.shape[-1]))
-            units = build.linear(value, ref, bias=m.bias)
+            units = build.linear(value, ref, bias=True if m.bias else None)
+            suffix = f"l{layer}{'_reverse' if direction else ''}"
+            width = [(value.index, len(value.shape) - 1), (units.index, len(units.shape) - 1)]
+            for name, place in zip(("weight_ih_", "weight_hh_"), width, strict=True):
+                build.read(units, getattr(m, name + suffix), [None, place])
+            for name in ("bias_ih_", "bias_hh_") if m.bias else ():
+                build.read(units, getattr(m, name + suffix), [None])
             outputs.append(accumulate(context, units, time, backwards=direction == 1))
         shape = (*value.shape[:-1], m.hidden_size * len(outputs))
         join = TensorFunction.of(torch.cat, [Operand(i) for i in range(len(outputs))], -1)

@@ -21,7 +21,7 @@ from fxprune.lowering.builder import Constant
 from fxprune.lowering.rules.pointwise import present
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 
-__all__ = ["MOVES", "REARRANGES", "SHAPED_LIKE", "function_of", "table"]
+__all__ = ["MOVES", "REARRANGES", "SHAPED_LIKE", "function_of", "is_data", "table"]
 
 table = RuleTable()
 
@@ -95,7 +95,7 @@ SHAPED_LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"
 """Methods whose second tensor gives its shape alone, and the method that takes that shape."""
 
 
-def _is_data(x: ir.Value | Constant) -> bool:
+def is_data(x: ir.Value | Constant) -> bool:
     """Index tensors are read for their numbers, all others are moved."""
     return isinstance(x, ir.Value) or x.dtype.is_floating_point or x.dtype.is_complex
 
@@ -108,7 +108,7 @@ def _numbers(x: Constant) -> Tensor:
 
 
 def _has_unknown_index(args: Any, kwargs: Any) -> bool:
-    indices = [x for x in tensors_in((args, kwargs)) if isinstance(x, Constant) and not _is_data(x)]
+    indices = [x for x in tensors_in((args, kwargs)) if isinstance(x, Constant) and not is_data(x)]
     return any(x.numbers() is None for x in indices)
 
 
@@ -165,11 +165,11 @@ def function_of(
 
 def _move_of(context: Context, args: Any, kwargs: Any) -> TensorFunction:
     """The op as a function of its data operands alone, in the order of :func:`tensors_in`."""
-    count = sum(1 for x in tensors_in((args, kwargs)) if _is_data(x))
+    count = sum(1 for x in tensors_in((args, kwargs)) if is_data(x))
     places = iter(range(count))
 
     def operand(x: ir.Value | Constant) -> Operand | Tensor:
-        if isinstance(x, Constant) and not _is_data(x):
+        if isinstance(x, Constant) and not is_data(x):
             return _numbers(x)
         place = next(places) if count > 1 else -1
         return Operand(place, isinstance(x, Constant) and x.zero)
@@ -218,7 +218,7 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
     build = context.build
     if context.target is getattr and args[1] in ("real", "imag", "data"):
         return build.affine(build.materialise(args[0]))
-    operands = [x for x in tensors_in((args, kwargs)) if _is_data(x)]
+    operands = [x for x in tensors_in((args, kwargs)) if is_data(x)]
     if any(isinstance(x, ir.Value) and not _is_moved(context, x, args) for x in operands):
         raise Unknown("an index tensor depends on the input")
     values = [build.materialise(x) for x in operands]

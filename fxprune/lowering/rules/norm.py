@@ -13,15 +13,33 @@ from fxprune.capture import ModeSwitch
 from fxprune.graph import ir
 from fxprune.lowering.rules.table import Context, RuleTable
 
-__all__ = ["table"]
+__all__ = ["OF_LAST_AXES", "table"]
 
 table = RuleTable()
 
+OF_LAST_AXES = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm}
 
-def _norm(context: Context, x: Any, axes: Sequence[int], *, bias: Any, eps: Any, groups: int = 1) -> ir.Value:
+
+def _norm(
+    context: Context,
+    x: Any,
+    axes: Sequence[int],
+    *,
+    bias: Any,
+    eps: Any,
+    others: Sequence[Any] = (),
+    channel: int | None = None,
+    groups: int = 1,
+) -> ir.Value:
+    """Write the norm; ``others`` are its scale and running statistics, along axis ``channel`` or the last
+    axes.
+    """
     value = context.build.materialise(x)
     number = float(eps) if isinstance(eps, (int, float)) else None
-    return context.build.norm(value, axes, groups=groups, bias=bias is not None, eps=number)
+    output = context.build.norm(value, axes, groups=groups, bias=bias is not None, eps=number)
+    for operand in (*others, bias):
+        context.build.read(output, operand, None if channel is None else [(output.index, channel)])
+    return output
 
 
 def _positions(x: Any, first: int = 2) -> range:
@@ -34,7 +52,8 @@ def batch_norm_module(context: Context, x: Any) -> ir.Value:
     """``%1 = Norm(%0)``: running statistics in evaluation, those of the batch if the module keeps none."""
     m: Any = context.module
     axes = () if m.running_mean is not None else (0, *_positions(x))
-    return _norm(context, x, axes, bias=m.bias, eps=m.eps)
+    others = (m.weight, m.running_mean, m.running_var)
+    return _norm(context, x, axes, bias=m.bias, eps=m.eps, others=others, channel=1)
 
 
 @table.rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -42,8 +61,10 @@ def instance_norm_module(context: Context, x: Any) -> ir.Value:
     """``%1 = Norm(%0) over positions``; a single sample has no batch axis."""
     m: Any = context.module
     rank = 3 + (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d).index(context.target)
-    axes = () if m.running_mean is not None else _positions(x, 2 - (rank - len(x.shape)))
-    return _norm(context, x, axes, bias=m.bias, eps=m.eps)
+    channel = 1 - (rank - len(x.shape))
+    axes = () if m.running_mean is not None else _positions(x, channel + 1)
+    others = (m.weight, m.running_mean, m.running_var)
+    return _norm(context, x, axes, bias=m.bias, eps=m.eps, others=others, channel=channel)
 
 
 @table.rule(nn.LayerNorm, nn.RMSNorm)
@@ -51,14 +72,23 @@ def layer_norm_module(context: Context, x: Any) -> ir.Value:
     """``%1 = Norm(%0) over the normalised axes``."""
     m: Any = context.module
     axes = range(-len(m.normalized_shape), 0)
-    return _norm(context, x, axes, bias=getattr(m, "bias", None), eps=m.eps)
+    return _norm(context, x, axes, bias=getattr(m, "bias", None), eps=m.eps, others=(m.weight,))
 
 
 @table.rule(nn.GroupNorm)
 def group_norm_module(context: Context, x: Any) -> ir.Value:
     """``%1 = Norm(%0) over channels of a group and positions``."""
     m: Any = context.module
-    return _norm(context, x, _positions(x, 1), bias=m.bias, eps=m.eps, groups=m.num_groups)
+    return _norm(
+        context,
+        x,
+        _positions(x, 1),
+        bias=m.bias,
+        eps=m.eps,
+        others=(m.weight,),
+        channel=1,
+        groups=m.num_groups,
+    )
 
 
 # -- functions -----------------------------------------------------------------------------------
@@ -75,7 +105,8 @@ def batch_norm(
     eps: Any = 1e-05,
 ) -> ir.Value:
     axes = () if running_mean is not None else (0, *_positions(input))
-    return _norm(context, input, axes, bias=bias, eps=eps)
+    others = (weight, running_mean, running_var)
+    return _norm(context, input, axes, bias=bias, eps=eps, others=others, channel=1)
 
 
 @table.rule(torch.batch_norm)
@@ -84,7 +115,8 @@ def aten_batch_norm(
 ) -> ir.Value:
     eps = args[2] if len(args) > 2 else None
     axes = () if running_mean is not None else (0, *_positions(input))
-    return _norm(context, input, axes, bias=bias, eps=eps)
+    others = (weight, running_mean, running_var)
+    return _norm(context, input, axes, bias=bias, eps=eps, others=others, channel=1)
 
 
 @table.rule(F.instance_norm)
@@ -100,7 +132,8 @@ def instance_norm(
     eps: Any = 1e-05,
 ) -> ir.Value:
     axes = _positions(input) if use_input_stats is not False or running_mean is None else ()
-    return _norm(context, input, axes, bias=bias, eps=eps)
+    others = (weight, running_mean, running_var)
+    return _norm(context, input, axes, bias=bias, eps=eps, others=others, channel=1)
 
 
 @table.rule(torch.instance_norm)
@@ -109,7 +142,8 @@ def aten_instance_norm(
 ) -> ir.Value:
     own, eps = (args[0] if args else True), (args[2] if len(args) > 2 else None)
     axes = _positions(input) if own is not False or running_mean is None else ()
-    return _norm(context, input, axes, bias=bias, eps=eps)
+    others = (weight, running_mean, running_var)
+    return _norm(context, input, axes, bias=bias, eps=eps, others=others, channel=1)
 
 
 @table.rule(F.layer_norm, torch.layer_norm)
@@ -122,14 +156,14 @@ def layer_norm(
     eps: Any = 1e-05,
     cudnn_enable: Any = True,
 ) -> ir.Value:
-    return _norm(context, input, range(-len(normalized_shape), 0), bias=bias, eps=eps)
+    return _norm(context, input, range(-len(normalized_shape), 0), bias=bias, eps=eps, others=(weight,))
 
 
 @table.rule(F.rms_norm, torch.rms_norm)
 def rms_norm(
     context: Context, input: Any, normalized_shape: Any, weight: Any = None, eps: Any = None
 ) -> ir.Value:
-    return _norm(context, input, range(-len(normalized_shape), 0), bias=None, eps=eps)
+    return _norm(context, input, range(-len(normalized_shape), 0), bias=None, eps=eps, others=(weight,))
 
 
 @table.rule(F.group_norm, torch.group_norm)
@@ -142,7 +176,16 @@ def group_norm(
     eps: Any = 1e-05,
     cudnn_enabled: Any = True,
 ) -> ir.Value:
-    return _norm(context, input, _positions(input, 1), bias=bias, eps=eps, groups=num_groups)
+    return _norm(
+        context,
+        input,
+        _positions(input, 1),
+        bias=bias,
+        eps=eps,
+        others=(weight,),
+        channel=1,
+        groups=num_groups,
+    )
 
 
 @table.rule(nn.LocalResponseNorm, F.local_response_norm)

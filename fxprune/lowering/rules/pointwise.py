@@ -85,6 +85,9 @@ _MOVES_TYPE = {
 }  # fmt: skip
 
 
+_PRELU = (F.prelu, torch.prelu, "prelu")
+
+
 @table.rule(*_spellings(), *_MODULES)
 def elementwise(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
     """``y = f(x)``: paths pass; if f(0) != 0 the value is never Zero."""
@@ -99,9 +102,16 @@ def elementwise(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value
         return context.build.sum([value, *others], shape)
     if not value.live and value.shape == shape:
         return value
-    return context.build.map(
-        context.build.affine(value, shape), floor=_has_floor(context, (x, *args), kwargs)
-    )
+    constants = [a for a in tensors_in((args, kwargs)) if isinstance(a, Constant) and a.reads is not None]
+    slopes = list(context.module.parameters()) if context.module is not None else []
+    floor = _has_floor(context, (x, *args), kwargs)
+    if not constants and not slopes:
+        return context.build.map(context.build.affine(value, shape), floor=floor)
+    result = context.build.map_anew(context.build.affine(value, shape), floor=floor)
+    for slope in (*constants, *slopes):
+        is_prelu = isinstance(slope, Tensor) or context.target in _PRELU
+        context.build.read(result, slope, [(result.index, 1)] if is_prelu and len(shape) > 1 else None)
+    return result
 
 
 _ADD = (
@@ -161,7 +171,7 @@ def plus_constant(context: Context, value: ir.Value, constant: Any) -> ir.Value:
     present = not constant.zero if numbers is None else bool((numbers != 0).any())
     if constant.statistic is not None and not present:
         return _normed(context, value, constant)
-    result = build.affine(value, shape, bias=present)
+    result = build.affine(value, shape, bias=present, by=constant)
     if numbers is not None and bool(torch.isneginf(numbers.float()).any()):
         build.blocked[result.index] = torch.isneginf(numbers.float()).expand(shape)
     return result
@@ -203,13 +213,16 @@ def scale(context: Context, value: ir.Value, other: Any) -> ir.Value | Constant:
         return Constant(shape, torch.float32, lambda: torch.zeros(shape), zero=True)
     if isinstance(other, Constant) and other.statistic is not None:
         return _normed(context, value, other)
-    return context.build.affine(value, shape)
+    return context.build.affine(value, shape, by=other if isinstance(other, Constant) else None)
 
 
 def _normed(context: Context, value: ir.Value, statistic: Constant) -> ir.Value:
     """A norm written by hand: one number of the statistic serves all entries along an axis."""
     axes = statistic_axes([statistic], context.shape) or ()
-    return context.build.norm(value, [axis for axis in axes if -axis <= len(value.shape)], context.shape)
+    within = [axis for axis in axes if -axis <= len(value.shape)]
+    result = context.build.norm(value, within, context.shape)
+    context.build.read(result, statistic)
+    return result
 
 
 def statistic_axes(operands: Iterable[ir.Value | Constant], shape: Sequence[int]) -> frozenset[int] | None:
@@ -246,7 +259,7 @@ def divide(context: Context, a: Any, b: Any, **kwargs: Any) -> ir.Value | Consta
     if isinstance(b, Constant) and b.statistic is not None:
         return _normed(context, a, b)
     if not isinstance(b, ir.Value):
-        return build.affine(a, shape)
+        return build.affine(a, shape, by=b if isinstance(b, Constant) else None)
     divisor = build.map(b, floor=True)
     return build.gate(a, divisor, shape) if isinstance(a, ir.Value) else scale(context, divisor, a)
 

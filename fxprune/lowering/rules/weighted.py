@@ -11,6 +11,7 @@ from torch import nn
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.builder import Constant
+from fxprune.lowering.reads import joined, lost
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 
 __all__ = ["table"]
@@ -60,7 +61,16 @@ def linear_module(context: Context, x: Any) -> ir.Value:
     """``y = x W^T + b``: one kernel per weight."""
     assert context.module is not None
     value = context.build.materialise(x)
-    return context.build.linear(value, module_weight(context), bias=context.module.bias is not None)
+    return context.build.linear(value, module_weight(context), bias=context.module.bias)
+
+
+def _biased(context: Context, result: ir.Value, bias: Any, axis: int) -> ir.Value:
+    """Add a bias along one axis, if there is one."""
+    if bias is None:
+        return result
+    output = context.build.affine(result, bias=True)
+    context.build.read(output, bias, [(output.index, axis)])
+    return output
 
 
 @table.rule(F.linear)
@@ -72,11 +82,11 @@ def linear(context: Context, x: Any, weight: Any, bias: Any = None) -> ir.Value:
             raise Unknown("linear with a vector as weight")
         letters = "abcdefgh"[: len(value.shape) - 1]
         result = build.mix(f"{letters}i,oi->{letters}o", value, weight, context.shape)
-        return build.affine(result, bias=True) if bias is not None else result
+        return _biased(context, result, bias, len(result.shape) - 1)
     ref = operand(weight)
     if len(ref.shape) == 1:
         raise Unknown("linear with a vector as weight")
-    return build.linear(value, ref, bias=bias is not None)
+    return build.linear(value, ref, bias=bias, by=weight)
 
 
 def _window(
@@ -105,7 +115,7 @@ def conv_module(context: Context, x: Any) -> ir.Value:
         context.shape,
         window=window,
         groups=m.groups,
-        bias=m.bias is not None,
+        bias=m.bias,
     )
 
 
@@ -125,11 +135,11 @@ def conv(
         options = (None, stride, padding, dilation, groups)
         product = TensorFunction.of(context.target, Operand(0), Operand(1), *options)
         result = build.mix("", value, weight, context.shape, product)
-        return build.affine(result, bias=True) if bias is not None else result
+        return _biased(context, result, bias, 1)
     ref = operand(weight)
     rank = len(ref.shape) - 2
     window = _window(ref.shape[2:], stride, padding, dilation, rank=rank)
-    return context.build.conv(value, ref, context.shape, window=window, groups=groups, bias=bias is not None)
+    return context.build.conv(value, ref, context.shape, window=window, groups=groups, bias=bias, by=weight)
 
 
 def _transposed(kernel: Any, stride: Any, padding: Any, dilation: Any, output_padding: Any) -> ir.Window:
@@ -160,7 +170,7 @@ def conv_transpose_module(context: Context, x: Any, output_size: Any = None) -> 
     ]
     window = _transposed(m.kernel_size, m.stride, m.padding, m.dilation, extra)
     ref = module_weight(context)
-    return context.build.conv(value, ref, shape, window=window, groups=m.groups, bias=m.bias is not None)
+    return context.build.conv(value, ref, shape, window=window, groups=m.groups, bias=m.bias)
 
 
 @table.rule(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -178,7 +188,7 @@ def conv_transpose(
     ref = operand(weight)
     window = _transposed(ref.shape[2:], stride, padding, dilation, output_padding)
     value = context.build.materialise(input)
-    return context.build.conv(value, ref, context.shape, window=window, groups=groups, bias=bias is not None)
+    return context.build.conv(value, ref, context.shape, window=window, groups=groups, bias=bias, by=weight)
 
 
 @table.rule(nn.Bilinear, F.bilinear)
@@ -189,8 +199,19 @@ def bilinear(context: Context, *args: Any) -> ir.Value:
 @table.rule(nn.Embedding, F.embedding, torch.embedding)
 def embedding(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value | Constant:
     """Paths start where the network looks its input up; the table itself is no kernel."""
-    tokens = x if context.module is not None or isinstance(x, ir.Value) else args[0]
+    own = context.module is not None
+    table_first = not own and isinstance(x, Constant) and context.target is torch.embedding
+    given = [x, *args, *(kwargs[key] for key in ("input", "weight") if key in kwargs)]
+    tokens, entries = (given[0], context.module.weight) if own else given[:2]  # type: ignore[union-attr]
+    if table_first:
+        tokens, entries = entries, tokens
     shape = context.shape
     if isinstance(tokens, ir.Value):
-        return context.build.source(shape)
-    return Constant(shape, torch.float32, lambda: torch.ones(shape))
+        value = context.build.source(shape)
+        context.build.read(value, entries, [None, (value.index, len(shape) - 1)])
+        return value
+    reads = context.build.reads_of(entries)
+    if reads is not None:
+        numbers = tokens.numbers()
+        reads = joined([reads], lambda _, own: own[numbers]) if numbers is not None else lost([reads])
+    return Constant(shape, torch.float32, lambda: torch.ones(shape), is_learnt=True, reads=reads)

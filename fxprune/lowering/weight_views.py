@@ -1,0 +1,55 @@
+"""Follow one prunable parameter through the constants that are views of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.graph import ir
+from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
+from fxprune.lowering.builder import Constant
+from fxprune.lowering.parameters import Parameters
+from fxprune.lowering.rules.movement import MOVES, SHAPED_LIKE, function_of
+
+__all__ = ["provenance", "simplified", "view_of"]
+
+
+def view_of(
+    node: fx.Node, module: nn.Module | None, operands: list[Any], args: Any, kwargs: Any
+) -> TensorFunction | None:
+    """What a node that moves one constant about does to it; ``None`` for other nodes."""
+    target = node.target if module is None else type(module)
+    if target not in MOVES or not operands or not isinstance(operands[0], Constant):
+        return None
+    if target in SHAPED_LIKE:
+        shape = tuple(node.meta["val"].shape)
+        return TensorFunction.of(SHAPED_LIKE[str(target)], PREVIOUS, shape)
+    if len(operands) != 1:
+        return None
+    return function_of(target, module, args, kwargs, lambda x: PREVIOUS)
+
+
+def provenance(operands: list[Any], val: Tensor, view: TensorFunction | None) -> ir.WeightRef | None:
+    """The parameter that a constant is a view of, or a re-parameterisation of in its own shape."""
+    refs = [x for x in operands if isinstance(x, Constant) and x.weight is not None]
+    shape = tuple(val.shape)
+    old = operands[0].weight if view is not None else None
+    if view is not None and old is not None:
+        return ir.WeightRef(old.name, shape, (old.view or TensorFunction()).followed_by(view), old.direct)
+    same = [x.weight for x in refs if x.shape == shape]
+    return same[0] if len(same) == 1 else None
+
+
+def simplified(ref: ir.WeightRef | None, parameters: Parameters) -> ir.WeightRef | None:
+    """Without a view that gives the parameter itself, as there and back again does (standardised weights)."""
+    if ref is None or ref.view is None or ref.name is None:
+        return ref
+    shape = parameters.tensors[ref.name].shape
+    if ref.shape != tuple(shape):
+        return ref
+    whole = torch.empty(shape, device="meta")
+    seen = ref.view(whole)
+    is_whole = seen is whole or (seen._base is whole and seen.stride() == whole.stride())
+    return ir.WeightRef(ref.name, ref.shape, direct=ref.direct) if is_whole else ref
