@@ -25,14 +25,14 @@ from fxprune.metrics import Report, measure
 from fxprune.paths.count import reach
 from fxprune.progress import Display
 from fxprune.request import Exclusion, Request, listed, resolve_device
-from fxprune.rewrite import bare, direct_reads, install, read, set_masks, stamp
+from fxprune.rewrite import bare, direct_reads, install, put_masks, read, stamp
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.parameters import check as check_places
 from fxprune.sparsity.budget import Allocation, plan
 from fxprune.sparsity.collapse import dead_layers, repair
 from fxprune.sparsity.granularity import WEIGHT, Granularity
 from fxprune.sparsity.granularity import resolve as resolve_granularity
-from fxprune.sparsity.masks import Masks, is_subset, kept, validate
+from fxprune.sparsity.masks import Masks, is_subset, kept, nonzeros, validate
 from fxprune.sparsity.schedule import DensityFunction, Schedule
 from fxprune.sparsity.sharded import kept_overall
 
@@ -113,6 +113,9 @@ def analyze(
 ) -> Report:
     """What is left of a network under its masks, and how much of that has any effect.
 
+    A weight counts as removed where a mask says so and, in parameters without a mask, where it is exactly
+    zero: the report on a finalized model, or on a plain one that was given its weights, is that of the masks.
+
     Args:
         gm: what :func:`apply` or :func:`capture` returned, or any other model; it is not changed.
         resolution: "spatial" tells positions apart and is exact; "channel" takes all positions for one,
@@ -141,9 +144,12 @@ def analyze(
             graph = lower(cast(fx.GraphModule, source))
         else:
             graph = lower(capture(source, example_inputs))
-        return measure(
-            graph, {name: mask for name, mask in masks.items() if name in graph.kernels}, resolution
-        )
+        zeros = {
+            name: mask
+            for name, mask in nonzeros(source, graph.kernels).items()
+            if name not in masks and not mask.all()
+        }
+        return measure(graph, _known(graph, {**masks, **zeros}), resolution)
 
 
 def _has_shapes(model: nn.Module) -> bool:
@@ -179,7 +185,7 @@ def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Displa
         pruned = cast(fx.GraphModule, given if wish.returns == "inplace" else duplicate(source))
         everywhere = [name for name in direct_reads(gm) if name in before or name in masks]
         _draw_anew(_inside(pruned), before, wish)
-        set_masks(pruned, {**before, **masks}, direct=everywhere)
+        put_masks(pruned, {**before, **masks}, direct=everywhere)
     else:
         pruned = cast(fx.GraphModule, problem.model) if wish.device is None else duplicate(gm)
         _draw_anew(pruned, before, wish)

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from fxprune.capture.modes import ModeSwitch
 
-__all__ = ["has_hooks", "is_compiled", "is_leaf"]
+__all__ = ["dense_class", "has_hooks", "is_compiled", "is_leaf"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 WHOLE = (
@@ -37,6 +37,15 @@ WHOLE = (
     torch.jit.ScriptModule,
 )
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def dense_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class whose computation a module has: its own, or, of a masked module, the one it masks.
+
+    A masked class says so by the attribute ``dense_class``.
+    """
+    found: type[nn.Module] = getattr(type(module), "dense_class", type(module))
+    return found
 
 
 def has_hooks(module: nn.Module) -> bool:

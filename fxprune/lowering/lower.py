@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.capture import CaptureError, capture_leaf
+from fxprune.capture.leaves import dense_class
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.aliases import Memory, written
@@ -195,7 +196,7 @@ class _Walk:
         target: Any = node.target
         if module is not None:
             self.build.layer = f"{self.path}.{node.target}" if self.path else str(node.target)
-            target = getattr(module, "dense_class", type(module))
+            target = dense_class(module)
         if target is operator.getitem and isinstance(args[0], (list, tuple, dict)):
             return args[0][args[1]]
         operands = list(tensors_in((args, kwargs)))

@@ -1,13 +1,14 @@
 """Masks: one bool tensor per prunable parameter, ``True`` where the weight is kept.
 
-A mask set comes in as a plain dict; counts, densities and one-line errors about wrong masks go out.
+Sets of masks are plain dicts; here are their counts, densities, and the errors about wrong ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import nn
 
 Masks = dict[str, torch.Tensor]
 """Parameter name in the original model -> bool tensor of the parameter's shape, ``True`` = kept."""
@@ -20,6 +21,18 @@ def dense(weights: Mapping[str, torch.Tensor]) -> Masks:
     {'fc.weight': tensor([[True, True]])}
     """
     return {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+
+
+def nonzeros(model: nn.Module, names: Iterable[str]) -> Masks:
+    """Return masks of the weights that are not zero, of those parameters that have values on this device.
+
+    >>> layer = nn.Linear(2, 1)
+    >>> layer.weight.data = torch.tensor([[0.0, 3.0]])
+    >>> nonzeros(layer, ["weight"])
+    {'weight': tensor([[False,  True]])}
+    """
+    parameters = {name: model.get_parameter(name).detach() for name in names}
+    return {name: weight != 0 for name, weight in parameters.items() if not weight.is_meta}
 
 
 def validate(

@@ -14,7 +14,7 @@ from torch import nn
 
 from fxprune.methods import Problem, agree, get
 from fxprune.request import Exclusion, Request, listed
-from fxprune.rewrite import bare, read, set_masks, stamp
+from fxprune.rewrite import bare, put_masks, read, stamp
 from fxprune.rewrite.files.tickets import centroids, fill, negative_signs, neutralise, whole
 from fxprune.sharded_types import is_dtensor
 from fxprune.sparsity.budget import Allocation
@@ -69,6 +69,7 @@ class Pruner:
     cleared after its next step. Masks are buffers that change in place: compiled code stays valid. Processes
     that train together end with the same masks, which is checked.
 
+    >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> pruner = Pruner(net, "gmp", 0.75, total=3, example_inputs=torch.ones(2, 4))
     >>> for epoch in range(1, 4):
@@ -263,7 +264,7 @@ class Pruner:
         self._kept = {int(step): dict(values) for step, values in state["kept"].items()}
         device = next(iter(self._weights().values())).device
         self._dense = {name: weight.to(device) for name, weight in state["dense"].items()}
-        set_masks(self.model, state["masks"])
+        put_masks(self.model, state["masks"])
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: whole(self.model.get_parameter(name)) for name in self._final.sizes}
@@ -307,7 +308,7 @@ class Pruner:
         back = {name: mask & ~before[name] for name, mask in masks.items()}
         for name, weight in self._weights().items() if self._dense else ():
             self._dense[name] = torch.where(gone[name], weight, self._dense[name])
-        set_masks(self.model, masks)
+        put_masks(self.model, masks)
         with torch.no_grad():
             for name in self._dense:
                 parameter = self.model.get_parameter(name)

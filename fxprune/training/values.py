@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from fxprune.rewrite.files.tickets import whole
-from fxprune.rewrite.masking.masked_module import SUFFIX
-from fxprune.rewrite.masking.optimizer_hook import zero
 from fxprune.rewrite.masking.parameters import join, mask_at, masked_places, parameter_at, unwrap
+from fxprune.rewrite.masking.storage import SUFFIX, zero
 from fxprune.sharded_types import is_dtensor
 
 Values = dict[str, torch.Tensor]

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from fxprune.rewrite.files.packing import pack, unpack
-from fxprune.rewrite.masking.optimizer_hook import zero
 from fxprune.rewrite.masking.parameters import join, mask_at, masked_places, parameter_at, unwrap
+from fxprune.rewrite.masking.storage import zero
 from fxprune.sharded_types import is_dtensor
 
 CENTROIDS, SIGNS = "//centroids", "//signs"
@@ -38,7 +38,7 @@ def centroids(model: nn.Module) -> dict[str, tuple[float, float]]:
     >>> centroids(layer)
     {'weight': (-1.5, 2.0)}
     """
-    return {name: _means(whole(parameter)) for name, parameter, _ in masked(model)}
+    return {name: _means(kept_values(parameter, mask)) for name, parameter, mask in masked(model)}
 
 
 def masked(model: nn.Module) -> list[tuple[str, nn.Parameter, torch.Tensor]]:
@@ -56,6 +56,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The values of a tensor, gathered where it is sharded."""
     detached = tensor.detach()
     return detached.full_tensor() if is_dtensor(detached) else detached
+
+
+def kept_values(parameter: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return a parameter's values times its mask, gathered where it is sharded."""
+    values = whole(parameter)
+    return values.masked_fill(mask.to(values.device).logical_not(), 0.0)
 
 
 def _means(weight: torch.Tensor) -> tuple[float, float]:
@@ -85,7 +91,7 @@ def fill(model: nn.Module, values: dict[str, tuple[float, float]], signs: dict[s
 
 def negative_signs(model: nn.Module) -> dict[str, torch.Tensor]:
     """Which weights of every masked parameter are below zero; a kept weight of exactly zero is not."""
-    return {name: whole(parameter) < 0 for name, parameter, _ in masked(model)}
+    return {name: kept_values(parameter, mask) < 0 for name, parameter, mask in masked(model)}
 
 
 def ticket_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

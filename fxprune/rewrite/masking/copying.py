@@ -1,9 +1,9 @@
-"""Copies of models that ``copy.deepcopy`` alone refuses: a module comes in, a copy goes out."""
+"""Copy models that ``copy.deepcopy`` alone refuses."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -12,8 +12,12 @@ from torch import nn
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def duplicate(model: Model, shared: Iterable[torch.Tensor] = ()) -> Model:
-    """A deep copy that shares the tensors in ``shared`` with the original.
+def duplicate(
+    model: Model, shared: Iterable[torch.Tensor] = (), instead: Mapping[int, torch.Tensor] | None = None
+) -> Model:
+    """Copy a model, sharing the tensors in ``shared`` with the original.
+
+    ``instead``: by the id of a tensor of the original, what the copy has in its place.
 
     Results that modules keep as plain attributes (position biases gathered once for evaluation) are copied as
     values: ``deepcopy`` refuses tensors that have a gradient function.
@@ -23,6 +27,7 @@ def duplicate(model: Model, shared: Iterable[torch.Tensor] = ()) -> Model:
     True
     """
     memo: dict[int, object] = {id(tensor): tensor for tensor in shared}
+    memo |= instead or {}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxprune.rewrite.masking.averages import IDENTITY
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.graph_reads import (
     attribute_at,
@@ -18,7 +19,6 @@ from fxprune.rewrite.masking.graph_reads import (
     unmask_reads,
 )
 from fxprune.rewrite.masking.masked_module import (
-    SUFFIX,
     Form,
     form_of,
     is_stock,
@@ -27,8 +27,9 @@ from fxprune.rewrite.masking.masked_module import (
 )
 from fxprune.rewrite.masking.operand_probe import example_input, recorded
 from fxprune.rewrite.masking.optimizer_hook import release
-from fxprune.rewrite.masking.parameters import masked_places, unwrap
+from fxprune.rewrite.masking.parameters import mask_at, masked_places, parameter_at, unwrap
 from fxprune.rewrite.masking.sharded import is_sharded, plain_twin
+from fxprune.rewrite.masking.storage import SUFFIX, zero
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -62,6 +63,8 @@ def finalize(model: Model) -> Model:
             "distributed.checkpoint.state_dict.get_model_state_dict) into a masked model that is not split"
         )
     final = duplicate(unwrap(model))
+    for parameter, mask in _masked(final):
+        zero(parameter.data, mask)  # whatever was written to the storage since, the masks decide
     for module in list(final.modules()):
         form = form_of(module)
         if form is not None and form.kind == "reads" and form.operands:
@@ -75,8 +78,9 @@ def finalize(model: Model) -> Model:
 def bare(model: Model) -> Model:
     """The masked model as it was: original classes, no masks, *sharing* parameters and buffers with it.
 
-    For looking at, as capture and lowering do: its weights have the zeros, nothing holds them there. Of a
-    model that ``fully_shard`` has split, it is the whole one, with weights on the meta device.
+    For looking at, as capture and lowering do: its weights have the zeros, nothing holds them there. Where
+    the storage of the model lacks zeros, it has a copy. Of a model that ``fully_shard`` has split, it is the
+    whole one, with weights on the meta device.
 
     >>> from fxprune.rewrite import install
     >>> layer = nn.Linear(2, 1)
@@ -88,9 +92,25 @@ def bare(model: Model) -> Model:
     if is_sharded(inside):
         twin = plain_twin(inside)
     else:
-        twin = duplicate(inside, [*inside.parameters(), *inside.buffers()])
+        shared = [*inside.parameters(), *inside.buffers()]
+        twin = duplicate(
+            inside, shared, {id(found): _cleaned(found, mask) for found, mask in _masked(inside)}
+        )
     _strip(twin)
     return twin  # type: ignore[return-value]
+
+
+def _masked(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    return [(parameter_at(place), mask_at(place)) for place in masked_places(model)]
+
+
+def _cleaned(parameter: nn.Parameter, mask: torch.Tensor) -> nn.Parameter:
+    """The parameter itself, or a copy with zeros where the mask has them and the storage does not."""
+    if parameter.is_meta or not parameter.data[~mask].count_nonzero():
+        return parameter
+    copied = nn.Parameter(parameter.data.clone(), parameter.requires_grad)
+    zero(copied.data, mask)
+    return copied
 
 
 def _strip(model: nn.Module) -> None:
@@ -105,6 +125,7 @@ def _strip(model: nn.Module) -> None:
         if form is not None and form.kind != "frozen":
             module.__class__ = original_class(module)
         module.__dict__.pop("mask_provenance", None)
+        module.__dict__.pop(IDENTITY, None)
         release(module)
 
 

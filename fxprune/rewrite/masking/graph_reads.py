@@ -16,9 +16,9 @@ from torch import nn
 from torch.fx import GraphModule, Node, map_arg
 from torch.fx.graph import Graph
 
-from fxprune.rewrite.masking.masked_module import SUFFIX
 from fxprune.rewrite.masking.operand_probe import FAILURES, UnfollowableError, moves_zeros
 from fxprune.rewrite.masking.sharded import plain_class
+from fxprune.rewrite.masking.storage import SUFFIX
 from fxprune.rewrite.masking.weight_functions import KERNELS, weight_operand, with_weight_operand
 from fxprune.sharded_types import is_dtensor
 

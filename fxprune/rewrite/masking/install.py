@@ -1,7 +1,8 @@
-"""Masks go into a model: masks and a module come in, the same module computes with masked weights."""
+"""Put masks into a model, in place."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from fxprune.rewrite.masking.averages import follow, identify, note
 from fxprune.rewrite.masking.graph_reads import check_reads, mask_reads
 from fxprune.rewrite.masking.masked_module import (
-    SUFFIX,
     Form,
     form_of,
     is_stock,
@@ -19,15 +20,28 @@ from fxprune.rewrite.masking.masked_module import (
     original_class,
 )
 from fxprune.rewrite.masking.operand_probe import needs_operand_mask
-from fxprune.rewrite.masking.optimizer_hook import enrol, zero
-from fxprune.rewrite.masking.parameters import CONTAINERS, Place, check, join, tied, unwrap
+from fxprune.rewrite.masking.optimizer_hook import enrol
+from fxprune.rewrite.masking.parameters import (
+    CONTAINERS,
+    Place,
+    check,
+    join,
+    parameter_at,
+    places,
+    tied,
+    unwrap,
+)
 from fxprune.rewrite.masking.sharded import home, reshard, sharded_class
 from fxprune.rewrite.masking.state_dict import adapt
+from fxprune.rewrite.masking.storage import SUFFIX, clean, zero
 from fxprune.sharded_types import is_fsdp_module
+
+GAP = 0.1
+"""The share of a model's matrix weights that may be without a mask before ``set_masks`` says so."""
 
 
 def install(module: nn.Module, masks: Mapping[str, torch.Tensor], direct: Iterable[str] = ()) -> None:
-    """Makes ``module`` compute with masked weights, in place.
+    """Make ``module`` compute with masked weights, in place.
 
     The modules that own the named parameters keep their identity and their parameters, and change class;
     reads of parameters in a graph get a multiplication. Pruned weights become 0.0 in storage.
@@ -72,10 +86,17 @@ def install(module: nn.Module, masks: Mapping[str, torch.Tensor], direct: Iterab
         _reclass(owner, form)
     for graph in graphs:
         mask_reads(graph)
+    owners = list({id(owner): owner for (_, owner, _), _ in targets}.values())
+    for owner in owners:
+        note(owner)
+    follow(owners)
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, direct: Iterable[str] = ()) -> None:
-    """Sets the masks of a model, in place; names that ``masks`` lacks keep the mask they have, or none.
+    """Set the masks of a model, in place; names that ``masks`` lacks keep the mask they have, or none.
+
+    Warns (``UserWarning``), with what was set and what was not, where over a tenth of the weights of
+    convolutions, linear layers and the like has no mask after it: masks may be those of another model.
 
     Args:
         model: a graph module or plain module, masked before or not, also inside ``torch.compile``, DDP or an
@@ -92,12 +113,38 @@ def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, direct: It
     >>> layer.weight_mask
     tensor([[ True, False]])
     """
+    put_masks(model, masks, direct=direct)
+    _warn_of_gaps(unwrap(model), masks)
+
+
+def put_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, direct: Iterable[str] = ()) -> None:
+    """Set masks as :func:`set_masks` does, without a word about parameters that have none."""
     inside = unwrap(model)
     classes = [type(module) for module in inside.modules()]
     install(inside, masks, direct)
     if inside is not model and classes != [type(module) for module in inside.modules()]:
         # Code compiled for the dense model may not be guarded by the class of torch's layers (torch 2.9).
         torch.compiler.reset()
+
+
+def _warn_of_gaps(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+    """Warn if much of the model has no mask; embeddings have none as a rule and do not count."""
+    matrices: dict[int, tuple[str, nn.Parameter, bool]] = {}
+    for path, module, attribute in places(model):
+        parameter = parameter_at((path, module, attribute))
+        if parameter.dim() > 1 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            has_mask = attribute + SUFFIX in module._buffers
+            matrices.setdefault(id(parameter), (join(path, attribute), parameter, has_mask))
+    bare = {name: parameter.numel() for name, parameter, has_mask in matrices.values() if not has_mask}
+    size = sum(parameter.numel() for _, parameter, _ in matrices.values())
+    if masks and sum(bare.values()) > GAP * size:
+        largest = sorted(bare, key=lambda name: -bare[name])[:4]
+        warnings.warn(
+            f"set_masks: {len(masks)} masks were set; {sum(bare.values()):,} of {size:,} weights, in"
+            f" {len(bare)} of {len(matrices)} parameters, have none, the largest: {', '.join(largest)}",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _all_names(everywhere: dict[int, list[Place]]) -> set[str]:
@@ -123,10 +170,16 @@ def _reclass(owner: nn.Module, form: Form | None) -> None:
         hooks: dict[int, Any] = owner._load_state_dict_pre_hooks
         if _adapt_hook not in [entry.hook for entry in hooks.values()]:
             owner.register_load_state_dict_pre_hook(_adapt_hook)  # type: ignore[no-untyped-call]
+            owner.register_state_dict_post_hook(_clean_hook)  # type: ignore[no-untyped-call]
     elif form_of(owner) != form:
         cls = masked_class(original_class(owner), form)
         owner.__class__ = sharded_class(cls, owner) if is_fsdp_module(owner) else cls
+    identify(owner)
     enrol(owner)
+
+
+def _clean_hook(module: nn.Module, *rest: object) -> None:
+    clean(module)
 
 
 def _adapt_hook(module: nn.Module, state_dict: dict[str, object], prefix: str, *rest: object) -> None:

@@ -1,4 +1,4 @@
-"""Masked modules: a class and the way its forward must be masked come in, a subclass of that class goes out.
+"""Masked modules: subclasses of a module's own class whose forward multiplies weights by masks.
 
 The module keeps its object, its parameters and its place in the model; only ``module.__class__`` changes. The
 mask is a bool buffer beside the parameter, named ``<parameter>_mask``.
@@ -7,7 +7,7 @@ mask is a bool buffer beside the parameter, named ``<parameter>_mask``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,12 +15,14 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from fxprune.capture.leaves import dense_class
+from fxprune.rewrite.masking.averages import note, watch
 from fxprune.rewrite.masking.optimizer_hook import enrol
 from fxprune.rewrite.masking.sharded import plain_class
 from fxprune.rewrite.masking.state_dict import adapt
+from fxprune.rewrite.masking.storage import SUFFIX, clean
 from fxprune.rewrite.masking.weight_functions import KERNELS, weight_operand, with_weight_operand
 
-SUFFIX = "_mask"
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -50,16 +52,7 @@ def form_of(module: nn.Module) -> Form | None:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that the module had before it was masked, and before ``fully_shard``."""
-    base: type[nn.Module] = getattr(type(module), "masked_base", plain_class(type(module)))
-    return base
-
-
-def masked_attributes(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
-    """(attribute, parameter, mask) of every parameter of this module, children excluded, that has a mask."""
-    for attribute, parameter in module._parameters.items():
-        mask = module._buffers.get(attribute + SUFFIX)
-        if parameter is not None and mask is not None:
-            yield attribute, parameter, mask
+    return dense_class(module) if form_of(module) is not None else plain_class(type(module))
 
 
 def is_stock(base: type[nn.Module]) -> bool:
@@ -85,7 +78,7 @@ def masked_class(base: type[nn.Module], form: Form) -> type[nn.Module]:
 @functools.cache
 def _made(base: Any, form: Form) -> Any:
     namespace: dict[str, Any] = {
-        "masked_base": base,
+        "dense_class": base,
         "masked_form": form,
         "__doc__": f"A {base.__name__} with a mask on its weights.",
         "__module__": __name__,
@@ -94,6 +87,8 @@ def _made(base: Any, form: Form) -> Any:
     }
     if form.kind != "frozen":
         namespace["_load_from_state_dict"] = _load_from_state_dict
+        namespace["_save_to_state_dict"] = _save_to_state_dict
+        namespace["__prepare_scriptable__"] = _refuse_script
     if form.kind == "stock":
         linear = issubclass(base, nn.Linear)
         namespace["forward" if linear else "_conv_forward"] = _linear if linear else _convolve
@@ -112,7 +107,7 @@ def _linear(self: Any, input: torch.Tensor) -> torch.Tensor:
 def _convolve(
     self: Any, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    convolved: torch.Tensor = self.masked_base._conv_forward(self, input, weight * self.weight_mask, bias)
+    convolved: torch.Tensor = self.dense_class._conv_forward(self, input, weight * self.weight_mask, bias)
     return convolved
 
 
@@ -207,7 +202,21 @@ def _load_from_state_dict(
     self: Any, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *rest: Any
 ) -> None:
     adapt(self, state_dict, prefix, rest[-1])
-    self.masked_base._load_from_state_dict(self, state_dict, prefix, local_metadata, *rest)
+    self.dense_class._load_from_state_dict(self, state_dict, prefix, local_metadata, *rest)
+    note(self)
+
+
+def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
+    # In place: a state dict shares its tensors with the module, and averages are written through it.
+    clean(self)
+    self.dense_class._save_to_state_dict(self, destination, prefix, keep_vars)
+
+
+def _refuse_script(self: Any) -> Any:
+    raise RuntimeError(
+        f"torch.jit.script: a masked {self.dense_class.__name__} cannot be scripted; script"
+        " fxprune.finalize(model), which has the zeros and no masks"
+    )
 
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:
@@ -215,12 +224,13 @@ def _reduce_ex(self: Any, protocol: Any) -> Any:
         return object.__reduce_ex__(self, protocol)  # somebody's subclass of a masked class
     # Classes made at run time have no address that pickle could look up: it gets the recipe instead.
     state = self.__getstate__() if "__getstate__" in dir(self) else self.__dict__
-    return _revive, (self.masked_base, self.masked_form), state
+    return _revive, (self.dense_class, self.masked_form), state
 
 
 def _set_state(self: Any, state: Any) -> None:
-    self.masked_base.__setstate__(self, state)
+    self.dense_class.__setstate__(self, state)
     enrol(self)
+    watch(self)
 
 
 def _revive(base: type[nn.Module], form: Form) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What really enters the kernel of a layer: a module comes in, the weight operands of its forward go out.
+"""Record the weights that a layer really multiplies its input with.
 
 Used before a mask is set (does the layer compute something from its weight that is not zero where the weight
 is?), when zeros are baked in, and as the proof that :func:`fxprune.rewrite.masking.verify` gives.
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.sharded import is_sharded, plain_twin
-from fxprune.rewrite.masking.weight_functions import KERNELS, weight_operand
+from fxprune.rewrite.masking.weight_functions import KERNELS, PRODUCTS, weight_operand
 
 FAILURES = (
     RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ArithmeticError,
@@ -29,16 +29,19 @@ class UnfollowableError(ValueError):
 
 
 class OperandRecorder(TorchFunctionMode):
-    """Keeps every tensor that a convolution or linear call was given as its weight."""
+    """Keep the weights that convolutions and linear calls are given, and all factors of matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[torch.Tensor] = []
+        self.factors: list[torch.Tensor] = []
 
     def __torch_function__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in KERNELS and isinstance(weight_operand(args, kwargs), torch.Tensor):
             self.seen.append(weight_operand(args, kwargs))
+        if func in PRODUCTS:
+            self.factors += [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         if func is nn.functional.multi_head_attention_forward:
             self.seen += [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         return func(*args, **kwargs)

@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from fxprune.capture.leaves import is_compiled
-from fxprune.rewrite.masking.masked_module import SUFFIX, form_of
+from fxprune.rewrite.masking.masked_module import form_of
+from fxprune.rewrite.masking.storage import SUFFIX
 from fxprune.sharded_types import is_dtensor, is_fsdp_module
 from fxprune.sparsity.masks import Masks, validate
 
@@ -52,8 +53,11 @@ def masked_places(model: nn.Module) -> Iterator[Place]:
     """The places whose parameter has a mask."""
     for path, module, attribute in places(model):
         mask = module._buffers.get(attribute + SUFFIX)
-        ours = form_of(module) is not None or isinstance(module, GraphModule) or type(module) is nn.Module
-        if ours and mask is not None and mask.dtype == torch.bool:
+        if mask is None:
+            continue
+        # A mask of ours that somebody turned into numbers is still one; elsewhere the name may mean another.
+        plain = isinstance(module, GraphModule) or type(module) is nn.Module
+        if form_of(module) is not None or (plain and mask.dtype == torch.bool):
             yield path, module, attribute
 
 
@@ -169,5 +173,5 @@ def read(model: nn.Module) -> Masks:
     for place in masked_places(unwrap(model)):
         if id(parameter_at(place)) not in seen:
             seen.add(id(parameter_at(place)))
-            found[join(place[0], place[2])] = mask_at(place).detach().clone()
+            found[join(place[0], place[2])] = mask_at(place).detach() != 0
     return found

@@ -1,4 +1,4 @@
-"""Proof that a model is as sparse as its masks say: a model comes in, nothing or an error comes out."""
+"""Prove that a model is as sparse as its masks say."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from fxprune.rewrite.masking.averages import foreign_masks
 from fxprune.rewrite.masking.graph_reads import (
     attribute_at,
     constant_region,
@@ -13,17 +14,18 @@ from fxprune.rewrite.masking.graph_reads import (
     is_mask_product,
     mask_of,
 )
-from fxprune.rewrite.masking.masked_module import SUFFIX, Form, form_of, owner_and_attribute
-from fxprune.rewrite.masking.operand_probe import FAILURES, example_input, private_twin, recorded
-from fxprune.rewrite.masking.optimizer_hook import local_part
+from fxprune.rewrite.masking.masked_module import Form, form_of, owner_and_attribute
+from fxprune.rewrite.masking.operand_probe import FAILURES, OperandRecorder, example_input, private_twin
+from fxprune.rewrite.masking.optimizer_hook import living
 from fxprune.rewrite.masking.parameters import Place, join, mask_at, masked_places, parameter_at, tied, unwrap
 from fxprune.rewrite.masking.sharded import home, reshard
+from fxprune.rewrite.masking.storage import SUFFIX, local_part
 from fxprune.rewrite.masking.weight_functions import KERNELS, weight_operand
 from fxprune.sharded_types import is_dtensor
 
 
 def verify(model: nn.Module) -> None:
-    """Proves, for every masked parameter, mask == storage == the kernel that data meets.
+    """Prove, for every masked parameter, mask == storage == the kernel that data meets.
 
     Mask and storage are compared. Then each layer runs, as a copy on a small random input: the weight that
     enters its convolution or linear map must be zero where the mask is, and so must the gradient of the
@@ -52,6 +54,7 @@ def verify(model: nn.Module) -> None:
     everywhere = tied(model)
     for place in found:
         _check_storage(place, everywhere[id(parameter_at(place))])
+        _check_average(place)
     for path, module in model.named_modules():
         form = form_of(module)
         if isinstance(module, GraphModule):
@@ -94,16 +97,33 @@ def _check_storage(place: Place, same: list[Place]) -> None:
     _demand_zeros(name, "in storage; set its mask again", *local_part(parameter.detach(), mask))
 
 
+def _check_average(place: Place) -> None:
+    """Raise if a copy of a masked model has a mask that came of averaging, and is not the model's."""
+    path, module, attribute = place
+    if attribute in foreign_masks(module, living()):
+        raise RuntimeError(
+            f"{join(path, attribute)}: its mask was overwritten (averaged, perhaps), and not with that of the"
+            " model it is a copy of; give it the model's by fxprune.set_masks(copy, fxprune.masks(model))"
+        )
+
+
 def _demand_zeros(name: str, where: str, tensor: torch.Tensor, mask: torch.Tensor) -> None:
     if tensor.is_meta:
         return
-    alive = int((tensor.masked_fill(mask.to(tensor.device), 0) != 0).sum())
+    pruned = tensor.masked_fill(mask.to(tensor.device), 0)
+    strange = int((~pruned.isfinite()).sum())
+    if strange:
+        raise RuntimeError(
+            f"{name}: {strange} pruned weights are NaN or infinite {where}; look for what made the values of"
+            " this layer so, masks do not"
+        )
+    alive = int(pruned.count_nonzero())
     if alive:
         raise RuntimeError(f"{name}: {alive} pruned weights are not zero {where}")
 
 
 def _check_module(path: str, module: nn.Module, form: Form) -> None:
-    """Runs a copy of one layer and looks at its kernel operands and at its gradients."""
+    """Run a copy of one layer and look at the weights it multiplies with, and at its gradients."""
     targets = form.targets or ("weight",)
     twin = private_twin(module, torch.float32)
     for parameter in twin.parameters():
@@ -112,24 +132,50 @@ def _check_module(path: str, module: nn.Module, form: Form) -> None:
     weights = [getattr(owner, attribute) for owner, attribute in places]
     masks = [getattr(owner, attribute + SUFFIX) for owner, attribute in places]
     try:
-        inputs = example_input(twin, weights[0])
-        operands = [recorded(twin.forward, inputs, mask.shape) for mask in masks]
-        result = twin.forward(*inputs)
+        inputs = tuple(value.requires_grad_() for value in example_input(twin, weights[0]))
+        with OperandRecorder() as recorder:
+            result = twin.forward(*inputs)
         first = result[0] if isinstance(result, tuple) else result
-        grads = torch.autograd.grad((first * torch.randn_like(first)).sum(), weights, allow_unused=True)
+        loss = (first * torch.randn_like(first)).sum()
+        grads = torch.autograd.grad(loss, weights, allow_unused=True, retain_graph=True)
     except FAILURES:
         return
-    for target, mask, seen, grad in zip(targets, masks, operands, grads, strict=True):
+    for target, weight, mask, grad in zip(targets, weights, masks, grads, strict=True):
         name = join(path, target)
-        # Square attention weights share a shape: each operand must be the kernel of one of the masks.
-        rivals = [other for other in masks if other.shape == mask.shape]
-        for operand in seen:
-            # A layer of one's own may move its weight (transpose it): the zeros are elsewhere, but as many.
-            moved = form.kind == "reads" and operand.count_nonzero() <= mask.count_nonzero()
-            if not moved and not any((operand.masked_fill(other, 0) == 0).all() for other in rivals):
-                _demand_zeros(name, "in the kernel that data meets", operand, mask)
+        for operand in [*recorder.seen, *recorder.factors]:
+            if _is_computed_from(operand, weight, inputs):
+                _check_operand(name, operand, mask, masks, may_move=form.kind == "reads")
         if grad is not None:
             _demand_zeros(name, "in the gradient", grad, mask)
+
+
+def _is_computed_from(operand: torch.Tensor, weight: torch.Tensor, inputs: tuple[torch.Tensor, ...]) -> bool:
+    """Whether ``operand`` depends on ``weight`` and not on the layer's input."""
+    if not operand.requires_grad:
+        return False
+    slopes = torch.autograd.grad(operand.sum(), [weight, *inputs], allow_unused=True, retain_graph=True)
+    return slopes[0] is not None and all(slope is None for slope in slopes[1:])
+
+
+def _check_operand(
+    name: str, operand: torch.Tensor, mask: torch.Tensor, masks: list[torch.Tensor], *, may_move: bool
+) -> None:
+    """Raise unless a computed weight has the zeros of its mask, or as large a share of zeros."""
+    # A layer of one's own may move its weight (transpose it): the zeros are elsewhere, but as many.
+    number, kept = int(operand.count_nonzero()), int(mask.count_nonzero())
+    is_sparse = number * mask.numel() <= kept * operand.numel()
+    if may_move and is_sparse:
+        return
+    if operand.shape == mask.shape:
+        # Square attention weights share a shape: the operand must be the kernel of one of the masks.
+        rivals = [other for other in masks if other.shape == mask.shape]
+        if not any((operand.masked_fill(other, 0) == 0).all() for other in rivals):
+            _demand_zeros(name, "in the kernel that data meets", operand, mask)
+    elif not is_sparse:
+        raise RuntimeError(
+            f"{name}: the layer computes from it a weight of shape {tuple(operand.shape)} of which"
+            f" {number / operand.numel():.2%} is not zero, where the mask keeps {kept / mask.numel():.2%}"
+        )
 
 
 def _check_graph(path: str, gm: GraphModule) -> None:

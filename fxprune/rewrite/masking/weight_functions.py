@@ -1,4 +1,4 @@
-"""Which torch functions multiply data with a weight, and where in their arguments the weight stands."""
+"""List the torch functions that multiply data with a weight, and find the weight among their arguments."""
 
 from __future__ import annotations
 
@@ -20,6 +20,23 @@ KERNELS: frozenset[Callable[..., Any]] = frozenset(
     }
 )
 """Functions called as ``f(input, weight, ...)``: their second argument is what a mask must reach."""
+
+PRODUCTS: frozenset[Callable[..., Any]] = frozenset(
+    {
+        torch.addmm,
+        torch.baddbmm,
+        torch.bmm,
+        torch.einsum,
+        torch.matmul,
+        torch.mm,
+        torch.Tensor.__matmul__,
+        torch.Tensor.__rmatmul__,
+        torch.Tensor.bmm,
+        torch.Tensor.matmul,
+        torch.Tensor.mm,
+    }
+)
+"""Functions in which a weight may stand in any place."""
 
 
 def weight_operand(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

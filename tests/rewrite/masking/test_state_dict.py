@@ -9,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize, prune
 
-from fxprune.rewrite import read, set_masks, verify
+from fxprune.rewrite import finalize, read, set_masks, verify
 from rewrite import nets
 
 every_assign = pytest.mark.parametrize("assign", [True, False])
@@ -45,15 +45,59 @@ def test_dense_to_masked(model, assign):
     dense = nets.small_cnn()
     with torch.no_grad():
         dense[0].weight.add_(1)
-    with pytest.warns(UserWarning, match="read as dense") as caught:
+    masks = read(model)
+    with pytest.warns(UserWarning, match="no masks: the model keeps its own") as caught:
         model.load_state_dict(dense.state_dict(), assign=assign)
     assert len(caught) == 1, "one warning for one load"
-    assert all(mask.all() for mask in read(model).values())
-    x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(model.eval()(x), dense.eval()(x))
+    for name, mask in masks.items():
+        assert torch.equal(read(model)[name], mask), "a dense checkpoint does not un-prune"
+        assert torch.equal(model.get_parameter(name), dense.get_parameter(name) * mask)
     verify(model)
-    with pytest.warns(UserWarning, match="read as dense"):
+    with pytest.warns(UserWarning, match="no masks: the model keeps its own"):
         model.load_state_dict(dense.state_dict())
+    set_masks(model, {name: torch.ones_like(mask) for name, mask in masks.items()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(dense.state_dict(), assign=assign)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(model.eval()(x), dense.eval()(x)), "masks of ones, for they were asked for"
+
+
+def test_a_finalized_checkpoint_loads_without_a_word(model):
+    other = fresh(seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(finalize(model).state_dict())
+    verify(other)
+
+
+def test_several_masks_of_one_weight_are_combined(model):
+    """``parametrize`` may hold a sparsifier after another, beside a mask of one's own: all of them count."""
+    state = model.state_dict()
+    weight = state.pop("0.weight")
+    generator = torch.Generator().manual_seed(3)
+    masks = [torch.rand(weight.shape, generator=generator) < 0.7 for _ in range(3)]
+    state["0.weight_mask"] = masks[0].float()
+    state["0.parametrizations.weight.original"] = torch.ones_like(weight)
+    state["0.parametrizations.weight.0.mask"] = masks[1]
+    state["0.parametrizations.weight.1.mask"] = masks[2].float()
+    model.load_state_dict(state)
+    wanted = masks[0] & masks[1] & masks[2]
+    assert torch.equal(read(model)["0.weight"], wanted)
+    assert torch.equal(model[0].weight, wanted.float())
+
+
+def test_what_is_saved_has_the_zeros(model):
+    """Whatever was written to the storage behind the masks, by ``.data`` or otherwise."""
+    masks = read(model)
+    for parameter in model.parameters():
+        parameter.data.add_(1.0)
+    before = {name: parameter._version for name, parameter in model.named_parameters()}
+    state = model.state_dict()
+    assert all((state[name][~mask] == 0).all() for name, mask in masks.items())
+    assert all((state[name][mask] != 0).any() for name, mask in masks.items())
+    assert state["0.weight"].data_ptr() == model[0].weight.data_ptr(), "a state dict shares its tensors"
+    assert before == {name: parameter._version for name, parameter in model.named_parameters()}
 
 
 def test_masked_to_dense(model):
