@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -25,9 +24,10 @@ from fxprune.metrics import Report, measure
 from fxprune.paths.count import reach
 from fxprune.progress import Display
 from fxprune.request import Exclusion, Request, listed, resolve_device
-from fxprune.rewrite import bare, direct_reads, install, put_masks, read, stamp
+from fxprune.rewrite import direct_reads, install, plain, put_masks, read, stamp
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.parameters import check as check_places
+from fxprune.rewrite.masking.parameters import unwrap
 from fxprune.sparsity.budget import Allocation, plan
 from fxprune.sparsity.collapse import dead_layers, repair
 from fxprune.sparsity.granularity import WEIGHT, Granularity
@@ -139,7 +139,7 @@ def analyze(
         raise TypeError(f"gm: expected a torch.nn.Module, got a {type(gm).__name__}")
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         masks = read(gm)
-        source = bare(gm) if masks or sharding.is_sharded(gm) else gm
+        source = plain(gm)
         if example_inputs is None and _has_shapes(source):
             graph = lower(cast(fx.GraphModule, source))
         else:
@@ -163,21 +163,17 @@ def _inside(model: nn.Module) -> nn.Module:
 
 def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Display) -> fx.GraphModule:
     model = _inside(given)
-    before = read(model)
-    sharded = sharding.is_sharded(model)
-    source = bare(model) if before or sharded else model
+    before, source = read(model), plain(model)
     with display.step("capture"):
         gm = capture(source, example_inputs)
     with display.step("lower"):
         graph = lower(gm)
-    _demand_values(model if sharded else gm, graph)
-    problem = _problem(source, gm, graph, before, wish, display)
-    if sharded:
-        problem = sharding.split(problem, model, wish.method)
-    with sharding.unmasked(model) if sharded else nullcontext():
-        masks = _checked(wish.method, wish.method.find(problem), problem)
-    if sharded:
-        masks = sharding.gathered(masks, problem, model)
+    _demand_values(unwrap(model), graph)
+    whole = _problem(source, gm, graph, before, wish, display)
+    with sharding.asked(whole, model, wish.method) as question:
+        problem = question.problem
+        question.masks = _checked(wish.method, wish.method.find(problem), problem)
+    masks = question.masks
     with display.step(f"look for layers without a path (on_collapse={wish.on_collapse!r})"):
         masks = _settled(problem, masks, before, wish)
     if wish.returns != "graph":

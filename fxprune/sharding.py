@@ -1,4 +1,4 @@
-"""Models that ``fully_shard`` has split: what the caller asks for comes in, the same question split goes out.
+"""Ask methods about models that ``fully_shard`` has split as about any others.
 
 A method that scores handles the rows that its process holds, and learns from the others how many weights lie
 above a score; one that looks at shapes alone finds the whole masks in every process. Weights that are to be
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -26,7 +26,32 @@ from fxprune.sparsity.granularity import NM, WEIGHT
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.sharded import own_part
 
-__all__ = ["check", "gathered", "is_sharded", "split", "unmasked"]
+__all__ = ["Question", "asked", "check"]
+
+
+@dataclass
+class Question:
+    """A problem as a method is asked it, and the masks that it finds; where it is split, parts of them."""
+
+    problem: Problem
+    masks: Masks = field(default_factory=dict)
+
+
+@contextmanager
+def asked(problem: Problem, model: nn.Module, method: Method) -> Iterator[Question]:
+    """Split a problem on entering, where ``model`` is split, and gather the masks on leaving.
+
+    ``problem`` is about the whole network. Inside, ``masks`` are to be set to what ``method`` found;
+    afterwards they are whole, and the same in all processes. Of a model that is not split, both are as they
+    are.
+    """
+    if not is_sharded(model):
+        yield Question(problem)
+        return
+    question = Question(_split(problem, model, method))
+    with _unmasked(model):
+        yield question
+    question.masks = _gathered(question.masks, question.problem, model)
 
 
 def check(model: nn.Module, wish: Request) -> None:
@@ -58,7 +83,7 @@ def check(model: nn.Module, wish: Request) -> None:
         raise ValueError(f"device={wish.device!r}: a model that fully_shard has split is scored where it is")
 
 
-def split(problem: Problem, model: nn.Module, method: Method) -> Problem:
+def _split(problem: Problem, model: nn.Module, method: Method) -> Problem:
     """``problem``, about the whole network on the meta device, as ``method`` can solve it for ``model``."""
     rows, group = local_rows(model, problem.weights)
     device = home(model.get_parameter(next(iter(rows))))
@@ -76,7 +101,7 @@ def split(problem: Problem, model: nn.Module, method: Method) -> Problem:
 
 
 @contextmanager
-def unmasked(model: nn.Module) -> Iterator[None]:
+def _unmasked(model: nn.Module) -> Iterator[None]:
     """The model without its masks, in place: as ``bare``, which such a model has without values only."""
     masks = [mask_at(place) for place in masked_places(model)]
     before = [mask.clone() for mask in masks]
@@ -89,7 +114,7 @@ def unmasked(model: nn.Module) -> Iterator[None]:
             mask.copy_(values)
 
 
-def gathered(masks: Mapping[str, torch.Tensor], problem: Problem, model: nn.Module) -> Masks:
+def _gathered(masks: Mapping[str, torch.Tensor], problem: Problem, model: nn.Module) -> Masks:
     """The whole masks, the same in all processes that hold a part of ``model``; ``RuntimeError`` if not."""
     whole = dict(masks)
     if problem.shards is not None:

@@ -100,6 +100,12 @@ def bare(model: Model) -> Model:
     return twin  # type: ignore[return-value]
 
 
+def plain(model: nn.Module) -> nn.Module:
+    """Return a model without masks, in one piece: itself where it is so, else :func:`bare` of it."""
+    has_masks = next(masked_places(unwrap(model)), None) is not None
+    return bare(model) if has_masks or is_sharded(model) else model
+
+
 def _masked(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
     return [(parameter_at(place), mask_at(place)) for place in masked_places(model)]
 
