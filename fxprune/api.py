@@ -1,6 +1,6 @@
-"""The hall: apply = capture, lower, score, select, rewrite. The only file that knows the order of the rooms.
+"""Prune a model in five steps: capture, lower, score, select, rewrite; only this file knows their order.
 
-A model comes in, a masked copy of it goes out. Everything the caller says is checked at the door.
+All arguments are checked before the first step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Returns = Literal["graph", "module", "inplace"]
 OnCollapse = Literal["warn", "raise", "repair"]
 
 GENERAL = ("reinit", "micro_batch")
-"""Options that every method takes and the hall itself serves."""
+"""Options that every method takes and that ``apply`` itself implements."""
 
 LISTED = 20
 """Collapsed layers that a message names; the report names them all."""
@@ -65,7 +65,7 @@ def apply(
     on_collapse: OnCollapse = "warn",
     **method_options: Any,
 ) -> fx.GraphModule:
-    """A pruned copy of ``model``: masked modules in a graph that trains, evaluates, compiles and exports.
+    """Prune a copy of ``model``: masked modules in a graph that trains, evaluates, compiles and exports.
 
     Args:
         model: any module. If it was pruned before, more is removed; what is pruned stays pruned.
@@ -111,7 +111,7 @@ def apply(
 def analyze(
     gm: nn.Module, resolution: Literal["spatial", "channel"] = "spatial", *, example_inputs: Any = None
 ) -> Report:
-    """What is left of a network under its masks, and how much of that has any effect.
+    """Count the weights left of a network under its masks, and those of them that have any effect.
 
     A weight counts as removed where a mask says so and, in parameters without a mask, where it is exactly
     zero: the report on a finalized model, or on a plain one that was given its weights, is that of the masks.
@@ -175,7 +175,7 @@ def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Displa
         question.masks = _checked(wish.method, wish.method.find(problem), problem)
     masks = question.masks
     with display.step(f"look for layers without a path (on_collapse={wish.on_collapse!r})"):
-        masks = _settled(problem, masks, before, wish)
+        masks = _without_collapse(problem, masks, before, wish)
     if wish.returns != "graph":
         # The caller's own class: typed as a graph, for that is what apply gives unless asked for this.
         pruned = cast(fx.GraphModule, given if wish.returns == "inplace" else duplicate(source))
@@ -216,7 +216,7 @@ def _everybody() -> dist.ProcessGroup | None:
 def _problem(
     source: nn.Module, gm: fx.GraphModule, graph: ChannelGraph, before: Masks, wish: Request, display: Display
 ) -> Problem:
-    """The question that the method is asked, with a private copy of the network."""
+    """Build the problem that the method is given, with a private copy of the network."""
     prunable = {
         name: kernels
         for name, kernels in graph.kernels.items()
@@ -258,7 +258,7 @@ def _problem(
 
 
 def _checked(method: Method, found: Any, problem: Problem) -> Masks:
-    """The masks that a method returned, if they are what it was asked for."""
+    """Check that the masks that a method returned meet the problem; return them on its device."""
     if not isinstance(found, Mapping):
         raise TypeError(f"method {method.name!r} returned a {type(found).__name__}, expected a dict of masks")
     try:
@@ -278,8 +278,8 @@ def _checked(method: Method, found: Any, problem: Problem) -> Masks:
     return masks
 
 
-def _settled(problem: Problem, masks: Masks, before: Masks, wish: Request) -> Masks:
-    """Masks without collapsed layers, or an error or a warning that names them."""
+def _without_collapse(problem: Problem, masks: Masks, before: Masks, wish: Request) -> Masks:
+    """Repair collapsed layers, or raise or warn of them by name, as ``on_collapse`` says."""
     if all(bool(mask.all()) for mask in masks.values()):
         return masks
     others = {name: mask.to(problem.device) for name, mask in before.items() if name not in masks}

@@ -1,4 +1,4 @@
-"""Layer collapse: masks come in; the layers that lie on no path any more, or repaired masks, go out.
+"""Find layers that lie on no path any more, and repair masks so that every layer lies on one.
 
 A layer has collapsed when none of its weights lies on a path from input to output, although one would if
 nothing were pruned. ``repair`` gives every such layer a path again and spends no more weights than before.
@@ -55,7 +55,7 @@ def repair(
     fixed: Mapping[str, torch.Tensor] | None = None,
     granularity: Granularity = WEIGHT,
 ) -> Masks:
-    """Masks of the same ``budget`` under which every layer lies on a path that can lie on one.
+    """Change masks so that, within the same ``budget``, every layer that can lie on a path does.
 
     A weight for every layer that lies on no path is tried first, which joins it to what ``masks`` keep. Where
     the rest then cannot spare that many, a small *skeleton* of weights is found, in which every layer lies on

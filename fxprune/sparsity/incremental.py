@@ -1,9 +1,9 @@
-"""Removal: prunes the lowest scores among the weights that are left, round after round, in one pass each.
+"""Prune the lowest scores among the weights that are left, round after round, in one pass each.
 
-In: a non-negative number for every weight, once, and in every round what it is multiplied by to give the
-score. Out: which weights go. The same weights stay as under ``select``; but scores are never stored: they are
-made in a buffer that stays in the cache, and only those at most a bound, which a sample says few weights are
-below, are looked at any further. Pruned weights are NaN, which no comparison takes for low.
+This is a variant of :func:`fxprune.sparsity.select.select`, tested equal to it, for scores that are the
+product of a number per weight, given once, and a factor of the round. Scores are never stored. They are
+computed in chunks that stay in the cache; a sample gives a bound that few scores are below, and only those
+are looked at further. Pruned weights are NaN, which is not below any bound.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LARGE = 4
 
 
 class Gain(Protocol):
-    """Factors of the weights of one parameter, finite and not negative: one per weight or per kernel."""
+    """Factors of the weights of one parameter, finite and not negative; one per weight or per kernel."""
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Factors of ``[start:stop]`` of the first dimension, (rows, columns, taps or 1), in float32."""
@@ -47,11 +47,11 @@ class Dense:
     factors: Tensor
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """A view."""
+        """Return a view of the factors."""
         return self.factors[start:stop]
 
     def at(self, kernels: Tensor, taps: Tensor) -> Tensor:
-        """Picked."""
+        """Index the factors."""
         table = self.factors.reshape(-1, self.factors.shape[-1])
         return table[kernels, taps if table.shape[1] > 1 else 0]
 
@@ -65,13 +65,13 @@ class Outer:
     then: Callable[[Tensor], Tensor] | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """An outer product, or a matrix product."""
+        """Compute an outer product, or a matrix product, of some rows."""
         left = self.left[:, start:stop]
         found = torch.outer(left[0], self.right[0]) if len(left) == 1 else left.t() @ self.right
         return (found if self.then is None else self.then(found)).unsqueeze(-1)
 
     def at(self, kernels: Tensor, taps: Tensor) -> Tensor:
-        """One by one."""
+        """Compute single entries of the product."""
         columns = self.right.shape[1]
         row = kernels.div(columns, rounding_mode="floor")
         found = (self.left[:, row] * self.right[:, kernels - row * columns]).sum(0)
@@ -109,11 +109,11 @@ class Survivors:
         self._samples = {name: _sampled(kernels, stride) for name, kernels in self._kernels.items()}
 
     def masks(self) -> Masks:
-        """Which weights are left."""
+        """Return masks of the weights that are left."""
         return {name: ~value.isnan() for name, value in self.values.items()}
 
     def scores(self, gains: Mapping[str, Gain]) -> dict[str, Tensor]:
-        """All scores, zero where pruned."""
+        """Compute all scores, zero where pruned."""
         found = {}
         for name, kernels in self._kernels.items():
             score = (kernels * gains[name].rows(0, len(kernels))).view_as(self.values[name])
@@ -125,12 +125,12 @@ class Survivors:
         return any(_LARGE * number > self._among(names) for names, number in self._contests(budget))
 
     def restrict(self, masks: Masks) -> dict[str, Tensor]:
-        """Prunes whatever ``masks`` do not keep; flat indices of what was pruned, in order."""
+        """Prune whatever ``masks`` do not keep; return flat indices of what was pruned, in order."""
         gone = {name: (~masks[name] & ~value.isnan()) for name, value in self.values.items()}
         return self._prune({name: where.flatten().nonzero().flatten() for name, where in gone.items()})
 
     def reduce(self, gains: Mapping[str, Gain], budget: Budget) -> dict[str, Tensor]:
-        """Prunes the lowest scores, of equal ones those at the highest index, down to ``budget``.
+        """Prune the lowest scores, of equal ones those at the highest index, down to ``budget``.
 
         Returns flat indices of what was pruned, in order. A budget above what is left prunes nothing.
         """
@@ -141,7 +141,7 @@ class Survivors:
         return self._prune(pruned)
 
     def _contests(self, budget: Budget) -> list[tuple[list[str], int]]:
-        """Which parameters compete, and how many of their weights have to go."""
+        """List the parameters that compete, with the number of their weights that have to go."""
         if budget.layers is None:
             names = list(self.values)
             return [(names, self._among(names) - budget.total)]
@@ -173,7 +173,7 @@ class Survivors:
         return {name: index[part] for name, (index, _), part in zip(names, found, parts, strict=True)}
 
     def _bound(self, names: Sequence[str], number: int, gains: Mapping[str, Gain], margin: int) -> float:
-        """A score that likely at least ``number`` weights are at most, and not many more."""
+        """Estimate, from the sample, a score that at least ``number`` weights do not exceed, and few more."""
         drawn = []
         for name in names:
             sample = self._samples[name]
@@ -194,7 +194,7 @@ def _sampled(kernels: Tensor, stride: int) -> _Sample:
 
 
 def _at_most(kernels: Tensor, gain: Gain, bound: float) -> tuple[Tensor, Tensor]:
-    """Flat indices and scores of the weights that are left and score at most ``bound``, in order."""
+    """Find the weights that are left and score at most ``bound``: flat indices, in order, and scores."""
     rows, columns, taps = kernels.shape
     step = max(1, _CHUNK // (columns * taps))
     buffer = kernels.new_empty(-(-min(step, rows) * columns * taps // _LANES) * _LANES)
@@ -215,7 +215,7 @@ def _at_most(kernels: Tensor, gain: Gain, bound: float) -> tuple[Tensor, Tensor]
 
 
 def _low(lanes: Tensor, bound: float, limit: int) -> tuple[Tensor, Tensor]:
-    """Flat indices, in order, of entries at most ``bound``, and these.
+    """Find the entries that are at most ``bound``: flat indices, in order, and values.
 
     Lanes are searched as one, by the minimum of their bits, read as integers: those of floats that are not
     negative have the same order, with NaN above all. ``limit``: the bits of ``bound``.

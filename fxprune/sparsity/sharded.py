@@ -1,7 +1,7 @@
-"""Selection over parameters that are split over processes: every process sees its own rows, none sees all.
+"""Select weights of parameters that are split over processes, each of which sees its own rows only.
 
-Scores of local rows come in; local masks go out, the same as ``select`` finds for the whole parameters. The
-score at which the budget runs out is searched by bisection: what travels is counts, never scores.
+This is a variant of :func:`fxprune.sparsity.select.select`, tested equal to it on the whole parameters. The
+score at which the budget runs out is found by bisection; processes exchange counts, never scores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def select_sharded(
     granularity: Granularity = WEIGHT,
     method: str = "scores",
 ) -> Masks:
-    """The local part of the masks that ``select`` gives for the whole parameters.
+    """Compute the local part of the masks that ``select`` gives for the whole parameters.
 
     ``scores``, ``within``: this process's rows (of the first dimension) of every parameter; processes hold
     consecutive rows in the order of their ranks in ``group``, some perhaps none. ``budget``: of the whole.

@@ -1,4 +1,4 @@
-"""Lottery tickets: a way to make a network and a way to train it come in, masks that win go out."""
+"""Find lottery tickets: train, prune by magnitude, rewind, and train again."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def lottery(
     checkpoint_every: int = 1,
     progress: bool = True,
 ) -> Lottery:
-    """Iterative magnitude pruning with rewinding: train, prune, set back, ``rounds`` times; and train.
+    """Prune by magnitude with rewinding: train, prune and rewind, ``rounds`` times; then train.
 
     After each training the fraction ``rate`` of the weights that are left goes, those smallest in magnitude
     over all layers, and the rest is set back to where it was after step ``rewind_to`` of the first training
@@ -192,7 +192,7 @@ def lottery(
 
 
 def _train(state: _Rounds, train_fn: TrainFunction, alone: bool, *, last: bool) -> None:
-    """One round: a training, and where it is not the last, pruning and setting back."""
+    """Run one round: a training and, unless it is the last, pruning and rewinding."""
     pruner = state.pruner
     if len(state.results) > state.round:
         return  # a finished lottery, found again

@@ -1,4 +1,4 @@
-"""The pruner: masks that follow a training loop. The loop is the user's, and says when a step is done."""
+"""Change the masks of a model while its training loop runs; the loop is the user's."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ class Pruner:
         if "data" in self.method.needs and data is None:
             raise ValueError(f"method {self.method.name!r}: its criterion needs data=...")
         self.data, self.loss_fn = data, loss_fn
-        marks = (rewind,) if isinstance(rewind, int) else tuple(rewind)
-        self._marks = {integer("rewind", mark, 0) for mark in marks}
+        steps = (rewind,) if isinstance(rewind, int) else tuple(rewind)
+        self._rewind_steps = {integer("rewind", step, 0) for step in steps}
         allocation = self.method.budget if budget is None else budget
         wish = Request(
             get("magnitude"), self.method.target, None, None, allocation, self.granularity, None,
@@ -163,7 +163,7 @@ class Pruner:
             raise ValueError(f"loss=None: method {self.method.name!r} needs step(at, loss=...), a function "
                              "that returns the loss of a batch")  # fmt: skip
         self._saving.check_step(at)
-        if at in self._marks and at not in self._kept:
+        if at in self._rewind_steps and at not in self._kept:
             self.remember(at)
         due = self.method.due(at)
         if due is not None and due > self._handled:

@@ -1,4 +1,4 @@
-"""Reads of parameters in a graph: a graph module with masks comes in, every read is multiplied by its mask.
+"""Multiply every read of a masked parameter in a graph by its mask.
 
 ``conv2d(x, weight)`` becomes ``conv2d(x, mul(weight, weight_mask))``. Where the graph standardises the weight
 first, the kernel's operand is masked a second time, for standardisation moves zeros.
@@ -27,7 +27,7 @@ _PRODUCTS = (torch.mul, operator.mul)
 
 
 def mask_reads(gm: GraphModule) -> None:
-    """Inserts the multiplications that are missing, in place; nothing happens on a second call."""
+    """Insert the multiplications that are missing, in place."""
     reads = [
         node for node in gm.graph.nodes if node.op == "get_attr" and mask_of(gm, node.target) is not None
     ]
@@ -55,7 +55,7 @@ def _recompile(gm: GraphModule) -> None:
 
 
 def direct_reads(gm: GraphModule) -> list[str]:
-    """The parameters that a captured graph reads without calling their owner.
+    """List the parameters that a captured graph reads without calling their owner.
 
     It is what :func:`fxprune.rewrite.install` must be told (``direct``) when masks go into the plain module
     that the graph was captured from.
@@ -92,7 +92,7 @@ def is_mask_product(gm: GraphModule, node: Node) -> bool:
 
 
 def _mask_after(gm: GraphModule, value: Node, parameter: str) -> Node:
-    """``mul(value, mask of parameter)``, put right after ``value``."""
+    """Insert ``mul(value, mask of parameter)`` right after ``value``."""
     with gm.graph.inserting_after(value):
         mask = gm.graph.get_attr(parameter + SUFFIX)
     with gm.graph.inserting_after(mask):
@@ -105,13 +105,13 @@ def _mask_after(gm: GraphModule, value: Node, parameter: str) -> Node:
 
 
 def check_reads(gm: GraphModule, parameters: Collection[int]) -> None:
-    """Raises ``ValueError`` if masks on these parameters (by ``id``) could not be placed in the graph."""
+    """Raise ``ValueError`` if masks on these parameters (by ``id``) could not be placed in the graph."""
     for node in gm.graph.nodes:
         _moved_parameter(gm, node, lambda target: id(attribute_at(gm, target)) in parameters)
 
 
 def _mask_operand(gm: GraphModule, kernel: Node) -> bool:
-    """Masks the weight operand of a kernel, if more than movement made it from a masked parameter."""
+    """Mask the weight operand of a kernel, if more than movement made it from a masked parameter."""
     name = _moved_parameter(gm, kernel, lambda target: mask_of(gm, target) is not None)
     if name is None:
         return False
@@ -121,7 +121,7 @@ def _mask_operand(gm: GraphModule, kernel: Node) -> bool:
 
 
 def _moved_parameter(gm: GraphModule, kernel: Node, concerned: Callable[[str], bool]) -> str | None:
-    """The parameter of which a kernel uses a re-centred form that no mask follows yet, if there is one."""
+    """Find the parameter that a kernel uses re-centred (standardised) and not masked after that, if any."""
     operand = weight_operand(kernel.args, kernel.kwargs) if kernel.target in KERNELS else None
     if not isinstance(operand, Node) or is_mask_product(gm, operand):
         return None
@@ -145,7 +145,7 @@ def _moved_parameter(gm: GraphModule, kernel: Node, concerned: Callable[[str], b
 
 
 def constant_region(node: Node) -> list[Node] | None:
-    """The nodes that ``node`` is computed from, itself last; None if it depends on the network's input."""
+    """List the nodes that ``node`` is computed from, itself last; None if it depends on the input."""
     found: dict[Node, None] = {}
     stack = [node]
     while stack:
@@ -161,7 +161,7 @@ def constant_region(node: Node) -> list[Node] | None:
 
 
 def evaluate(gm: GraphModule, region: list[Node], given: dict[Node, torch.Tensor] | None = None) -> Any:
-    """The value of the last node of a :func:`constant_region`.
+    """Compute the value of the last node of a :func:`constant_region`.
 
     With ``given``, in float64 on the CPU, those nodes having those values, and masks being left out; values
     of parameters that are split over processes are made up. Else as the model would compute it.
@@ -191,7 +191,7 @@ def evaluate(gm: GraphModule, region: list[Node], given: dict[Node, torch.Tensor
 
 
 def unmask_reads(gm: GraphModule) -> None:
-    """Takes out what :func:`mask_reads` put in, in place; the masks must still be there."""
+    """Remove the multiplications of :func:`mask_reads`, in place; the masks must still be there."""
     graph: Graph = gm.graph
     for node in list(graph.nodes):
         if is_mask_product(gm, node):
