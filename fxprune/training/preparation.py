@@ -12,7 +12,7 @@ from fxprune.capture import capture
 from fxprune.graph import ChannelGraph
 from fxprune.lowering import lower
 from fxprune.request import Request
-from fxprune.rewrite import direct_reads, install, plain, read
+from fxprune.rewrite import bare, direct_reads, install, read
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.sparsity.budget import Budget, plan
 from fxprune.sparsity.masks import Masks, kept
@@ -37,7 +37,7 @@ def prepare(model: nn.Module, example_inputs: Any, wish: Request, returns: Retur
     wish.check(model)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         before = read(model)
-        source = plain(model)
+        source = bare(model) if before else model
         gm = capture(source, example_inputs)
         graph = lower(gm)
         prunable = {

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxprune.capture import capture
-from fxprune.rewrite import install, plain, read_ticket
+from fxprune.rewrite import bare, install, read, read_ticket
 from fxprune.rewrite.files.tickets import fill, neutralise
 from fxprune.rewrite.masking.copying import duplicate
 
@@ -40,7 +40,8 @@ def load_ticket(
     6
     """
     masks, values, signs = read_ticket(path)
-    network = duplicate(capture(plain(model), example_inputs))
+    source = bare(model) if read(model) else model
+    network = duplicate(capture(source, example_inputs))
     install(network, masks)
     fill(network, values, signs)
     neutralise(network)
