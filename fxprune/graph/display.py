@@ -10,7 +10,23 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from fxprune.graph.ops import Affine, Kernel, KernelSet, Map, Mix, Norm, Op, Opaque, Pool, Source
+from fxprune.graph.ops import (
+    Affine,
+    AnyOp,
+    Gate,
+    Gather,
+    Kernel,
+    KernelSet,
+    Map,
+    Mix,
+    Norm,
+    Opaque,
+    Pool,
+    Sink,
+    Source,
+    Sum,
+    refuse_kind,
+)
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -20,7 +36,7 @@ __all__ = ["summary", "to_networkx"]
 LIMIT = 100_000  # kernels that a channel-level export may have
 
 
-def summary(name: str, ops: Sequence[Op], kernels: Mapping[str, KernelSet]) -> str:
+def summary(name: str, ops: Sequence[AnyOp], kernels: Mapping[str, KernelSet]) -> str:
     """One line per op, ``%7 = Kernel(%6) 2x64x56x56 layer1.0.conv1.weight 64x64x3x3``, and the totals.
 
     Constants are marked ``constant``; what has a bias or a floor is marked ``never Zero``.
@@ -38,28 +54,38 @@ def summary(name: str, ops: Sequence[Op], kernels: Mapping[str, KernelSet]) -> s
     return "\n".join(lines)
 
 
-def _detail(op: Op) -> str:
-    if isinstance(op, Kernel):
-        size = "x".join(map(str, op.weight.shape))
-        groups = f" groups={op.groups}" if op.groups > 1 else ""
-        return f"{op.weight.name or 'dense'} {size}{groups}{' +bias' if op.bias else ''}"
-    if isinstance(op, Source):
-        return "" if op.output.live else "constant" if op.pattern is None else "constant with zeros"
-    if isinstance(op, Pool):
-        return f"{op.how} over {'windows of ' if op.window else ''}{list(op.dims)}"
-    if isinstance(op, Mix):
-        return op.equation or "of full tensors"
-    if isinstance(op, Opaque):
-        return op.reason
-    if isinstance(op, Norm):
-        groups = f" in {op.groups} groups" if op.groups > 1 else ""
-        return f"over {list(op.axes)}{groups}{' +bias' if op.bias else ''}"
-    marked = (isinstance(op, Affine) and op.bias) or (isinstance(op, Map) and op.floor)
-    return "never Zero" if marked else ""
+def _detail(op: AnyOp) -> str:
+    match op:
+        case Kernel():
+            size = "x".join(map(str, op.weight.shape))
+            groups = f" groups={op.groups}" if op.groups > 1 else ""
+            return f"{op.weight.name or 'dense'} {size}{groups}{' +bias' if op.bias else ''}"
+        case Source():
+            return "" if op.output.live else "constant" if op.pattern is None else "constant with zeros"
+        case Pool():
+            return f"{op.how} over {'windows of ' if op.window else ''}{list(op.dims)}"
+        case Mix():
+            return op.equation or "of full tensors"
+        case Opaque():
+            return op.reason
+        case Norm():
+            groups = f" in {op.groups} groups" if op.groups > 1 else ""
+            return f"over {list(op.axes)}{groups}{' +bias' if op.bias else ''}"
+        case Affine():
+            return "never Zero" if op.bias else ""
+        case Map():
+            return "never Zero" if op.floor else ""
+        case Sum() | Gate() | Gather() | Sink():
+            return ""
+        case _:
+            refuse_kind(op)
 
 
 def to_networkx(
-    name: str, ops: Sequence[Op], kernels: Mapping[str, KernelSet], level: Literal["op", "channel"] = "op"
+    name: str,
+    ops: Sequence[AnyOp],
+    kernels: Mapping[str, KernelSet],
+    level: Literal["op", "channel"] = "op",
 ) -> nx.DiGraph:
     """The graph in networkx's form.
 
@@ -82,7 +108,7 @@ def to_networkx(
     raise ValueError(f"level: expected 'op' or 'channel', got {level!r}")
 
 
-def _ops(name: str, ops: Sequence[Op]) -> nx.DiGraph:
+def _ops(name: str, ops: Sequence[AnyOp]) -> nx.DiGraph:
     import networkx as nx
 
     result = nx.DiGraph(name=name)

@@ -16,12 +16,14 @@ from torch import fx
 from fxprune.graph import display
 from fxprune.graph.ops import (
     Affine,
+    AnyOp,
     AxisUse,
     ConstantValue,
     Gate,
     Gather,
     Kernel,
     KernelSet,
+    LinearOp,
     Map,
     Mix,
     Norm,
@@ -37,6 +39,7 @@ from fxprune.graph.ops import (
     WeightRef,
     Window,
     WindowPool,
+    refuse_kind,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Affine",
+    "AnyOp",
     "AxisUse",
     "ChannelGraph",
     "ConstantValue",
@@ -51,6 +55,7 @@ __all__ = [
     "Gather",
     "Kernel",
     "KernelSet",
+    "LinearOp",
     "Map",
     "Mix",
     "NodeOutput",
@@ -67,6 +72,7 @@ __all__ = [
     "WeightRef",
     "Window",
     "WindowPool",
+    "refuse_kind",
 ]
 
 
@@ -102,7 +108,7 @@ class ChannelGraph:
         (NodeOutput(node='_0', path=()), NodeOutput(node='_1', path=()))
     """
 
-    ops: tuple[Op, ...]
+    ops: tuple[AnyOp, ...]
     kernels: dict[str, KernelSet]
     samples: int
     name: str = "network"
@@ -138,7 +144,7 @@ class ChannelGraph:
         """
         return self._nodes.get(value.index, ())
 
-    def op_of(self, value: Value) -> Op | None:
+    def op_of(self, value: Value) -> AnyOp | None:
         """Return the op that makes ``value``; ``None`` for the values of ``constants``."""
         return self._makers.get(value.index)
 
@@ -151,7 +157,7 @@ class ChannelGraph:
         return found
 
     @cached_property
-    def _makers(self) -> dict[int, Op]:
+    def _makers(self) -> dict[int, AnyOp]:
         return {op.output.index: op for op in self.ops}
 
     def __getstate__(self) -> dict[str, Any]:

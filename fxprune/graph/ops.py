@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -35,12 +35,14 @@ from fxprune.graph.tensor_function import TensorFunction, same
 
 __all__ = [
     "Affine",
+    "AnyOp",
     "AxisUse",
     "ConstantValue",
     "Gate",
     "Gather",
     "Kernel",
     "KernelSet",
+    "LinearOp",
     "Map",
     "Mix",
     "Norm",
@@ -56,6 +58,7 @@ __all__ = [
     "WeightRef",
     "Window",
     "WindowPool",
+    "refuse_kind",
 ]
 
 
@@ -310,3 +313,23 @@ class Opaque(Op):
 @dataclass(frozen=True, eq=False)
 class Sink(Op):
     pass
+
+
+LinearOp = Kernel | Sum | Gather | Pool | Norm | Affine | Map | Opaque
+"""The kinds that paths go through as through a linear function of all inputs together."""
+
+AnyOp = Source | LinearOp | Gate | Mix | Sink
+"""Every kind. Consumers match on it, and end with ``case _: refuse_kind(op)``."""
+
+
+def refuse_kind(op: NoReturn) -> NoReturn:
+    """Raise a TypeError that names the kind and the node of ``op``.
+
+    For the end of a ``match`` over all kinds: mypy accepts the call only where no kind is left.
+    """
+    raise TypeError(_refusal(op))
+
+
+def _refusal(op: Op) -> str:
+    name = getattr(op, "node", None)
+    return f"op kind {type(op).__name__} (node {name!r}) is not one that this pass knows"

@@ -61,7 +61,7 @@ class Builder:
     """
 
     def __init__(self, parameters: Parameters) -> None:
-        self.ops: list[ir.Op] = []
+        self.ops: list[ir.AnyOp] = []
         self.parameters = parameters
         self.kernels: dict[str, ir.KernelSet] = {}
         self.node = ""
@@ -87,7 +87,7 @@ class Builder:
         return ir.Value(self._count - 1, tuple(int(s) for s in shape), live)
 
     def _emit(
-        self, kind: type[ir.Op], inputs: Sequence[ir.Value], shape: Sequence[int], **fields: Any
+        self, kind: type[ir.AnyOp], inputs: Sequence[ir.Value], shape: Sequence[int], **fields: Any
     ) -> ir.Value:
         live = any(value.live for value in inputs) or (kind is ir.Source and fields.pop("live"))
         output = self.value(shape, live)

@@ -23,7 +23,13 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 def compile_product(op: ir.Gate | ir.Mix, a: Layout, b: Layout) -> tuple[Layout, Product]:
     """Compile a Gate or a Mix."""
-    return _gate(op, a, b) if isinstance(op, ir.Gate) else _mix(op, a, b)
+    match op:
+        case ir.Gate():
+            return _gate(op, a, b)
+        case ir.Mix():
+            return _mix(op, a, b)
+        case _:
+            ir.refuse_kind(op)
 
 
 def _gate(op: ir.Gate, a: Layout, b: Layout) -> tuple[Layout, Product]:

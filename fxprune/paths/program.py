@@ -47,7 +47,7 @@ class Step:
     ``halves``; presence, if ``needs_presence``, by ``linear`` or ``product``.
     """
 
-    op: ir.Op
+    op: ir.AnyOp
     layout: Layout
     needs_presence: bool
     linear: LinearMap | None = None
@@ -96,27 +96,28 @@ def _compile(graph: ir.ChannelGraph, *, periodic: bool) -> Program:
     outputs: list[tuple[int, Layout]] = []
     for op in _used(graph):
         index = op.output.index
-        if isinstance(op, ir.Sink):
-            outputs += [(value.index, layouts[value.index]) for value in op.inputs if value.live]
-            continue
         inputs = [layouts[value.index] for value in op.inputs]
-        if isinstance(op, ir.Source):
-            step = _source(op, index in needed)
-        elif isinstance(op, (ir.Gate, ir.Mix)):
-            step = _product(op, inputs, full, index in needed)
-        else:
-            layout, linear = compile_linear(op, inputs, periodic=periodic)
-            step = Step(op, layout, index in needed, linear=linear)
+        match op:
+            case ir.Sink():
+                outputs += [(value.index, layouts[value.index]) for value in op.inputs if value.live]
+                continue
+            case ir.Source():
+                step = _source(op, index in needed)
+            case ir.Gate() | ir.Mix():
+                step = _product(op, inputs, full, index in needed)
+            case _:
+                layout, linear = compile_linear(op, inputs, periodic=periodic)
+                step = Step(op, layout, index in needed, linear=linear)
         layouts[index] = step.layout
         steps.append(step)
     shapes = {index: reduced_shape(layout) for index, layout in layouts.items()}
     return Program(tuple(steps), shapes, tuple(outputs), graph.samples)
 
 
-def _used(graph: ir.ChannelGraph) -> list[ir.Op]:
+def _used(graph: ir.ChannelGraph) -> list[ir.AnyOp]:
     """Ops that some output depends on."""
     wanted: set[int] = set()
-    used: list[ir.Op] = []
+    used: list[ir.AnyOp] = []
     for op in reversed(graph.ops):
         if isinstance(op, ir.Sink) or op.output.index in wanted:
             wanted.update(value.index for value in op.inputs)
@@ -129,22 +130,32 @@ def _present_everywhere(graph: ir.ChannelGraph) -> set[int]:
     """Values that are not Zero at any entry, whatever the masks are."""
     full: set[int] = set()
     for op in graph.ops:
-        known = [value.index in full for value in op.inputs]
-        if isinstance(op, ir.Source):
-            present = op.pattern is None
-        elif isinstance(op, ir.Kernel):
-            present = op.bias
-        elif isinstance(op, (ir.Affine, ir.Norm, ir.Map)):
-            present = known[0] or (op.floor if isinstance(op, ir.Map) else op.bias)
-        elif isinstance(op, ir.Sum):
-            present = any(known)
-        elif isinstance(op, ir.Gather):
-            present = all(known) and not op.pads and not _fills(op)
-        else:
-            present = isinstance(op, ir.Opaque) or all(known)
-        if present:
+        if _is_present_everywhere(op, [value.index in full for value in op.inputs]):
             full.add(op.output.index)
     return full
+
+
+def _is_present_everywhere(op: ir.AnyOp, inputs: Sequence[bool]) -> bool:
+    """Whether the output is present everywhere, given whether each input is."""
+    match op:
+        case ir.Source():
+            return op.pattern is None
+        case ir.Kernel():
+            return op.bias
+        case ir.Affine() | ir.Norm():
+            return inputs[0] or op.bias
+        case ir.Map():
+            return inputs[0] or op.floor
+        case ir.Sum():
+            return any(inputs)
+        case ir.Gather():
+            return all(inputs) and not op.pads and not _fills(op)
+        case ir.Gate() | ir.Mix() | ir.Pool() | ir.Sink():
+            return all(inputs)
+        case ir.Opaque():
+            return True
+        case _:
+            ir.refuse_kind(op)
 
 
 def _fills(op: ir.Gather) -> bool:

@@ -36,22 +36,27 @@ __all__ = [
 ]
 
 
-def compile_linear(op: ir.Op, layouts: Sequence[Layout], *, periodic: bool) -> Compiled:
+def compile_linear(op: ir.LinearOp, layouts: Sequence[Layout], *, periodic: bool) -> Compiled:
     """Compile any op but Source, Gate, Mix and Sink."""
-    if isinstance(op, ir.Kernel):
-        return _linear(op, layouts[0]) if op.window is None else conv(op, op.window, layouts[0], periodic)
-    if isinstance(op, ir.Sum):
-        return _sum(op, layouts)
-    if isinstance(op, ir.Gather):
-        return _gather(op, layouts, periodic)
-    if isinstance(op, ir.Pool):
-        return _reduce(op, layouts[0]) if op.window is None else pool(op, op.window, layouts[0], periodic)
-    if isinstance(op, ir.Opaque):
-        return _opaque(op, layouts)
-    return _identity(op, layouts[0])
+    x = layouts[0] if layouts else ()
+    match op:
+        case ir.Kernel():
+            return _linear(op, x) if op.window is None else conv(op, op.window, x, periodic)
+        case ir.Sum():
+            return _sum(op, layouts)
+        case ir.Gather():
+            return _gather(op, layouts, periodic)
+        case ir.Pool():
+            return _reduce(op, x) if op.window is None else pool(op, op.window, x, periodic)
+        case ir.Opaque():
+            return _opaque(op, layouts)
+        case ir.Norm() | ir.Affine() | ir.Map():
+            return _identity(op, x)
+        case _:
+            ir.refuse_kind(op)
 
 
-def _identity(op: ir.Op, x: Layout) -> Compiled:
+def _identity(op: ir.Norm | ir.Affine | ir.Map, x: Layout) -> Compiled:
     """Compile a norm, map or scale: entries stay as they are, broadcast to the output's shape."""
     layout = broadcast(x, op.output.shape)
     shape = reduced_shape(layout)

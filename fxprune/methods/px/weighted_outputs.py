@@ -32,18 +32,28 @@ class WeightedOutputs:
         self.numbers: list[torch.Tensor] = []
         self.axes: list[int] = []
         index = 1 + max((op.output.index for op in graph.ops), default=0)
-        ops: list[ir.Op] = []
+        ops: list[ir.AnyOp] = []
         for op in graph.ops:
-            if not isinstance(op, ir.Sink):
-                ops.append(op)
-                continue
-            outputs = []
-            for value in op.inputs:
-                scaled = self._scaled(value, index + len(self.axes)) if value.shape[1:] else None
-                ops += [scaled] if scaled else []
-                outputs.append(scaled.output if scaled else value)
-            ops.append(replace(op, inputs=tuple(outputs)))
+            match op:
+                case ir.Source() | ir.Kernel() | ir.Sum() | ir.Gate() | ir.Gather() | ir.Mix() | ir.Pool():
+                    ops.append(op)
+                case ir.Norm() | ir.Affine() | ir.Map() | ir.Opaque():
+                    ops.append(op)
+                case ir.Sink():
+                    ops += self._scaled_outputs(op, index)
+                case _:
+                    ir.refuse_kind(op)
         self.graph = replace(graph, ops=tuple(ops), programs={})
+
+    def _scaled_outputs(self, sink: ir.Sink, index: int) -> list[ir.AnyOp]:
+        """Contractions of the outputs that have channels, with values from ``index`` on, and their sink."""
+        ops: list[ir.AnyOp] = []
+        outputs = []
+        for value in sink.inputs:
+            scaled = self._scaled(value, index + len(self.axes)) if value.shape[1:] else None
+            ops += [scaled] if scaled else []
+            outputs.append(scaled.output if scaled else value)
+        return [*ops, replace(sink, inputs=tuple(outputs))]
 
     def set(self, activities: Sequence[Scaled[int]]) -> None:
         """Set the numbers to the sums of ``activities`` (of the outputs' shapes, without the batch).
