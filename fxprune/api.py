@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fxprune import sharding
 from fxprune.capture import capture
 from fxprune.graph import ChannelGraph
-from fxprune.lowering import lower
+from fxprune.lowering import Rules, lower
 from fxprune.methods import Method, Problem, redraw
 from fxprune.methods import resolve as resolve_method
 from fxprune.metrics import Report, measure
@@ -63,6 +63,7 @@ def apply(
     progress: bool = True,
     returns: Returns = "graph",
     on_collapse: OnCollapse = "warn",
+    rules: Rules | None = None,
     **method_options: Any,
 ) -> fx.GraphModule:
     """Prune a copy of ``model``: masked modules in a graph that trains, evaluates, compiles and exports.
@@ -78,9 +79,8 @@ def apply(
         granularity: "weight", "kernel", "channel", "nm(2,4)", "block(16,16)".
         schedule: "oneshot", "linear", "exponential", "cubic", "sigmoid", also "cubic(20)"; the method's own.
         exclude: names or patterns of modules or parameters, or module types, that are never pruned.
-        seed: decides all randomness, here and on any device.
-        device: where to score. The result is on the model's own device.
-        progress: bars on stderr for what takes over a second.
+        seed, device: the seed of all randomness; where to score (the result is on the model's own device).
+        progress, rules: bars on stderr; op rules of your own, as for :func:`fxprune.lower`.
         returns: "graph", a ``torch.fx.GraphModule``; "module", the own class; "inplace", the model itself.
         on_collapse: what to do when a layer lies on no path any more: "warn", "raise", or "repair".
 
@@ -100,7 +100,7 @@ def apply(
     wish = Request(
         resolve_method(method, **method_options), sparsity, data, loss_fn,
         "global" if budget is None else budget, resolve_granularity(granularity), schedule, listed(exclude),
-        seed, device, returns, on_collapse, **general,
+        seed, device, returns, on_collapse, rules=rules, **general,
     )  # fmt: skip
     wish.check(inside)
     sharding.check(inside, wish)
@@ -109,7 +109,11 @@ def apply(
 
 
 def analyze(
-    gm: nn.Module, resolution: Literal["spatial", "channel"] = "spatial", *, example_inputs: Any = None
+    gm: nn.Module,
+    resolution: Literal["spatial", "channel"] = "spatial",
+    *,
+    example_inputs: Any = None,
+    rules: Rules | None = None,
 ) -> Report:
     """Count the weights left of a network under its masks, and those of them that have any effect.
 
@@ -121,6 +125,7 @@ def analyze(
         resolution: "spatial" tells positions apart and is exact; "channel" takes all positions for one,
             which is exact for periodic images, never below the truth otherwise, and faster.
         example_inputs: for models that are not captured yet, as in :func:`apply`.
+        rules: op rules of your own, as for :func:`fxprune.lower`.
 
     Returns:
         A :class:`fxprune.metrics.Report`; ``print`` shows it as a table, ``to_json()`` writes it down.
@@ -141,9 +146,9 @@ def analyze(
         masks = read(gm)
         source = plain(gm)
         if example_inputs is None and _has_shapes(source):
-            graph = lower(cast(fx.GraphModule, source))
+            graph = lower(cast(fx.GraphModule, source), rules=rules)
         else:
-            graph = lower(capture(source, example_inputs))
+            graph = lower(capture(source, example_inputs), rules=rules)
         zeros = {
             name: mask
             for name, mask in nonzeros(source, graph.kernels).items()
@@ -167,7 +172,7 @@ def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Displa
     with display.step("capture"):
         gm = capture(source, example_inputs)
     with display.step("lower"):
-        graph = lower(gm)
+        graph = lower(gm, rules=wish.rules)
     _demand_values(unwrap(model), graph)
     whole = _problem(source, gm, graph, before, wish, display)
     with sharding.asked(whole, model, wish.method) as question:

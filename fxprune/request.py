@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fxprune.lowering import Rules
+from fxprune.lowering.rules.table import own_rules
 from fxprune.methods import Method
 from fxprune.sparsity.budget import Allocation, plan
 from fxprune.sparsity.granularity import Granularity
@@ -41,6 +43,7 @@ class Request:
     on_collapse: str
     reinit: bool = False
     micro_batch: int | None = None
+    rules: Rules | None = None
 
     def check(self, model: nn.Module) -> None:
         """Everything that can be said without looking into the network; raises what :func:`apply` says."""
@@ -53,6 +56,7 @@ class Request:
         if self.loss_fn is not None and not callable(self.loss_fn):
             raise TypeError(f"loss_fn={self.loss_fn!r}: expected a function of (output, target)")
         _check_seed(self.seed)
+        own_rules(self.rules)
         if not isinstance(self.reinit, bool):
             raise TypeError(f"reinit={self.reinit!r}: expected True or False")
         if self.micro_batch is not None and (type(self.micro_batch) is not int or self.micro_batch < 1):

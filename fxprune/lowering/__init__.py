@@ -1,5 +1,6 @@
 """Lower a captured network to its channel/kernel dataflow graph."""
 
 from fxprune.lowering.lower import lower
+from fxprune.lowering.rules.table import Context, Rules, RuleTable, Unknown
 
-__all__ = ["lower"]
+__all__ = ["Context", "RuleTable", "Rules", "Unknown", "lower"]

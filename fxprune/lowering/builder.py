@@ -6,7 +6,7 @@ parameters. Rules never build ops by hand, so liveness and provenance are right 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -55,12 +55,10 @@ class Constant:
 
 
 class Builder:
-    """Appends ops.
+    """Appends ops, each with the ``node``, ``inner`` and ``layer`` being lowered, see :class:`ir.Op`."""
 
-    ``node``, ``inner`` and ``layer`` name the fx node being lowered; every op gets them, see :class:`ir.Op`.
-    """
-
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: Parameters, rules: Mapping[Any, Callable[..., Any]] | None = None) -> None:
+        self.rules = rules or {}  # the user's own
         self.ops: list[ir.AnyOp] = []
         self.parameters = parameters
         self.kernels: dict[str, ir.KernelSet] = {}

@@ -29,24 +29,26 @@ from fxprune.lowering.results import Results
 from fxprune.lowering.rules import KERNEL_TARGETS, RULES
 from fxprune.lowering.rules.movement import REARRANGES
 from fxprune.lowering.rules.pointwise import statistic_axes
-from fxprune.lowering.rules.table import Context, Unknown, substitute, tensors_in
+from fxprune.lowering.rules.table import Context, Rules, Unknown, own_rules, substitute, tensors_in
 from fxprune.lowering.weight_views import provenance, simplified, view_of
 
 __all__ = ["lower"]
 
 
-def lower(gm: fx.GraphModule) -> ir.ChannelGraph:
+def lower(gm: fx.GraphModule, *, rules: Rules | None = None) -> ir.ChannelGraph:
     """Lower a captured network to its channel/kernel dataflow graph.
 
     Args:
         gm: what :func:`fxprune.capture` returned, masked or not. It is not changed.
+        rules: op rules of your own, a :class:`RuleTable` or a dict of target -> rule; where they name an
+            operation that has a rule, they win (``docs/add_an_op.md``).
 
     Returns:
         The :class:`ChannelGraph`: ops in execution order, ``kernels`` by parameter name, ``opaque`` for ops
         that no rule knew.
 
     Raises:
-        TypeError: ``gm`` is not a GraphModule.
+        TypeError: ``gm`` is not a GraphModule, or ``rules`` are no rules.
         ValueError: its nodes carry no shapes (it was not made by ``fxprune.capture``).
 
     Example:
@@ -63,7 +65,7 @@ def lower(gm: fx.GraphModule) -> ir.ChannelGraph:
             raise ValueError(
                 f"gm: node {node.name!r} carries no shape; capture the model with fxprune.capture first"
             )
-    build = Builder(Parameters.of(gm))
+    build = Builder(Parameters.of(gm), own_rules(rules))
     build.samples = _samples(gm)
     results = Results(build)
     _Walk(gm, build, results).run(None)
@@ -205,7 +207,7 @@ class _Walk:
             return self._fold(node, args, kwargs, result)
         if isinstance(target, type) and module is None:
             return target(*args, **kwargs)  # a container made in the forward
-        rule = RULES.get(target)
+        rule = self.build.rules.get(target) or RULES.get(target)
         if rule is None and module is not None:
             return self._inline(node, module, args, kwargs)
         reason = f"no rule for {_describe(target)}"

@@ -39,7 +39,7 @@ def prepare(model: nn.Module, example_inputs: Any, wish: Request, returns: Retur
         before = read(model)
         source = bare(model) if before else model
         gm = capture(source, example_inputs)
-        graph = lower(gm)
+        graph = lower(gm, rules=wish.rules)
         prunable = {
             name: kernels
             for name, kernels in graph.kernels.items()

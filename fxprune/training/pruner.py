@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fxprune.lowering import Rules
 from fxprune.methods import Problem, agree, get
 from fxprune.request import Exclusion, Request, listed
 from fxprune.rewrite import bare, put_masks, read, stamp
@@ -53,8 +54,8 @@ class Pruner:
         sparsity: the fraction of the prunable weights that is gone in the end; ``asni`` and ``imp`` can do
             without, from options of their own.
         total: the number of steps or epochs of the training, in the unit that :meth:`step` counts.
-        example_inputs, budget, granularity, exclude, seed, data, loss_fn: as for :func:`fxprune.apply`; the
-            last two for criteria that look at data.
+        example_inputs, budget, granularity, exclude, seed, rules, data, loss_fn: as for ``fxprune.apply``;
+            the last two for criteria that look at data.
         returns: what :attr:`model` is: "graph", a masked ``torch.fx.GraphModule``; "module", a masked copy of
             the model's own class; "inplace", the model itself, for frameworks that hold it already.
         rewind: steps before whose pruning the weights are kept, for ``reinitialize("rewind:k")``.
@@ -96,6 +97,7 @@ class Pruner:
         rewind: int | Iterable[int] = (),
         checkpoint_dir: str | os.PathLike[str] | None = None,
         checkpoint_every: int = 1,
+        rules: Rules | None = None,
         **method_options: Any,
     ) -> None:
         if returns not in ("graph", "module", "inplace"):
@@ -113,7 +115,7 @@ class Pruner:
         allocation = self.method.budget if budget is None else budget
         wish = Request(
             get("magnitude"), self.method.target, None, None, allocation, self.granularity, None,
-            listed(exclude), seed, None, "graph", "warn",
+            listed(exclude), seed, None, "graph", "warn", rules=rules,
         )  # fmt: skip
         prepared = prepare(model, example_inputs, wish, returns)
         self.model = prepared.model

@@ -7,7 +7,7 @@ duplicate raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fxprune.graph import ir
 from fxprune.lowering.builder import Builder, Constant
 
-__all__ = ["Context", "Rule", "RuleTable", "Unknown", "merge"]
+__all__ = ["Context", "Rule", "RuleTable", "Rules", "Unknown", "merge", "own_rules"]
 
 Rule = Callable[..., Any]
 
@@ -64,6 +64,10 @@ class RuleTable:
         return register
 
 
+Rules = RuleTable | Mapping[Any, Rule]
+"""Op rules that a user brings along."""
+
+
 def merge(tables: Sequence[RuleTable]) -> dict[Any, Rule]:
     merged: dict[Any, Rule] = {}
     for table in tables:
@@ -72,6 +76,29 @@ def merge(tables: Sequence[RuleTable]) -> dict[Any, Rule]:
                 raise ValueError(f"op rule for {target!r} is defined in two files")
             merged[target] = function
     return merged
+
+
+def own_rules(rules: Rules | None) -> dict[Any, Rule]:
+    """Check a user's own rules and return them by target.
+
+    Raises:
+        TypeError: ``rules`` is no table, a target is no operation, or a rule is no function.
+    """
+    if rules is None:
+        return {}
+    if not isinstance(rules, (RuleTable, Mapping)):
+        raise TypeError(f"rules: expected a RuleTable or a dict of target -> rule, got {rules!r}")
+    found = dict(rules.rules if isinstance(rules, RuleTable) else rules)
+    for target, rule in found.items():
+        if not isinstance(target, str) and not callable(target):
+            raise TypeError(
+                f"rules: {target!r} is no operation; take a function, the name of a method or a module class"
+            )
+        if not callable(rule):
+            raise TypeError(
+                f"rules: the rule of {target!r} is {rule!r}; take a function rule(context, *args, **kwargs)"
+            )
+    return found
 
 
 def tensors_in(x: Any) -> Iterator[ir.Value | Constant]:
