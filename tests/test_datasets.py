@@ -1,6 +1,5 @@
 """Real data from files in their true formats, written here in small."""
 
-import doctest
 import pickle
 from pathlib import Path
 from typing import Any
@@ -121,7 +120,3 @@ def test_by_name(tmp_path: Path) -> None:
         load("mnist")
     with pytest.raises(FileNotFoundError):
         load("cifar10", str(tmp_path))
-
-
-def test_examples_in_the_docstrings() -> None:
-    assert doctest.testmod(fxprune.data).failed == 0

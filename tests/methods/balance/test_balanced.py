@@ -1,13 +1,11 @@
 """Equally many samples of every class."""
 
-import doctest
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 
-import fxprune.data
 from fxprune.data import balanced
 
 X = torch.arange(60.0).view(30, 2)
@@ -78,7 +76,3 @@ def test_known_labels_spare_the_reading() -> None:
 def test_errors(dataset: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         balanced(dataset, **options)
-
-
-def test_example() -> None:
-    assert doctest.testmod(fxprune.data).failed == 0
