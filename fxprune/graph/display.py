@@ -1,4 +1,4 @@
-"""The graph for people: a text dump, and networkx graphs of ops or of channels.
+"""The graph for people: text, short or whole, and networkx graphs of ops or of channels.
 
 In: ops and kernel sets. Out: text, or a :class:`networkx.DiGraph`. Nothing here is needed for pruning.
 """
@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from fxprune.graph.ops import (
     Affine,
@@ -25,15 +26,19 @@ from fxprune.graph.ops import (
     Sink,
     Source,
     Sum,
+    Value,
+    Window,
     refuse_kind,
 )
+from fxprune.graph.params import AxisUse, ParamUse
 
 if TYPE_CHECKING:
     import networkx as nx
 
-__all__ = ["summary", "to_networkx"]
+__all__ = ["full_text", "summary", "to_networkx"]
 
 LIMIT = 100_000  # kernels that a channel-level export may have
+LISTED = 16  # indices of a parameter's axis that the text lists in full
 
 
 def summary(name: str, ops: Sequence[AnyOp], kernels: Mapping[str, KernelSet]) -> str:
@@ -41,13 +46,9 @@ def summary(name: str, ops: Sequence[AnyOp], kernels: Mapping[str, KernelSet]) -
 
     Constants are marked ``constant``; what has a bias or a floor is marked ``never Zero``.
     """
-    weights = sum(one.shape.numel() for one in kernels.values())
-    lines = [f"{name}: {len(ops)} ops, {len(kernels)} kernel sets, {weights} weights"]
+    lines = [_totals(name, ops, kernels)]
     for op in ops:
-        inputs = ", ".join(f"%{value.index}" for value in op.inputs)
-        shape = "x".join(map(str, op.output.shape)) or "-"
-        line = f"%{op.output.index} = {op.kind}({inputs}) {shape} {_detail(op)}".rstrip()
-        lines.append(line)
+        lines.append(f"%{op.output.index} = {_call(op)} {_size(op.output.shape)} {_detail(op)}".rstrip())
     opaque = sum(isinstance(op, Opaque) for op in ops)
     if opaque:
         lines.append(f"{opaque} opaque: every input is taken to reach every output")
@@ -57,7 +58,7 @@ def summary(name: str, ops: Sequence[AnyOp], kernels: Mapping[str, KernelSet]) -
 def _detail(op: AnyOp) -> str:
     match op:
         case Kernel():
-            size = "x".join(map(str, op.weight.shape))
+            size = _size(op.weight.shape)
             groups = f" groups={op.groups}" if op.groups > 1 else ""
             return f"{op.weight.name or 'dense'} {size}{groups}{' +bias' if op.bias else ''}"
         case Source():
@@ -79,6 +80,148 @@ def _detail(op: AnyOp) -> str:
             return ""
         case _:
             refuse_kind(op)
+
+
+# -- everything ------------------------------------------------------------------------------------------
+def full_text(
+    name: str,
+    ops: Sequence[AnyOp],
+    kernels: Mapping[str, KernelSet],
+    yields: Sequence[tuple[str, Value]],
+) -> str:
+    """Write every op, kernel set and node result on a line of its own.
+
+    Two graphs of one network have the same text, so that a text may be stored and compared.
+
+    Args:
+        name: of the network.
+        ops, kernels: of the lowered network.
+        yields: what nodes yield, as pairs of a label and a value.
+    """
+    lines = [_totals(name, ops, kernels)]
+    for op in ops:
+        head = f"%{op.output.index} {_size(op.output.shape)}{'' if op.output.live else ' constant'}"
+        place = f"at {op.node}{f'/{op.inner}' if op.inner else ''}{f' in {op.layer}' if op.layer else ''}"
+        parts = [f"{head} = {_call(op)}", place, _content(op), ", ".join(map(_param, op.params))]
+        lines.append(" | ".join(part for part in parts if part))
+    for one in kernels.values():
+        sides = f"{one.in_space.name}:{one.in_space.size} -> {one.out_space.name}:{one.out_space.size}"
+        uses = f"{one.uses} use{'s' if one.uses > 1 else ''}, {one.macs} macs"
+        details = _listed(
+            ("transposed", one.transposed),
+            (f"groups={one.groups}", one.groups > 1),
+            (f"{_count(one.live_taps)} live taps", not bool(one.live_taps.all())),
+            ("direct", one.direct),
+            (f"also {', '.join(one.aliases)}", bool(one.aliases)),
+        )
+        lines.append(f"{one.name} {_size(one.shape)}: {sides}, {uses}{f', {details}' if details else ''}")
+    lines += [f"{label} yields %{value.index} {_size(value.shape)}" for label, value in yields]
+    return "\n".join(lines) + "\n"
+
+
+def _content(op: AnyOp) -> str:
+    """The fields of one kind of op, each that is not at its default."""
+    match op:
+        case Kernel(weight=weight):
+            return _listed(
+                (f"weight {weight.name or 'dense'} {_size(weight.shape)}", True),
+                (f"view {weight.view}", weight.view is not None),
+                ("direct", weight.direct),
+                ("bias", op.bias),
+                (f"groups={op.groups}", op.groups > 1),
+                (_window(op.window), op.window is not None),
+                (f"{_count(op.live_taps)} live taps", op.live_taps is not None),
+            )
+        case Source():
+            return "" if op.pattern is None else f"{_count(op.pattern)} entries not Zero"
+        case Pool():
+            return _pool(op)
+        case Mix():
+            return op.equation or f"product {op.product}"
+        case Opaque():
+            return op.reason
+        case Norm():
+            return _listed(
+                (f"statistics over {list(op.axes)}", bool(op.axes)),
+                (f"groups={op.groups}", op.groups > 1),
+                ("bias", op.bias),
+                (f"eps={op.eps}", op.eps is not None),
+            )
+        case Affine():
+            return "bias" if op.bias else ""
+        case Map():
+            return _listed(("floor", op.floor), (f"sums over {list(op.axes)}", bool(op.axes)))
+        case Gather():
+            pads = ", ".join(f"axis {axis} by {before} and {after}" for axis, before, after in op.pads)
+            return _listed((f"{op.move}: {op.index_map()}", True), (f"pads {pads}", bool(pads)))
+        case Sum() | Gate() | Sink():
+            return ""
+        case _:
+            refuse_kind(op)
+
+
+def _pool(op: Pool) -> str:
+    whole = f"{op.how} over {list(op.dims)}"
+    if op.window is None:
+        return _listed((whole, True), ("keepdim", op.keepdim))
+    return _listed(
+        (whole, True),
+        (_window(op.window.window), op.window.window is not None),
+        (f"own {op.window.own}", True),
+        (f"total {op.window.total}", True),
+        (f"periodic {op.window.periodic}", op.window.periodic is not None),
+    )
+
+
+def _param(use: ParamUse) -> str:
+    axes = ", ".join(map(_axis, use.axes))
+    return f"{use.name}[{axes}]" + (f" in {use.groups} groups" if use.groups > 1 else "")
+
+
+def _axis(use: AxisUse | None) -> str:
+    """``%3.1`` for axis 1 of value 3, ``%3.1,2`` for two; with the index where it is not the identity."""
+    if use is None:
+        return "-"
+    text = f"%{use.value}.{','.join(map(str, use.axes))}"
+    if use.index is None:
+        return text
+    return f"{text} at {list(use.index) if len(use.index) <= LISTED else f'<{len(use.index)} entries>'}"
+
+
+def _window(window: Window | None) -> str:
+    if window is None:
+        return ""
+    pads = ",".join(f"{before}+{after}" for before, after in window.padding)
+    return _listed(
+        (f"window {_size(window.kernel)}", True),
+        (f"stride {_size(window.stride)}", set(window.stride) != {1}),
+        (f"padding {pads} {window.mode}", any(map(any, window.padding))),
+        (f"dilation {_size(window.dilation)}", set(window.dilation) != {1}),
+        (f"output padding {_size(window.output_padding)}", any(window.output_padding)),
+        ("transposed", window.transposed),
+    )
+
+
+def _listed(*parts: tuple[str, bool]) -> str:
+    """The texts whose condition holds, with commas."""
+    return ", ".join(text for text, holds in parts if holds)
+
+
+def _totals(name: str, ops: Sequence[AnyOp], kernels: Mapping[str, KernelSet]) -> str:
+    weights = sum(one.shape.numel() for one in kernels.values())
+    return f"{name}: {len(ops)} ops, {len(kernels)} kernel sets, {weights} weights"
+
+
+def _call(op: AnyOp) -> str:
+    return f"{op.kind}({', '.join(f'%{value.index}' for value in op.inputs)})"
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "-"
+
+
+def _count(pattern: Tensor | None) -> str:
+    return "" if pattern is None else f"{int(pattern.sum())} of {pattern.numel()}"
 
 
 def to_networkx(
