@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from fxprune.capture.tracer.spelling import changes_input
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import Operand, TensorFunction
-from fxprune.lowering.builder import Builder, Constant
+from fxprune.lowering.builder import Builder
+from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.movement import MOVES, SHAPED_LIKE
 
 __all__ = ["Memory", "written"]

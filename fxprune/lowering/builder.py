@@ -7,7 +7,7 @@ parameters. Rules never build ops by hand, so liveness and provenance are right 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,42 +16,12 @@ from torch import Tensor
 from fxprune.graph import ir
 from fxprune.graph.params import axes_of_labels, axes_of_whole
 from fxprune.graph.tensor_function import TensorFunction
+from fxprune.lowering.constant import Constant
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, joined
 from fxprune.lowering.taps import live_taps
 
-__all__ = ["Builder", "Constant"]
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A tensor that does not depend on the input: its shape, the parameter it is a view of, and how to
-    compute it.
-
-    ``weight`` is set while the constant is one prunable parameter, moved about or re-parameterised;
-    ``evaluate`` gives the actual numbers. ``is_learnt`` marks what comes from parameters or buffers: its
-    zeros are accidents of the present values. ``zero`` marks what is zero throughout. A statistic of the
-    input (a variance, a length) counts as a constant, too: ``statistic`` is the set of axes, counted from the
-    last one as -1, along which entries of the input went into it, as far as its shape does not show it.
-    ``reads`` follows the parameters and buffers in it, entry by entry.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    evaluate: Callable[[], Any]
-    weight: ir.WeightRef | None = None
-    zero: bool = False
-    is_learnt: bool = False
-    statistic: frozenset[int] | None = None
-    reads: Reads | None = None
-
-    def numbers(self) -> Tensor | None:
-        """The numbers, or ``None`` where they cannot be had (on the meta device)."""
-        try:
-            result = self.evaluate()
-        except RuntimeError:
-            return None
-        return None if not isinstance(result, Tensor) or result.device.type == "meta" else result.cpu()
+__all__ = ["Builder"]
 
 
 class Builder:
@@ -65,7 +35,7 @@ class Builder:
         self.node = ""
         self.inner = ""
         self.layer = ""
-        self.samples = 1
+        self.samples, self.strict = 1, False
         # Per value: the part of each axis that is data, where an op before has padded it with zeros.
         self.data_range: dict[int, dict[int, tuple[int, int]]] = {}
         # What later rules need to know of a value: a square; a mean of which value over which axes;
@@ -78,6 +48,15 @@ class Builder:
         self.sources: dict[int, ir.Value] = {}
         self._spaces: dict[int, str] = {}
         self._count = 0
+
+    def state(self) -> tuple[Any, ...]:
+        """Note how far the graph is, for :meth:`restore`."""
+        return len(self.ops), dict(self.kernels), dict(self.sources), self.node, self.inner
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Take back what a rule wrote before it failed."""
+        count, self.kernels, self.sources, self.node, self.inner = state
+        del self.ops[count:]
 
     # -- values ---------------------------------------------------------------------------------------------
     def value(self, shape: Sequence[int], live: bool) -> ir.Value:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxprune.graph import ir
-from fxprune.lowering.builder import Constant
+from fxprune.lowering.constant import Constant
 from fxprune.lowering.reads import Reads, joined, lost
 from fxprune.lowering.rules import movement, norm, pointwise
 from fxprune.lowering.rules.table import substitute, tensors_in

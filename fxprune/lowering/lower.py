@@ -21,7 +21,8 @@ from fxprune.capture.leaves import dense_class
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.aliases import Memory, written
-from fxprune.lowering.builder import Builder, Constant
+from fxprune.lowering.builder import Builder
+from fxprune.lowering.constant import Constant
 from fxprune.lowering.follow import reads_of_result
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, lost
@@ -29,19 +30,33 @@ from fxprune.lowering.results import Results
 from fxprune.lowering.rules import KERNEL_TARGETS, RULES
 from fxprune.lowering.rules.movement import REARRANGES
 from fxprune.lowering.rules.pointwise import statistic_axes
-from fxprune.lowering.rules.table import Context, Rules, Unknown, own_rules, substitute, tensors_in
+from fxprune.lowering.rules.table import (
+    Context,
+    Rules,
+    Unknown,
+    own_rules,
+    positional,
+    substitute,
+    tensors_in,
+)
 from fxprune.lowering.weight_views import provenance, simplified, view_of
 
 __all__ = ["lower"]
 
 
-def lower(gm: fx.GraphModule, *, rules: Rules | None = None) -> ir.ChannelGraph:
+RULE_ERRORS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
+"""What a rule raises that meets arguments nobody has foreseen."""
+
+
+def lower(gm: fx.GraphModule, *, rules: Rules | None = None, strict: bool = False) -> ir.ChannelGraph:
     """Lower a captured network to its channel/kernel dataflow graph.
 
     Args:
         gm: what :func:`fxprune.capture` returned, masked or not. It is not changed.
         rules: op rules of your own, a :class:`RuleTable` or a dict of target -> rule; where they name an
             operation that has a rule, they win (``docs/add_an_op.md``).
+        strict: raise the error of an op rule that fails, for tests of rules. By default the op becomes
+            opaque, with the rule and its error as the reason.
 
     Returns:
         The :class:`ChannelGraph`: ops in execution order, ``kernels`` by parameter name, ``opaque`` for ops
@@ -66,7 +81,7 @@ def lower(gm: fx.GraphModule, *, rules: Rules | None = None) -> ir.ChannelGraph:
                 f"gm: node {node.name!r} carries no shape; capture the model with fxprune.capture first"
             )
     build = Builder(Parameters.of(gm), own_rules(rules))
-    build.samples = _samples(gm)
+    build.samples, build.strict = _samples(gm), strict
     results = Results(build)
     _Walk(gm, build, results).run(None)
     values, constants = results.values()
@@ -199,8 +214,6 @@ class _Walk:
         if module is not None:
             self.build.layer = f"{self.path}.{node.target}" if self.path else str(node.target)
             target = dense_class(module)
-        if target is operator.getitem and isinstance(args[0], (list, tuple, dict)):
-            return args[0][args[1]]
         operands = list(tensors_in((args, kwargs)))
         result = self.env[node.args[0]] if in_place else val  # type: ignore[index]
         if not any(isinstance(x, ir.Value) for x in operands) and not self._has_kernels(target, module):
@@ -214,10 +227,18 @@ class _Walk:
         if rule is not None:
             if in_place:
                 result = torch.empty(result.shape, device="meta")
+            before = self.build.state()
             try:
+                args, kwargs = positional(args, kwargs)
                 return rule(Context(self.build, node, target, result, module), *args, **kwargs)
             except Unknown as error:
                 reason = str(error)
+            except RULE_ERRORS as error:
+                if self.build.strict:
+                    raise
+                text = " ".join(str(error).split())
+                reason = f"rule {_describe(rule)} raised {type(error).__name__}: {text}"
+            self.build.restore(before)
         return self._opaque(operands, val, reason, module)
 
     def _has_kernels(self, target: Any, module: nn.Module | None) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx
 
 from fxprune.graph import ir
-from fxprune.lowering.builder import Builder, Constant
+from fxprune.lowering.builder import Builder
+from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.table import tensors_in
 
 __all__ = ["Results"]

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
-from fxprune.lowering.builder import Constant
+from fxprune.lowering.constant import Constant
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.rules.movement import MOVES, SHAPED_LIKE, function_of
 

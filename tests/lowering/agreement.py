@@ -21,7 +21,7 @@ Masks = Mapping[str, Tensor]
 
 def lowered(model: nn.Module, inputs: Any) -> ChannelGraph:
     """The graph of a model, every op of it known."""
-    graph = lower(capture(model.eval(), inputs))
+    graph = lower(capture(model.eval(), inputs), strict=True)
     assert [op.reason for op in graph.opaque] == []
     return graph
 

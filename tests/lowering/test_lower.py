@@ -18,11 +18,13 @@ from torch.nn import functional as F
 from fxprune.capture import capture
 from fxprune.graph import ChannelGraph, KernelSet, Space, ir
 from fxprune.lowering import lower
+from fxprune.lowering.rules import RULES
+from fxprune.lowering.rules.table import Context
 from fxprune.paths.count import flow, reach
 
 
 def graph_of(model: nn.Module, *inputs: Tensor) -> ChannelGraph:
-    return lower(capture(model.eval(), inputs))
+    return lower(capture(model.eval(), inputs), strict=True)
 
 
 # ---------------------------------------------------------------- kernels
@@ -146,7 +148,7 @@ def test_prunable_counts_every_weight_once() -> None:
     torch.manual_seed(0)
     for name in ("tied", "encoder", "standard", "cross_attention"):
         model, x = NETS[name]()
-        graph = lower(capture(model.eval(), x))
+        graph = lower(capture(model.eval(), x), strict=True)
         assert graph.prunable == sum(weight.numel() for weight in prunable(model).values())
 
 
@@ -262,6 +264,22 @@ def test_a_leaf_that_cannot_be_looked_into_is_opaque() -> None:
     assert bool(found["0.weight"].all())
 
 
+def test_a_rule_that_fails_makes_its_op_opaque(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the rule wrote before is taken back; with ``strict`` its error comes through."""
+
+    def broken_relu(context: Context, x: Any) -> Any:
+        context.build.map(x, floor=True)
+        raise KeyError("nobody thought\nof this")
+
+    monkeypatch.setitem(RULES, nn.ReLU, broken_relu)
+    gm = capture(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), torch.ones(2, 2))
+    graph = lower(gm)
+    assert [op.kind for op in graph.ops] == ["Source", "Kernel", "Opaque", "Kernel", "Sink"]
+    assert "rule broken_relu raised KeyError: 'nobody thought" in graph.opaque[0].reason
+    with pytest.raises(KeyError, match="nobody thought"):
+        lower(gm, strict=True)
+
+
 def test_errors() -> None:
     with pytest.raises(
         TypeError, match=r"gm: expected a torch.fx.GraphModule from fxprune.capture, got Linear"
@@ -307,7 +325,7 @@ TORCHVISION = {
 
 
 def assert_known(model: nn.Module, size: int) -> None:
-    graph = lower(capture(model, torch.empty(2, 3, size, size, device="meta")))
+    graph = lower(capture(model, torch.empty(2, 3, size, size, device="meta")), strict=True)
     assert [f"{op.layer}: {op.reason}" for op in graph.opaque] == []
     assert {name: kernels.shape for name, kernels in graph.kernels.items()} == {
         name: weight.shape for name, weight in prunable(model).items()
@@ -342,7 +360,7 @@ def test_a_view_there_and_back_is_the_parameter_itself() -> None:
             there_and_back = self.first.weight.reshape(2, 8).view(4, 4)
             return nn.functional.linear(nn.functional.linear(x, there_and_back), self.second.weight.t())
 
-    graph = lower(capture(Viewed(), torch.ones(1, 4)))
+    graph = lower(capture(Viewed(), torch.ones(1, 4)), strict=True)
     views = {op.weight.name: op.weight.view for op in graph.ops if isinstance(op, ir.Kernel)}
     assert views["first.weight"] is None
     assert views["second.weight"] is not None
@@ -363,7 +381,7 @@ def test_a_chunk_of_a_parameter_is_that_parameter() -> None:
 
     torch.manual_seed(0)
     model = Fused()
-    graph = lower(capture(model, torch.ones(1, 4)))
+    graph = lower(capture(model, torch.ones(1, 4)), strict=True)
     weight = model.qkv.weight.detach()
     refs = [op.weight for op in graph.ops if isinstance(op, ir.Kernel)]
     assert [ref.name for ref in refs] == ["qkv.weight"] * 3

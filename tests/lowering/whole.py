@@ -22,7 +22,7 @@ def assert_whole(model: nn.Module, example: Tensor, density: float, seed: int) -
     """Every promise, on one network under one set of random masks."""
     gm = capture(model, example)
     _assert_faithful(gm, model, example)
-    graph = lower(gm)
+    graph = lower(gm, strict=True)
     assert [op.reason for op in graph.opaque] == []
     assert set(graph.kernels) == set(prunable(model))
     masks = random_masks(model, density, seed)
@@ -87,4 +87,4 @@ def _assert_masked(
             assert torch.equal(found[name], mask), name
         with torch.no_grad():
             assert_close(network(example), expected, "masked")
-    assert_same_masks(reach(lower(gm), masks), spatial, "lowered with its masks")
+    assert_same_masks(reach(lower(gm, strict=True), masks), spatial, "lowered with its masks")

@@ -218,8 +218,8 @@ def _masked_fill(setting: Setting, x: Dual, mask: Tensor, value: Any) -> Dual:
 
 
 @rule("where")
-def _where(setting: Setting, condition: Tensor, x: Any, y: Any) -> Dual:
-    x, y = dual(setting, x), dual(setting, y)
+def _where(setting: Setting, condition: Tensor, input: Any, other: Any) -> Dual:
+    x, y = dual(setting, input), dual(setting, other)
     live = x.paths is not None or y.paths is not None
     paths = torch.where(condition, paths_of(x), paths_of(y)) if live else None
     return settle(setting, torch.where(condition, x.value, y.value), paths)

@@ -13,11 +13,19 @@ from oracle_rules.duals import Dual, Setting, dual, linear_map, never_zero, prod
 from oracle_rules.moves import move
 
 
-@rule("add", "sub", "subtract", "rsub", "maximum", "minimum", "fmax", "fmin")
+@rule("sub", "subtract", "rsub")
+def _sub(setting: Setting, x: Any, y: Any, *, alpha: float = 1) -> Dual:
+    """x - mean(x) is the centring of a norm, hence x."""
+    if alpha == 1:
+        for whole, mean in ((x, y), (y, x)):
+            if type(mean) is Dual and mean.mean_of is not None and mean.mean_of is whole:
+                return whole.copy()
+    return add(setting, x, y)
+
+
+@rule("add", "maximum", "minimum", "fmax", "fmin")
 def add(setting: Setting, x: Any, y: Any, *, alpha: float = 1) -> Dual:
-    """Signs never cancel; x - mean(x) is the centring of a norm, hence x."""
-    if type(y) is Dual and y.mean_of is not None and y.mean_of is x:
-        return x.copy()
+    """Signs never cancel."""
     result = total(setting, x, y)
     for plain in (x, y):
         if isinstance(plain, Tensor) and type(plain) is not Dual and bool((plain == -math.inf).any()):
@@ -56,9 +64,9 @@ def _addcmul(setting: Setting, x: Any, y: Any, z: Any, *, value: float = 1) -> D
 
 
 @rule("matmul", "mm", "bmm", "mv", "dot")
-def matmul(setting: Setting, x: Any, y: Any) -> Dual:
+def matmul(setting: Setting, input: Any, other: Any) -> Dual:
     """Batched matrix product."""
-    return product(setting, torch.matmul, x, y)
+    return product(setting, torch.matmul, input, other)
 
 
 @rule("rmatmul")
@@ -66,10 +74,22 @@ def _rmatmul(setting: Setting, x: Any, y: Any) -> Dual:
     return matmul(setting, y, x)
 
 
-@rule("baddbmm", "addmm", "addmv")
-def _baddbmm(setting: Setting, x: Any, y: Any, z: Any, *, beta: float = 1, alpha: float = 1) -> Dual:
-    multiplied = matmul(setting, y, z)
-    return total(setting, x, multiplied) if beta else multiplied
+@rule("baddbmm")
+def _baddbmm(
+    setting: Setting, input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1
+) -> Dual:
+    multiplied = matmul(setting, batch1, batch2)
+    return total(setting, input, multiplied) if beta else multiplied
+
+
+@rule("addmm")
+def _addmm(setting: Setting, input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Dual:
+    return _baddbmm(setting, input, mat1, mat2, beta=beta)
+
+
+@rule("addmv")
+def _addmv(setting: Setting, input: Any, mat: Any, vec: Any, *, beta: float = 1, alpha: float = 1) -> Dual:
+    return _baddbmm(setting, input, mat, vec, beta=beta)
 
 
 @rule("einsum")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
-from fxprune.lowering.builder import Constant
+from fxprune.lowering.constant import Constant
 from fxprune.lowering.parameters import PROJECTIONS
 from fxprune.lowering.rules.pointwise import plus_constant
 from fxprune.lowering.rules.pool import accumulate

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
-from fxprune.lowering.builder import Constant
+from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.pointwise import plus_constant
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
-from fxprune.lowering.builder import Constant
+from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 
 __all__ = ["table"]
@@ -122,10 +122,10 @@ _ADD = (
     "add_",
     "__add__",
     "__radd__",
-    operator.sub,
-    operator.isub,
 )
 _SUB = (
+    operator.sub,
+    operator.isub,
     torch.sub,
     torch.subtract,
     "sub",
@@ -133,10 +133,18 @@ _SUB = (
     "subtract",
     torch.rsub,
     "rsub",
+)
+_MORE = (
     torch.maximum,
     torch.minimum,
+    "maximum",
+    "minimum",
+    torch.fmax,
+    torch.fmin,
+    torch.logaddexp,
+    torch.atan2,
+    torch.hypot,
 )
-_MORE = ("maximum", "minimum", torch.fmax, torch.fmin, torch.logaddexp, torch.atan2, torch.hypot)
 _LOGIC = (
     operator.and_,
     operator.or_,
@@ -155,8 +163,11 @@ def add(context: Context, a: Any, b: Any, *args: Any, **kwargs: Any) -> ir.Value
     """
     build, shape = context.build, context.shape
     if isinstance(a, ir.Value) and isinstance(b, ir.Value):
-        if b.index in build.mean_of and build.mean_of[b.index][0] == a.index:
-            return build.norm(a, build.mean_of[b.index][1], shape)
+        is_difference = context.target in _SUB and not args and kwargs.get("alpha", 1) == 1
+        for whole, mean in ((a, b), (b, a)) if is_difference else ():
+            of, axes = build.mean_of.get(mean.index, (None, ()))
+            if of == whole.index and whole.shape == shape:
+                return build.norm(whole, axes, shape)
         return build.sum([a, b], shape)
     value, constant = (a, b) if isinstance(a, ir.Value) else (b, a)
     return plus_constant(context, value, constant)

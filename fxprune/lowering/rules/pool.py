@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
-from fxprune.lowering.builder import Constant
+from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.pointwise import statistic
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 from fxprune.lowering.window_sums import (

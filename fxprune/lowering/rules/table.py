@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxprune.graph import ir
-from fxprune.lowering.builder import Builder, Constant
+from fxprune.lowering.builder import Builder
+from fxprune.lowering.constant import Constant
 
-__all__ = ["Context", "Rule", "RuleTable", "Rules", "Unknown", "merge", "own_rules"]
+__all__ = ["Context", "Rule", "RuleTable", "Rules", "Unknown", "merge", "own_rules", "positional"]
 
 Rule = Callable[..., Any]
 
@@ -99,6 +100,29 @@ def own_rules(rules: Rules | None) -> dict[Any, Rule]:
                 f"rules: the rule of {target!r} is {rule!r}; take a function rule(context, *args, **kwargs)"
             )
     return found
+
+
+OPERANDS = (
+    ("condition", "input"),
+    ("input", "other", "mat", "mat1", "batch1", "tensor1", "mat2", "vec", "vec2", "tensor", "exponent"),
+    ("other", "mat2", "batch2", "tensor2", "vec"),
+)
+"""Names that PyTorch's functions give to their first operands, by place; rules have names of their own."""
+
+
+def positional(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give leading operands by position that a call gives by name, as in ``torch.mm(x, mat2=y)``.
+
+    >>> positional((1,), {"mat2": 3, "mat1": 2, "beta": 0})
+    ((1, 2, 3), {'beta': 0})
+    """
+    given, rest = list(args), dict(kwargs)
+    for names in OPERANDS[len(given) :]:
+        name = next((name for name in names if name in rest), None)
+        if name is None:
+            break
+        given.append(rest.pop(name))
+    return tuple(given), rest
 
 
 def tensors_in(x: Any) -> Iterator[ir.Value | Constant]:

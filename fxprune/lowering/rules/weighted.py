@@ -10,7 +10,7 @@ from torch import nn
 
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
-from fxprune.lowering.builder import Constant
+from fxprune.lowering.constant import Constant
 from fxprune.lowering.reads import joined, lost
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 

@@ -211,7 +211,7 @@ def test_padded_keys_are_opaque_not_wrong() -> None:
         nn.MultiheadAttention(8, 2, bias=False, batch_first=True, add_zero_attn=True),
         torch.randn(2, 5, 8),
     )
-    graph = lower(capture(Called(inner, lambda m, x: m(x, x, x)[0]), x))
+    graph = lower(capture(Called(inner, lambda m, x: m(x, x, x)[0]), x), strict=True)
     assert "added keys" in graph.opaque[0].reason
     assert bool(reach(graph, {})["before.weight"].all())
 
@@ -257,7 +257,7 @@ def test_final_state_is_opaque() -> None:
     """Asked for, it is said not to be known; every step and channel reaches it."""
     torch.manual_seed(0)
     model = Called(nn.GRU(8, 4, batch_first=True), lambda m, x: m(x)[1].transpose(0, 1), width=4)
-    graph = lower(capture(model, torch.randn(2, 5, 8)))
+    graph = lower(capture(model, torch.randn(2, 5, 8)), strict=True)
     assert [op.reason for op in graph.opaque] == ["the final state of a recurrent layer"]
     assert bool(reach(graph, {})["before.weight"].all())
 

@@ -28,7 +28,7 @@ class Around(nn.Module):
 
 
 def norms(function: Callable[[Tensor], Tensor], x: Tensor) -> list[ir.Norm]:
-    graph = fxprune.lower(fxprune.capture(Around(function, x).eval(), x))
+    graph = fxprune.lower(fxprune.capture(Around(function, x).eval(), x), strict=True)
     assert not graph.opaque
     return [op for op in graph.ops if isinstance(op, ir.Norm)]
 
@@ -100,6 +100,11 @@ def moments(x: Tensor) -> Tensor:
 
 BY_HAND: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, list[tuple[int, ...]]]] = {
     "centred": (lambda x: x - x.mean(1, keepdim=True), IMAGE, [(1,)]),
+    "centred, reversed": (lambda x: x.mean(1, keepdim=True) - x, IMAGE, [(1,)]),
+    "rsub": (lambda x: torch.rsub(x, x.mean(1, keepdim=True)), IMAGE, [(1,)]),
+    "less twice its mean": (lambda x: torch.sub(x, x.mean(1, keepdim=True), alpha=2), IMAGE, []),
+    "and its mean": (lambda x: x + x.mean(1, keepdim=True), IMAGE, []),
+    "at least its mean": (lambda x: torch.maximum(x, x.mean(1, keepdim=True)), IMAGE, []),
     "rms": (lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), TOKENS, [(2,)]),
     "rms by division": (lambda x: x / (x * x).mean(-1, keepdim=True).sqrt(), TOKENS, [(2,)]),
     "length": (lambda x: x / x.norm(dim=1, keepdim=True), IMAGE, [(1,)]),
@@ -116,7 +121,7 @@ def test_written_by_hand(name: str) -> None:
 
 
 def maps(function: Callable[[Tensor], Tensor], x: Tensor) -> list[ir.Map]:
-    graph = fxprune.lower(fxprune.capture(Around(function, x), x))
+    graph = fxprune.lower(fxprune.capture(Around(function, x), x), strict=True)
     return [op for op in graph.ops if isinstance(op, ir.Map)]
 
 

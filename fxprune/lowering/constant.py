@@ -1,0 +1,46 @@
+"""Tensors of the captured network that do not depend on its input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.graph import ir
+from fxprune.lowering.reads import Reads
+
+__all__ = ["Constant"]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that does not depend on the input: its shape, the parameter it is a view of, and how to
+    compute it.
+
+    ``weight`` is set while the constant is one prunable parameter, moved about or re-parameterised;
+    ``evaluate`` gives the actual numbers. ``is_learnt`` marks what comes from parameters or buffers: its
+    zeros are accidents of the present values. ``zero`` marks what is zero throughout. A statistic of the
+    input (a variance, a length) counts as a constant, too: ``statistic`` is the set of axes, counted from the
+    last one as -1, along which entries of the input went into it, as far as its shape does not show it.
+    ``reads`` follows the parameters and buffers in it, entry by entry.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    evaluate: Callable[[], Any]
+    weight: ir.WeightRef | None = None
+    zero: bool = False
+    is_learnt: bool = False
+    statistic: frozenset[int] | None = None
+    reads: Reads | None = None
+
+    def numbers(self) -> Tensor | None:
+        """The numbers, or ``None`` where they cannot be had (on the meta device)."""
+        try:
+            result = self.evaluate()
+        except RuntimeError:
+            return None
+        return None if not isinstance(result, Tensor) or result.device.type == "meta" else result.cpu()
