@@ -25,6 +25,7 @@ class Constant:
     zeros are accidents of the present values. ``zero`` marks what is zero throughout. A statistic of the
     input (a variance, a length) counts as a constant, too: ``statistic`` is the set of axes, counted from the
     last one as -1, along which entries of the input went into it, as far as its shape does not show it.
+    ``is_empty``: memory that nobody has written to yet, taken for zeros, and never for an index.
     ``reads`` follows the parameters and buffers in it, entry by entry.
     """
 
@@ -36,9 +37,12 @@ class Constant:
     is_learnt: bool = False
     statistic: frozenset[int] | None = None
     reads: Reads | None = None
+    is_empty: bool = False
 
     def numbers(self) -> Tensor | None:
-        """The numbers, or ``None`` where they cannot be had (on the meta device)."""
+        """The numbers, or ``None`` where they cannot be had (on the meta device, in memory without any)."""
+        if self.is_empty:
+            return None
         try:
             result = self.evaluate()
         except RuntimeError:

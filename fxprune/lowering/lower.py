@@ -28,7 +28,7 @@ from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, lost
 from fxprune.lowering.results import Results
 from fxprune.lowering.rules import KERNEL_TARGETS, RULES
-from fxprune.lowering.rules.movement import REARRANGES
+from fxprune.lowering.rules.movement import MOVES, REARRANGES
 from fxprune.lowering.rules.pointwise import statistic_axes
 from fxprune.lowering.rules.table import (
     Context,
@@ -46,6 +46,8 @@ __all__ = ["lower"]
 
 RULE_ERRORS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
 """What a rule raises that meets arguments nobody has foreseen."""
+ZERO = {torch.zeros, torch.zeros_like, "new_zeros"}
+EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, "new_empty", "new_empty_strided"}
 
 
 def lower(gm: fx.GraphModule, *, rules: Rules | None = None, strict: bool = False) -> ir.ChannelGraph:
@@ -239,7 +241,7 @@ class _Walk:
                 text = " ".join(str(error).split())
                 reason = f"rule {_describe(rule)} raised {type(error).__name__}: {text}"
             self.build.restore(before)
-        return self._opaque(operands, val, reason, module)
+        return self._opaque(operands, result if in_place else val, reason, module)
 
     def _has_kernels(self, target: Any, module: nn.Module | None) -> bool:
         if module is not None:
@@ -258,11 +260,14 @@ class _Walk:
                 known = x.evaluate() if isinstance(x, Constant) else x
                 return known.clone() if writes and isinstance(known, Tensor) else known
 
-            return run(substitute(args, numbers), substitute(kwargs, numbers))
+            found = run(substitute(args, numbers), substitute(kwargs, numbers))
+            return found.zero_() if node.target in EMPTY else found
 
         module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         kind: Any = node.target if module is None else type(module)
         places = {id(leaf): place for place, leaf in enumerate(_leaves(result))}
+        moved = kind in MOVES and not writes and len(operands) > 0
+        blank = node.target in EMPTY or (moved and all(x.is_empty for x in operands))
         if isinstance(result, Constant):  # setitem: the changed first argument
             changed = _changed(result.evaluate, *args[1:])
             reads = lost([x.reads for x in operands if isinstance(x, Constant) and x.reads is not None])
@@ -275,7 +280,8 @@ class _Walk:
                 val.dtype,
                 read,
                 ref,
-                zero=node.target in (torch.zeros, torch.zeros_like, "new_zeros"),
+                zero=node.target in ZERO or blank,
+                is_empty=blank and val.numel() > 0,
                 is_learnt=any(isinstance(x, Constant) and x.is_learnt for x in operands),
                 reads=reads_of_result(kind, args, kwargs, run, places[id(val)]),
                 statistic=statistic_axes(operands, () if node.target in REARRANGES else val.shape),

@@ -140,3 +140,48 @@ def test_write(function: Callable[[Tensor, Tensor], Tensor], wide: list[int], na
         for name in ("wide.weight", "narrow.weight"):
             own = gradients[name]
             assert torch.equal(found[name], torch.zeros_like(found[name]) if own is None else own != 0)
+
+
+class Sorted(nn.Module):
+    """Rows in the order of a score, through a layer, and back by the inverse order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score, self.inner, self.last = nn.Linear(3, 1), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.argsort(self.score(x)[:, 0])
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(order.size(0))
+        return self.last(self.inner(x[order])[inverse])
+
+
+def test_a_write_at_an_index_that_depends_on_the_input() -> None:
+    """The tensor written to depends on the input from then on."""
+    graph = lower(capture(Sorted(), torch.rand(5, 3)), strict=True)
+    written, read = (op for op in graph.opaque if op.reason == "an index tensor depends on the input"
+                     and op.node != "getitem_1")  # fmt: skip
+    assert written.output.live
+    assert written.output in read.inputs
+    assert bool(reach(graph, {})["score.weight"].all())
+
+
+def test_memory_without_numbers_is_no_index() -> None:
+    """Part of it is written, and then all of it: only then are its numbers known."""
+
+    class Unwritten(nn.Module):
+        def __init__(self, count: int) -> None:
+            super().__init__()
+            self.first, self.last, self.count = nn.Linear(3, 4), nn.Linear(4, 2), count
+
+        def forward(self, x: Tensor) -> Tensor:
+            index = torch.empty(4, dtype=torch.long)
+            index[: self.count].fill_(3)
+            return self.last(self.first(x)[:, index.view(2, 2).flatten()])
+
+    def rows(count: int) -> list[bool]:
+        graph = lower(capture(Unwritten(count), torch.rand(5, 3)), strict=True)
+        return reach(graph, {})["first.weight"].any(1).tolist()
+
+    assert rows(0) == [True, True, True, True]
+    assert rows(4) == [False, False, False, True]

@@ -291,7 +291,13 @@ def copy(context: Context, x: Any, source: Any, *args: Any) -> ir.Value:
     return context.build.affine(context.build.materialise(source), context.shape)
 
 
-@table.rule("new_zeros", "zero_", torch.zeros_like, "new_empty", torch.empty_like)
+@table.rule("new_empty", torch.empty_like)
+def empty(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
+    """Memory without numbers: present nowhere until something is written into it."""
+    return replace(zeros(context, x), is_empty=torch.Size(context.shape).numel() > 0)
+
+
+@table.rule("new_zeros", "zero_", torch.zeros_like)
 def zeros(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
     """A tensor of zeros: present nowhere until something is written into it."""
     shape, dtype = context.shape, context.result.dtype
