@@ -231,7 +231,8 @@ class _Walk:
                 result = torch.empty(result.shape, device="meta")
             before = self.build.state()
             try:
-                args, kwargs = positional(args, kwargs)
+                if target not in self.build.rules:
+                    args, kwargs = positional(args, kwargs)
                 return rule(Context(self.build, node, target, result, module), *args, **kwargs)
             except Unknown as error:
                 reason = str(error)
@@ -266,11 +267,12 @@ class _Walk:
         module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         kind: Any = node.target if module is None else type(module)
         places = {id(leaf): place for place, leaf in enumerate(_leaves(result))}
-        moved = kind in MOVES and not writes and len(operands) > 0
-        blank = node.target in EMPTY or (moved and all(x.is_empty for x in operands))
+        known = [x for x in operands if isinstance(x, Constant)]
+        is_view = kind in MOVES and not writes and bool(known)
+        blank = node.target in EMPTY or (is_view and all(x.is_empty for x in known))
         if isinstance(result, Constant):  # setitem: the changed first argument
             changed = _changed(result.evaluate, *args[1:])
-            reads = lost([x.reads for x in operands if isinstance(x, Constant) and x.reads is not None])
+            reads = lost([x.reads for x in known if x.reads is not None])
             return Constant(result.shape, result.dtype, changed, reads=reads if reads.names else None)
 
         def constant(val: Tensor, read: Callable[[], Any], view: TensorFunction | None) -> Constant:
@@ -282,7 +284,7 @@ class _Walk:
                 ref,
                 zero=node.target in ZERO or blank,
                 is_empty=blank and val.numel() > 0,
-                is_learnt=any(isinstance(x, Constant) and x.is_learnt for x in operands),
+                is_learnt=any(x.is_learnt for x in known),
                 reads=reads_of_result(kind, args, kwargs, run, places[id(val)]),
                 statistic=statistic_axes(operands, () if node.target in REARRANGES else val.shape),
             )

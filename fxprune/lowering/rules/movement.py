@@ -294,7 +294,8 @@ def copy(context: Context, x: Any, source: Any, *args: Any) -> ir.Value:
 @table.rule("new_empty", torch.empty_like)
 def empty(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
     """Memory without numbers: present nowhere until something is written into it."""
-    return replace(zeros(context, x), is_empty=torch.Size(context.shape).numel() > 0)
+    blank: Constant = zeros(context, x)
+    return replace(blank, is_empty=torch.Size(context.shape).numel() > 0)
 
 
 @table.rule("new_zeros", "zero_", torch.zeros_like)
