@@ -18,11 +18,11 @@ from fxprune.capture.tracer.spelling import is_pure
 from fxprune.capture.tracer.tape import DtypeOf, Scope
 from fxprune.capture.tracer.trace import Trace
 
-__all__ = ["Constant", "Differences", "aligned", "compare", "equal_tensors"]
+__all__ = ["ConstantTensor", "Differences", "aligned", "compare", "equal_tensors"]
 
 
 @dataclass
-class Constant:
+class ConstantTensor:
     """A constant argument of ``node``, ``first`` in one trace and ``second`` in the other; ``key`` leads
     to it."""
 
@@ -41,7 +41,7 @@ class Differences:
     """
 
     modules: set[str] = field(default_factory=set)
-    constants: list[Constant] = field(default_factory=list)
+    constants: list[ConstantTensor] = field(default_factory=list)
     pairs: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -101,7 +101,7 @@ class _Comparison:
                 self.nodes(a, mine[0], other[0])
 
     def nodes(self, scope: Scope, a: fx.Node, b: fx.Node) -> None:
-        constants: list[Constant] = []
+        constants: list[ConstantTensor] = []
         blame = self.values((a, scope.path), (), (a.args, a.kwargs), (b.args, b.kwargs), constants)
         if blame is not None:
             self.found.modules.add(blame)
@@ -109,7 +109,7 @@ class _Comparison:
             self.found.constants += constants
 
     def values(
-        self, at: tuple[fx.Node, str], key: tuple[Any, ...], a: Any, b: Any, constants: list[Constant]
+        self, at: tuple[fx.Node, str], key: tuple[Any, ...], a: Any, b: Any, constants: list[ConstantTensor]
     ) -> str | None:
         """The module to blame if the arguments are not built alike; differing constants are noted."""
         if isinstance(a, fx.Node) and isinstance(b, fx.Node):
@@ -124,7 +124,7 @@ class _Comparison:
             return at[1]
         else:
             if not _equal(a, b):
-                constants.append(Constant(*at, key, a, b))
+                constants.append(ConstantTensor(*at, key, a, b))
             return None
         blames = [self.values(at, (*key, name), x, y, constants) for name, x, y in pairs]
         return next((blame for blame in blames if blame is not None), None)
