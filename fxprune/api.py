@@ -32,6 +32,7 @@ from fxprune.sparsity.budget import Allocation, plan
 from fxprune.sparsity.collapse import dead_layers, repair
 from fxprune.sparsity.granularity import WEIGHT, Granularity
 from fxprune.sparsity.granularity import resolve as resolve_granularity
+from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks, is_subset, kept, nonzeros, validate
 from fxprune.sparsity.schedule import DensityFunction, Schedule
 from fxprune.sparsity.sharded import kept_overall
@@ -274,8 +275,10 @@ def _checked(method: Method, found: Any, problem: Problem) -> Masks:
     if not is_subset(masks, problem.masks):
         raise ValueError(f"method {method.name!r} keeps weights that were pruned before")
     numbers, budget = kept_overall(masks, problem.shards), problem.budget
-    asked = {"the model": budget.total} if budget.layers is None else budget.layers
-    given = {"the model": sum(numbers.values())} if budget.layers is None else numbers
+    # Families of tied channels share what their layers may keep: only the total is exact for them.
+    overall = budget.layers is None or isinstance(problem.granularity, ChannelGroups)
+    asked = {"the model": budget.total} if overall else budget.layers or {}
+    given = {"the model": sum(numbers.values())} if overall else numbers
     for where, number in asked.items():
         # Whole groups may have to stay below the budget; single weights need not.
         if given[where] > number or (given[where] < number and problem.granularity == WEIGHT):

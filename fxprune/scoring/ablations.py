@@ -14,6 +14,7 @@ import torch
 
 from fxprune.scoring.contract import Method, Problem, choose, noise
 from fxprune.sparsity.budget import Budget
+from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.sharded import kept_overall
 
@@ -54,6 +55,8 @@ def _shuffled(problem: Problem, masks: Masks, scope: str) -> Masks:
     Layers whose channels are tied are shuffled together.
     """
     order = {name: noise(problem, name).to(mask.device) for name, mask in masks.items()}
+    if isinstance(problem.granularity, ChannelGroups):
+        return problem.granularity.shuffle(masks, order, problem.masks, per_family=scope == "layer")
     bundles = problem.granularity.bundles(order, problem.masks)
     counts = kept_overall(masks, problem.shards)
     shuffled: Masks = {}

@@ -8,7 +8,6 @@ import torch
 
 from fxprune.scoring.contract import Problem
 from fxprune.sparsity.budget import Budget, apportion
-from fxprune.sparsity.channel_granularity import fitted
 from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.masks import Masks, kept
 from fxprune.sparsity.select import select
@@ -38,7 +37,7 @@ def select_by_layer(
 
     Under a granularity other than single weights the problem's own budget holds, as far as there is room.
     """
-    granularity = fitted(problem.granularity, problem.graph)
+    granularity = problem.granularity
     if granularity == WEIGHT:
         budget = Budget(sum(layers.values()), problem.budget.sizes, dict(layers))
     else:

@@ -168,9 +168,40 @@ class NM:
         return rank.flatten(1, 2)[:, : values.shape[1]]
 
 
+@dataclass(frozen=True)
+class Channel:
+    """Whole channels, with all that goes with them in the network's graph.
+
+    ``pool`` makes one score of the scores of a group's weights: "mean", "sum", "l2" or "max".
+    ``whole_heads``: attention loses whole heads, instead of equally many channels in every head. Where no
+    graph is known a channel is a slice of the first dimension.
+    """
+
+    pool: str = "mean"
+    whole_heads: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS:
+            raise ValueError(f"pool={self.pool!r}: expected one of {', '.join(map(repr, POOLS))}")
+
+    def __str__(self) -> str:
+        return "head" if self.whole_heads else "channel"
+
+    def bundles(self, scores: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> list[Bundle]:
+        """One group per slice of the first dimension."""
+        return Block(1, None).bundles(scores, masks)
+
+    def room(self, masks: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """All that is left."""
+        return kept(masks)
+
+
+POOLS = ("mean", "sum", "l2", "max")
+"""How the scores of a group's weights become one."""
+
 WEIGHT = Weight()
 KERNEL = Block(1, 1)
-CHANNEL = Block(1, None)
+CHANNEL = Channel()
 
 _PATTERN = re.compile(r"(nm|block)\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 
@@ -179,13 +210,18 @@ def resolve(granularity: str | Granularity) -> Granularity:
     """The granularity that a name means; an object of one's own is returned as it is.
 
     Names: ``"weight"``, ``"kernel"`` (the taps between one input and one output channel), ``"channel"`` (a
-    slice of the first dimension, or an output channel and all that is tied to it where ``channels.fitted``
-    has seen the graph), ``"nm(2,4)"``, ``"block(16,16)"``. Errors: ``ValueError``, ``TypeError``.
+    channel and all that goes with it), ``"head"`` (the same, but attention loses whole heads),
+    ``"nm(2,4)"``, ``"block(16,16)"``. Errors: ``ValueError``, ``TypeError``.
 
     >>> resolve("nm(2,4)")
     NM(n=2, m=4)
     """
-    named: dict[str, Granularity] = {"weight": WEIGHT, "kernel": KERNEL, "channel": CHANNEL}
+    named: dict[str, Granularity] = {
+        "weight": WEIGHT,
+        "kernel": KERNEL,
+        "channel": CHANNEL,
+        "head": Channel(whole_heads=True),
+    }
     if isinstance(granularity, Granularity) and not isinstance(granularity, type):
         return granularity
     if not isinstance(granularity, str):

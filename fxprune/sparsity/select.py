@@ -16,6 +16,7 @@ import torch
 
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import NEVER, WEIGHT, Bundle, Granularity
+from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks, dense
 
 _SAMPLE = 1 << 17
@@ -46,6 +47,8 @@ def select(
     wide = any(score.dtype == torch.float64 or not score.is_floating_point() for score in scores.values())
     dtype = torch.float64 if wide else torch.float32
     masks = dense(scores) if within is None else within
+    if isinstance(granularity, ChannelGroups):
+        return granularity.choose(scores, budget, masks)
     bundles = granularity.bundles({name: score.detach().to(dtype) for name, score in scores.items()}, masks)
     chosen: Masks = {}
     for group, room in _contests(bundles, budget):

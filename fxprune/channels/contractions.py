@@ -1,0 +1,124 @@
+"""Labels through a contraction of two values: attention, gram matrices, low-rank products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fxprune.channels.labels import Factor, Labels, Lines
+from fxprune.graph import ir
+
+__all__ = ["contraction"]
+
+Operand = tuple[ir.Value, Sequence[Factor]]
+
+
+def contraction(
+    labels: Labels, op: ir.Mix, operands: Sequence[Operand], place: str, whole_heads: bool
+) -> list[Factor]:
+    """Tie what ``einsum(equation, a, b)`` multiplies, and return the factors of its output.
+
+    Letters that are summed over, and letters that both operands and the output have (heads), must keep the
+    same indices on both sides. Unless ``whole_heads``, a head stays while any of its channels does, so that a
+    factor over heads and channels asks the other operand for nothing but its channels.
+    """
+    inputs, _, out = op.equation.partition("->")
+    letters = inputs.split(",")
+    lettered = [
+        [_Lettered(tuple(own[axis] for axis in factor.axes), factor.labels, own) for factor in factors]
+        for (_, factors), own in zip(operands, letters, strict=True)
+    ]
+    sizes = [
+        dict(zip(own, value.shape, strict=True)) for (value, _), own in zip(operands, letters, strict=True)
+    ]
+    found: list[Factor] = []
+    for side in (0, 1):
+        for factor in lettered[side]:
+            reason = _partner(labels, factor, out, sizes[1 - side], lettered[1 - side], whole_heads)
+            if reason:
+                labels.fix(factor.labels, f"{place}: {reason}" if place else reason)
+                continue
+            rest = _output_factor(labels, factor, out, whole_heads)
+            if rest is not None:
+                found.append(rest)
+            own_letters = [letter for letter in factor.letters if letter not in sizes[1 - side]]
+            if own_letters and len(factor.letters) > len(own_letters):
+                index = operands[side][0].index
+                labels.lines.append(Lines(factor.lines(own_letters), index, place))
+    return found
+
+
+class _Lettered:
+    """A factor whose axes are named by the letters of an equation."""
+
+    def __init__(self, letters: tuple[str, ...], labels: Tensor, own: str) -> None:
+        self.letters, self.labels, self.own = letters, labels, own
+
+    def along(self, order: Sequence[str]) -> Tensor:
+        """The labels with axes in the given order of letters, size one where it has none."""
+        axes = [self.own.index(letter) for letter in order if letter in self.own]
+        rest = [axis for axis in range(self.labels.dim()) if axis not in axes]
+        labels = (
+            self.labels.permute([*axes, *rest]).flatten(len(axes)).amax(-1)
+            if rest
+            else self.labels.permute(axes)
+        )
+        for place, letter in enumerate(order):
+            if letter not in self.own:
+                labels = labels.unsqueeze(place)
+        return labels
+
+    def lines(self, last: Sequence[str]) -> Tensor:
+        """The labels with the letters of ``last`` along the last axis, together."""
+        first = [letter for letter in self.letters if letter not in last]
+        return self.along([*first, *last]).flatten(len(first))
+
+
+def _partner(
+    labels: Labels,
+    factor: _Lettered,
+    out: str,
+    sizes: dict[str, int],
+    others: Sequence[_Lettered],
+    whole_heads: bool,
+) -> str:
+    """Tie a factor to what it meets in the other operand; return why it is fixed, if it is."""
+    shared = [letter for letter in factor.letters if sizes.get(letter, 1) > 1]
+    if not shared:
+        # Summed over without a partner: each term goes by itself.
+        return ""
+    summed = [letter for letter in shared if letter not in out]
+    if not summed and len(shared) < len(factor.letters) and not whole_heads:
+        return ""
+    overlapping = [other for other in others if set(other.letters) & set(shared)]
+    if not overlapping:
+        return "multiplied with entries that cannot be removed"
+    for other in overlapping:
+        if not whole_heads and not summed and set(factor.letters) < set(other.letters):
+            return "one entry for several channels that may go one by one"
+        order = list(dict.fromkeys((*factor.letters, *other.letters)))
+        labels.tie(factor.along(order), other.along(order))
+    return ""
+
+
+def _output_factor(labels: Labels, factor: _Lettered, out: str, whole_heads: bool) -> Factor | None:
+    """The factor of the output: letters that are summed over drop out."""
+    left = [letter for letter in factor.letters if letter in out]
+    if not left:
+        return None
+    if len(left) < len(factor.letters):
+        if not whole_heads:
+            return None
+        gone = [letter for letter in factor.letters if letter not in out]
+        lines = factor.along([*left, *gone]).flatten(len(left))
+        top = lines.amax(-1)
+        labels.tie(lines, top.unsqueeze(-1))
+    else:
+        top = factor.along(left)
+    ordered = [letter for letter in out if letter in left]
+    top = top.permute([left.index(letter) for letter in ordered])
+    for place, letter in enumerate(out):
+        if letter not in left:
+            top = top.unsqueeze(place)
+    return Factor(tuple(out.index(letter) for letter in ordered), top)

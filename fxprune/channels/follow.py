@@ -1,0 +1,318 @@
+"""Follow the output channels of every parameter through a graph, and find what ties them.
+
+One rule per kind of op says which labels its inputs must share and which its output has. Nothing is decided
+here about which channels go: the result is the relation that channel groups and compaction both stand on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from fxprune.channels.contractions import contraction
+from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, Lines, Sides, aligned, thin
+from fxprune.channels.orientation import swap_orientation
+from fxprune.graph import ChannelGraph, ir
+
+__all__ = ["follow", "labels_by_weight"]
+
+
+def follow(graph: ChannelGraph, *, fixed: Collection[str] = (), whole_heads: bool = False) -> Labels:
+    """Return the labels of every value of ``graph`` and the ties between them.
+
+    ``fixed``: parameters whose output channels must all stay. ``whole_heads``: let the channels of an
+    attention head go together, instead of the same number of channels of every head.
+    """
+    return _Follower(graph, fixed, whole_heads).run()
+
+
+class _Follower:
+    def __init__(self, graph: ChannelGraph, fixed: Collection[str], whole_heads: bool) -> None:
+        self.graph, self.fixed, self.whole_heads = graph, fixed, whole_heads
+        self.labels = Labels()
+        for name, kernels in graph.kernels.items():
+            self.labels.rows[name] = self.labels.count
+            self.labels.columns[name] = self.labels.count + kernels.out_space.size
+            self.labels.count += kernels.out_space.size + kernels.in_space.size
+            if name in fixed:
+                first = self.labels.rows[name]
+                self.labels.fix(torch.arange(first, first + kernels.out_space.size), f"{name} is excluded")
+        self.place = ""
+
+    def run(self) -> Labels:
+        for number, op in enumerate(self.graph.ops):
+            self.place = op.layer or op.node
+            self.number = number
+            factors = self._step(op)
+            self.labels.values[op.output.index] = tuple(factors)
+        return self.labels
+
+    def _of(self, value: ir.Value) -> tuple[Factor, ...]:
+        return self.labels.values.get(value.index, ())
+
+    def _step(self, op: ir.Op) -> Sequence[Factor]:
+        match op:
+            case ir.Source():
+                return ()
+            case ir.Kernel():
+                return self._kernel(op)
+            case ir.Sum() | ir.Gate():
+                return self._meet(op.inputs, op.output.shape)
+            case ir.Gather():
+                return self._gather(op)
+            case ir.Mix():
+                if not op.equation:
+                    return self._hold(op, "a product that no rule describes")
+                operands = [(value, self._of(value)) for value in op.inputs]
+                return contraction(self.labels, op, operands, self.place, self.whole_heads)
+            case ir.Pool():
+                return self._pool(op)
+            case ir.Affine():
+                return self._meet(op.inputs, op.output.shape)
+            case ir.Map():
+                self._whole(op.inputs[0], op.axes, "a softmax over channels")
+                return self._meet(op.inputs, op.output.shape)
+            case ir.Norm():
+                self._norm(op)
+                return self._meet(op.inputs, op.output.shape)
+            case ir.Opaque():
+                return self._hold(op, op.reason)
+            case ir.Sink():
+                return self._hold(op, "an output of the network")
+            case _:
+                assert_never(op)
+
+    def _hold(self, op: ir.Op, reason: str) -> Sequence[Factor]:
+        """Fix whatever comes in; nothing is known of what goes out."""
+        for value in op.inputs:
+            for factor in self._of(value):
+                self.labels.fix(factor.labels, self._because(reason))
+        return ()
+
+    def _whole(self, value: ir.Value, axes: Collection[int], reason: str) -> None:
+        """Fix the labels along ``axes``."""
+        for factor in self._of(value):
+            if set(factor.axes) & set(axes):
+                self.labels.fix(factor.labels, self._because(reason))
+
+    def _norm(self, op: ir.Norm) -> None:
+        """Ask for equal numbers of channels in each part of a group norm; others go with what was there."""
+        for factor in self._of(op.inputs[0]):
+            if op.groups > 1 and factor.axes == (1,):
+                parts = factor.labels.flatten().view(op.groups, -1)
+                self.labels.lines.append(Lines(parts, op.inputs[0].index, self.place))
+            elif op.groups > 1 and 1 in factor.axes:
+                self.labels.fix(factor.labels, self._because("a group norm over several axes"))
+
+    def _because(self, reason: str) -> str:
+        return f"{self.place}: {reason}" if self.place else reason
+
+    # -- elementwise ------------------------------------------------------------------------------------
+    def _meet(self, inputs: Sequence[ir.Value], shape: Sequence[int]) -> Sequence[Factor]:
+        """Tie the labels that meet in one entry; fix those that meet entries which cannot go."""
+        rank = len(shape)
+        sides = [(value, aligned(self._of(value), len(value.shape), rank)) for value in inputs if value.live]
+        sizes = [(1,) * (rank - len(value.shape)) + value.shape for value, _ in sides]
+        found: list[Factor] = []
+        for place, (_, factors) in enumerate(sides):
+            for factor in factors:
+                if any(sizes[place][axis] != shape[axis] for axis in factor.axes):
+                    self.labels.fix(factor.labels, self._because("a channel is broadcast over others"))
+                    continue
+                free = [
+                    self._partner(factor, sizes[place], sizes[other], others)
+                    for other, (_, others) in enumerate(sides)
+                    if other != place
+                ]
+                if all(free):
+                    found.append(factor)
+        return _distinct(found)
+
+    def _partner(
+        self, factor: Factor, own: Sequence[int], size: Sequence[int], others: Sequence[Factor]
+    ) -> bool:
+        """Tie ``factor`` to what it meets in one other operand; False if that fixes it.
+
+        ``own`` and ``size``: the two operands' shapes. A factor of one entry per head, say, meets one of
+        several channels per head: these may go one by one, the head may not.
+        """
+        wide = [axis for axis in factor.axes if size[axis] > 1]
+        if not wide or (len(wide) < len(factor.axes) and not self.whole_heads):
+            return True
+        overlapping = [other for other in others if set(other.axes) & set(factor.axes)]
+        if not overlapping:
+            self.labels.fix(factor.labels, self._because("meets entries that cannot be removed"))
+            return False
+        for other in overlapping:
+            more = set(other.axes) - set(factor.axes)
+            if not self.whole_heads and any(own[axis] == 1 for axis in more):
+                self.labels.fix(factor.labels, self._because("scales channels that may go one by one"))
+                return False
+            self.labels.tie(factor.labels, other.labels)
+        return True
+
+    # -- data movement ----------------------------------------------------------------------------------
+    def _gather(self, op: ir.Gather) -> Sequence[Factor]:
+        families = list(dict.fromkeys(f.axes for value in op.inputs for f in self._of(value)))
+        found = []
+        for axes in families:
+            parts = [self._full(value, axes) for value in op.inputs]
+            moved = op.move(*parts)
+            factor = thin(moved.long())
+            if factor is None:
+                self.labels.fix(moved.flatten().long(), self._because("one channel is read alone"))
+                continue
+            if bool((factor.labels <= FIXED).all()):
+                continue
+            found.append(factor)
+            if len(factor.axes) > 1:
+                self._record_lines(op.output, factor)
+        return _distinct(found)
+
+    def _full(self, value: ir.Value, axes: tuple[int, ...]) -> Tensor:
+        """Labels of a value's full shape, as floats: those of its factor along ``axes``, or fixed ones."""
+        own = [factor for factor in self._of(value) if set(factor.axes) & set(axes)]
+        if own:
+            labels = min(own, key=lambda factor: factor.axes != axes).labels
+        else:
+            labels = torch.full((1,) * len(value.shape), FIXED if value.live else FILLED)
+        return labels.float().expand(value.shape)
+
+    def _record_lines(self, value: ir.Value, factor: Factor) -> None:
+        labels = factor.labels.reshape([factor.labels.shape[axis] for axis in factor.axes])
+        self.labels.lines.append(Lines(labels, value.index, self.place))
+
+    # -- contractions with parameters -------------------------------------------------------------------
+    def _kernel(self, op: ir.Kernel) -> Sequence[Factor]:
+        value = op.inputs[0]
+        windows = 0 if op.window is None else len(op.window.kernel)
+        axis = len(value.shape) - 1 - windows
+        spatial = set(range(axis + 1, len(value.shape)))
+        passed, along = [], []
+        for factor in self._of(value):
+            if axis in factor.axes:
+                along.append(self._column(factor, axis))
+            elif spatial & set(factor.axes):
+                self.labels.fix(factor.labels, self._because("positions of a convolution"))
+            else:
+                passed.append(factor)
+        rows, columns = self._sides(op, op.output.shape[axis], value.shape[axis])
+        if len(along) == 1:
+            self.labels.tie(along[0], columns)
+        else:
+            reason = "read together with positions" if along else "reads channels that cannot be removed"
+            for labels in (*along, columns):
+                self.labels.fix(labels, self._because(reason))
+        if op.weight.name is None:
+            for labels in along:
+                self.labels.fix(labels, self._because("read by weights that are not pruned"))
+        if op.groups > 1:
+            self._grouped(op, rows, columns)
+        self.labels.sides.append(Sides(self.number, op.weight.name, rows, columns))
+        if len(rows) == 1 or bool((rows == FIXED).all()):
+            self.labels.fix(rows, self._because("the only output channel"))
+            return passed
+        shape = [1] * len(op.output.shape)
+        shape[axis] = len(rows)
+        return [*passed, Factor((axis,), rows.reshape(shape))]
+
+    def _column(self, factor: Factor, axis: int) -> Tensor:
+        """The labels along the contracted axis: those of other axes fold into one column."""
+        lines = factor.labels.movedim(axis, -1)
+        lines = lines.reshape(-1, lines.shape[-1])
+        first = lines.amax(0)
+        self.labels.tie(lines, first.expand_as(lines))
+        return first
+
+    def _sides(self, op: ir.Kernel, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+        """The labels of the output and input channels; labelled weights tell them for a view."""
+        name = op.weight.name
+        if name is None:
+            return torch.full((outputs,), FIXED), torch.full((inputs,), FIXED)
+        kernels = self.graph.kernels[name]
+        rows = self.labels.rows[name] + torch.arange(kernels.out_space.size)
+        columns = self.labels.columns[name] + torch.arange(kernels.in_space.size)
+        if op.weight.view is None:
+            return rows, columns
+        by_row, by_column = (self._operand(op, labels) for labels in labels_by_weight(rows, columns, kernels))
+        # A transposed view has the parameter's columns as its rows.
+        for across, along in ((by_row, by_column), (by_column, by_row)):
+            top, left = across.amax(1), along.amax(0)
+            straight = ((across == top[:, None]) | (across == FILLED)).all()
+            if straight and ((along == left) | (along == FILLED)).all() and not op.groups > 1:
+                return top, left
+        everything = torch.cat([by_row.flatten(), by_column.flatten()])
+        self.labels.fix(everything, self._because("a view of the parameter that has no rows or columns"))
+        return torch.full((outputs,), FIXED), torch.full((inputs,), FIXED)
+
+    def _operand(self, op: ir.Kernel, labels: Tensor) -> Tensor:
+        """The labels of a parameter's weights as the contraction reads them: (out, in / groups)."""
+        operand = op.weight.operand(lambda _: labels.float()).long()
+        if op.window is not None and op.window.transposed:
+            operand = swap_orientation(operand, op.groups)
+        return operand.flatten(2).amax(2) if operand.dim() > 2 else operand
+
+    def _grouped(self, op: ir.Kernel, rows: Tensor, columns: Tensor) -> None:
+        """Tie the two sides of a depthwise convolution; ask any other for equal numbers in every group."""
+        if len(columns) == op.groups:
+            self.labels.tie(columns[:, None], rows.view(op.groups, -1))
+            return
+        self.labels.lines.append(Lines(rows.view(op.groups, -1), op.output.index, self.place))
+        self.labels.lines.append(Lines(columns.view(op.groups, -1), op.inputs[0].index, self.place))
+
+    # -- pooling ----------------------------------------------------------------------------------------
+    def _pool(self, op: ir.Pool) -> Sequence[Factor]:
+        value, found = op.inputs[0], []
+        for factor in self._of(value):
+            if not set(factor.axes) & set(op.dims):
+                found.append(factor)
+                continue
+            if op.window is not None or op.how != "sum":
+                reason = f"{'a window' if op.window is not None else op.how} over channels"
+                self.labels.fix(factor.labels, self._because(reason))
+                continue
+            rest = tuple(axis for axis in factor.axes if axis not in op.dims)
+            labels = factor.labels
+            for axis in op.dims:
+                top = labels.amax(axis, keepdim=True)
+                if rest:
+                    self.labels.tie(labels, top)
+                labels = top
+            if rest:
+                found.append(Factor(rest, labels))
+        if op.window is not None:
+            return [factor for factor in found if factor.labels.dim() == len(op.output.shape)]
+        if op.keepdim:
+            return found
+        kept = [axis for axis in range(len(value.shape)) if axis not in op.dims]
+        place = {axis: number for number, axis in enumerate(kept)}
+        return [
+            Factor(
+                tuple(place[axis] for axis in factor.axes),
+                factor.labels.reshape([factor.labels.shape[axis] for axis in kept]),
+            )
+            for factor in found
+        ]
+
+
+def labels_by_weight(rows: Tensor, columns: Tensor, kernels: ir.KernelSet) -> tuple[Tensor, Tensor]:
+    """The row and the column label of every weight of a parameter, in its own shape."""
+    taps = (1,) * (len(kernels.shape) - 2)
+    groups = kernels.groups
+    by_row = rows.view(groups, -1, 1).expand(-1, -1, kernels.in_space.size // groups)
+    by_column = columns.view(groups, 1, -1).expand_as(by_row)
+    if kernels.transposed:
+        by_row, by_column = by_row.transpose(1, 2), by_column.transpose(1, 2)
+    shape = (*kernels.shape[:2], *taps)
+    return by_row.reshape(shape).expand(kernels.shape), by_column.reshape(shape).expand(kernels.shape)
+
+
+def _distinct(factors: Sequence[Factor]) -> list[Factor]:
+    """Drop factors whose axes include those of another: they are tied, and the narrower one tells all."""
+    found: list[Factor] = []
+    for factor in sorted(factors, key=lambda factor: len(factor.axes)):
+        if not any(set(other.axes) <= set(factor.axes) for other in found):
+            found.append(factor)
+    return found

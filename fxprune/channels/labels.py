@@ -1,0 +1,133 @@
+"""Label the entries of every value with the channel that they belong to.
+
+A *label* stands for one output or input channel of one parameter: a slice of it that can be removed. The
+labels of a value are kept as *factors*: a factor covers some of the value's axes, and gives a label to every
+index along them. A value of a token mixer has two, one along its tokens and one along its features; an entry
+is there while the labels of all its factors are. Axes that no factor covers (batches, positions, the features
+of the network's input) keep their length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fxprune.channels.components import components
+
+__all__ = ["FILLED", "FIRST", "FIXED", "Factor", "Labels", "Lines", "Sides", "aligned", "thin"]
+
+FILLED = 0
+"""The label of entries that data movement fills in: they follow whatever they meet."""
+
+FIXED = 1
+"""The label of entries that cannot be removed."""
+
+FIRST = 2
+"""The first label of a channel."""
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """Labels along some axes of a value: ``labels`` (int64) has the value's rank, and size one elsewhere."""
+
+    axes: tuple[int, ...]
+    labels: Tensor
+
+    def shifted(self, by: int) -> Factor:
+        """The factor of a value with ``by`` more axes in front."""
+        if not by:
+            return self
+        return Factor(tuple(axis + by for axis in self.axes), self.labels[(None,) * by])
+
+
+@dataclass(frozen=True, eq=False)
+class Lines:
+    """Labels that need equal numbers in every line along their last axis.
+
+    Where one axis is viewed as several (heads and their features, the groups of a convolution), the result is
+    a tensor only if every line keeps equally many; a line may also vanish as a whole.
+    """
+
+    labels: Tensor
+    value: int
+    place: str
+
+
+@dataclass(frozen=True, eq=False)
+class Sides:
+    """The labels of one use of a parameter: ``rows`` (out,) and ``columns`` (in,), as its matrix has them."""
+
+    op: int
+    name: str | None
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass
+class Labels:
+    """All labels of a graph, what ties them, and why some are fixed.
+
+    ``rows``, ``columns``: parameter -> the label of its first output and its first input channel; the others
+    follow. ``values``: value index -> its factors. ``reasons``: for labels that are fixed by themselves, the
+    operation that fixes them.
+    """
+
+    count: int = FIRST
+    rows: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, int] = field(default_factory=dict)
+    values: dict[int, tuple[Factor, ...]] = field(default_factory=dict)
+    sides: list[Sides] = field(default_factory=list)
+    lines: list[Lines] = field(default_factory=list)
+    edges: list[Tensor] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+    _root: Tensor | None = None
+
+    def tie(self, a: Tensor, b: Tensor) -> None:
+        """Let the labels of two tensors (broadcast against each other) go together, entry by entry."""
+        a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
+        differ = (a != b) & (a != FILLED) & (b != FILLED)
+        if bool(differ.any()):
+            self.edges.append(torch.unique(torch.stack([a[differ], b[differ]]), dim=1))
+            self._root = None
+
+    def fix(self, labels: Tensor, reason: str) -> None:
+        """Forbid the removal of ``labels``; the first reason given for each stays."""
+        some = torch.unique(labels[labels >= FIRST])
+        if some.numel():
+            self.edges.append(torch.stack([some, torch.full_like(some, FIXED)]))
+            self._root = None
+            for label in some.tolist():
+                self.reasons.setdefault(label, reason)
+
+    @property
+    def root(self) -> Tensor:
+        """The group of every label: the smallest label that goes with it, ``FIXED`` for what cannot go."""
+        if self._root is None:
+            edges = torch.cat(self.edges, 1) if self.edges else torch.zeros((2, 0), dtype=torch.int64)
+            self._root = components(self.count, edges)
+        return self._root
+
+
+def aligned(factors: Sequence[Factor], rank: int, out_rank: int) -> list[Factor]:
+    """The factors of a value of ``rank`` axes as they stand after broadcasting to ``out_rank`` axes."""
+    return [factor.shifted(out_rank - rank) for factor in factors]
+
+
+def thin(labels: Tensor) -> Factor | None:
+    """The factor with these labels (of a value's full shape); ``None`` if one label is left, or none.
+
+    Entries that were filled in (zeros around an image) do not tell indices apart.
+    """
+    axes = []
+    for axis, size in enumerate(labels.shape):
+        if size == 1:
+            continue
+        top = labels.amax(axis, keepdim=True)
+        if bool(((labels == top) | (labels == FILLED)).all()):
+            labels = top
+        else:
+            axes.append(axis)
+    return Factor(tuple(axes), labels) if axes else None
