@@ -82,7 +82,7 @@ class _Follower:
             case ir.Sink():
                 return self._hold(op, "an output of the network")
             case _:
-                assert_never(op)
+                raise TypeError(f"op kind {op.kind} is not known here: {op.node}")
 
     def _hold(self, op: ir.Op, reason: str) -> Sequence[Factor]:
         """Fix whatever comes in; nothing is known of what goes out."""
