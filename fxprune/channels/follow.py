@@ -66,13 +66,13 @@ class _Follower:
                 if not op.equation:
                     return self._hold(op, "a product that no rule describes")
                 operands = [(value, self._of(value)) for value in op.inputs]
-                return contraction(self.labels, op, operands, self.place, self.whole_heads)
+                return _distinct(contraction(self.labels, op, operands, self.place, self.whole_heads))
             case ir.Pool():
                 return self._pool(op)
             case ir.Affine():
                 return self._meet(op.inputs, op.output.shape)
             case ir.Map():
-                self._whole(op.inputs[0], op.axes, "a softmax over channels")
+                self._softmax(op)
                 return self._meet(op.inputs, op.output.shape)
             case ir.Norm():
                 self._norm(op)
@@ -91,11 +91,14 @@ class _Follower:
                 self.labels.fix(factor.labels, self._because(reason))
         return ()
 
-    def _whole(self, value: ir.Value, axes: Collection[int], reason: str) -> None:
-        """Fix the labels along ``axes``."""
-        for factor in self._of(value):
-            if set(factor.axes) & set(axes):
-                self.labels.fix(factor.labels, self._because(reason))
+    def _softmax(self, op: ir.Map) -> None:
+        """Fix the labels along the axes that are summed over; whole heads may go, all their entries."""
+        for factor in self._of(op.inputs[0]):
+            summed = [axis for axis in factor.axes if axis in op.axes]
+            if summed and self.whole_heads and len(summed) < len(factor.axes):
+                self.labels.tie(factor.labels, factor.labels.amax(summed, keepdim=True))
+            elif summed:
+                self.labels.fix(factor.labels, self._because("a softmax over channels"))
 
     def _norm(self, op: ir.Norm) -> None:
         """Ask for equal numbers of channels in each part of a group norm; others go with what was there."""
@@ -156,7 +159,7 @@ class _Follower:
     # -- data movement ----------------------------------------------------------------------------------
     def _gather(self, op: ir.Gather) -> Sequence[Factor]:
         families = list(dict.fromkeys(f.axes for value in op.inputs for f in self._of(value)))
-        found = []
+        found: list[Factor] = []
         for axes in families:
             parts = [self._full(value, axes) for value in op.inputs]
             moved = op.move(*parts)
@@ -164,12 +167,16 @@ class _Follower:
             if factor is None:
                 self.labels.fix(moved.flatten().long(), self._because("one channel is read alone"))
                 continue
-            if bool((factor.labels <= FIXED).all()):
+            if bool((factor.labels <= FIXED).all()) or any(factor == other for other in found):
+                continue
+            own = set(factor.axes)
+            if any(own <= set(other.axes) or own >= set(other.axes) for other in found):
+                self.labels.fix(factor.labels, self._because("channels along two axes become one axis"))
                 continue
             found.append(factor)
             if len(factor.axes) > 1:
                 self._record_lines(op.output, factor)
-        return _distinct(found)
+        return found
 
     def _full(self, value: ir.Value, axes: tuple[int, ...]) -> Tensor:
         """Labels of a value's full shape, as floats: those of its factor along ``axes``, or fixed ones."""
@@ -310,9 +317,15 @@ def labels_by_weight(rows: Tensor, columns: Tensor, kernels: ir.KernelSet) -> tu
 
 
 def _distinct(factors: Sequence[Factor]) -> list[Factor]:
-    """Drop factors whose axes include those of another: they are tied, and the narrower one tells all."""
-    found: list[Factor] = []
+    """Drop factors whose axes include those of another: they are tied, and the narrower one tells all.
+
+    Entries that one of two factors along the same axes fills in have the label of the other.
+    """
+    found: dict[tuple[int, ...], Factor] = {}
     for factor in sorted(factors, key=lambda factor: len(factor.axes)):
-        if not any(set(other.axes) <= set(factor.axes) for other in found):
-            found.append(factor)
-    return found
+        if factor.axes in found:
+            known = found[factor.axes].labels
+            found[factor.axes] = Factor(factor.axes, factor.labels.where(known == FILLED, known))
+        elif not any(set(axes) <= set(factor.axes) for axes in found):
+            found[factor.axes] = factor
+    return list(found.values())

@@ -36,6 +36,14 @@ class Factor:
     axes: tuple[int, ...]
     labels: Tensor
 
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Factor) and self.axes == other.axes and torch.equal(self.labels, other.labels)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.axes)
+
     def shifted(self, by: int) -> Factor:
         """The factor of a value with ``by`` more axes in front."""
         if not by:

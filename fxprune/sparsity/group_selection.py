@@ -168,7 +168,7 @@ class ChannelGroups:
             ]
             size = sum(budget.sizes[name] for name in names)
             ratio = sum(budget.layers[name] for name in names) / size if size else 1.0
-            ranks = pooled[members].argsort(stable=True).argsort(stable=True)
+            ranks = pooled[members].argsort(stable=True).argsort(stable=True).double()
             when[members] = ratio / (1 - ranks / len(members)).clamp(min=1e-12)
         return when
 

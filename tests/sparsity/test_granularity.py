@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxprune.sparsity.budget import Budget
-from fxprune.sparsity.granularity import CHANNEL, KERNEL, NM, WEIGHT, Block, Granularity, resolve
+from fxprune.sparsity.granularity import CHANNEL, KERNEL, NM, WEIGHT, Block, Channel, Granularity, resolve
 from fxprune.sparsity.masks import Masks, is_subset, total
 from fxprune.sparsity.select import select
 
@@ -29,15 +29,16 @@ def budget(number: int, layers: dict[str, int] | None = None) -> Budget:
     return Budget(number, {name: torch.Size(shape).numel() for name, shape in SHAPES.items()}, layers)
 
 
-def group_ids(granularity: Block, shape: tuple[int, ...]) -> torch.Tensor:
-    """Which group each weight is in, from the definition."""
-    rows = torch.arange(shape[0]) // granularity.rows
-    columns = torch.arange(shape[1]) // (granularity.columns or shape[1])
+def group_ids(granularity: Block | Channel, shape: tuple[int, ...]) -> torch.Tensor:
+    """Which group each weight is in, from the definition; a channel without a graph is a row."""
+    height, width = (1, None) if isinstance(granularity, Channel) else (granularity.rows, granularity.columns)
+    rows = torch.arange(shape[0]) // height
+    columns = torch.arange(shape[1]) // (width or shape[1])
     ids = rows[:, None] * (int(columns.max()) + 1) + columns
     return ids.view(*ids.shape, *[1] * (len(shape) - 2)).expand(shape)
 
 
-def greedily(granularity: Block, values: dict[str, torch.Tensor], masks: Masks, room: int) -> Masks:
+def greedily(granularity: Block | Channel, values: dict[str, torch.Tensor], masks: Masks, room: int) -> Masks:
     """The definition: one group after the other, by score, each that still fits."""
     groups = []
     for name, score in values.items():
@@ -61,7 +62,9 @@ def greedily(granularity: Block, values: dict[str, torch.Tensor], masks: Masks, 
     st.booleans(),
     st.data(),
 )
-def test_groups_are_taken_greedily(granularity: Block, seed: int, pruned: bool, data: st.DataObject) -> None:
+def test_groups_are_taken_greedily(
+    granularity: Block | Channel, seed: int, pruned: bool, data: st.DataObject
+) -> None:
     values = scores(seed, ties=True)
     masks = {name: torch.rand(score.shape) < (0.7 if pruned else 1.1) for name, score in values.items()}
     number = data.draw(st.integers(1, total(masks)))
@@ -75,7 +78,7 @@ def test_groups_are_taken_greedily(granularity: Block, seed: int, pruned: bool, 
 
 
 @pytest.mark.parametrize("granularity", [KERNEL, CHANNEL, Block(2, 3)])
-def test_groups_are_whole(granularity: Block) -> None:
+def test_groups_are_whole(granularity: Block | Channel) -> None:
     masks = select(scores(1), budget(150), granularity=granularity)
     assert 0 < total(masks) <= 150
     for mask in masks.values():

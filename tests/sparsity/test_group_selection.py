@@ -1,0 +1,208 @@
+"""The choice of channel groups: rows and columns, exact counts, pooled scores, budgets per family."""
+
+from typing import Any
+
+import pytest
+import torch
+from channels.grouping import graph_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import NETS
+from torch import Tensor, nn
+
+from fxprune.graph import ChannelGraph
+from fxprune.paths.count import reach
+from fxprune.sparsity.budget import Budget, plan
+from fxprune.sparsity.channel_granularity import fitted
+from fxprune.sparsity.collapse import dead_layers, repair
+from fxprune.sparsity.granularity import Channel, Granularity
+from fxprune.sparsity.group_selection import ChannelGroups
+from fxprune.sparsity.masks import Masks, dense, is_subset, total
+from fxprune.sparsity.select import select
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def problem(model: nn.Module, inputs: Any, pool: str = "mean") -> tuple[ChannelGraph, ChannelGroups, Shapes]:
+    graph = graph_of(model, inputs)
+    channels = fitted(Channel(pool=pool), graph, graph.kernels)
+    assert isinstance(channels, ChannelGroups)
+    return graph, channels, {name: tuple(kernels.shape) for name, kernels in graph.kernels.items()}
+
+
+def chain() -> tuple[nn.Module, Tensor]:
+    """2 -> 3 -> 2 -> 1 features: 6 + 6 + 2 weights."""
+    return nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2), nn.Linear(2, 1)), torch.ones(2, 2)
+
+
+SCORES = {
+    "0.weight": torch.tensor([[1.0, 3.0], [4.0, 0.0], [9.0, 9.0]]),
+    "1.weight": torch.tensor([[2.0, 6.0, 9.0], [0.0, 2.0, 9.0]]),
+    "2.weight": torch.tensor([[5.0, 1.0]]),
+}
+
+
+@pytest.mark.parametrize(
+    ("pool", "expected"),
+    [
+        # Groups: the channels of layer 0 (a row of 2, a column of 2), then those of layer 1 (3 and 1).
+        ("mean", [6 / 4, 12 / 4, 36 / 4, 22 / 4, 12 / 4]),
+        ("sum", [6, 12, 36, 22, 12]),
+        ("l2", [14**0.5, 56**0.5, 18.0, 146**0.5, 86**0.5]),
+        ("max", [3, 6, 9, 9, 9]),
+    ],
+)
+def test_scores_of_rows_and_columns_are_pooled(pool: str, expected: list[float]) -> None:
+    _, channels, _ = problem(*chain(), pool=pool)
+    pooled, alive = channels.pool(SCORES, dense(SCORES))
+    assert pooled.tolist() == pytest.approx(expected)
+    assert alive.all()
+
+
+def test_pruned_weights_do_not_count() -> None:
+    _, channels, _ = problem(*chain())
+    within = dense(SCORES)
+    within["0.weight"][0] = False
+    within["1.weight"][:, 0] = False
+    pooled, alive = channels.pool(SCORES, within)
+    assert alive.tolist() == [False, True, True, True, True]
+    assert pooled[3:].tolist() == pytest.approx([20 / 3, 12 / 3])
+
+
+def test_rows_and_columns_go_and_are_counted_once() -> None:
+    _, channels, shapes = problem(*chain())
+    # Lowest first: channel 0 of layer 0 (2 + 2 weights), then of the two with mean 3 the later one, channel 1
+    # of layer 1 (2 weights of its row are left, and 1).
+    for sparsity, kept in ((1 / 14, 10), (4 / 14, 10), (5 / 14, 7), (7 / 14, 7)):
+        masks = select(SCORES, plan("global", sparsity, shapes), granularity=channels)
+        assert total(masks) == kept
+    assert masks["0.weight"].tolist() == [[False] * 2, [True] * 2, [True] * 2]
+    assert masks["1.weight"].tolist() == [[False, True, True], [False] * 3]
+    assert masks["2.weight"].tolist() == [[True, False]]
+
+
+def test_the_best_channel_of_every_layer_stays() -> None:
+    _, channels, _ = problem(*chain())
+    # One channel is left in both layers: 2 + 1 + 1 weights.
+    masks = select(
+        SCORES, Budget(4, {name: score.numel() for name, score in SCORES.items()}), granularity=channels
+    )
+    assert [int(mask.sum()) for mask in masks.values()] == [2, 1, 1]
+    assert masks["0.weight"][2].all()
+    with pytest.raises(ValueError, match="at least 4 must stay"):
+        select(
+            SCORES, Budget(3, {name: score.numel() for name, score in SCORES.items()}), granularity=channels
+        )
+
+
+NAMES = [
+    "residual",
+    "depthwise",
+    "grouped",
+    "excite_sigmoid",
+    "vit",
+    "transposed",
+    "shuffle",
+    "pixel_shuffle",
+]
+
+
+def draw(net: str, seed: int) -> tuple[ChannelGraph, ChannelGroups, Shapes, dict[str, Tensor]]:
+    torch.manual_seed(seed)
+    graph, channels, shapes = problem(*NETS[net]())
+    return graph, channels, shapes, {name: torch.rand(shape) for name, shape in shapes.items()}
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(NAMES),
+    st.integers(0, 9),
+    st.floats(0.05, 0.5),
+    st.sampled_from(["global", "uniform", "erk"]),
+)
+def test_one_group_more_would_not_fit(net: str, seed: int, sparsity: float, how: Any) -> None:
+    graph, channels, shapes, scores = draw(net, seed)
+    budget = plan(how, sparsity, shapes)
+    try:
+        masks = select(scores, budget, granularity=channels)
+    except ValueError:
+        return  # one channel of every layer is more than that
+    left = total(masks)
+    assert left <= budget.total
+    alive = channels.pool(scores, masks)[1]
+    gone = channels.pool(scores, dense(scores))[1] & ~(_present(channels, masks) & alive)
+    # Some group that is gone would exceed the budget if it came back.
+    back = []
+    for group in gone.nonzero().flatten().tolist():
+        staying = ~gone
+        staying[group] = True
+        back.append(sum(int(channels.groups.kept(name, staying).sum()) for name in masks))
+    assert not back or max(back) > budget.total
+    assert not dead_layers(graph, reach(graph, masks))
+
+
+def _present(channels: ChannelGroups, masks: Masks) -> Tensor:
+    """The groups of which any weight is left."""
+    present = torch.zeros(channels.groups.count, dtype=torch.bool)
+    for name, mask in masks.items():
+        for numbers in channels.groups.by_weight(name):
+            own = numbers.expand(mask.shape)[mask]
+            present[own[own >= 0]] = True
+    return present
+
+
+@pytest.mark.parametrize("how", ["uniform", "erk"])
+def test_every_family_gives_its_share(how: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 8))
+    _, channels, shapes = problem(model, torch.ones(2, 8))
+    scores = {name: torch.rand(shape) for name, shape in shapes.items()}
+    scores["1.weight"] *= 100  # scores of different layers are not compared
+    masks = select(scores, plan(how, 0.6, shapes), granularity=channels)
+    first, second = int(masks["0.weight"].any(1).sum()), int(masks["1.weight"].any(1).sum())
+    if how == "uniform":
+        assert abs(first - second) <= 1
+    else:
+        assert first > second, "the smaller layer keeps more"
+
+
+def test_tied_layers_share_a_budget() -> None:
+    _, channels, shapes, scores = draw("residual", 0)
+    masks = select(scores, plan("uniform", 0.5, shapes), granularity=channels)
+    rows = [masks[name].flatten(1).any(1).tolist() for name in ("0.weight", "1.body.weight")]
+    assert rows[0] == rows[1]
+    assert 0 < sum(rows[0]) < 6
+
+
+def test_what_was_pruned_stays_pruned() -> None:
+    _, channels, shapes, scores = draw("excite_sigmoid", 1)
+    before = select(scores, plan("global", 0.3, shapes), granularity=channels)
+    other = {name: torch.rand(shape) for name, shape in shapes.items()}
+    kept = {name: int(mask.sum()) for name, mask in before.items()}
+    after = select(other, plan("global", 0.5, shapes, kept), within=before, granularity=channels)
+    assert is_subset(after, before)
+    assert total(after) < total(before)
+
+
+@pytest.mark.parametrize("net", ["residual", "excite_sigmoid", "vit"])
+def test_repair_puts_every_layer_on_a_path_in_whole_groups(net: str) -> None:
+    graph, channels, shapes, scores = draw(net, 0)
+    budget = plan("global", 0.4, shapes)
+    masks = select(scores, budget, granularity=channels)
+    emptied = next(name for name in shapes if bool((channels.groups.rows[name] >= 0).all()))
+    masks[emptied] = torch.zeros_like(masks[emptied])
+    granularity: Granularity = channels
+    found = repair(graph, masks, scores, budget, within=dense(scores), granularity=granularity)
+    assert not dead_layers(graph, reach(graph, found))
+    assert total(found) <= budget.total
+    whole = _present(channels, found)
+    assert all(torch.equal(channels.groups.kept(name, whole), mask) for name, mask in found.items())
+
+
+def test_shuffled_masks_keep_as_many_groups() -> None:
+    _, channels, shapes, scores = draw("excite_sigmoid", 2)
+    masks = select(scores, plan("global", 0.4, shapes), granularity=channels)
+    order = {name: torch.rand(shape) for name, shape in shapes.items()}
+    shuffled = channels.shuffle(masks, order, dense(scores), per_family=True)
+    for name in ("first.weight", "reduce.weight"):
+        number = [int(m[name].flatten(1).any(1).sum()) for m in (masks, shuffled)]
+        assert number[0] == number[1]
