@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fxprune.plot import plot_history
     from fxprune.rewrite import finalize, load_masks, save, set_masks, verify
     from fxprune.rewrite import read as masks
+    from fxprune.rewrite.compact import compact
     from fxprune.training import Pruner, load_ticket, lottery
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "analyze",
     "apply",
     "capture",
+    "compact",
     "finalize",
     "list_methods",
     "load_masks",
@@ -50,6 +52,7 @@ _HOMES = {
     "analyze": "fxprune.api.analyze",
     "apply": "fxprune.api.apply",
     "capture": "fxprune.capture.capture",
+    "compact": "fxprune.rewrite.compact.compact",
     "finalize": "fxprune.rewrite.finalize",
     "list_methods": "fxprune.methods.names",
     "load_masks": "fxprune.rewrite.load_masks",

@@ -46,7 +46,8 @@ class _Follower:
             self.place = op.layer or op.node
             self.number = number
             factors = self._step(op)
-            self.labels.values[op.output.index] = tuple(factors)
+            if op.output.live:
+                self.labels.values[op.output.index] = tuple(factors)
         return self.labels
 
     def _of(self, value: ir.Value) -> tuple[Factor, ...]:
@@ -131,7 +132,21 @@ class _Follower:
                 ]
                 if all(free):
                     found.append(factor)
-        return _distinct(found)
+        found = _distinct(found)
+        for value in inputs:
+            if not value.live and value.index not in self.labels.values:
+                self._label_constant(value, found, rank)
+        return found
+
+    def _label_constant(self, value: ir.Value, factors: Sequence[Factor], rank: int) -> None:
+        """Let the entries of a constant go with the entries that it is combined with."""
+        more = rank - len(value.shape)
+        own = []
+        for factor in factors:
+            if all(axis >= more and value.shape[axis - more] > 1 for axis in factor.axes):
+                axes = tuple(axis - more for axis in factor.axes)
+                own.append(Factor(axes, factor.labels.reshape(factor.labels.shape[more:])))
+        self.labels.values[value.index] = tuple(own)
 
     def _partner(
         self, factor: Factor, own: Sequence[int], size: Sequence[int], others: Sequence[Factor]
@@ -173,15 +188,32 @@ class _Follower:
             if any(own <= set(other.axes) or own >= set(other.axes) for other in found):
                 self.labels.fix(factor.labels, self._because("channels along two axes become one axis"))
                 continue
+            # Entries that are filled in along an axis of channels have no parameter to be removed with.
+            factor = Factor(factor.axes, factor.labels.where(factor.labels != FILLED, FIXED))
+            self._label_moved_constants(op, factor)
             found.append(factor)
             if len(factor.axes) > 1:
                 self._record_lines(op.output, factor)
         return found
 
+    def _label_moved_constants(self, op: ir.Gather, factor: Factor) -> None:
+        """Let the entries of a constant that is moved beside channels go with them."""
+        for place, value in enumerate(op.inputs):
+            if value.live or self.labels.values.get(value.index):
+                continue
+            parts = [torch.zeros(other.shape) for other in op.inputs]
+            parts[place] = torch.arange(1, 1 + parts[place].numel()).float().view(value.shape)
+            entries = op.move(*parts).long()
+            labels = torch.full((parts[place].numel() + 1,), FILLED)
+            labels[entries.flatten()] = factor.labels.expand(entries.shape).flatten()
+            own = thin(labels[1:].view(value.shape))
+            if own is not None:
+                self.labels.values[value.index] = (own,)
+
     def _full(self, value: ir.Value, axes: tuple[int, ...]) -> Tensor:
         """Labels of a value's full shape, as floats: those of its factor along ``axes``, or fixed ones."""
         own = [factor for factor in self._of(value) if set(factor.axes) & set(axes)]
-        if own:
+        if own and value.live:
             labels = min(own, key=lambda factor: factor.axes != axes).labels
         else:
             labels = torch.full((1,) * len(value.shape), FIXED if value.live else FILLED)

@@ -1,0 +1,285 @@
+"""Compact a network: remove the channels that no path uses, and keep its outputs."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.capture import capture
+from fxprune.channels.follow import follow
+from fxprune.graph import ChannelGraph, ir
+from fxprune.lowering import lower
+from fxprune.paths.count import reach
+from fxprune.rewrite.compact.constants import constant_entries, fold, record
+from fxprune.rewrite.compact.cut import Cut, UnevenCut
+from fxprune.rewrite.compact.literals import Rewriter
+from fxprune.rewrite.compact.modules import is_sizeable, slice_parameters, slices_of
+from fxprune.rewrite.compact.table import tabulate
+from fxprune.rewrite.compact.trial import (
+    NodeFailure,
+    difference,
+    differing_node,
+    in_double,
+    outputs_of,
+    set_shapes,
+    trial_inputs,
+)
+from fxprune.rewrite.masking.finalize import finalize
+from fxprune.rewrite.masking.parameters import read
+
+__all__ = ["compact"]
+
+ATTEMPTS = 64
+"""How often channels are given back before a node that cannot be rewritten is an error."""
+
+
+def compact(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    exact: bool = True,
+    verify: bool = True,
+    fold_constants: bool = True,
+) -> fx.GraphModule:
+    """Return a smaller network with the same outputs: channels that no path uses are gone.
+
+    Args:
+        model: a masked model, a finalized one, or any module with zeros in its weights; it is not changed.
+        example_inputs: as in :func:`fxprune.apply`; not needed for what ``apply`` or ``capture`` returned.
+        exact: let layer norms that lose channels compute what they computed with them. False gives plain
+            norms over what is left, as retraining wants it; outputs then differ.
+        verify: compare outputs in evaluation mode, and raise if they differ.
+        fold_constants: move constants of removed channels into the biases of the layers that read them.
+
+    Returns:
+        A ``GraphModule`` of plain modules with fewer channels. ``meta["fxprune"]["compaction"]`` is a table
+        by layer; what could not be removed stands there with the reason.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: no path leads from the inputs to the outputs any more.
+        RuntimeError: the outputs differ; the message names the first node that does.
+
+    Example:
+        >>> import torch, fxprune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight[:5].zero_(), net[0].bias[:5].zero_()
+        >>> small = fxprune.compact(net, torch.ones(2, 4))
+        >>> small.get_submodule("0").weight.shape
+        torch.Size([3, 4])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        return _compact(model, example_inputs, exact, verify, fold_constants)
+
+
+def _compact(
+    model: nn.Module, example_inputs: Any, exact: bool, verify: bool, fold_constants: bool
+) -> fx.GraphModule:
+    plain = finalize(model)
+    modes = {name: module.training for name, module in plain.named_modules()}
+    has_shapes = isinstance(plain, fx.GraphModule) and all("val" in node.meta for node in plain.graph.nodes)
+    gm = plain if isinstance(plain, fx.GraphModule) and has_shapes else capture(plain, example_inputs)
+    gm.eval()
+    graph = lower(gm)
+    masks = {name: gm.get_parameter(name).detach() != 0 for name in graph.kernels}
+    nonzero = dict(masks)
+    known = read(model)
+    if known:  # zeros that no mask holds may grow
+        masks = {name: known.get(name, torch.ones_like(mask)) for name, mask in masks.items()}
+    effective = reach(graph, masks, resolution="channel")
+    if graph.kernels and not any(bool(mask.any()) for mask in effective.values()):
+        empty = [name for name, mask in masks.items() if not bool(mask.any())] or list(masks)
+        raise ValueError(
+            f"model: no path leads from its inputs to its outputs; without weights on a path: "
+            f"{', '.join(empty[:10])}; prune less, or with on_collapse='repair'"
+        )
+    cut = Cut(graph, follow(graph), effective, nonzero)
+    runs = trial_inputs(gm, example_inputs, 0), trial_inputs(gm, example_inputs, 1)
+    small = _smallest(gm, graph, cut, runs, exact=exact, fold_constants=fold_constants)
+    found = None
+    if verify and exact:
+        found = _verified(gm, small, runs)
+    small.meta = {**gm.meta}
+    notes = dict(small.meta.get("fxprune", {}))
+    small.meta["fxprune"] = {**notes, "compaction": tabulate(graph, cut, gm, small, found)}
+    for name, module in small.named_modules():
+        module.train(modes.get(name, modes[""]))
+    return small
+
+
+def _smallest(
+    gm: fx.GraphModule,
+    graph: ChannelGraph,
+    cut: Cut,
+    runs: tuple[tuple[Any, ...], tuple[Any, ...]],
+    *,
+    exact: bool,
+    fold_constants: bool,
+) -> fx.GraphModule:
+    """Rewrite a copy; where a node does not run, give its channels back and try again."""
+    nodes = {node.name: node for node in gm.graph.nodes}
+    recorded = record(gm, runs, _sources(graph, nodes, cut))
+    for _ in range(ATTEMPTS):
+        try:
+            sums = _removed_sums(graph, nodes, cut, recorded) if exact else {}
+            biases = fold(graph, gm, cut, recorded, fold_constants=fold_constants)
+            slices = slices_of(graph, gm, cut)
+            odd = next((name for name in slices if not is_sizeable(gm, name)), None)
+            if odd is not None:
+                _give_back_users(graph, cut, odd, f"{odd}: a module of unknown kind holds it")
+                continue
+            small = copy.deepcopy(gm)
+            Rewriter(graph, small, cut, sums).run()
+            slice_parameters(small, slices, biases, _groups(graph, nodes, cut))
+            set_shapes(small, runs[0])
+            return small
+        except UnevenCut as error:
+            if not cut.give_back(error.labels, str(error)):
+                raise RuntimeError(f"compact: {error}") from error
+        except NodeFailure as error:
+            if not _give_back_node(graph, cut, nodes, error):
+                raise RuntimeError(f"compact: node {error}") from error
+    raise RuntimeError(f"compact: no consistent cut in {ATTEMPTS} attempts; please report the network")
+
+
+def _sources(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> set[str]:
+    """The nodes whose numbers are asked for: what layers and norms read of channels that may go."""
+    wanted = set()
+    for op in graph.ops:
+        if isinstance(op, (ir.Kernel, ir.Norm)) and op.node in nodes and cut.touches(op.inputs[0]):
+            source = nodes[op.node].args[0] if nodes[op.node].args else None
+            if isinstance(source, fx.Node):
+                wanted.add(source.name)
+    return wanted
+
+
+def _removed_sums(
+    graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut, recorded: dict[str, tuple[Tensor, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The sums of what each norm loses, and of their squares; give back where these are no constants."""
+    sums = {}
+    for op in graph.ops:
+        if not isinstance(op, ir.Norm) or not op.axes:
+            continue
+        value = op.inputs[0]
+        last = len(value.shape) - 1
+        shrinking = [axis for axis in op.axes if cut.kept_along(value, axis) is not None]
+        if not shrinking:
+            continue
+        node = nodes[op.node]
+        source = node.args[0] if node.args else None
+        known = isinstance(source, fx.Node) and source.name in recorded
+        if (
+            op.groups > 1
+            or shrinking != [last]
+            or op.axes != (last,)
+            or not known
+            or not _is_layer_norm(node)
+        ):
+            cut.give_back(cut.labels_of(value), f"{op.layer or op.node}: a statistic over channels")
+            continue
+        assert isinstance(source, fx.Node)
+        kept = cut.kept_along(value, last)
+        assert kept is not None
+        _, same = constant_entries(recorded[source.name], last, ~kept)
+        first = recorded[source.name][0]
+        if first.dim() > 2:
+            same &= (first[..., ~kept] == first[:1, ..., ~kept]).flatten(0, -2).all(0)
+        if not bool(same.all()):
+            along = next(f.labels.flatten() for f in cut.labels.values[value.index] if f.axes == (last,))
+            cut.give_back(along[~kept][~same], f"{op.layer or op.node}: a statistic over channels")
+            kept = cut.kept_along(value, last)
+            if kept is None:
+                continue
+        rows = first[..., ~kept]
+        one = rows[:1] if rows.dim() > 1 else rows
+        if bool((one == one.flatten(0, -2)[:1]).all()):
+            one = one.flatten(0, -2)[0]
+        sums[op.node] = one.sum(-1, keepdim=True), one.square().sum(-1, keepdim=True)
+    return sums
+
+
+def _is_layer_norm(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
+        return isinstance(module, (nn.LayerNorm, nn.RMSNorm))
+    return node.target in (nn.functional.layer_norm, nn.functional.rms_norm)
+
+
+def _groups(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> dict[str, int]:
+    """The number of groups that are left of every grouped convolution, by the layer's path."""
+    found = {}
+    for sides in cut.labels.sides:
+        op = graph.ops[sides.op]
+        assert isinstance(op, ir.Kernel)
+        if op.groups > 1 and nodes[op.node].op == "call_module":
+            left = (~cut.is_gone(sides.rows)).view(op.groups, -1).any(1)
+            found[str(nodes[op.node].target)] = int(left.sum())
+        elif op.groups > 1 and bool(cut.is_gone(sides.rows).any() or cut.is_gone(sides.columns).any()):
+            raise UnevenCut(f"{op.node}: groups of a function", torch.cat([sides.rows, sides.columns]))
+    return found
+
+
+def _give_back_users(graph: ChannelGraph, cut: Cut, name: str, reason: str) -> None:
+    for op in graph.ops:
+        if any(use.name == name for use in op.params):
+            for value in (*op.inputs, op.output):
+                cut.give_back(cut.labels_of(value), reason)
+
+
+def _give_back_node(graph: ChannelGraph, cut: Cut, nodes: dict[str, fx.Node], error: NodeFailure) -> bool:
+    """Give back what a node that failed reads and makes, or else what the nodes before it read."""
+    name = error.node.removeprefix("narrowed_")
+    reason = f"{error.node}: {str(error.__cause__)[:80]}"
+    near = [nodes[name]] if name in nodes else []
+    seen = set(near)
+    while near:
+        found = False
+        for node in near:
+            values = {
+                value.index: value
+                for op in graph.ops
+                if op.node == node.name
+                for value in (*op.inputs, op.output)
+            }
+            for source in (node, *node.all_input_nodes):
+                value = graph.results.get(source.name)
+                if isinstance(value, ir.Value):
+                    values[value.index] = value
+            for value in values.values():
+                found |= cut.give_back(cut.labels_of(value), reason)
+        if found:
+            return True
+        near = [source for node in near for source in node.all_input_nodes if source not in seen]
+        seen |= set(near)
+    return False
+
+
+def _verified(gm: fx.GraphModule, small: fx.GraphModule, runs: tuple[Any, Any]) -> float:
+    """Return the largest relative difference; an error that names the first node if it is too large.
+
+    What is over the tolerance in float32 is computed again in float64, which tells rounding from error.
+    """
+    double = all(p.dtype == torch.float64 for p in gm.parameters() if p.is_floating_point())
+    worst = 0.0
+    for inputs in runs:
+        found = difference(outputs_of(gm, inputs), outputs_of(small, inputs))
+        if found <= (1e-10 if double else 1e-5):
+            worst = max(worst, found)
+            continue
+        twice, half, wide = copy.deepcopy(gm).double(), copy.deepcopy(small).double(), in_double(inputs)
+        exact = difference(outputs_of(twice, wide), outputs_of(half, wide))
+        if not exact <= 1e-10:
+            node = differing_node(twice, half, wide, 1e-10)
+            raise RuntimeError(
+                f"compact: outputs differ by {found:.2e} of the largest, first at node {node!r}; "
+                "please report the network, or pass verify=False"
+            )
+        worst = max(worst, exact)
+    return worst

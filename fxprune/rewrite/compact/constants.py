@@ -1,0 +1,148 @@
+"""Find what removed channels still contribute, and move it into the biases of the layers that read them.
+
+A channel that no path reaches may still carry a constant: the bias of a pruned output. Two runs on different
+inputs give the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from fxprune.channels.follow import labels_by_weight
+from fxprune.channels.labels import Sides
+from fxprune.graph import ChannelGraph, ir
+from fxprune.rewrite.compact.cut import Cut
+
+__all__ = ["Recorded", "fold", "record"]
+
+Recorded = dict[str, tuple[Tensor, Tensor]]
+"""By the name of a node: its output in two runs."""
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, wanted: set[str]) -> None:
+        super().__init__(gm)
+        self.wanted = wanted
+        self.found: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self.wanted and isinstance(result, Tensor):
+            self.found[n.name] = result.detach()
+        return result
+
+
+def record(gm: fx.GraphModule, inputs: tuple[tuple[Any, ...], tuple[Any, ...]], wanted: set[str]) -> Recorded:
+    """Run the network on two inputs and return the outputs of the ``wanted`` nodes."""
+    runs = []
+    with torch.no_grad():
+        for args in inputs:
+            recorder = _Recorder(gm, wanted)
+            recorder.run(*args)
+            runs.append(recorder.found)
+    return {name: (runs[0][name], runs[1][name]) for name in runs[0]}
+
+
+def constant_entries(values: tuple[Tensor, Tensor], axis: int, gone: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the removed entries along ``axis``, (removed, all else), and which are equal in both runs."""
+    first, second = (value.movedim(axis, 0)[gone].flatten(1) for value in values)
+    return first, (first == second).all(1)
+
+
+def fold(
+    graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, recorded: Recorded, *, fold_constants: bool
+) -> dict[str, Tensor]:
+    """Return what to add to the bias of each layer, by the layer's path; give back what cannot be folded."""
+    added: dict[str, Tensor] = {}
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for op in graph.ops:
+        if isinstance(op, ir.Kernel) and cut.touches(op.inputs[0]):
+            module = _module(gm, nodes.get(op.node))
+            extra = _contribution(op, module, nodes[op.node], cut, recorded, fold_constants)
+            if extra is not None and bool((extra != 0).any()):
+                added[str(nodes[op.node].target)] = extra
+    return added
+
+
+def _module(gm: fx.GraphModule, node: fx.Node | None) -> nn.Module | None:
+    return gm.get_submodule(str(node.target)) if node is not None and node.op == "call_module" else None
+
+
+def _contribution(
+    op: ir.Kernel,
+    module: nn.Module | None,
+    node: fx.Node,
+    cut: Cut,
+    recorded: Mapping[str, tuple[Tensor, Tensor]],
+    fold_constants: bool,
+) -> Tensor | None:
+    """The constant that removed input channels add to each output channel of a layer."""
+    value = op.inputs[0]
+    windows = 0 if op.window is None else len(op.window.kernel)
+    axis = len(value.shape) - 1 - windows
+    sides = _sides(op, cut)
+    gone = cut.is_gone(sides.columns)
+    if not bool(gone.any()) or op.groups == value.shape[axis] > 1:
+        return None  # a depthwise output goes with its input
+    place = op.layer or op.node
+    weight = getattr(module, "weight", None)
+    plain = isinstance(module, (nn.Linear, _ConvNd)) and op.groups == 1 and isinstance(weight, Tensor)
+    transposed = op.window is not None and op.window.transposed
+    source = node.args[0] if node.args else None
+    known = isinstance(source, fx.Node) and source.name in recorded
+    if not plain or transposed or op.weight.view is not None or not known:
+        if known and op.weight.view is None:
+            assert isinstance(source, fx.Node)
+            entries, same = constant_entries(recorded[source.name], axis, gone)
+            harmless = same & ~entries.any(1)
+        else:
+            harmless = torch.zeros(int(gone.sum()), dtype=torch.bool)
+        harmless |= ~_is_read(op, sides, cut, gone)
+        cut.give_back(sides.columns[gone][~harmless], f"{place}: reads it, and cannot take it into a bias")
+        return None
+    assert isinstance(weight, Tensor)
+    assert isinstance(source, fx.Node)
+    rows = ~cut.is_gone(sides.rows)
+    removed = weight.detach()[:, gone]
+    taps = removed.flatten(2).sum(2) if removed.dim() > 2 else removed
+    read = removed[rows].flatten(2).any(2).any(0) if removed.dim() > 2 else (removed[rows] != 0).any(0)
+    entries, same = constant_entries(recorded[source.name], axis, gone)
+    even = same & (entries == entries[:, :1]).all(1)
+    zero = even & (entries[:, 0] == 0)
+    padded = (
+        op.window is not None and op.window.mode == "zeros" and any(p != (0, 0) for p in op.window.padding)
+    )
+    labels = sides.columns[gone]
+    cut.give_back(labels[read & ~even], f"{place}: reads it, and it is no constant")
+    if padded or not fold_constants:
+        reason = "a constant under zero padding" if padded else "a constant"
+        cut.give_back(labels[read & even & ~zero], f"{place}: {reason}")
+        return None
+    left = cut.is_gone(labels)
+    return taps[:, left].double() @ entries[left, 0].double()
+
+
+def _is_read(op: ir.Kernel, sides: Sides, cut: Cut, gone: Tensor) -> Tensor:
+    """Which of the columns that go have a weight in a row that stays (all, where no mask is known)."""
+    name = op.weight.name
+    if name is None or name not in cut.nonzero or op.weight.view is not None:
+        return torch.ones(int(gone.sum()), dtype=torch.bool)
+    kernels = cut.graph.kernels[name]
+    by_row, by_column = labels_by_weight(sides.rows, sides.columns, kernels)
+    used = cut.nonzero[name] & ~cut.is_gone(by_row)
+    read = torch.zeros(cut.labels.count, dtype=torch.bool)
+    read[by_column[used]] = True
+    return read[sides.columns[gone]]
+
+
+def _sides(op: ir.Kernel, cut: Cut) -> Sides:
+    """The labels of a contraction's rows and columns."""
+    for sides in cut.labels.sides:
+        if cut.graph.ops[sides.op] is op:
+            return sides
+    raise KeyError(op.node)

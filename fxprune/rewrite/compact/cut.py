@@ -1,0 +1,199 @@
+"""Decide which channels go, and what that leaves of every value and parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fxprune.channels.follow import labels_by_weight
+from fxprune.channels.labels import FIRST, FIXED, Labels
+from fxprune.graph import ChannelGraph, ir
+from fxprune.graph.params import AxisUse
+
+__all__ = ["Cut", "UnevenCut"]
+
+
+class UnevenCut(Exception):
+    """Raised where the entries that are left of a tensor make no rectangle; ``labels`` are its labels."""
+
+    def __init__(self, reason: str, labels: Tensor) -> None:
+        super().__init__(reason)
+        self.labels = labels
+
+
+class Cut:
+    """The set of labels that go: whole groups only, and fewer with every call of ``give_back``.
+
+    ``effective``: by parameter, the weights on some path (bool). A group can go if none of its rows and
+    columns has such a weight. ``nonzero``: the weights that are not zero. ``held``: for every group that was
+    given back, the reason.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        labels: Labels,
+        effective: Mapping[str, Tensor],
+        nonzero: Mapping[str, Tensor],
+    ) -> None:
+        self.graph, self.labels = graph, labels
+        self.nonzero = {name: mask.cpu() for name, mask in nonzero.items()}
+        self.held: dict[int, str] = {}
+        alive = torch.zeros(labels.count, dtype=torch.bool)
+        for name, kernels in graph.kernels.items():
+            rows = labels.rows[name] + torch.arange(kernels.out_space.size)
+            columns = labels.columns[name] + torch.arange(kernels.in_space.size)
+            used = effective[name].cpu()
+            for by_weight in labels_by_weight(rows, columns, kernels):
+                alive[by_weight[used]] = True
+        root = labels.root
+        living = torch.zeros(labels.count, dtype=torch.bool)
+        living[root[alive]] = True
+        living[root[:FIRST]] = True
+        living[FIXED] = True
+        self.gone = ~living  # by root
+        self.dead = alive.logical_not()
+        self._keep_one_of_each()
+        self._even_out()
+
+    def is_gone(self, labels: Tensor) -> Tensor:
+        """Which of the labels go (bool, of their shape)."""
+        return self.gone[self.labels.root[labels]]
+
+    def give_back(self, labels: Tensor, reason: str) -> bool:
+        """Keep the groups of ``labels``, and what must then stay as well; False if they were kept already."""
+        roots = torch.unique(self.labels.root[labels.flatten()])
+        roots = roots[self.gone[roots]]
+        if not len(roots):
+            return False
+        self.gone[roots] = False
+        for root in roots.tolist():
+            self.held.setdefault(root, reason)
+        self._even_out()
+        return True
+
+    # -- what keeps tensors rectangular -----------------------------------------------------------------
+    def _keep_one_of_each(self) -> None:
+        """Keep one channel where all outputs or inputs of a parameter would go."""
+        for sides in self.labels.sides:
+            for labels in (sides.rows, sides.columns):
+                if len(labels) and bool(self.is_gone(labels).all()):
+                    self.give_back(labels[:1], f"{sides.name}: one channel is left")
+
+    def _even_out(self) -> None:
+        changed = True
+        while changed:
+            revived = [self._even_lines(lines.labels, lines.place) for lines in self.labels.lines]
+            changed = any(revived)
+
+    def _even_lines(self, labels: Tensor, place: str) -> bool:
+        """Keep as many in every line as in the longest; a line may go as a whole, if that is a slice."""
+        left = ~self.is_gone(labels)
+        alive = left.any(-1)
+        whole = _product_of_slices(alive)
+        counts = left.sum(-1)
+        most = int(counts.max()) if counts.numel() else 0
+        short = whole & (counts < most)
+        if not bool(short.any()):
+            return False
+        lines, kept = labels[short], left[short]
+        missing = most - counts[short]
+        rank = (~kept).long().cumsum(-1)
+        revived = lines[(~kept) & (rank <= missing[:, None])]
+        before = self.gone.clone()
+        roots = torch.unique(self.labels.root[revived])
+        self.gone[roots] = False
+        for root in roots[before[roots]].tolist():
+            self.held.setdefault(root, f"{place}: equally many channels in every part")
+        return bool((self.gone != before).any())
+
+    # -- what is left ------------------------------------------------------------------------------------
+    def mask(self, value: ir.Value) -> list[tuple[tuple[int, ...], Tensor]]:
+        """The kept entries of a value: by factor its axes, and a mask of the value's rank (bool)."""
+        return [(f.axes, ~self.is_gone(f.labels)) for f in self.labels.values.get(value.index, ())]
+
+    def touches(self, value: ir.Value) -> bool:
+        """Whether anything of a value goes."""
+        return any(not bool(mask.all()) for _, mask in self.mask(value))
+
+    def labels_of(self, value: ir.Value) -> Tensor:
+        """All labels of a value."""
+        factors = self.labels.values.get(value.index, ())
+        return (
+            torch.cat([f.labels.flatten() for f in factors]) if factors else torch.zeros(0, dtype=torch.int64)
+        )
+
+    def shape(self, value: ir.Value) -> tuple[int, ...]:
+        """The shape of a value when its channels are gone."""
+        sizes = list(value.shape)
+        for axes, mask in self.mask(value):
+            dense = mask.reshape([mask.shape[axis] for axis in axes])
+            for axis, size in zip(axes, self._box(dense, value), strict=True):
+                sizes[axis] = min(sizes[axis], size)
+        return tuple(sizes)
+
+    def kept_along(self, value: ir.Value, axis: int) -> Tensor | None:
+        """Which indices of one axis stay (bool); ``None`` if they all do, or differ between lines."""
+        kept = torch.ones(value.shape[axis], dtype=torch.bool)
+        for axes, mask in self.mask(value):
+            if axis in axes:
+                others = [other for other in range(mask.dim()) if other != axis]
+                kept &= mask.any(dim=others) if others else mask
+        return None if bool(kept.all()) else kept
+
+    def kept_by_use(self, value: ir.Value, use: AxisUse, size: int) -> Tensor:
+        """Which entries of a parameter's axis stay (bool, ``size``), by what it meets in a value."""
+        shape = [value.shape[axis] for axis in use.axes]
+        stays = torch.ones(shape, dtype=torch.bool)
+        for axes, mask in self.mask(value):
+            common = [axis for axis in axes if axis in use.axes]
+            if not common:
+                continue
+            others = [axis for axis in range(mask.dim()) if axis not in common]
+            part = mask.any(dim=others) if others else mask
+            if others and not bool((part == mask.all(dim=others)).all()):
+                raise UnevenCut(
+                    "a parameter meets different channels in different lines", self.labels_of(value)
+                )
+            ordered = sorted(common)
+            part = part.permute([ordered.index(axis) for axis in sorted(common, key=use.axes.index)])
+            for place, axis in enumerate(use.axes):
+                if axis not in common:
+                    part = part.unsqueeze(place)
+            stays &= part
+        flat = stays.flatten()
+        if use.index is None:
+            return flat if len(flat) == size else torch.ones(size, dtype=torch.bool)
+        index = torch.tensor(use.index)
+        kept = torch.ones(size, dtype=torch.bool)
+        met = index >= 0
+        if bool((index[met] < size).all()):
+            kept[index[met]] = False
+            kept[index[met & flat]] = True
+        return kept
+
+    def _box(self, mask: Tensor, value: ir.Value) -> Sequence[int]:
+        """The sizes of a box with the kept entries in their order."""
+        sizes = []
+        for axis in range(mask.dim()):
+            others = [other for other in range(mask.dim()) if other != axis]
+            alive = mask.any(dim=others) if others else mask
+            mask = mask.index_select(axis, alive.nonzero().flatten())
+        counts = mask.sum(-1)
+        if mask.numel() and not bool((counts == counts.flatten()[0]).all()):
+            raise UnevenCut("different numbers of channels in different lines", self.labels_of(value))
+        sizes = list(mask.shape)
+        if mask.numel():
+            sizes[-1] = int(counts.flatten()[0])
+        return sizes
+
+
+def _product_of_slices(alive: Tensor) -> Tensor:
+    """Mark all lines in the smallest box of slices that holds the marked ones."""
+    whole = torch.ones_like(alive)
+    for axis in range(alive.dim()):
+        others = [other for other in range(alive.dim()) if other != axis]
+        whole &= alive.any(dim=others, keepdim=True) if others else alive
+    return whole

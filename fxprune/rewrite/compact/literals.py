@@ -1,0 +1,249 @@
+"""Rewrite the arguments of nodes that say sizes: shapes, split sizes, bounds, scales."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxprune.graph import ChannelGraph, ir
+from fxprune.rewrite.compact.cut import Cut, UnevenCut
+from fxprune.rewrite.compact.norms import NarrowedLayerNorm, NarrowedRMSNorm
+
+__all__ = ["Rewriter"]
+
+_SHAPED = {"reshape", "view", "expand", "broadcast_to"}
+_SPLITS = {"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"}
+
+
+class Rewriter:
+    """Rewrites the nodes of a copied graph, whose nodes have the names of the original's.
+
+    ``removed_sums``: by the name of a norm's node, the sums of what it loses and of their squares.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        gm: fx.GraphModule,
+        cut: Cut,
+        removed_sums: dict[str, tuple[Tensor, Tensor]],
+    ) -> None:
+        self.graph, self.gm, self.cut, self.removed_sums = graph, gm, cut, removed_sums
+
+    def run(self) -> None:
+        """Rewrite every node."""
+        for node in list(self.gm.graph.nodes):
+            self._freeze_size(node)
+        for node in list(self.gm.graph.nodes):
+            self._rewrite(node)
+        self.gm.graph.lint()
+        self.gm.recompile()
+
+    def _value(self, x: Any) -> ir.Value | None:
+        if not isinstance(x, fx.Node) or x.name not in self.graph.results:
+            return None
+        found = self.graph.results[x.name]
+        return found if isinstance(found, ir.Value) else None
+
+    def _shrinks(self, value: ir.Value | None, axis: int | None = None) -> bool:
+        if value is None or not self.cut.touches(value):
+            return False
+        return axis is None or self.cut.shape(value)[axis] != value.shape[axis]
+
+    # -- sizes that are read off tensors ----------------------------------------------------------------
+    def _freeze_size(self, node: fx.Node) -> None:
+        """Replace the size of an axis that shrinks by the number it had: shapes get their own literals."""
+        if node.op == "call_method" and node.target == "size" and len(node.args) > 1:
+            source, index = node.args[0], node.args[1]
+        elif node.target is operator.getitem and _is_shape(node.args[0]):
+            assert isinstance(node.args[0], fx.Node)
+            source, index = node.args[0].args[0], node.args[1]
+        else:
+            return
+        value = self._value(source)
+        if value is None or not isinstance(index, int) or not self._shrinks(value, index):
+            return
+        number = value.shape[index]
+        for user in list(node.users):
+            user.args = fx.node.map_arg(user.args, lambda n: number if n is node else n)
+            user.kwargs = fx.node.map_arg(user.kwargs, lambda n: number if n is node else n)
+
+    # -- nodes ------------------------------------------------------------------------------------------
+    def _rewrite(self, node: fx.Node) -> None:
+        if node.op == "call_module":
+            self._module(node)
+            return
+        if node.op not in ("call_function", "call_method") or not node.args:
+            return
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        value, source = self._value(node), self._value(node.args[0])
+        if name in _SHAPED and self._shrinks(value):
+            assert value is not None
+            self._sizes(node, value)
+        elif name == "unflatten" and self._shrinks(value):
+            assert value is not None
+            dim = int(node.args[1]) % len(source.shape) if source is not None else 0  # type: ignore[arg-type]
+            sizes = list(node.args[2])  # type: ignore[arg-type]
+            new = self.cut.shape(value)[dim : dim + len(sizes)]
+            node.args = (node.args[0], dim, tuple(new))
+        elif name in _SPLITS and self._shrinks(source):
+            self._split(node, source)
+        elif name in ("narrow", "select") and self._shrinks(source):
+            self._bounds(node, source, name)
+        elif node.target is operator.getitem and self._shrinks(source):
+            self._index(node, source)
+        elif node.target is F.scaled_dot_product_attention and self._shrinks(source, -1):
+            assert source is not None
+            if node.kwargs.get("scale") is None and len(node.args) < 7:
+                node.kwargs = {**node.kwargs, "scale": source.shape[-1] ** -0.5}
+        elif node.target in (F.layer_norm, F.rms_norm) and self._shrinks(source, -1):
+            assert source is not None
+            self._functional_norm(node, source)
+        elif node.target is F.group_norm and self._shrinks(source, 1) and node.name in self.removed_sums:
+            raise UnevenCut("a group norm over channels that go", self.cut.labels_of(source))  # type: ignore[arg-type]
+
+    def _sizes(self, node: fx.Node, value: ir.Value) -> None:
+        """Set the sizes of the axes that shrink; all others stay as they are."""
+        packed = len(node.args) == 2 and isinstance(node.args[1], (list, tuple))
+        sizes: list[Any] = list(node.args[1] if packed else node.args[1:])  # type: ignore[arg-type]
+        if any(_is_shape(size) for size in sizes) or "size" in node.kwargs or "shape" in node.kwargs:
+            raise UnevenCut(f"{node.name}: a shape taken whole", self.cut.labels_of(value))
+        new = self.cut.shape(value)
+        free = not any(size == -1 for size in sizes if isinstance(size, int))
+        for axis, size in enumerate(sizes):
+            if new[axis] == value.shape[axis] or (isinstance(size, int) and size == -1):
+                continue
+            if isinstance(size, fx.Node) and free and node.target not in ("expand", "broadcast_to"):
+                sizes[axis], free = -1, False
+            else:
+                sizes[axis] = new[axis]
+        node.args = (node.args[0], tuple(sizes)) if packed else (node.args[0], *sizes)
+
+    def _split(self, node: fx.Node, source: ir.Value | None) -> None:
+        assert source is not None
+        dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+        if not isinstance(dim, int) or not self._shrinks(source, dim):
+            return
+        parts = self.graph.results.get(node.name)
+        if not isinstance(parts, (list, tuple)) or any(part is None for part in parts):
+            parts = self._parts(node, source, dim)
+        sizes = [self.cut.shape(part)[dim] if isinstance(part, ir.Value) else part for part in parts]
+        target: Any = torch.split
+        node.target = "split" if node.op == "call_method" else target
+        node.args, node.kwargs = (node.args[0], sizes), {"dim": dim}
+
+    def _parts(self, node: fx.Node, source: ir.Value, dim: int) -> list[int]:
+        """How many indices stay in each part, where not every part has a value."""
+        kept = self.cut.kept_along(source, dim % len(source.shape))
+        kept = torch.ones(source.shape[dim], dtype=torch.bool) if kept is None else kept
+        bounds = torch.tensor([0, *(part.shape[dim] for part in node.meta["val"])]).cumsum(0).tolist()
+        return [int(kept[low:high].sum()) for low, high in itertools.pairwise(bounds)]
+
+    def _bounds(self, node: fx.Node, source: ir.Value | None, name: str) -> None:
+        assert source is not None
+        dim, start, *rest = node.args[1:]
+        if not isinstance(dim, int) or not isinstance(start, int):
+            return
+        kept = self.cut.kept_along(source, dim % len(source.shape))
+        if kept is None:
+            return
+        start = start % len(kept)
+        first = int(kept[:start].sum())
+        if name == "select":
+            node.args = (node.args[0], dim, first)
+        else:
+            length = int(rest[0])  # type: ignore[arg-type]
+            node.args = (node.args[0], dim, first, int(kept[start : start + length].sum()))
+
+    def _index(self, node: fx.Node, source: ir.Value | None) -> None:
+        assert source is not None
+        given = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        used = sum(1 for item in given if item is not None and item is not Ellipsis)
+        axis, new = 0, list[Any]()
+        for item in given:
+            if item is None:
+                new.append(item)
+                continue
+            if item is Ellipsis:
+                new.append(item)
+                axis = len(source.shape) - (used - axis)
+                continue
+            new.append(self._index_along(node, source, axis, item))
+            axis += 1
+        index: Any = tuple(new) if isinstance(node.args[1], tuple) else new[0]
+        node.args = (node.args[0], index)
+
+    def _index_along(self, node: fx.Node, source: ir.Value, axis: int, item: Any) -> Any:
+        kept = self.cut.kept_along(source, axis)
+        if kept is None or item == slice(None):
+            return item
+        if isinstance(item, int):
+            return int(kept[: item % len(kept)].sum())
+        if isinstance(item, slice) and item.step in (None, 1):
+            start, stop, _ = item.indices(len(kept))
+            return slice(int(kept[:start].sum()), int(kept[:stop].sum()))
+        raise UnevenCut(f"{node.name}: an index along channels", self.cut.labels_of(source))
+
+    # -- norms ------------------------------------------------------------------------------------------
+    def _functional_norm(self, node: fx.Node, source: ir.Value) -> None:
+        names: tuple[str, ...] = ("normalized_shape", "weight", "bias", "eps")
+        if node.target is F.rms_norm:
+            names = ("normalized_shape", "weight", "eps")
+        given: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+        if len(given["normalized_shape"]) != 1:
+            raise UnevenCut("a layer norm over several axes", self.cut.labels_of(source))
+        if node.name not in self.removed_sums:
+            given["normalized_shape"] = (self.cut.shape(source)[-1],)
+            node.args, node.kwargs = (node.args[0],), given
+            return
+        operands = [given.get(name) for name in names[1:-1]]
+        self._narrow(node, source, operands, given.get("eps"), rms=node.target is F.rms_norm)
+
+    def _module(self, node: fx.Node) -> None:
+        module: Any = self.gm.get_submodule(str(node.target))
+        source = self._value(node.args[0]) if node.args else None
+        if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not self._shrinks(source, -1):
+            return
+        assert source is not None
+        if node.name not in self.removed_sums:
+            module.normalized_shape = (self.cut.shape(source)[-1],)
+            return
+        rms = isinstance(module, nn.RMSNorm)
+        operands: list[Any] = []
+        with self.gm.graph.inserting_before(node):
+            for leaf in ("weight",) if rms else ("weight", "bias"):
+                present = getattr(module, leaf, None) is not None
+                operands.append(self.gm.graph.get_attr(f"{node.target}.{leaf}") if present else None)
+        self._narrow(node, source, operands, module.eps, rms=rms)
+
+    def _narrow(
+        self, node: fx.Node, source: ir.Value, operands: Sequence[Any], eps: Any, *, rms: bool
+    ) -> None:
+        """Let a norm that knows what is gone take the place of a node."""
+        total, squares = self.removed_sums[node.name]
+        width = source.shape[-1]
+        name = f"narrowed_{node.name}"
+        if rms:
+            self.gm.add_module(name, NarrowedRMSNorm(width, eps, squares))
+        else:
+            self.gm.add_module(name, NarrowedLayerNorm(width, 1e-5 if eps is None else eps, total, squares))
+        with self.gm.graph.inserting_before(node):
+            new = self.gm.graph.call_module(name, (node.args[0], *operands))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        self.gm.graph.erase_node(node)
+
+
+def _is_shape(x: Any) -> bool:
+    """Whether a node yields the whole shape of a tensor."""
+    if not isinstance(x, fx.Node):
+        return False
+    if x.op == "call_method" and x.target == "size":
+        return len(x.args) == 1 and not x.kwargs
+    return bool(x.target is getattr and len(x.args) == 2 and x.args[1] == "shape")

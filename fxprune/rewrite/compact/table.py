@@ -1,0 +1,110 @@
+"""The table of a compaction: what every layer had, and what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fxprune.graph import ChannelGraph
+from fxprune.rewrite.compact.cut import Cut
+
+__all__ = ["CompactedLayer", "Compaction", "tabulate"]
+
+
+@dataclass(frozen=True)
+class CompactedLayer:
+    """One parameter: channels, weights and multiply-adds before and after; why dead channels stayed."""
+
+    name: str
+    outputs: tuple[int, int]
+    inputs: tuple[int, int]
+    weights: tuple[int, int]
+    macs: tuple[int, int]
+    given_back: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What :func:`fxprune.compact` did; ``print`` shows it as a table.
+
+    ``parameters``: before and after, of the whole network. ``difference``: the largest difference of outputs,
+    over the largest output; ``None`` if it was not verified.
+    """
+
+    layers: tuple[CompactedLayer, ...]
+    parameters: tuple[int, int]
+    difference: float | None = None
+
+    @property
+    def macs(self) -> tuple[int, int]:
+        """Multiply-adds of all layers for one sample, before and after."""
+        return sum(layer.macs[0] for layer in self.layers), sum(layer.macs[1] for layer in self.layers)
+
+    @property
+    def given_back(self) -> int:
+        """Output channels that no path uses and that stayed all the same."""
+        return sum(layer.given_back for layer in self.layers)
+
+    def __str__(self) -> str:
+        head = f"{'layer':<44} {'outputs':>13} {'inputs':>13} {'weights':>21} {'MACs':>23}  given back"
+        lines = [head]
+        for layer in self.layers:
+            back = f"{layer.given_back}: {layer.reason}" if layer.given_back else ""
+            lines.append(
+                f"{layer.name:<44} {_pair(layer.outputs):>13} {_pair(layer.inputs):>13} "
+                f"{_pair(layer.weights):>21} {_pair(layer.macs):>23}  {back}".rstrip()
+            )
+        before, after = self.parameters
+        lines.append(f"parameters {before:,} -> {after:,}, MACs {self.macs[0]:,} -> {self.macs[1]:,}")
+        if before == after:
+            lines.append(
+                "nothing to remove: no channel is without effective weights (unstructured masks at a low "
+                "sparsity leave every channel alive; use granularity='channel' or a higher sparsity)"
+            )
+        if self.difference is not None:
+            lines.append(f"verified: largest difference {self.difference:.1e} of the largest output")
+        return "\n".join(lines)
+
+
+def tabulate(
+    graph: ChannelGraph, cut: Cut, old: nn.Module, new: nn.Module, difference: float | None
+) -> Compaction:
+    """Return the table of what was cut."""
+    sizes: Mapping[str, torch.Tensor] = dict(new.named_parameters(remove_duplicate=False))
+    layers = []
+    for name, kernels in graph.kernels.items():
+        rows = cut.labels.rows[name] + torch.arange(kernels.out_space.size)
+        columns = cut.labels.columns[name] + torch.arange(kernels.in_space.size)
+        back = cut.dead[rows] & ~cut.is_gone(rows)
+        roots = torch.unique(cut.labels.root[rows[back]]).tolist()
+        reasons = [cut.held.get(root) or _fixed_reason(cut, root) for root in roots]
+        weights = sizes[name].numel() if name in sizes else 0
+        layers.append(
+            CompactedLayer(
+                name,
+                (len(rows), int((~cut.is_gone(rows)).sum())),
+                (len(columns), int((~cut.is_gone(columns)).sum())),
+                (kernels.shape.numel(), weights),
+                (kernels.macs, round(kernels.macs * weights / kernels.shape.numel())),
+                int(back.sum()),
+                next((reason for reason in reasons if reason), "goes with channels that are alive"),
+            )
+        )
+    return Compaction(tuple(layers), (_count(old), _count(new)), difference)
+
+
+def _fixed_reason(cut: Cut, root: int) -> str:
+    members = (cut.labels.root == root).nonzero().flatten().tolist()
+    return next((cut.labels.reasons[label] for label in members if label in cut.labels.reasons), "")
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _pair(numbers: tuple[int, int]) -> str:
+    return f"{numbers[0]} -> {numbers[1]}" if numbers[0] != numbers[1] else str(numbers[0])

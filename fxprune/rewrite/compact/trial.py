@@ -1,0 +1,146 @@
+"""Run the original and the smaller network on made-up inputs, and compare what their nodes give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+__all__ = [
+    "NodeFailure",
+    "difference",
+    "differing_node",
+    "in_double",
+    "outputs_of",
+    "set_shapes",
+    "trial_inputs",
+]
+
+RUN_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+
+
+class NodeFailure(Exception):
+    """Raised where a node of the smaller graph does not run."""
+
+    def __init__(self, node: str, error: Exception) -> None:
+        super().__init__(f"{node}: {error}")
+        self.node = node
+
+
+def trial_inputs(gm: fx.GraphModule, example_inputs: Any, seed: int) -> tuple[Any, ...]:
+    """Return inputs for every placeholder: numbers drawn anew in the shape and the range of the examples."""
+    given: dict[str, Any] = {}
+    names = [str(node.target).lstrip("*") for node in gm.graph.nodes if node.op == "placeholder"]
+    if isinstance(example_inputs, Mapping):
+        given = dict(example_inputs)
+    elif isinstance(example_inputs, (tuple, list)):
+        given = dict(zip(names, example_inputs, strict=False))
+    elif isinstance(example_inputs, Tensor):
+        given = {names[0]: example_inputs}
+    generator = torch.Generator().manual_seed(seed)
+    device = next((p.device for p in gm.parameters()), torch.device("cpu"))
+
+    def draw(example: Any) -> Any:
+        if not isinstance(example, Tensor):
+            return example
+        if example.is_floating_point():
+            return torch.randn(example.shape, generator=generator).to(device, example.dtype)
+        if example.dtype == torch.bool or example.is_complex():
+            return example.to(device) if not example.is_meta else torch.ones_like(example, device=device)
+        low, high = (0, 2) if example.is_meta else (int(example.min()), int(example.max()) + 1)
+        return torch.randint(low, max(high, low + 1), example.shape, generator=generator).to(
+            device, example.dtype
+        )
+
+    inputs = []
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            name = str(node.target).lstrip("*")
+            inputs.append(pytree.tree_map(draw, given.get(name, node.meta["val"])))
+    return tuple(inputs)
+
+
+class _Watching(fx.Interpreter):
+    """Keeps what nodes give: their shapes on the meta device, or the numbers of some."""
+
+    def __init__(self, gm: fx.GraphModule, numbers: bool) -> None:
+        super().__init__(gm)
+        self.numbers = numbers
+        self.found: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            result = super().run_node(n)
+        except RUN_ERRORS as error:
+            raise NodeFailure(n.name, error) from error
+        self.found[n.name] = result if self.numbers else pytree.tree_map(_meta, result)
+        return result
+
+
+def _meta(x: Any) -> Any:
+    return torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x
+
+
+def set_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Run the graph once, note the shape of every node, and return the outputs; `NodeFailure` if it fails."""
+    watching = _Watching(gm, numbers=False)
+    with torch.no_grad():
+        result = watching.run(*inputs)
+    for node in gm.graph.nodes:
+        if node.name in watching.found:
+            node.meta["val"] = watching.found[node.name]
+    return result
+
+
+def outputs_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+    """Return the network's outputs."""
+    with torch.no_grad():
+        return fx.Interpreter(gm).run(*inputs)
+
+
+def in_double(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the inputs with real numbers in float64."""
+
+    def widened(x: Any) -> Any:
+        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return tuple(pytree.tree_map(widened, x) for x in inputs)
+
+
+def difference(old: Any, new: Any) -> float:
+    """Return the largest difference of two nests of tensors, over the largest entry of the first."""
+    largest, scale = 0.0, 0.0
+    a, b = pytree.tree_leaves(old), pytree.tree_leaves(new)
+    for one, other in zip(a, b, strict=True):
+        if isinstance(one, Tensor) and one.numel():
+            if one.shape != other.shape:
+                return float("inf")
+            if not (one.is_floating_point() or one.is_complex()):
+                largest = max(largest, 0.0 if torch.equal(one, other) else float("inf"))
+                continue
+            finite = torch.isfinite(one)
+            if not torch.equal(finite, torch.isfinite(other)):
+                return float("inf")
+            if bool(finite.any()):
+                largest = max(largest, float((one - other)[finite].abs().max()))
+                scale = max(scale, float(one[finite].abs().max()))
+    return largest / scale if scale else largest
+
+
+def differing_node(old: fx.GraphModule, new: fx.GraphModule, inputs: Sequence[Any], tolerance: float) -> str:
+    """Return the first node whose numbers differ where its shape is the same."""
+    runs = []
+    for gm in (old, new):
+        watching = _Watching(gm, numbers=True)
+        with torch.no_grad():
+            watching.run(*inputs)
+        runs.append(watching.found)
+    for name, value in runs[0].items():
+        other = runs[1].get(name)
+        if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape == other.shape:
+            if value.is_floating_point() and difference(value, other) > tolerance:
+                return name
+    return "output"
