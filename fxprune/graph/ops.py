@@ -118,13 +118,15 @@ class KernelSet:
 class WeightRef:
     """The weight operand of a contraction: ``view`` of parameter ``name`` (``None``: no prunable parameter).
 
-    ``direct`` says that some other module than the parameter's owner reads it.
+    ``direct`` says that some other module than the parameter's owner reads it; ``computed``, that the operand
+    is a function of the parameter in its shape (a standardised weight), in which zeros need not stay zeros.
     """
 
     name: str | None
     shape: tuple[int, ...]
     view: TensorFunction | None = None
     direct: bool = False
+    computed: bool = False
 
     def operand(self, weights: Callable[[str], Tensor]) -> Tensor:
         weight = torch.ones(self.shape) if self.name is None else weights(self.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,9 +38,10 @@ def provenance(operands: list[Any], val: Tensor, view: TensorFunction | None) ->
     shape = tuple(val.shape)
     old = operands[0].weight if view is not None else None
     if view is not None and old is not None:
-        return ir.WeightRef(old.name, shape, (old.view or TensorFunction()).followed_by(view), old.direct)
-    same = [x.weight for x in refs if x.shape == shape]
-    return same[0] if len(same) == 1 else None
+        whole = (old.view or TensorFunction()).followed_by(view)
+        return ir.WeightRef(old.name, shape, whole, old.direct, old.computed)
+    same = [x.weight for x in refs if x.shape == shape and x.weight is not None]
+    return replace(same[0], computed=True) if len(same) == 1 else None
 
 
 def simplified(ref: ir.WeightRef | None, parameters: Parameters) -> ir.WeightRef | None:
@@ -52,4 +54,4 @@ def simplified(ref: ir.WeightRef | None, parameters: Parameters) -> ir.WeightRef
     whole = torch.empty(shape, device="meta")
     seen = ref.view(whole)
     is_whole = seen is whole or (seen._base is whole and seen.stride() == whole.stride())
-    return ir.WeightRef(ref.name, ref.shape, direct=ref.direct) if is_whole else ref
+    return replace(ref, view=None) if is_whole else ref

@@ -68,7 +68,7 @@ def _with_weight(
 
     build = context.build
     last = build.gather(arrange, [x], [*(sizes[c] for c in kept), blocks * columns])
-    whole = ir.WeightRef(ref.name, (blocks * rows, blocks * columns), view, ref.direct)
+    whole = ir.WeightRef(ref.name, (blocks * rows, blocks * columns), view, ref.direct, ref.computed)
     made_last = build.linear(last, whole, bias=None)
     return build.gather(place, [made_last], shape)
 

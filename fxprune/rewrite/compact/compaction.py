@@ -13,7 +13,7 @@ from fxprune.channels.follow import follow
 from fxprune.graph import ChannelGraph, ir
 from fxprune.lowering import lower
 from fxprune.paths.count import reach
-from fxprune.rewrite.compact.constants import constant_entries, fold, record
+from fxprune.rewrite.compact.constants import constant_entries, fold, is_recorded, record
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.literals import Rewriter
 from fxprune.rewrite.compact.modules import is_sizeable, slice_parameters, slices_of
@@ -88,6 +88,8 @@ def _compact(
     gm.eval()
     graph = lower(gm)
     masks = {name: gm.get_parameter(name).detach() != 0 for name in graph.kernels}
+    computed = _computed_weights(graph)
+    masks |= {name: torch.ones_like(masks[name]) for name in computed}
     nonzero = dict(masks)
     known = read(model)
     if known:  # zeros that no mask holds may grow
@@ -100,6 +102,10 @@ def _compact(
             f"{', '.join(empty[:10])}; prune less, or with on_collapse='repair'"
         )
     cut = Cut(graph, follow(graph), effective, nonzero)
+    for sides in cut.labels.sides:
+        if sides.name in computed:
+            labels = torch.cat([sides.rows, sides.columns])
+            cut.give_back(labels, f"{sides.name}: the layer computes its weight from all of it")
     runs = trial_inputs(gm, example_inputs, 0), trial_inputs(gm, example_inputs, 1)
     small = _smallest(gm, graph, cut, runs, exact=exact, fold_constants=fold_constants)
     found = None
@@ -111,6 +117,15 @@ def _compact(
     for name, module in small.named_modules():
         module.train(modes.get(name, modes[""]))
     return small
+
+
+def _computed_weights(graph: ChannelGraph) -> set[str]:
+    """The parameters that some layer reads otherwise than as they are: zeros in them tell nothing."""
+    return {
+        op.weight.name
+        for op in graph.ops
+        if isinstance(op, ir.Kernel) and op.weight.computed and op.weight.name is not None
+    }
 
 
 def _smallest(
@@ -174,7 +189,7 @@ def _removed_sums(
             continue
         node = nodes[op.node]
         source = node.args[0] if node.args else None
-        known = isinstance(source, fx.Node) and source.name in recorded
+        known = is_recorded(graph, source, value, recorded)
         if (
             op.groups > 1
             or shrinking != [last]

@@ -6,7 +6,6 @@ inputs give the numbers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from fxprune.channels.labels import Sides
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut
 
-__all__ = ["Recorded", "fold", "record"]
+__all__ = ["Recorded", "constant_entries", "fold", "is_recorded", "record"]
 
 Recorded = dict[str, tuple[Tensor, Tensor]]
 """By the name of a node: its output in two runs."""
@@ -54,6 +53,14 @@ def constant_entries(values: tuple[Tensor, Tensor], axis: int, gone: Tensor) -> 
     return first, (first == second).all(1)
 
 
+def is_recorded(graph: ChannelGraph, source: Any, value: ir.Value, recorded: Recorded) -> bool:
+    """Whether the numbers of ``value`` are those recorded of the node ``source``."""
+    if not isinstance(source, fx.Node) or source.name not in recorded:
+        return False
+    found = graph.results.get(source.name)
+    return isinstance(found, ir.Value) and found.index == value.index
+
+
 def fold(
     graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, recorded: Recorded, *, fold_constants: bool
 ) -> dict[str, Tensor]:
@@ -78,7 +85,7 @@ def _contribution(
     module: nn.Module | None,
     node: fx.Node,
     cut: Cut,
-    recorded: Mapping[str, tuple[Tensor, Tensor]],
+    recorded: Recorded,
     fold_constants: bool,
 ) -> Tensor | None:
     """The constant that removed input channels add to each output channel of a layer."""
@@ -94,7 +101,7 @@ def _contribution(
     plain = isinstance(module, (nn.Linear, _ConvNd)) and op.groups == 1 and isinstance(weight, Tensor)
     transposed = op.window is not None and op.window.transposed
     source = node.args[0] if node.args else None
-    known = isinstance(source, fx.Node) and source.name in recorded
+    known = is_recorded(cut.graph, source, value, recorded)
     if not plain or transposed or op.weight.view is not None or not known:
         if known and op.weight.view is None:
             assert isinstance(source, fx.Node)

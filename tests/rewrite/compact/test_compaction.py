@@ -1,0 +1,225 @@
+"""Compaction: smaller networks with the outputs of the masked ones, on every small net of the suite."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from nets import NETS
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+import fxprune
+
+KINDS = sorted(NETS)
+
+
+def tensors(x: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor)]
+
+
+def run(model: nn.Module, inputs: Any) -> list[Tensor]:
+    with torch.no_grad():
+        if isinstance(inputs, dict):
+            return tensors(model(**inputs))
+        return tensors(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
+
+
+def assert_same(left: list[Tensor], right: list[Tensor]) -> None:
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right, strict=True):
+        assert a.shape == b.shape
+        assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(a.abs().max()))
+
+
+def drawn(kind: str, seed: int = 0) -> tuple[nn.Module, Any]:
+    """A net of the suite with weights and biases that leave no zeros."""
+    torch.manual_seed(seed)
+    model, inputs = NETS[kind]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_() if parameter.dim() > 1 else parameter.uniform_(0.2, 1.0)
+    return model.eval(), inputs
+
+
+def zero_channels(model: nn.Module, share: float, *, inputs: bool, biases: bool) -> None:
+    """Zero random output (and input) channels of every layer, in the plain eager model."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.Linear, _ConvNd)):
+                weight = module.weight
+                axis = 1 if isinstance(module, _ConvNd) and module.transposed else 0
+                gone = torch.rand(weight.shape[axis]) < share
+                weight.movedim(axis, 0)[gone] = 0
+                if biases and module.bias is not None and len(module.bias) == len(gone):
+                    module.bias[gone] = 0
+                if inputs:
+                    weight.movedim(1 - axis, 0)[torch.rand(weight.shape[1 - axis]) < share] = 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("inputs", "biases"), [(False, False), (True, True)])
+def test_zeroed_channels_go_and_outputs_stay(kind: str, inputs: bool, biases: bool) -> None:
+    model, example = drawn(kind)
+    zero_channels(model, 0.4, inputs=inputs, biases=biases)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        small = fxprune.compact(model, example)
+    except ValueError as error:
+        assert "no path leads" in str(error)
+        return
+    assert_same(run(model, example), run(small, example))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    table = small.meta["fxprune"]["compaction"]
+    assert table.parameters[1] == sum(p.numel() for p in small.parameters()) <= table.parameters[0]
+
+
+@pytest.mark.parametrize(
+    "kind", ["residual", "projection", "conv_chain", "depthwise", "grouped", "pixel_shuffle"]
+)
+def test_channel_masks_are_harvested_whole(kind: str) -> None:
+    model, example = drawn(kind)
+    pruned = fxprune.apply(
+        model, "magnitude", 0.4, granularity="channel", example_inputs=example, progress=False
+    )
+    small = fxprune.compact(pruned)
+    assert_same(run(pruned.eval(), example), run(small, example))
+    kept = {name: int(mask.sum()) for name, mask in fxprune.masks(pruned).items()}
+    table = small.meta["fxprune"]["compaction"]
+    assert {layer.name: layer.weights[1] for layer in table.layers} == kept
+    assert table.given_back == 0
+
+
+def net() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+    return model.eval(), torch.randn(2, 3, 6, 6)
+
+
+def test_the_smaller_network_trains_saves_compiles_and_is_pruned_again() -> None:
+    model, x = net()
+    pruned = fxprune.apply(model, "magnitude", 0.5, granularity="channel", example_inputs=x, progress=False)
+    small = fxprune.compact(pruned).train()
+    optimizer = torch.optim.AdamW(small.parameters())
+    small(x).square().mean().backward()
+    optimizer.step()
+    small.eval()
+    again = fxprune.apply(small, "magnitude", 0.5, granularity="channel", progress=False)
+    smaller = fxprune.compact(again)
+    assert_same(run(again.eval(), x), run(smaller, x))
+    assert sum(p.numel() for p in smaller.parameters()) < sum(p.numel() for p in small.parameters())
+    exported = torch.export.export(smaller, (x,)).module()
+    assert_same(run(smaller, x), tensors(exported(x)))
+
+
+def test_gradients_of_surviving_weights_are_those_of_the_masked_network() -> None:
+    model, x = net()
+    pruned = fxprune.apply(model, "magnitude", 0.5, granularity="channel", example_inputs=x, progress=False)
+    small = fxprune.compact(pruned)
+    for one in (pruned.train(), small.train()):
+        one(x).square().mean().backward()
+    masks = fxprune.masks(pruned)
+    for name, mask in masks.items():
+        whole, part = pruned.get_parameter(name).grad, small.get_parameter(name).grad
+        assert whole is not None
+        assert part is not None
+        assert torch.allclose(whole[mask], part.flatten(), atol=1e-6)
+
+
+def test_other_batch_and_image_sizes() -> None:
+    model, x = net()
+    pruned = fxprune.apply(model, "magnitude", 0.5, granularity="channel", example_inputs=x, progress=False)
+    small = fxprune.compact(pruned)
+    for shape in ((1, 3, 6, 6), (5, 3, 9, 7)):
+        other = torch.randn(shape)
+        assert_same(run(pruned.eval(), other), run(small, other))
+
+
+def test_constants_move_into_biases_where_that_is_exact() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+        model[0].bias[:2] = torch.tensor([0.5, 2.0])
+    x = torch.randn(4, 3)
+    small = fxprune.compact(model, x)
+    assert small.get_submodule("0").weight.shape == (2, 3)
+    assert_same(run(model, x), run(small, x))
+    kept = fxprune.compact(model, x, fold_constants=False)
+    assert kept.get_submodule("0").weight.shape == (4, 3)
+    assert "a constant" in str(kept.meta["fxprune"]["compaction"])
+
+
+def test_a_constant_under_zero_padding_stays_and_is_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1))
+    with torch.no_grad():
+        model[0].weight[0] = 0
+        model[0].bias[0] = 1.0
+    x = torch.randn(1, 2, 5, 5)
+    small = fxprune.compact(model, x)
+    assert small.get_submodule("0").weight.shape[0] == 4
+    assert "a constant under zero padding" in str(small.meta["fxprune"]["compaction"])
+    assert_same(run(model, x), run(small, x))
+
+
+class Normed(nn.Module):
+    """A residual stream under a layer norm."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.up, self.down, self.head = (
+            nn.Linear(4, 8),
+            nn.Linear(8, 12),
+            nn.Linear(12, 8),
+            nn.Linear(8, 3),
+        )
+        self.norm, self.last = norm(8), norm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.down(self.up(self.norm(x)).relu())
+        out: Tensor = self.head(self.last(x))
+        return out
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_norms_compute_what_they_did_over_all_channels(norm: Callable[[int], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = Normed(norm).eval(), torch.randn(2, 5, 4)
+    pruned = fxprune.apply(model, "magnitude", 0.4, granularity="channel", example_inputs=x, progress=False)
+    small = fxprune.compact(pruned)
+    assert small.get_submodule("embed").weight.shape[0] < 8
+    assert_same(run(pruned.eval(), x), run(small, x))
+    plain = fxprune.compact(pruned, exact=False)
+    assert type(plain.get_submodule("norm")) is norm
+    assert run(plain, x)[0].shape == (2, 5, 3)
+
+
+def test_a_standardised_weight_is_left_alone() -> None:
+    model, x = drawn("standard")
+    zero_channels(model, 0.4, inputs=True, biases=True)
+    small = fxprune.compact(model, x)
+    assert_same(run(model, x), run(small, x))
+
+
+def test_bad_input() -> None:
+    model, x = net()
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got a int"):
+        fxprune.compact(3)  # type: ignore[arg-type]
+    with torch.no_grad():
+        model[3].weight.zero_()  # type: ignore[union-attr,operator]
+    with pytest.raises(ValueError, match=r"no path leads from its inputs to its outputs.*3\.weight"):
+        fxprune.compact(model, x)
+
+
+def test_nothing_to_remove_says_so() -> None:
+    model, x = net()
+    small = fxprune.compact(model, x)
+    assert "nothing to remove" in str(small.meta["fxprune"]["compaction"])
+    assert isinstance(small, fx.GraphModule)
+    assert_same(run(model, x), run(small, x))
