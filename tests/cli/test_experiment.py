@@ -1,9 +1,6 @@
 """The comparison of dense, pruned and retrained networks, and the command that prints it."""
 
-import doctest
-import importlib
 import json
-import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,6 @@ import torch
 from torch.utils.data import TensorDataset
 from training import nets
 
-import fxprune.training
 from fxprune import zoo
 from fxprune.cli import run
 from fxprune.cli.experiment import Recipe, accuracy, compare
@@ -156,16 +152,3 @@ def test_networks_of_ones_own_and_of_timm(tmp_path: Path, capsys: Any) -> None:
     ):
         assert run(["train", "zoo:resnet20", "--variants", "A", *flags]) == 2
         assert words in capsys.readouterr().err
-
-
-def test_examples_in_the_docstrings() -> None:
-    found = [name for _, name, _ in pkgutil.iter_modules(fxprune.training.__path__)]
-    attempted = 0
-    for name in ["fxprune.zoo", "fxprune.rewrite.files.tickets", "fxprune.rewrite.files.packing", *found]:
-        if name.endswith("_callback"):
-            continue
-        full = name if "." in name else f"fxprune.training.{name}"
-        result = doctest.testmod(importlib.import_module(full))
-        assert result.failed == 0, name
-        attempted += result.attempted
-    assert attempted > 20

@@ -12,7 +12,7 @@ import fxprune
 from fxprune.training import Pruner
 from training import nets
 
-EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
 def example(name: str) -> Any:
@@ -160,7 +160,7 @@ def test_transformers_example() -> None:
 @pytest.mark.parametrize("library", ["lightning", "transformers"])
 def test_units_are_epochs_or_steps(library: str) -> None:
     pytest.importorskip(library)
-    module = importlib.import_module(f"fxprune.training.{library}_callback")
+    module = importlib.import_module(f"fxprune.training.callbacks.{library}")
     with pytest.raises(ValueError, match="every='batch'"):
         module.PruningCallback(None, every="batch")
 
@@ -170,6 +170,6 @@ def test_a_missing_library_is_named(library: str, monkeypatch: pytest.MonkeyPatc
     import sys
 
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.delitem(sys.modules, f"fxprune.training.{library}_callback", raising=False)
+    monkeypatch.delitem(sys.modules, f"fxprune.training.callbacks.{library}", raising=False)
     with pytest.raises(ImportError, match=rf"fxprune\[{library}\]"):
-        importlib.import_module(f"fxprune.training.{library}_callback")
+        importlib.import_module(f"fxprune.training.callbacks.{library}")
