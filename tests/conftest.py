@@ -1,11 +1,16 @@
-"""Seed every test by its name, and shuffle the tests where that is asked for: ``pytest --shuffle SEED``."""
+"""Seed every test by its name, shuffle the tests where that is asked for: ``pytest --shuffle SEED``."""
 
 import random
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from fxprune.methods import Scores
+from fxprune.scoring import contract
+from fxprune.sparsity.masks import Masks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,3 +30,17 @@ def seeded(request: pytest.FixtureRequest) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[Scores]:
+    """The scores that methods hand to selection."""
+    seen: list[Scores] = []
+    select = contract.select
+
+    def recording(scores: Scores, *args: Any, **kwargs: Any) -> Masks:
+        seen.append(scores)
+        return select(scores, *args, **kwargs)
+
+    monkeypatch.setattr(contract, "select", recording)
+    return seen

@@ -187,9 +187,11 @@ def select_within(problem: Problem, scores: Scores, budget: Budget, within: Mask
 def fixed_magnitudes(problem: Problem, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """|w| of the graph's parameters that are not to be pruned, beside ``problem.weights`` on their device.
 
-    They are dense, but paths do not go through zeros.
+    They are dense, but paths do not go through zeros. Weights on the meta device, of a model that is split,
+    say nothing of where values are: then they are on the device of the problem.
     """
-    device = next((weight.device for weight in problem.weights.values()), problem.device)
+    weight = next(iter(problem.weights.values()), None)
+    device = problem.device if weight is None or weight.is_meta else weight.device
     return {
         name: problem.model.get_parameter(name).detach().abs().to(device, dtype)
         for name in problem.graph.kernels

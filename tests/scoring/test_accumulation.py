@@ -9,6 +9,7 @@ from torch import nn
 
 from fxprune import methods
 from fxprune.methods import Scores
+from fxprune.scoring import gradients
 
 X = torch.randn(7, 3, generator=torch.Generator().manual_seed(4)).double()
 Y = torch.arange(7) % 3
@@ -70,7 +71,7 @@ def test_a_micro_batch_has_samples() -> None:
 
 def test_layers_that_are_whole_are_not_copied() -> None:
     asked = problem(net(), 0.5)
-    found = methods.gradients.masked(asked, asked.masks)  # type: ignore[attr-defined]
+    found = gradients.masked(asked, asked.masks)
     assert all(found[name].data_ptr() == weight.data_ptr() for name, weight in asked.weights.items())
 
 

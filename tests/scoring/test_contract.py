@@ -1,4 +1,5 @@
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import TypeVar
 
@@ -7,7 +8,10 @@ import torch
 from methods.problems import problem, toy_a
 from torch import nn
 
+from fxprune.capture import capture
+from fxprune.lowering import lower
 from fxprune.methods import Method, Problem, Scores, from_scores, prune_in_rounds
+from fxprune.scoring.contract import fixed_magnitudes
 from fxprune.sparsity.granularity import NM, Block
 from fxprune.sparsity.masks import Masks, is_subset, kept, total
 from fxprune.sparsity.schedule import Exponential, Linear, OneShot
@@ -174,3 +178,11 @@ def test_prune_in_rounds_is_the_same_door() -> None:
     masks = prune_in_rounds(asked, size, schedule=OneShot(), regrow=False, name="size")
     # |w| = 1 1 2 1 | 1 2, three of six: the twos, then the first of the ones.
     assert [mask.tolist() for mask in masks.values()] == [[[True, False], [True, False]], [[False, True]]]
+
+
+def test_fixed_magnitudes_have_values_beside_weights_that_have_none() -> None:
+    gm = capture(net(), torch.ones(1, 8))
+    asked = problem(gm, 0.5, graph=lower(gm))
+    split = replace(asked, weights={"0.weight": asked.weights["0.weight"].to("meta")})
+    (found,) = fixed_magnitudes(split).values()
+    assert torch.equal(found, asked.weights["2.weight"].abs())

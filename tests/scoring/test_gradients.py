@@ -8,6 +8,7 @@ from methods.problems import TOY_A_DATA, half_square, problem, toy_a
 from torch import nn
 
 from fxprune import methods
+from fxprune.scoring.data import batches as some_batches
 from fxprune.scoring.gradients import masked, mean_gradients, scoring
 from fxprune.sparsity.masks import Masks, dense, is_subset, total
 from fxprune.sparsity.schedule import Exponential
@@ -81,7 +82,7 @@ def test_snip_of_toy_a(kept: int, expected: list[Any]) -> None:
 def test_gradients_of_toy_a() -> None:
     # z = (1, 5), f = -9, L = 40.5; dL/dW1 = [[-18, -9], [36, 18]], dL/dW2 = [[-9, -45]].
     asked = problem(toy_a(), data=[TOY_A_DATA], loss_fn=half_square)
-    some = methods._data.batches(asked, 1, "test")  # type: ignore[attr-defined]
+    some = some_batches(asked, 1, "test")
     with scoring(asked, "eval"):
         found = mean_gradients(asked, masked(asked, asked.masks), some, "test")
     assert [g.tolist() for g in found.values()] == [[[-18, -9], [36, 18]], [[-9, -45]]]
