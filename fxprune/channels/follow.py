@@ -188,8 +188,6 @@ class _Follower:
             if any(own <= set(other.axes) or own >= set(other.axes) for other in found):
                 self.labels.fix(factor.labels, self._because("channels along two axes become one axis"))
                 continue
-            # Entries that are filled in along an axis of channels have no parameter to be removed with.
-            factor = Factor(factor.axes, factor.labels.where(factor.labels != FILLED, FIXED))
             self._label_moved_constants(op, factor)
             found.append(factor)
             if len(factor.axes) > 1:

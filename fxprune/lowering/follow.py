@@ -60,7 +60,10 @@ def reads_of_result(
     if kind in norm.table.rules:
         return joined(parts, _normed(kind, sources, operands[0]))
     if kind in pointwise.table.rules:
-        shape = torch.broadcast_shapes(*(x.shape for x in operands))  # type: ignore[no-untyped-call]
+        try:
+            shape = torch.broadcast_shapes(*(x.shape for x in operands))  # type: ignore[no-untyped-call]
+        except RuntimeError:  # an operand that lends its type alone
+            return lost(parts)
         return joined(parts, lambda _, own: own.expand(shape))
     return lost(parts)
 

@@ -240,7 +240,7 @@ class _Walk:
                 if self.build.strict:
                     raise
                 text = " ".join(str(error).split())
-                reason = f"rule {_describe(rule)} raised {type(error).__name__}: {text}"
+                reason = f"rule {rule.__name__} raised {type(error).__name__}: {text}"
             self.build.restore(before)
         return self._opaque(operands, result if in_place else val, reason, module)
 
