@@ -23,6 +23,7 @@ from fxprune.capture.fidelity.guards import guard_constants, guard_decisions, gu
 from fxprune.capture.fidelity.merge import merge
 from fxprune.capture.modes import Switches
 from fxprune.capture.module import CapturedModule
+from fxprune.capture.tracer.isolation import ModelState
 from fxprune.capture.tracer.meta_values import Shadows, map_structure
 from fxprune.capture.tracer.tape import DtypeOf
 from fxprune.capture.tracer.trace import Trace, remove_dead_code, trace
@@ -66,6 +67,9 @@ class _Search:
     refusal: str = ""
     one_image_size: bool = False
     one_batch_size: bool = False
+
+    def __post_init__(self) -> None:
+        self.state = ModelState(self.model)
 
     def run(self) -> Faithful:
         while True:
@@ -192,7 +196,7 @@ class _Search:
         try:
             result = trace(
                 self.model, args, kwargs, training=training, whole=frozenset(self.whole),
-                shadows=Shadows(self.model, dtypes, self.known), rehearsed=rehearsed,
+                shadows=Shadows(self.model, dtypes, self.known), state=self.state, rehearsed=rehearsed,
             )  # fmt: skip
         except TRACE_ERRORS as error:
             if strict:

@@ -1,8 +1,4 @@
-"""The model as it was: what a trace changes is put back, and told.
-
-In: a model. Out: a context after which its attributes, flags, buffers and the random number generators
-are what they were before, and the names of the modules whose ``forward`` had changed something.
-"""
+"""Restore what a trace changes: the model, everything else its code can write, and random generators."""
 
 from __future__ import annotations
 
@@ -16,44 +12,58 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["dice", "throw_back", "untouched"]
+from fxprune.capture.tracer.reachable import CACHED, HOOK_TABLES, Place, Reachable
+from fxprune.capture.tracer.snapshots import content, difference, restore
 
-# Hooks that the model hangs up while it runs are called while it is traced.
-HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
-TABLES = ("_parameters", "_buffers", "_modules")
+__all__ = ["ModelState", "restore_rng", "rng_state"]
 
 
-@contextmanager
-def untouched(
-    model: nn.Module, changed: dict[str, str], allowed: Callable[[Any, Any], bool] = operator.is_
-) -> Iterator[None]:
-    """Undo what happens to ``model`` inside.
+class ModelState:
+    """The state of ``model`` and of all that its code can write, as it is when this object is made.
 
-    ``changed`` gets, for every module that wrote an attribute of itself, the name of it. ``allowed`` says
-    of an old and a new value that this is no such change.
+    ``places`` are where cached and scripted functions are found.
     """
-    saved = [(path, _copies(vars(module))) for path, module in model.named_modules()]
-    state, others = torch.get_rng_state(), dice()
-    try:
-        yield
-    finally:
-        for path, copies in saved:
-            for owner, container, copy in copies:
-                name = _difference(container, copy, allowed)
-                if name is not None and owner not in HOOK_TABLES:
-                    changed.setdefault(path, owner or name)
-                _restore(container, copy)
-        torch.set_rng_state(state)
-        throw_back(others)
+
+    def __init__(self, model: nn.Module) -> None:
+        found = Reachable(model)
+        self.places: list[Place] = found.places
+        self._saved = [(container, content(container.value)) for container in found.containers]
+        self._caches = {id(place.function): place.function for place in found.places}
+        self._misses = {key: _misses(function) for key, function in self._caches.items()}
+        self._rng = torch.get_rng_state(), rng_state()
+
+    @contextmanager
+    def restored(
+        self, changed: dict[str, str], allowed: Callable[[Any, Any], bool] = operator.is_
+    ) -> Iterator[None]:
+        """Restore the state on leaving.
+
+        ``changed`` gets, for every module that wrote an attribute of itself, the name of it; the key ""
+        stands for globals, too. ``allowed`` says of an old and a new value that this is no such change.
+        """
+        try:
+            yield
+        finally:
+            self.restore(changed, allowed)
+
+    def restore(
+        self, changed: dict[str, str] | None = None, allowed: Callable[[Any, Any], bool] = operator.is_
+    ) -> None:
+        """Restore the state; the arguments are those of :meth:`restored`."""
+        for container, old in self._saved:
+            name = difference(container.value, old, allowed)
+            if name is not None and changed is not None and container.owner.name not in HOOK_TABLES:
+                changed.setdefault(container.owner.path or "", container.owner.name or name)
+            restore(container.value, old)
+        for key, function in self._caches.items():
+            if _misses(function) != self._misses[key]:
+                function.cache_clear()
+                self._misses[key] = _misses(function)
+        torch.set_rng_state(self._rng[0])
+        restore_rng(self._rng[1])
 
 
-def dice() -> tuple[Any, ...]:
+def rng_state() -> tuple[Any, ...]:
     """The state of the random generators of Python and numpy: comparable, and equal while nobody draws."""
     numpy = sys.modules.get("numpy")
     if numpy is None:
@@ -62,8 +72,8 @@ def dice() -> tuple[Any, ...]:
     return random.getstate(), (kind, key.tobytes(), *rest)
 
 
-def throw_back(state: tuple[Any, ...]) -> None:
-    """Undo draws: back to what :func:`dice` gave."""
+def restore_rng(state: tuple[Any, ...]) -> None:
+    """Undo draws: set the generators to what :func:`rng_state` returned."""
     random.setstate(state[0])
     if len(state) > 1:
         numpy = sys.modules["numpy"]
@@ -71,40 +81,5 @@ def throw_back(state: tuple[Any, ...]) -> None:
         numpy.random.set_state((kind, numpy.frombuffer(key, dtype=numpy.uint32), *rest))
 
 
-def _copies(attributes: dict[str, Any]) -> list[tuple[str | None, Any, Any]]:
-    """The attributes and the containers among them, with copies. The attributes are put back first.
-
-    A container goes by its own name, the tables of torch (``_buffers``) by that of the entry that changed.
-    """
-    found: list[tuple[str | None, Any, Any]] = [(None, attributes, attributes.copy())]
-    for name, value in attributes.items():
-        if isinstance(value, list | dict | set):
-            found.append((None if name in TABLES else name, value, value.copy()))
-    return found
-
-
-def _difference(container: Any, copy: Any, allowed: Callable[[Any, Any], bool]) -> str | None:
-    if isinstance(container, dict):
-        for key in {**copy, **container}:
-            before, after = copy.get(key), container.get(key)
-            if before is not after and key != "training" and not allowed(before, after):
-                return str(key)
-        return None
-    if isinstance(container, list):
-        same = len(container) == len(copy) and all(map(operator.is_, container, copy))
-    else:
-        same = container == copy
-    return None if same else type(container).__name__
-
-
-def _restore(container: Any, copy: Any) -> None:
-    if isinstance(container, dict):
-        if len(container) == len(copy) and all(map(operator.is_, container.values(), copy.values())):
-            return
-        container.clear()
-        container.update(copy)
-    elif isinstance(container, list):
-        container[:] = copy
-    elif container != copy:
-        container.clear()
-        container.update(copy)
+def _misses(function: Any) -> int:
+    return int(function.cache_info().misses) if isinstance(function, CACHED) else 0

@@ -17,7 +17,7 @@ from torch import nn
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError, failing_method, first_line, where
 from fxprune.capture.leaves import has_hooks, is_compiled, is_leaf
 from fxprune.capture.tracer.call_targets import MethodCall
-from fxprune.capture.tracer.isolation import dice, throw_back
+from fxprune.capture.tracer.isolation import restore_rng, rng_state
 from fxprune.capture.tracer.patches import replaced
 from fxprune.capture.tracer.recorder import Recorder
 from fxprune.capture.tracer.sample_values import needs_numbers
@@ -103,14 +103,14 @@ class Caller:
 
     def inside(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tape = self.recorder.tape
-        mark, before = tape.checkpoint(), self.dice()
+        mark, before = tape.checkpoint(), self.rng_state()
         try:
             with ExitStack() as stack:
                 if module is not self.root:
                     stack.enter_context(tape.inside(path, module))
                 result = module.forward(*args, **kwargs)
-            if self.dice() != before:
-                throw_back(before)
+            if self.rng_state() != before:
+                restore_rng(before)
                 raise CaptureError("its forward draws random numbers outside PyTorch, which a graph cannot")
             return result
         except TRACE_ERRORS:
@@ -151,17 +151,17 @@ class Caller:
 
         return call
 
-    def dice(self) -> tuple[Any, ...]:
-        return dice() if self.setting.watching else ()
+    def rng_state(self) -> tuple[Any, ...]:
+        return rng_state() if self.setting.watching else ()
 
     def leaf(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One node for a module, which may draw what it likes."""
-        before = self.dice()
+        before = self.rng_state()
         try:
             return self.recorder.leaf(path, module, args, kwargs)
         finally:
             if self.setting.watching:
-                throw_back(before)
+                restore_rng(before)
 
     def as_compiler(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.compiling = True

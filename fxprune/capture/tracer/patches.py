@@ -8,24 +8,23 @@ stumble over.
 from __future__ import annotations
 
 import functools
+import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import FunctionType, ModuleType
+from types import CellType
 from typing import Any
 
 import torch
-from torch import nn
 from torch.amp.autocast_mode import _exit_autocast
 
 from fxprune.capture.errors import TRACE_ERRORS
 from fxprune.capture.tracer.call_targets import AutogradCall, ScriptedCall
+from fxprune.capture.tracer.reachable import ATOMS, Place
 from fxprune.capture.tracer.recorder import Recorder
 from fxprune.capture.tracer.sample_values import MadeUp, needs_numbers
 
 __all__ = ["patched_functions", "replaced"]
-
-FOREIGN = frozenset(("torch", "builtins", "numpy", "typing", "fxprune", "functools", "collections", "math"))
 
 
 @contextmanager
@@ -44,18 +43,26 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def patched_functions(recorder: Recorder, model: nn.Module) -> Iterator[None]:
-    """Everything in this file, for the code of ``model``."""
+def patched_functions(recorder: Recorder, places: Iterable[Place]) -> Iterator[None]:
+    """Replace what PyTorch does not report, and the cached and scripted functions at ``places``."""
     with ExitStack() as stack:
         stack.enter_context(replaced(torch.autograd.Function, "apply", _apply(recorder)))
         stack.enter_context(replaced(torch.autocast, "__enter__", _enter(recorder)))
         stack.enter_context(replaced(torch.autocast, "__exit__", _exit(recorder)))
-        for owner, name, value in _special(model):
-            if isinstance(value, torch.jit.ScriptFunction):
-                stack.enter_context(replaced(owner, name, _scripted(recorder, owner, name, value)))
-            else:
-                stack.enter_context(replaced(owner, name, value.__wrapped__))
+        for place in places:
+            if isinstance(place.function, torch.jit.ScriptFunction):
+                home = _home(place.holder)
+                if home is not None:
+                    stack.enter_context(_replaced_place(place, _scripted(recorder, home, place)))
+            elif isinstance(place.holder, dict | list | type | CellType):
+                stack.enter_context(_replaced_place(place, _without_tensors(place.function)))
         yield
+
+
+def _home(holder: Any) -> str | None:
+    """The Python module whose globals a dict is."""
+    name = holder.get("__name__") if isinstance(holder, dict) else None
+    return name if isinstance(name, str) and vars(sys.modules.get(name, object)) is holder else None
 
 
 def _apply(recorder: Recorder) -> Any:
@@ -73,8 +80,9 @@ def _apply(recorder: Recorder) -> Any:
     return classmethod(apply)
 
 
-def _scripted(recorder: Recorder, owner: Any, name: str, function: Any) -> Callable[..., Any]:
-    target = ScriptedCall(owner.__name__, name, function)
+def _scripted(recorder: Recorder, home: str, place: Place) -> Callable[..., Any]:
+    function = place.function
+    target = ScriptedCall(home, place.key, function)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch._C.DisableTorchFunction():
@@ -112,28 +120,43 @@ def _exit(recorder: Recorder) -> Callable[..., Any]:
     return leave
 
 
-def _special(model: nn.Module) -> list[tuple[Any, str, Any]]:
-    """Cached and scripted functions that the model's code can reach by name."""
-    kinds = (functools._lru_cache_wrapper, torch.jit.ScriptFunction)
-    classes = {base for module in model.modules() for base in type(module).__mro__ if _ours(base.__module__)}
-    found: list[tuple[Any, str, Any]] = [
-        (owner, n, v) for owner in classes for n, v in vars(owner).items() if isinstance(v, kinds)
-    ]
-    seen: dict[str, ModuleType] = {}
-    pending = [owner.__module__ for owner in classes]
-    while pending:
-        name = pending.pop()
-        module = sys.modules.get(name)
-        if name in seen or module is None or not _ours(name):
-            continue
-        seen[name] = module
-        for key, value in list(vars(module).items()):
-            if isinstance(value, kinds):
-                found.append((module, key, value))
-            elif isinstance(value, FunctionType):
-                pending.append(value.__module__)
-    return found
+def _without_tensors(function: Any) -> Callable[..., Any]:
+    """A stand-in for a cached function that takes from the cache only what holds no tensor."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling() and _is_literal((args, kwargs)):
+            hits = function.cache_info().hits
+            result = function(*args, **kwargs)
+            if function.cache_info().hits == hits or _is_literal(result):
+                return result
+        return function.__wrapped__(*args, **kwargs)
+
+    for name in ("cache_info", "cache_clear", "cache_parameters"):
+        setattr(call, name, getattr(function, name))
+    return call
 
 
-def _ours(module: str) -> bool:
-    return module.split(".")[0] not in FOREIGN
+def _is_literal(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_literal(item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_literal(item) for item in value.values())
+    return type(value) in ATOMS
+
+
+@contextmanager
+def _replaced_place(place: Place, function: Any) -> Iterator[None]:
+    """``function`` stands where a cached or scripted function was found."""
+    entry = place.entry
+    if isinstance(entry, staticmethod | classmethod):
+        function = type(entry)(function)
+    elif type(entry) is property:
+        function = property(function, entry.fset, entry.fdel)
+    holder: Any = place.holder
+    write = setattr if isinstance(holder, type | CellType) else operator.setitem
+    write(holder, place.key, function)
+    try:
+        yield
+    finally:
+        write(holder, place.key, entry)

@@ -10,6 +10,7 @@ import inspect
 import itertools
 from collections.abc import Mapping
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.capture.leaves import has_hooks
-from fxprune.capture.tracer.isolation import dice, untouched
+from fxprune.capture.tracer.isolation import ModelState, rng_state
 from fxprune.capture.tracer.meta_values import Shadows
 from fxprune.capture.tracer.module_calls import Caller, Setting
 from fxprune.capture.tracer.patches import patched_functions, replaced
@@ -54,6 +55,7 @@ def trace(
     training: bool,
     whole: frozenset[str] = frozenset(),
     shadows: Shadows | None = None,
+    state: ModelState | None = None,
     rehearsed: bool = False,
 ) -> Trace:
     """Record ``model(*args, **kwargs)``; ``whole`` names modules that are not entered.
@@ -63,14 +65,19 @@ def trace(
     shadows = shadows or Shadows(model)
     hooked = frozenset(id(module) for module in model.modules() if has_hooks(module))
     changed: dict[str, str] = {}
-    with untouched(model, changed, shadows.written):
+    state = state or ModelState(model)
+
+    def run(setting: Setting) -> Trace:
+        return copy_context().run(_run, model, args, kwargs, setting, shadows, state)
+
+    with state.restored(changed, shadows.written):
         _set_training(model, training)
         if rehearsed:
-            _run(model, args, kwargs, Setting(whole, hooked), shadows)
-        before = dice()
-        result = _run(model, args, kwargs, Setting(whole, hooked), shadows)
-        if dice() != before:
-            result = _run(model, args, kwargs, Setting(whole, hooked, watching=True), shadows)
+            run(Setting(whole, hooked))
+        before = rng_state()
+        result = run(Setting(whole, hooked))
+        if rng_state() != before:
+            result = run(Setting(whole, hooked, watching=True))
     leaves = {str(node.target) for node in result.graph.nodes if node.op == "call_module"}
     for path, name in changed.items():
         atoms = path.split(".")
@@ -80,7 +87,12 @@ def trace(
 
 
 def _run(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], setting: Setting, shadows: Shadows
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    setting: Setting,
+    shadows: Shadows,
+    state: ModelState,
 ) -> Trace:
     recorder = _recorder(model, shadows)
     tape = recorder.tape
@@ -89,7 +101,7 @@ def _run(
     caller = Caller(recorder, model, setting)
     with ExitStack() as stack:
         stack.enter_context(replaced(nn.Module, "__call__", caller.replacement()))
-        stack.enter_context(patched_functions(recorder, model))
+        stack.enter_context(patched_functions(recorder, state.places))
         stack.enter_context(torch.enable_grad())
         with recorder:
             out = caller.enter("", model, arguments, options)
@@ -99,13 +111,13 @@ def _run(
 
 def shapes_only(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Evaluate the model in shapes, unrecorded: raises what it says itself to these inputs."""
-    recorder = _recorder(model, Shadows(model))
+    recorder, state = _recorder(model, Shadows(model)), ModelState(model)
     with ExitStack() as stack:
-        stack.enter_context(untouched(model, {}))
+        stack.enter_context(state.restored({}))
         _set_training(model, False)
         caller = Caller(recorder, model, Setting())
         stack.enter_context(replaced(nn.Module, "__call__", caller.replacement()))
-        stack.enter_context(patched_functions(recorder, model))
+        stack.enter_context(patched_functions(recorder, state.places))
         with recorder, recorder.paused():
             model.forward(*args, **kwargs)
 

@@ -1,0 +1,104 @@
+"""Check that capture leaves a model as it was: what it computes, its state, and everything its code can reach."""
+
+import gc
+import random
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from capture.faithful import tensors
+from fxprune.capture import CaptureError, capture
+from fxprune.capture.tracer.traced_numbers import TracedFloat, TracedInt
+
+
+def shape_only() -> set[int]:
+    """The ids of all tensors on the meta device and all traced numbers that are alive."""
+    gc.collect()
+    kinds = (TracedInt, TracedFloat)
+    return {
+        id(x)
+        for x in gc.get_objects()
+        if type(x) in kinds or (issubclass(type(x), Tensor) and Tensor.device.__get__(x).type == "meta")
+    }
+
+
+def outputs(model: nn.Module, inputs: dict[str, Any] | tuple[Any, ...], *, training: bool) -> list[Tensor]:
+    """What the model returns under a seed, or nothing if it refuses these inputs in this mode."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    seed()
+    try:
+        model.train(training)
+        with torch.no_grad():
+            result = model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    except (RuntimeError, ValueError) as error:
+        assert "meta" not in str(error)
+        return []
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        now = dict(model.named_buffers())
+        for name, buffer in buffers.items():
+            if now[name].shape == buffer.shape:
+                now[name].copy_(buffer)
+    return tensors(result)
+
+
+def seed() -> None:
+    torch.manual_seed(0)
+    numpy.random.seed(0)
+    random.seed(0)
+
+
+def random_states() -> tuple[Any, ...]:
+    kind, key, *rest = numpy.random.get_state()
+    return torch.get_rng_state().tolist(), random.getstate(), kind, key.tolist(), rest
+
+
+def assert_untouched(
+    build: Callable[[], nn.Module], inputs: dict[str, Any] | tuple[Any, ...], *, fresh_first: bool = False
+) -> None:
+    """Capture a fresh model and one that has run: both compute the same as one that was never captured.
+
+    ``fresh_first``: the model fills a cache at its first run which all models share, so the capture comes first.
+    """
+    seed()
+    model = build()
+    wanted: dict[bool, list[Tensor]] = {}
+    for _ in range(2):
+        if wanted or not fresh_first:
+            runs = {training: outputs(model, inputs, training=training) for training in (False, True)}
+            wanted = wanted or runs
+            assert_captured_untouched(model, inputs)
+        if not fresh_first:
+            seed()
+            model = build()
+        assert_captured_untouched(model, inputs)
+        for training in (False, True):
+            got = outputs(model, inputs, training=training)
+            want = wanted.setdefault(training, got)
+            assert len(got) == len(want)
+            assert all(torch.equal(a, b) or (a != a).any() for a, b in zip(got, want, strict=True))
+
+
+def assert_captured_untouched(model: nn.Module, inputs: dict[str, Any] | tuple[Any, ...]) -> None:
+    """State, modes and random numbers are as before, and nothing shape-only is left."""
+    seed()
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    draws, alive = random_states(), shape_only()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with suppress(CaptureError, ValueError):
+            capture(model, inputs)
+    assert random_states() == draws
+    assert [module.training for module in model.modules()] == modes
+    assert not shape_only() - alive, "something that has no numbers is still reachable"
+    now = model.state_dict()
+    assert list(now) == list(state)
+    assert all(torch.equal(now[name], value) for name, value in state.items())
