@@ -34,7 +34,9 @@ IMAGE_MODELS: dict[str, dict[str, Any]] = {
     "ConvNextModel": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
     "ConvNextV2Model": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
     "ResNetModel": {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
-    "RegNetModel": {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "groups_width": 8},
+    "RegNetModel": {
+        "embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "groups_width": 8,
+    },
     "SwinModel": {"image_size": 64, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 4},
     "SegformerModel": {
         "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2],
@@ -59,7 +61,7 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
     "GemmaModel": {**TEXT, **KEYS, "head_dim": 8},
     "PhiModel": TEXT,
 }
-FAST = ["SegformerModel", "BertModel", "GPT2Model"]
+FAST = ["SegformerModel", "ResNetModel", "BertModel", "GPT2Model"]
 
 
 def rt_detr() -> nn.Module:

@@ -6,10 +6,11 @@ In: a model, its arguments (meta tensors), the mode to trace in and the modules 
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,8 +101,7 @@ def _run(
     arguments, options = _inputs(tape, model, args, kwargs)
     caller = Caller(recorder, model, setting)
     with ExitStack() as stack:
-        stack.enter_context(replaced(nn.Module, "__call__", caller.replacement()))
-        stack.enter_context(patched_functions(recorder, state.places))
+        stack.enter_context(_patched(caller, state))
         stack.enter_context(torch.enable_grad())
         with recorder:
             out = caller.enter("", model, arguments, options)
@@ -115,11 +115,21 @@ def shapes_only(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     with ExitStack() as stack:
         stack.enter_context(state.restored({}))
         _set_training(model, False)
-        caller = Caller(recorder, model, Setting())
-        stack.enter_context(replaced(nn.Module, "__call__", caller.replacement()))
-        stack.enter_context(patched_functions(recorder, state.places))
+        stack.enter_context(_patched(Caller(recorder, model, Setting()), state))
         with recorder, recorder.paused():
             model.forward(*args, **kwargs)
+
+
+@contextmanager
+def _patched(caller: Caller, state: ModelState) -> Iterator[None]:
+    """Replace the calls of modules, and all functions that PyTorch does not report, while a model runs."""
+    # Some operations import it when they first run, and it keeps the ``nn.Module.__call__`` of that moment.
+    importlib.import_module("torch._dynamo")
+    with (
+        replaced(nn.Module, "__call__", caller.replacement()),
+        patched_functions(caller.recorder, state.places),
+    ):
+        yield
 
 
 def _set_training(model: nn.Module, training: bool) -> None:
