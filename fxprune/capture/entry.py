@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from fxprune.capture.attributes import Attributes, restored_attributes
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError, first_line, where
 from fxprune.capture.fidelity.compare import Differences
 from fxprune.capture.fidelity.search import faithful_graph, settle_types
@@ -72,13 +74,19 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     return assemble(model, found.graph, found.extra)
 
 
-def capture_leaf(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> fx.GraphModule:
+def capture_leaf(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    attributes: Mapping[str, Attributes] = MappingProxyType({}),
+) -> fx.GraphModule:
     """The inside of one module in evaluation mode, whether or not :func:`capture` would enter it.
 
     Args:
         module: the module to open. Those of torch.nn inside it stay whole.
         args: its positional arguments; tensors count by their shape and type.
         kwargs: its keyword arguments.
+        attributes: those that it and the modules in it had when its model was captured, by path.
 
     Raises:
         CaptureError: it cannot be traced, or has hooks that may change what it returns.
@@ -92,7 +100,8 @@ def capture_leaf(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     if has_hooks(module):
         raise CaptureError(f"{type(module).__name__} has hooks, which may change what it returns")
     try:
-        found = trace(module, _shapes(tuple(args)), _shapes(dict(kwargs)), training=False)
+        with restored_attributes(module, attributes):
+            found = trace(module, _shapes(tuple(args)), _shapes(dict(kwargs)), training=False)
     except TRACE_ERRORS as error:
         raise CaptureError(
             f"{type(module).__name__}: {first_line(error)} ({where(error, module)})"

@@ -17,9 +17,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.fx.node import _get_qualified_name, map_arg
 
+from fxprune.capture.attributes import Attributes, attributes_of
 from fxprune.capture.leaves import has_hooks
 
-__all__ = ["CapturedModule", "assemble"]
+__all__ = ["CapturedModule", "assemble", "leaf_attributes"]
 
 # What a module does around its forward, and with its state dict: the graph does the same.
 HOOK_TABLES = (
@@ -41,7 +42,10 @@ class CapturedModule(fx.GraphModule):
     """A captured model: an ``fx.GraphModule`` with the model's own submodules, parameters and keys.
 
     Copying and pickling keep the graph, ``node.meta["val"]``, tied weights, hooks and non-persistent buffers.
+    ``leaf_attributes`` are the attributes, at the time of the capture, of each leaf and of the modules in it.
     """
+
+    leaf_attributes: dict[str, dict[str, Attributes]]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         result = CapturedModule.__new__(CapturedModule)
@@ -80,8 +84,15 @@ def assemble(model: nn.Module, graph: fx.Graph, extra: dict[str, Any]) -> Captur
         # Its hooks may read any attribute of the model.
         others = {key: value for key, value in vars(model).items() if key not in ("forward", "_graph")}
         vars(result).update({key: value for key, value in others.items() if key not in vars(result)})
+    targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    vars(result)["leaf_attributes"] = {path: attributes_of(result.get_submodule(path)) for path in targets}
     graph.lint()
     return result
+
+
+def leaf_attributes(gm: fx.GraphModule, node: fx.Node) -> dict[str, Attributes]:
+    """Find the attributes that the leaf of ``node`` had at the capture; none if ``gm`` was not captured."""
+    return gm.leaf_attributes.get(str(node.target), {}) if isinstance(gm, CapturedModule) else {}
 
 
 def _fill(result: CapturedModule, name: str, state: dict[str, Any], graph: fx.Graph) -> CapturedModule:

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.capture import CaptureError, capture_leaf
 from fxprune.capture.leaves import dense_class
+from fxprune.capture.module import leaf_attributes
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.aliases import Memory, written
@@ -301,7 +302,7 @@ class _Walk:
         # The fused path of nn.TransformerEncoderLayer hides its layers.
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            inner = capture_leaf(module, meta_args, meta_kwargs)
+            inner = capture_leaf(module, meta_args, meta_kwargs, leaf_attributes(self.gm, node))
         except CaptureError as error:
             return self._opaque(operands, node.meta["val"], f"inside of {layer}: {error}", module)
         finally:

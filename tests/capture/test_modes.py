@@ -147,3 +147,19 @@ def test_flags_are_the_models() -> None:
     assert [m.training for m in model.modules()] == [False, False, True, True, True]
     gm.train()
     assert all(module.training for module in gm.modules())
+
+
+class ReadsMoreInEvaluation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.0, 2, 3, 4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = (x * self.scale).narrow(1, 0, 2 if self.training else 4)
+        out = kept.sum(1)
+        return out if self.training else out + (kept * self.scale).mean(1)
+
+
+def test_what_evaluation_does_to_another_shape_does_not_run_in_training() -> None:
+    gm = assert_faithful(ReadsMoreInEvaluation(), (4,))
+    assert "ModeBranch" in kinds(gm)

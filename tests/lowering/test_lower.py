@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from typing import Any
 
@@ -387,3 +388,30 @@ def test_a_chunk_of_a_parameter_is_that_parameter() -> None:
     assert [ref.name for ref in refs] == ["qkv.weight"] * 3
     for ref, part in zip(refs, weight.chunk(3), strict=True):
         assert torch.equal(ref.operand(lambda _: weight), part)
+
+
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.tables: dict[tuple[int, ...], Tensor] = {}
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        if tuple(x.shape) not in self.tables:
+            self.tables[tuple(x.shape)] = self.scale * 2
+        return x * self.tables[tuple(x.shape)] * self.calls
+
+
+@pytest.mark.filterwarnings("ignore:capture.*kept whole")
+def test_what_runs_after_the_capture_does_not_change_the_graph() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), Remembers()), torch.ones(2, 4)
+    gm = capture(model, x)
+    before = lower(gm)
+    with torch.no_grad():
+        model(x)
+    assert lower(gm) == before
+    assert lower(pickle.loads(pickle.dumps(gm))) == before
+    assert model[1].calls == 1
+    assert list(model[1].tables) == [(2, 4)]
