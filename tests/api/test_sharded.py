@@ -319,7 +319,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"method": "grasp"}, "or take one of balance, dpai, force, iter-snip, magnitude, npb, random, snip"),
     ({"method": "snip", "average": "saliency"}, "method 'snip' needs whole parameters"),
     ({"method": "npb", "inside": "magnitude"}, "method 'npb' needs whole parameters"),
-    ({"granularity": "channel"}, "columns=None): its groups may lie in several processes"),
+    ({"granularity": "channel"}, "granularity channel: its groups may lie in several processes"),
     ({"on_collapse": "repair"}, "on_collapse='repair' needs whole parameters"),
     ({"reinit": True}, "reinit=True: fully_shard has split the model"),
     ({"device": "cpu"}, "device='cpu': a model that fully_shard has split is scored where it is"),
