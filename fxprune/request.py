@@ -27,7 +27,7 @@ Exclusion = str | type[nn.Module]
 
 @dataclass(frozen=True)
 class Request:
-    """What the caller of :func:`apply` wants, by the names of its arguments."""
+    """Hold what the caller of :func:`apply` wants, by the names of its arguments."""
 
     method: Method
     sparsity: float

@@ -34,7 +34,7 @@ TRACE_ERRORS = (
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the page that some of PyTorch's append."""
+    """Return an error's first line, without what some of PyTorch's errors append."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     unknown = re.match(r"The register_meta function for (\S+) raises", text)

@@ -31,7 +31,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: the same for all four.
+    """Hold how to train: the same for all four.
 
     ``optimizer``: "adam" or "sgd" (momentum 0.9). ``rates``: "constant", "cosine" (half a wave) or "quarter"
     (a quarter of one); the paper's printed formula turns negative half-way, these are its two sane readings.

@@ -25,7 +25,7 @@ TABLE_WIDTH = 140
 
 @dataclass(frozen=True)
 class Entry:
-    """What the list shows of a method. ``options``: name -> default."""
+    """Hold what the list shows of a method. ``options``: name -> default."""
 
     name: str
     summary: str

@@ -173,7 +173,7 @@ def _values(method: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(option: methods.Option, text: Any) -> Any:
-    """What ``text`` means; where it means nothing, itself, for the method to say what it expects."""
+    """Read a value from ``text``; return the text itself where it means nothing, for the method to refuse."""
     if option.choices:
         return next((choice for choice in option.choices if str(choice) == text), text)
     if NoneType in option.types and text == "none":

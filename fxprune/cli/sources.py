@@ -77,7 +77,7 @@ def _is_model(library: str, name: str) -> bool:
 
 
 def load_data(source: str) -> Any:
-    """What the factory ``path/to/file.py:factory`` returns: (x, y), or an iterable of batches."""
+    """Return the data of the factory ``path/to/file.py:factory``: (x, y), or an iterable of batches."""
     return _factory(source)()
 
 

@@ -112,7 +112,7 @@ class Memory:
         return type(self.gm.get_submodule(str(node.target))) if module else node.target
 
     def _run(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-        """What ``node`` gives, in shapes and strides; a write gives what it wrote to."""
+        """Run ``node`` in shapes and strides; a write gives what it wrote to."""
         target = written(node, self.gm)
         if target is not None:
             return known[target]

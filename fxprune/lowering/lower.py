@@ -351,7 +351,7 @@ def _map_structure(f: Callable[[Any], Any], x: Any) -> Any:
 
 
 def _changed(evaluate: Callable[[], Any], index: Any, new: Any) -> Callable[[], Any]:
-    """What ``x[index] = new`` leaves in a constant."""
+    """Compute a constant after ``x[index] = new``."""
 
     @functools.cache
     def changed() -> Any:

@@ -20,7 +20,7 @@ __all__ = ["provenance", "simplified", "view_of"]
 def view_of(
     node: fx.Node, module: nn.Module | None, operands: list[Any], args: Any, kwargs: Any
 ) -> TensorFunction | None:
-    """What a node that moves one constant about does to it; ``None`` for other nodes."""
+    """Return the function by which a node moves one constant; ``None`` for other nodes."""
     target = node.target if module is None else type(module)
     if target not in MOVES or not operands or not isinstance(operands[0], Constant):
         return None

@@ -161,7 +161,7 @@ def _option(parameter: inspect.Parameter, hint: Any, note: str) -> Option:
 
 
 def _argument_notes(doc: str) -> dict[str, str]:
-    """What the ``Options:`` paragraph of a factory's docstring says of each option."""
+    """Read the ``Options:`` paragraph of a factory's docstring, by option."""
     notes: dict[str, str] = {}
     current = ""
     for line in doc.partition("\nOptions:\n")[2].splitlines():

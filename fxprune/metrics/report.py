@@ -52,7 +52,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`fxprune.analyze` found.
+    """Hold what :func:`fxprune.analyze` found.
 
     ``layers``: one :class:`LayerReport` per prunable parameter, by name, in the order of the network.
     ``log_paths``: natural logarithm of the number of effective paths (DPaI, appendix I), ``-inf`` for none.

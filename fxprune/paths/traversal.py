@@ -106,7 +106,7 @@ class Traversal:
         return total([layout for _, layout in outputs], tensors), power
 
     def presence(self) -> dict[int, Tensor]:
-        """Where each value is present (1) or not (0), for the values that some product asks about."""
+        """Mark where each value is present (1) or not (0), for the values that some product asks about."""
         for step in self.program.steps:
             if step.needs_presence:
                 self._present[step.output] = self._follow_presence(step)

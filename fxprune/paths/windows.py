@@ -46,7 +46,7 @@ def shortened(axis: AxisMap, out: int, span: int, stride: int, before: int) -> t
 
 
 def _longest_stretch(axis: AxisMap) -> tuple[int, int]:
-    """Where the longest run of entries of one class starts and stops."""
+    """Return where the longest run of entries of one class starts and stops."""
     classes = axis.index()
     edges = torch.nonzero(classes[1:] != classes[:-1]).flatten() + 1
     starts = torch.cat([edges.new_zeros(1), edges])
@@ -104,7 +104,7 @@ def _live_weight(op: ir.Kernel, context: EvalContext) -> Tensor:
 
 
 def _conv_of_constant_image(op: ir.Kernel, x: Layout, rank: int) -> LinearMap:
-    """Where all positions are alike: the taps of a kernel add up, and the convolution is a matrix product."""
+    """Convolve an image of equal positions: taps add up, and a matrix product is left."""
     read = reader(x, (*x[: -rank - 1], explicit(x[-rank - 1].size), *x[-rank:]))
     shape = (*(axis.count for axis in x[: -rank - 1]), -1, *([1] * rank))
     groups, transposed = op.groups, op.window is not None and op.window.transposed
@@ -224,7 +224,7 @@ def pool(op: ir.Pool, window: ir.WindowPool, x: Layout, periodic: bool) -> Compi
 
 
 def _even_gains(op: ir.Pool, window: ir.WindowPool, x: Layout, periodic: bool) -> dict[Pooling, float] | None:
-    """What an image of ones becomes under each pooling mode; None if that differs between positions."""
+    """Pool an image of ones in each mode; return None if the result differs between positions."""
     if op.how == "max":
         return {"sum": 1.0, "mean": 1.0, "any": 1.0}
     ones = torch.ones([axis.size if dim in op.dims else 1 for dim, axis in enumerate(x)])

@@ -229,7 +229,7 @@ def _room(problem: Problem, masks: Masks) -> dict[str, int]:
 
 
 def _round_budget(final: Budget, plan: Schedule, t: int, start: dict[str, int]) -> Budget:
-    """What is kept after round ``t``; the last round is the budget itself, whatever the schedule says."""
+    """Return the budget after round ``t``; the last is the final budget, whatever the schedule says."""
     if t == plan.rounds:
         return final
     return final.towards(lambda target: plan.density(t, target), start)

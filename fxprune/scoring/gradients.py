@@ -190,7 +190,7 @@ def count_of(method: str, option: str, value: int) -> int:
 def _gradients_at_home(
     problem: Problem, weights: Mapping[str, torch.Tensor]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """What backward passes inside accumulate, by name, on the device of the problem's own weights."""
+    """Accumulate the gradients of backward passes inside, on the device of the problem's weights."""
     found: dict[str, torch.Tensor] = {}
 
     def mover(name: str) -> Callable[[torch.Tensor], None]:

@@ -162,7 +162,7 @@ def _sizes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 class _Reading(Protocol):
-    """How the search sees the network: in entries, which are weights or kernels, numbers of ``dtype``."""
+    """Describe how the search sees the network: in entries (weights or kernels) of type ``dtype``."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -329,7 +329,7 @@ class _Skeleton:
                 hard.add(waiting.pop(0))
 
     def _edges(self, hard: set[str]) -> dict[str, torch.Tensor]:
-        """What each entry counts: in hard layers only what is chosen exists, and it is far better."""
+        """Weigh each entry: in hard layers only what is chosen exists, and it is far better."""
         return self.fixed_entries | {
             name: self.hard[name] if name in hard else soft for name, soft in self.soft.items()
         }

@@ -38,7 +38,7 @@ class Bundle:
 
 @runtime_checkable
 class Granularity(Protocol):
-    """What selection needs of a granularity."""
+    """Describe what selection needs of a granularity."""
 
     def bundles(self, scores: Mapping[str, torch.Tensor], masks: Mapping[str, torch.Tensor]) -> list[Bundle]:
         """The groups of the weights that ``masks`` keep, with the scores of their weights summed."""
@@ -142,7 +142,7 @@ class NM:
         return bundles
 
     def room(self, masks: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """What the pattern leaves of the weights that are left."""
+        """Count what the pattern leaves of the weights that are left."""
         sums = [self._columns(mask, False).sum(2).clamp(max=self.n).sum().cpu() for mask in masks.values()]
         return dict(zip(masks, torch.stack(sums).tolist(), strict=True)) if sums else {}
 
@@ -154,7 +154,7 @@ class NM:
         return padded.reshape(values.shape[0], groups, self.m, *values.shape[2:])
 
     def _rank(self, values: torch.Tensor) -> torch.Tensor:
-        """How many of its group go before each weight: larger values, and equal ones at lower indices.
+        """Count the weights of its group that go before each: larger ones, and equal ones before it.
 
         m(m-1)/2 comparisons of slices, which for small m is many times faster than sorting rows of m.
         """

@@ -17,7 +17,7 @@ DensityFunction = Callable[[int, int, float], float]
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What a method needs of a schedule: the number of rounds, and the density after each."""
+    """Describe what a method needs of a schedule: the number of rounds, and the density after each."""
 
     @property
     def rounds(self) -> int:

@@ -84,7 +84,7 @@ def check_scores(scores: Mapping[str, torch.Tensor], budget: Budget, method: str
 
 
 def _contests(bundles: Sequence[Bundle], budget: Budget) -> list[tuple[list[Bundle], int]]:
-    """Which bundles compete for which number of weights."""
+    """Return the bundles that compete with one another, and for how many weights."""
     if budget.layers is None:
         return [(list(bundles), budget.total)]
     tied = next((bundle.names for bundle in bundles if len(bundle.names) > 1), None)
@@ -125,7 +125,7 @@ def _take(bundles: Sequence[Bundle], room: int, granularity: Granularity) -> lis
 
 
 def _open(size: int | torch.Tensor, room: int, done: torch.Tensor | None) -> torch.Tensor:
-    """Which groups fit into ``room`` and are not taken yet."""
+    """Mark the groups that fit into ``room`` and are not taken yet."""
     fits = torch.as_tensor(size) <= room
     return fits if done is None else fits & ~done
 

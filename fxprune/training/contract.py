@@ -18,7 +18,7 @@ Grown = Literal["zero", "dense"]
 
 @dataclass(frozen=True)
 class Moment:
-    """What a method sees when an update is due.
+    """Hold what a method sees when an update is due.
 
     ``at``: the step or epoch of the update, as the method's ``due`` said. ``start``: weights in each
     parameter when training began. ``final``: the budget that is reached in the end. ``problem``: the question

@@ -25,7 +25,7 @@ TrainFunction = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Lottery:
-    """What a lottery leaves: the network after its last training, and how it went.
+    """Hold what a lottery leaves: the network after its last training, and how it went.
 
     ``results[r]``: what ``train_fn`` returned after r prunings; ``sparsities[r]``: at which sparsity.
     ``pruner``: sets the weights back, ``pruner.reinitialize(f"rewind:{k}")``.

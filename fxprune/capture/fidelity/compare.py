@@ -54,7 +54,7 @@ class Differences:
 
 
 def compare(first: Trace, second: Trace) -> Differences:
-    """What ``second`` did differently from ``first``.
+    """List the differences of ``second`` from ``first``.
 
     Example:
         >>> from fxprune.capture.tracer.trace import trace

@@ -76,7 +76,7 @@ def guarded_sizes(graph: fx.Graph) -> set[tuple[str, int]]:
 def guard_decisions(
     graph: fx.Graph, decisions: Iterable[Decision], pairs: dict[fx.Node, fx.Node], model: str
 ) -> None:
-    """What the model decided by its batch size comes out the same.
+    """Guard the decisions that the model made by its batch size.
 
     ``pairs`` maps nodes of a trace with another batch size to those of ``graph``: numbers that differ follow
     it.

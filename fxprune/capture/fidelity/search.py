@@ -148,7 +148,7 @@ class _Search:
         return larger is not None and bool(compare(base, larger))
 
     def fixed_batch(self, base: Trace) -> Differences:
-        """What a larger batch changes; if it is the model itself that takes it for constant, that is told."""
+        """Find what a larger batch changes; note it if the model itself takes the batch size for constant."""
         larger = self.attempt(batch=True)
         found = compare(base, larger) if larger else Differences()
         if "" in found.places:

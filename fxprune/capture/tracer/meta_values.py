@@ -192,7 +192,7 @@ def _recurrent(name: str, args: tuple[Any, ...]) -> Any:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a constant tensor was made."""
+    """Record how a constant tensor was made."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]

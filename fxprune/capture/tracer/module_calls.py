@@ -27,7 +27,7 @@ __all__ = ["Caller", "Setting"]
 
 @dataclass(frozen=True)
 class Setting:
-    """What the calls of one trace go by.
+    """Hold the settings of the calls of one trace.
 
     ``whole`` names the modules not to enter; ``hooked`` are the ids of those that had hooks before, which run
     with the graph (those that the model hangs up as it runs are part of its code); ``reasons`` gets the
@@ -51,7 +51,7 @@ class Caller:
         self.compiling = False
 
     def replacement(self) -> Callable[..., Any]:
-        """What stands in for ``nn.Module.__call__``."""
+        """Stand in for ``nn.Module.__call__``."""
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if id(module) in self.setting.hooked or not has_hooks(module):
@@ -141,7 +141,7 @@ class Caller:
                 return result
 
     def method(self, owner: nn.Module, name: str) -> Callable[..., Any]:
-        """What stands in for a method of ``owner`` that is not entered."""
+        """Stand in for a method of ``owner`` that is not entered."""
         original = getattr(type(owner), name)
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -74,7 +74,7 @@ def _is_users(module: str) -> bool:
 
 
 class Reachable:
-    """What the code of ``model`` reaches: ``containers`` that it may write, ``places`` of special functions.
+    """List what the code of ``model`` reaches: ``containers`` it may write, ``places`` of special functions.
 
     A member of a class counts if a function that was reached mentions its name.
     """

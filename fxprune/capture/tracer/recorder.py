@@ -174,7 +174,7 @@ class Recorder(TorchFunctionMode):
 
 
 def _at_least_one(value: Any) -> Any:
-    """Where made-up numbers gave nothing, real ones may: one of it."""
+    """Replace an empty tensor, which made-up numbers gave, by zeros of size one along its empty axes."""
     if not isinstance(value, Tensor) or value.numel():
         return value
     return value.new_zeros([max(1, size) for size in value.shape])

@@ -162,7 +162,7 @@ def changes_input(node: fx.Node) -> bool:
 
 @functools.cache
 def _place_of_inplace(function: FunctionType) -> int | None:
-    """Where a function takes ``inplace`` by position, as in ``F.relu(x, True)``."""
+    """Return the position at which a function takes ``inplace``, as in ``F.relu(x, True)``."""
     names = list(inspect.signature(function).parameters)
     return names.index("inplace") if "inplace" in names else None
 

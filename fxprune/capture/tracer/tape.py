@@ -193,7 +193,7 @@ class Tape:
         self.scope.entries.append(node)
 
     def arg(self, value: Any) -> Any:
-        """What stands for ``value`` in a node's arguments."""
+        """Return what stands for ``value`` in a node's arguments."""
         if isinstance(value, Tensor):
             return self._source(value)
         if isinstance(value, TracedInt | TracedFloat):

@@ -32,7 +32,7 @@ __all__ = ["Trace", "remove_dead_code", "shapes_only", "trace"]
 
 @dataclass
 class Trace:
-    """What one run left behind.
+    """Hold what one run left behind.
 
     ``constants`` are tensors that belong to no module, ``scope`` says which module call made which node,
     ``decisions`` what the code made depend on sizes,
@@ -156,7 +156,7 @@ def _tensor_names(model: nn.Module) -> dict[int, str]:
 
 
 def _device_of(model: nn.Module) -> torch.device:
-    """Where the traced code believes to run."""
+    """Return the device on which the traced code believes to run."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.device("cpu"))
 

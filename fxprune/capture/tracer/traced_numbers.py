@@ -19,8 +19,10 @@ __all__ = ["NumberRecorder", "TracedFloat", "TracedInt", "plain"]
 
 
 class NumberRecorder(Protocol):
-    """What a traced number needs of the recorder: a node for the result of ``function`` on ``args``, and an
-    ear for comparisons."""
+    """Describe what a traced number needs of the recorder: a node for a result and notice of comparisons.
+
+    A node is made for the result of ``function`` on ``args``.
+    """
 
     def number(self, function: Callable[..., Any], args: tuple[Any, ...], value: Any) -> Any: ...
 

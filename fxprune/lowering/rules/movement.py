@@ -287,7 +287,7 @@ def unfold(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
 
 @table.rule("copy_")
 def copy(context: Context, x: Any, source: Any, *args: Any) -> ir.Value:
-    """What was there is overwritten."""
+    """Overwrite what was there."""
     return context.build.affine(context.build.materialise(source), context.shape)
 
 

@@ -30,7 +30,7 @@ class Unknown(Exception):
 
 @dataclass(frozen=True)
 class Context:
-    """What a rule may look at: the builder, the fx node, its captured result, and the module of a
+    """Hold what a rule may look at: the builder, the fx node, its captured result, and the module of a
     call_module.
     """
 

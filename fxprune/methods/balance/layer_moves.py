@@ -24,7 +24,7 @@ PATHS_OVER_ZERO = 1e-6
 
 @dataclass(frozen=True)
 class MovePlan:
-    """Which channels a rewritten layer covers, by chance.
+    """Hold the channels that a rewritten layer covers, drawn by chance.
 
     ``keep``: probability of a channel in use. ``reach``: of one not in use that has paths to it (for inputs)
     or on from it (for outputs). ``wake``: of any other output. ``noise``: standard deviation of ln gain.

@@ -34,10 +34,10 @@ class Transition(Protocol):
         """Draw input entries for output ``entries``, and the weights passed (``-1`` for none)."""
 
     def reached_from(self, inputs: Tensor) -> Tensor:
-        """Which outputs can be reached from any of ``inputs`` (both bool)."""
+        """Mark the outputs that can be reached from any of ``inputs`` (both bool)."""
 
     def leading_to(self, outputs: Tensor) -> Tensor:
-        """Which inputs lead to any of ``outputs`` (both bool)."""
+        """Mark the inputs that lead to any of ``outputs`` (both bool)."""
 
     def restrict(self, inputs: Tensor, outputs: Tensor) -> None:
         """Leave only what leads from ``inputs`` to ``outputs`` (both bool)."""

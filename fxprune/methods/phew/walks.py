@@ -163,7 +163,7 @@ class Walks:
 
     @cached_property
     def _presence(self) -> dict[int, Tensor]:
-        """Where each value is not Zero in the dense network, for products."""
+        """Mark where each value is not Zero in the dense network, for products."""
         cpu = torch.device("cpu")
         edges = EdgeWeights(self.graph, {}, torch.float32, cpu, rescale=False)
         return Traversal(self.program, Tested(cpu), edges).presence()

@@ -13,7 +13,7 @@ from fxprune.channels.follow import follow
 from fxprune.graph import ChannelGraph, ir
 from fxprune.lowering import lower
 from fxprune.paths.count import reach
-from fxprune.rewrite.compact.constants import constant_entries, fold, is_recorded, record
+from fxprune.rewrite.compact.constants import Recorded, constant_entries, fold, is_recorded, record
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.literals import Rewriter
 from fxprune.rewrite.compact.modules import is_sizeable, slice_parameters, slices_of
@@ -87,6 +87,11 @@ def _compact(
     gm = plain if isinstance(plain, fx.GraphModule) and has_shapes else capture(plain, example_inputs)
     gm.eval()
     graph = lower(gm)
+    valueless = next((name for name in graph.kernels if gm.get_parameter(name).is_meta), None)
+    if valueless is not None:
+        raise ValueError(
+            f"model: {valueless!r} has no values (it is on the meta device); load the weights first"
+        )
     masks = {name: gm.get_parameter(name).detach() != 0 for name in graph.kernels}
     computed = _computed_weights(graph)
     masks |= {name: torch.ones_like(masks[name]) for name in computed}
@@ -142,8 +147,9 @@ def _smallest(
     recorded = record(gm, runs, _sources(graph, nodes, cut))
     for _ in range(ATTEMPTS):
         try:
-            sums = _removed_sums(graph, nodes, cut, recorded) if exact else {}
-            biases = fold(graph, gm, cut, recorded, fold_constants=fold_constants)
+            sums, biases = _constants(
+                graph, gm, nodes, cut, recorded, exact=exact, fold_constants=fold_constants
+            )
             slices = slices_of(graph, gm, cut)
             odd = next((name for name in slices if not is_sizeable(gm, name)), None)
             if odd is not None:
@@ -161,6 +167,28 @@ def _smallest(
             if not _give_back_node(graph, cut, nodes, error):
                 raise RuntimeError(f"compact: node {error}") from error
     raise RuntimeError(f"compact: no consistent cut in {ATTEMPTS} attempts; please report the network")
+
+
+def _constants(
+    graph: ChannelGraph,
+    gm: fx.GraphModule,
+    nodes: dict[str, fx.Node],
+    cut: Cut,
+    recorded: Recorded,
+    *,
+    exact: bool,
+    fold_constants: bool,
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Return what norms lose and what biases gain.
+
+    What one reader gives back, another may have counted already: so all are asked until nothing changes.
+    """
+    while True:
+        before = cut.gone.clone()
+        sums = _removed_sums(graph, nodes, cut, recorded) if exact else {}
+        biases = fold(graph, gm, cut, recorded, fold_constants=fold_constants)
+        if torch.equal(before, cut.gone):
+            return sums, biases
 
 
 def _sources(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> set[str]:

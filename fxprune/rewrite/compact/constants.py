@@ -32,7 +32,8 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if n.name in self.wanted and isinstance(result, Tensor):
-            self.found[n.name] = result.detach()
+            # A copy: operations in place may change it before the next run.
+            self.found[n.name] = result.detach().cpu().clone()
         return result
 
 
@@ -115,7 +116,7 @@ def _contribution(
     assert isinstance(weight, Tensor)
     assert isinstance(source, fx.Node)
     rows = ~cut.is_gone(sides.rows)
-    removed = weight.detach()[:, gone]
+    removed = weight.detach().cpu()[:, gone]
     taps = removed.flatten(2).sum(2) if removed.dim() > 2 else removed
     read = removed[rows].flatten(2).any(2).any(0) if removed.dim() > 2 else (removed[rows] != 0).any(0)
     entries, same = constant_entries(recorded[source.name], axis, gone)
@@ -135,7 +136,7 @@ def _contribution(
 
 
 def _is_read(op: ir.Kernel, sides: Sides, cut: Cut, gone: Tensor) -> Tensor:
-    """Which of the columns that go have a weight in a row that stays (all, where no mask is known)."""
+    """Mark the columns that go and have a weight in a row that stays (all, where no mask is known)."""
     name = op.weight.name
     if name is None or name not in cut.nonzero or op.weight.view is not None:
         return torch.ones(int(gone.sum()), dtype=torch.bool)

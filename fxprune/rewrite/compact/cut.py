@@ -59,7 +59,7 @@ class Cut:
         self._even_out()
 
     def is_gone(self, labels: Tensor) -> Tensor:
-        """Which of the labels go (bool, of their shape)."""
+        """Mark the labels that go (bool, of their shape)."""
         return self.gone[self.labels.root[labels]]
 
     def give_back(self, labels: Tensor, reason: str) -> bool:
@@ -135,7 +135,7 @@ class Cut:
         return tuple(sizes)
 
     def kept_along(self, value: ir.Value, axis: int) -> Tensor | None:
-        """Which indices of one axis stay (bool); ``None`` if they all do, or differ between lines."""
+        """Mark the indices of one axis that stay in any line (bool); return ``None`` if they all do."""
         kept = torch.ones(value.shape[axis], dtype=torch.bool)
         for axes, mask in self.mask(value):
             if axis in axes:
@@ -144,7 +144,7 @@ class Cut:
         return None if bool(kept.all()) else kept
 
     def kept_by_use(self, value: ir.Value, use: AxisUse, size: int) -> Tensor:
-        """Which entries of a parameter's axis stay (bool, ``size``), by what it meets in a value."""
+        """Mark the entries of a parameter's axis that stay (bool, ``size``), by what it meets in a value."""
         shape = [value.shape[axis] for axis in use.axes]
         stays = torch.ones(shape, dtype=torch.bool)
         for axes, mask in self.mask(value):

@@ -139,7 +139,7 @@ class Rewriter:
         node.args, node.kwargs = (node.args[0], sizes), {"dim": dim}
 
     def _parts(self, node: fx.Node, source: ir.Value, dim: int) -> list[int]:
-        """How many indices stay in each part, where not every part has a value."""
+        """Count the indices that stay in each part, where not every part has a value."""
         kept = self.cut.kept_along(source, dim % len(source.shape))
         kept = torch.ones(source.shape[dim], dtype=torch.bool) if kept is None else kept
         bounds = torch.tensor([0, *(part.shape[dim] for part in node.meta["val"])]).cumsum(0).tolist()

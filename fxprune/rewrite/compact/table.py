@@ -29,7 +29,7 @@ class CompactedLayer:
 
 @dataclass(frozen=True)
 class Compaction:
-    """What :func:`fxprune.compact` did; ``print`` shows it as a table.
+    """Hold what :func:`fxprune.compact` did; ``print`` shows it as a table.
 
     ``parameters``: before and after, of the whole network. ``difference``: the largest difference of outputs,
     over the largest output; ``None`` if it was not verified.

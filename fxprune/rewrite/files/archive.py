@@ -35,7 +35,7 @@ def stamp(model: nn.Module, **facts: object) -> None:
 
 
 def provenance(model: nn.Module) -> dict[str, str]:
-    """What :func:`stamp` noted; empty if nothing did."""
+    """Return what :func:`stamp` noted; empty if nothing did."""
     for module in unwrap(model).modules():
         if "mask_provenance" in module.__dict__:
             return dict(module.__dict__["mask_provenance"])

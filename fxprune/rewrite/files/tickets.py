@@ -90,12 +90,12 @@ def fill(model: nn.Module, values: dict[str, tuple[float, float]], signs: dict[s
 
 
 def negative_signs(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Which weights of every masked parameter are below zero; a kept weight of exactly zero is not."""
+    """Mark the weights of masked parameters that are below zero; a kept weight of zero is not."""
     return {name: kept_values(parameter, mask) < 0 for name, parameter, mask in masked(model)}
 
 
 def ticket_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What a ticket file has besides the masks: the centroids, (L, 2), and the signs of all kept weights."""
+    """Return the tensors of a ticket besides masks: centroids, (L, 2), and signs of all kept weights."""
     values, signs = centroids(model), negative_signs(model)
     kept_signs = [signs[name].cpu()[mask.cpu()] for name, _, mask in masked(model)]
     return {CENTROIDS: torch.tensor(list(values.values())), SIGNS: pack(torch.cat(kept_signs))}

@@ -68,7 +68,7 @@ def direct_reads(gm: GraphModule) -> list[str]:
 
 
 def attribute_at(gm: nn.Module, target: str) -> Any:
-    """What a ``get_attr`` node reads."""
+    """Return what a ``get_attr`` node reads."""
     path, _, attribute = target.rpartition(".")
     return getattr(gm.get_submodule(path), attribute)
 

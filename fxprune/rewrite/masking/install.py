@@ -224,7 +224,7 @@ def _reader(module: nn.Module, path: str) -> str | None:
 
 
 def _form(path: str, owner: nn.Module, attributes: set[str], reads: set[str]) -> Form | None:
-    """How this module applies its masks: those it has, on ``attributes`` of its own, and on ``reads``."""
+    """Choose how a module applies its masks: those it has, on its ``attributes``, and on ``reads``."""
     if isinstance(owner, GraphModule):
         return None
     base = original_class(owner)

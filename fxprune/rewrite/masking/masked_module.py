@@ -28,7 +28,7 @@ _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass(frozen=True)
 class Form:
-    """How the forward of a masked module applies its masks.
+    """Describe how the forward of a masked module applies its masks.
 
     ``stock``: the module's own forward is torch's, and ``weight`` is multiplied on its way in.
     ``reads``: the original forward runs unchanged, and every torch function in it that is given one of the

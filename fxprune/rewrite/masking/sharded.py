@@ -46,7 +46,7 @@ def plain_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def sharded_class(cls: type[nn.Module], owner: nn.Module) -> type[nn.Module]:
-    """What ``fully_shard`` makes of ``cls``, for ``owner``, which it has split already."""
+    """Return the class that ``fully_shard`` makes of ``cls``, for ``owner``, which it has split."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = next(p.device_mesh for p in owner.parameters() if is_dtensor(p))

@@ -46,7 +46,7 @@ class PruningCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Where the Trainer goes on from a checkpoint, so does the pruner."""
+        """Let the pruner go on from a checkpoint where the Trainer does."""
         if state.global_step:
             path = _folder(args, state) / FILE
             if not path.is_file():

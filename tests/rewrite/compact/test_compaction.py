@@ -178,6 +178,48 @@ def test_a_constant_under_zero_padding_stays_and_is_named() -> None:
     assert_same(run(model, x), run(small, x))
 
 
+class TwoReaders(nn.Module):
+    """A constant channel, read by a layer that can take it into its bias and by one that cannot."""
+
+    def __init__(self, first: str) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 1)
+        self.pointwise, self.padded = nn.Conv2d(4, 3, 1), nn.Conv2d(4, 3, 3, padding=1)
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        if self.first == "pointwise":
+            return self.pointwise(x) * 2 + self.padded(x)
+        return self.padded(x) + self.pointwise(x) * 2
+
+
+@pytest.mark.parametrize("first", ["pointwise", "padded"])
+def test_a_constant_that_one_reader_needs_is_folded_by_none(first: str) -> None:
+    torch.manual_seed(0)
+    model = TwoReaders(first)
+    with torch.no_grad():
+        model.stem.weight[0] = 0
+        model.stem.bias[0] = 1.0  # type: ignore[index]
+    x = torch.randn(1, 2, 5, 5)
+    small = fxprune.compact(model, x)
+    assert small.get_submodule("stem").weight.shape[0] == 4
+    assert_same(run(model, x), run(small, x))
+
+
+def test_operations_in_place_do_not_change_what_was_recorded() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU(True), nn.Linear(4, 2)
+    )
+    with torch.no_grad():
+        model[0].weight[:2], model[2].weight[0] = 0, 0
+    x = torch.randn(4, 3)
+    small = fxprune.compact(model, x)
+    assert small.get_submodule("0").weight.shape[0] == 2
+    assert_same(run(model, x), run(small, x))
+
+
 class Normed(nn.Module):
     """A residual stream under a layer norm."""
 
@@ -222,6 +264,10 @@ def test_bad_input() -> None:
     model, x = net()
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got a int"):
         fxprune.compact(3)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        hollow = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=r"model: 'weight' has no values .* load the weights first"):
+        fxprune.compact(hollow, torch.ones(1, 3))
     with torch.no_grad():
         model[3].weight.zero_()  # type: ignore[union-attr,operator]
     with pytest.raises(ValueError, match=r"no path leads from its inputs to its outputs.*3\.weight"):
