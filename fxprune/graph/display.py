@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from fxprune.graph.literals import SizeLiteral
 from fxprune.graph.ops import (
     Affine,
     AnyOp,
@@ -153,7 +154,12 @@ def _content(op: AnyOp) -> str:
             return _listed(("floor", op.floor), (f"sums over {list(op.axes)}", bool(op.axes)))
         case Gather():
             pads = ", ".join(f"axis {axis} by {before} and {after}" for axis, before, after in op.pads)
-            return _listed((f"{op.move}: {op.index_map()}", True), (f"pads {pads}", bool(pads)))
+            literals = ", ".join(map(_literal, op.literals))
+            return _listed(
+                (f"{op.move}: {op.index_map()}", True),
+                (f"pads {pads}", bool(pads)),
+                (f"literals {literals}", bool(literals)),
+            )
         case Sum() | Gate() | Sink():
             return ""
         case _:
@@ -171,6 +177,11 @@ def _pool(op: Pool) -> str:
         (f"total {op.window.total}", True),
         (f"periodic {op.window.periodic}", op.window.periodic is not None),
     )
+
+
+def _literal(one: SizeLiteral) -> str:
+    """``1.0=64 size of output.1`` for the number 64 in ``args[1][0]``."""
+    return f"{'.'.join(map(str, one.place))}={one.value} {one.role} of {one.side}.{one.axis}"
 
 
 def _param(use: ParamUse) -> str:

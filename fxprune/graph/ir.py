@@ -32,6 +32,7 @@ from fxprune.graph.ops import (
     ParamUse,
     Pool,
     Sink,
+    SizeLiteral,
     Source,
     Space,
     Sum,
@@ -65,6 +66,7 @@ __all__ = [
     "ParamUse",
     "Pool",
     "Sink",
+    "SizeLiteral",
     "Source",
     "Space",
     "Sum",
@@ -182,22 +184,22 @@ class ChannelGraph:
         """Write the whole graph, an op on each line; the same for every lowering of one network.
 
         An op's line holds its output with the shape, kind and inputs; the node and layer; the fields of its
-        kind, for a :class:`Gather` the function and its index map; and its parameters by axis, ``-`` for an
-        axis that runs along no axis of a value.
+        kind, for a :class:`Gather` the function, its index map and literals; and its parameters by axis,
+        ``-`` for an axis that runs along no axis of a value.
 
         Example:
             >>> import torch, fxprune
-            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Unflatten(1, (2, 4)))
-            >>> print(fxprune.lower(fxprune.capture(net, torch.ones(2, 4))).text(), end="")
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8, bias=False), torch.nn.Flatten())
+            >>> print(fxprune.lower(fxprune.capture(net, torch.ones(2, 3, 4))).text(), end="")
             Sequential: 4 ops, 1 kernel sets, 32 weights
-            %0 2x4 = Source() | at input_1
-            %1 2x8 = Kernel(%0) | at _0 in 0 | weight 0.weight 8x4, bias | 0.weight[%1.1, %0.1], 0.bias[%1.1]
-            %2 2x2x4 = Gather(%1) | at _1 in 1 | unflatten(x0, 1, (2, 4)): x0[o0, 4 * o1 + o2]
+            %0 2x3x4 = Source() | at input_1
+            %1 2x3x8 = Kernel(%0) | at _0 in 0 | weight 0.weight 8x4 | 0.weight[%1.2, %0.2]
+            %2 2x24 = Gather(%1) | at _1 in 1 | flatten(x0, 1, -1): x0[o0, o1 // 8, o1 % 8]
             %3 - = Sink(%2) | at output
-            0.weight 8x4: %0:4 -> 0:8, 1 use, 32 macs
-            input_1 yields %0 2x4
-            _0 yields %1 2x8
-            _1 yields %2 2x2x4
+            0.weight 8x4: %0:4 -> 0:8, 1 use, 96 macs
+            input_1 yields %0 2x3x4
+            _0 yields %1 2x3x8
+            _1 yields %2 2x24
         """
         yields = [
             (node + "".join(f"[{step!r}]" for step in path), value)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fxprune.graph.index_map import IndexMap, find_index_map
+from fxprune.graph.literals import SizeLiteral
 from fxprune.graph.params import AxisUse, ParamUse
 from fxprune.graph.tensor_function import TensorFunction, same
 
@@ -51,6 +52,7 @@ __all__ = [
     "ParamUse",
     "Pool",
     "Sink",
+    "SizeLiteral",
     "Source",
     "Space",
     "Sum",
@@ -244,11 +246,12 @@ class Gather(Op):
     """``move`` maps the input tensors to the output tensor by copying entries (zeros may be filled in).
 
     ``pads`` lists ``(axis, before, after)`` where image axes grow by zeros on their borders: a periodic image
-    grows by itself there.
+    grows by itself there. ``literals`` are the numbers among the node's arguments that depend on sizes.
     """
 
     move: TensorFunction = field(default_factory=TensorFunction)
     pads: tuple[tuple[int, int, int], ...] = ()
+    literals: tuple[SizeLiteral, ...] = ()
 
     def index_map(self) -> IndexMap:
         """Return which input entry every output entry copies; found at the first call, and kept."""

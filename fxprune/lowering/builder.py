@@ -175,9 +175,10 @@ class Builder:
         inputs: Sequence[ir.Value],
         shape: Sequence[int],
         pads: dict[int, tuple[int, int]] | None = None,
+        literals: tuple[ir.SizeLiteral, ...] = (),
     ) -> ir.Value:
         sides = tuple((dim, *pair) for dim, pair in (pads or {}).items())
-        output = self._emit(ir.Gather, inputs, shape, move=move, pads=sides)
+        output = self._emit(ir.Gather, inputs, shape, move=move, pads=sides, literals=literals)
         if pads:
             size = output.shape
             self.data_range[output.index] = {d: (lo, size[d] - hi) for d, (lo, hi) in pads.items()}

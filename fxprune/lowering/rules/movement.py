@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.constant import Constant
+from fxprune.lowering.literals import literals_of
 from fxprune.lowering.rules.pointwise import present
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 
@@ -254,14 +255,18 @@ def _outputs(
     values: list[ir.Value],
     result: Any,
     pads: dict[int, tuple[int, int]],
+    part: int | None = None,
 ) -> Any:
     build = context.build
     if isinstance(result, Tensor) or hasattr(result, "shape"):
-        return build.gather(run, values, result.shape, pads)
+        rank = len(values[0].shape)
+        literals = tuple(literals_of(context.node, context.module, rank, part))
+        return build.gather(run, values, result.shape, pads, literals)
     if isinstance(result, (list, tuple)):
         items = [run.then(operator.getitem, PREVIOUS, i) for i in range(len(result))]
         return type(result)(
-            _outputs(context, item, values, r, {}) for item, r in zip(items, result, strict=True)
+            _outputs(context, item, values, r, {}, i)
+            for i, (item, r) in enumerate(zip(items, result, strict=True))
         )
     raise Unknown(f"data movement returns {type(result).__name__}")
 
