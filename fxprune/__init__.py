@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxprune.api import analyze, apply
     from fxprune.capture import capture
+    from fxprune.grouping import channel_groups
     from fxprune.lowering import lower
     from fxprune.methods import Method
     from fxprune.methods import names as list_methods
@@ -30,6 +31,7 @@ __all__ = [
     "analyze",
     "apply",
     "capture",
+    "channel_groups",
     "compact",
     "finalize",
     "list_methods",
@@ -52,6 +54,7 @@ _HOMES = {
     "analyze": "fxprune.api.analyze",
     "apply": "fxprune.api.apply",
     "capture": "fxprune.capture.capture",
+    "channel_groups": "fxprune.grouping.channel_groups",
     "compact": "fxprune.rewrite.compact.compact",
     "finalize": "fxprune.rewrite.finalize",
     "list_methods": "fxprune.methods.names",

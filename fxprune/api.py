@@ -77,7 +77,7 @@ def apply(
         example_inputs: tensor, tuple or dict; timm and torchvision models say it themselves.
         data, loss_fn: for methods that look at data: (x, y), or an iterable of batches; a loss of (out, y).
         budget: "global" (default), "uniform", "erk", or {layer or pattern: sparsity}.
-        granularity: "weight", "kernel", "channel", "nm(2,4)", "block(16,16)".
+        granularity: "weight", "kernel", "nm(2,4)", "block(16,16)"; "channel", "head", scored by ``pool``.
         schedule: "oneshot", "linear", "exponential", "cubic", "sigmoid", also "cubic(20)"; the method's own.
         exclude: names or patterns of modules or parameters, or module types, that are never pruned.
         seed, device: the seed of all randomness; where to score (the result is on the model's own device).
@@ -97,11 +97,11 @@ def apply(
     12
     """
     general = {name: method_options.pop(name) for name in GENERAL if name in method_options}
-    inside = _inside(model)
+    inside, grain = _inside(model), resolve_granularity(granularity, method_options.pop("pool", None))
     wish = Request(
         resolve_method(method, **method_options), sparsity, data, loss_fn,
-        "global" if budget is None else budget, resolve_granularity(granularity), schedule, listed(exclude),
-        seed, device, returns, on_collapse, rules=rules, **general,
+        "global" if budget is None else budget, grain, schedule, listed(exclude), seed, device, returns,
+        on_collapse, rules=rules, **general,
     )  # fmt: skip
     wish.check(inside)
     sharding.check(inside, wish)

@@ -65,21 +65,31 @@ class Request:
         self.method.check(data=self.data)
         resolve_device(self.device)
         _plan_ahead(self.budget, self.sparsity, model)
-        for entry in self.exclude:
-            if not any(_covers(entry, model, name) for name, _ in _parameters(model)):
-                label = entry if isinstance(entry, str) else entry.__name__
-                example = next((name for name, _ in _parameters(model)), "nothing")
-                raise ValueError(
-                    f"exclude: {label!r} fits nothing in the model; parameters are called like {example!r}"
-                )
+        check_exclude(self.exclude, model)
 
     def excludes(self, model: nn.Module, names: Iterable[str]) -> bool:
         """Whether a parameter, known by any of ``names``, is not to be pruned."""
-        return any(_covers(entry, model, name) for entry in self.exclude for name in names)
+        return is_excluded(self.exclude, model, names)
 
 
 def _parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     return model.named_parameters(remove_duplicate=False)
+
+
+def check_exclude(exclude: Iterable[Exclusion], model: nn.Module) -> None:
+    """``ValueError`` for an entry that means no parameter of the model."""
+    for entry in exclude:
+        if not any(_covers(entry, model, name) for name, _ in _parameters(model)):
+            label = entry if isinstance(entry, str) else entry.__name__
+            example = next((name for name, _ in _parameters(model)), "nothing")
+            raise ValueError(
+                f"exclude: {label!r} fits nothing in the model; parameters are called like {example!r}"
+            )
+
+
+def is_excluded(exclude: Iterable[Exclusion], model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether a parameter, known by any of ``names``, is not to be pruned."""
+    return any(_covers(entry, model, name) for entry in exclude for name in names)
 
 
 def _covers(entry: Exclusion, model: nn.Module, name: str) -> bool:

@@ -17,7 +17,7 @@ RANKS = {
     "sharded_types": -1,
     "capture": 0, "graph": 0, "progress": 0, "data": 0, "zoo": 0, "plot": 0, "lowering": 1, "paths": 2,
     "channels": 3, "sparsity": 4, "scoring": 5, "methods": 6, "rewrite": 6, "metrics": 6, "request": 7,
-    "sharding": 8, "api": 9, "training": 10, "__init__": 11, "cli": 11, "__main__": 12,
+    "sharding": 8, "api": 9, "grouping": 9, "training": 10, "__init__": 11, "cli": 11, "__main__": 12,
 }  # fmt: skip
 OPTIONAL = {"matplotlib", "sklearn", "transformers", "lightning", "scipy"}
 # Packages that are slow to import -> the rooms that are only imported when they are needed anyway.

@@ -13,19 +13,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fxprune.channels.components import components
 from fxprune.channels.follow import follow, labels_by_weight
 from fxprune.channels.labels import FIXED, Labels
 from fxprune.graph import ChannelGraph
 
-__all__ = ["Channel", "Groups", "group_channels"]
+__all__ = ["Channel", "Groups", "group_channels", "held_groups"]
 
 
 @dataclass(frozen=True)
 class Channel:
-    """Slices of one parameter: the given ``indices`` along its output or input channels (``axis``)."""
+    """Slices of one parameter or buffer: the given ``indices`` along ``axis``.
+
+    ``axis`` is "out" or "in" for the output and input channels of a layer's weight, and the number of the
+    dimension for all others (biases, norms, tables).
+    """
 
     parameter: str
-    axis: str
+    axis: str | int
     indices: tuple[int, ...]
 
 
@@ -35,7 +40,8 @@ class Groups:
 
     ``rows``, ``columns``: parameter -> the number of the group of each of its output and input channels, -1
     for channels that cannot be removed. Output channels are counted as in a value: those of a grouped
-    transposed convolution run over its groups first. Input channels run over all groups too.
+    transposed convolution run over its groups first. Input channels run over all groups too. ``numbers`` says
+    the same of every label.
     """
 
     graph: ChannelGraph
@@ -43,6 +49,7 @@ class Groups:
     rows: dict[str, Tensor]
     columns: dict[str, Tensor]
     count: int
+    numbers: Tensor
 
     @cached_property
     def families(self) -> Tensor:
@@ -91,7 +98,38 @@ def group_channels(graph: ChannelGraph, *, fixed: Collection[str] = (), whole_he
     """
     labels = follow(graph, fixed=fixed, whole_heads=whole_heads)
     tie_lines(labels)
-    root = labels.root
+    return _numbered(graph, labels, labels.root)
+
+
+def held_groups(groups: Groups) -> tuple[Groups, dict[int, str]]:
+    """Return the groups that there would be if nothing were fixed, and why some of them cannot go.
+
+    The groups of ``groups`` keep their numbers; those that cannot go follow, each with its reason.
+    """
+    labels = groups.labels
+    edges = torch.cat(labels.edges, 1) if labels.edges else torch.zeros((2, 0), dtype=torch.int64)
+    root = components(labels.count, edges[:, (edges != FIXED).all(0)])
+    free = _numbered(groups.graph, labels, root)
+    held = torch.unique(free.numbers[(groups.numbers < 0) & (free.numbers >= 0)])
+    new = torch.full((free.count + 1,), -1)  # the last entry: -1 stays -1
+    new[held] = torch.arange(groups.count, groups.count + len(held))
+    reasons = dict.fromkeys(range(groups.count, groups.count + len(held)), "meets entries that cannot go")
+    for label, reason in reversed(labels.reasons.items()):
+        number = int(new[free.numbers[label]])
+        if number >= 0:
+            reasons[number] = reason
+
+    def numbered(own: Tensor, others: Tensor) -> Tensor:
+        return own.where(own >= 0, new[others])
+
+    rows = {name: numbered(own, free.rows[name]) for name, own in groups.rows.items()}
+    columns = {name: numbered(own, free.columns[name]) for name, own in groups.columns.items()}
+    numbers = numbered(groups.numbers, free.numbers)
+    return Groups(groups.graph, labels, rows, columns, groups.count + len(held), numbers), reasons
+
+
+def _numbered(graph: ChannelGraph, labels: Labels, root: Tensor) -> Groups:
+    """Number the groups that hold an output channel, in the order of their first label."""
     seen = torch.zeros(labels.count, dtype=torch.bool)
     for name, kernels in graph.kernels.items():
         first = labels.rows[name]
@@ -99,12 +137,13 @@ def group_channels(graph: ChannelGraph, *, fixed: Collection[str] = (), whole_he
     seen[: FIXED + 1] = False
     number = torch.full((labels.count,), -1)
     number[seen] = torch.arange(int(seen.sum()))
+    numbers = number[root]
     rows, columns = {}, {}
     for name, kernels in graph.kernels.items():
         first, second = labels.rows[name], labels.columns[name]
-        rows[name] = number[root[first : first + kernels.out_space.size]]
-        columns[name] = number[root[second : second + kernels.in_space.size]]
-    return Groups(graph, labels, rows, columns, int(seen.sum()))
+        rows[name] = numbers[first : first + kernels.out_space.size]
+        columns[name] = numbers[second : second + kernels.in_space.size]
+    return Groups(graph, labels, rows, columns, int(seen.sum()), numbers)
 
 
 def tie_lines(labels: Labels) -> None:

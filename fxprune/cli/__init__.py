@@ -21,6 +21,7 @@ COMMANDS = {
     ),
     "methods": ("fxprune.cli.methods", "List the methods, what they need and their options."),
     "graph": ("fxprune.cli.pruning", "Show the channel and kernel graph that a network is lowered to."),
+    "groups": ("fxprune.cli.groups", "List the channels that can only be removed together."),
     "train": (
         "fxprune.cli.train",
         "Train a network dense (D), pruned in training (A), and again from centroids (C) and the start (S).",

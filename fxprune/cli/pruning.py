@@ -32,6 +32,8 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, or path/to/file.py:factory.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Pool = Annotated[str | None, typer.Option(help="One score of a channel group's: mean, sum, l2 or max.")]
+Rounds = Annotated[str | None, typer.Option(help="oneshot, linear, exponential, cubic, sigmoid.")]
 Resolution = Annotated[str, typer.Option(help="spatial (exact) or channel (faster, an upper bound).")]
 
 
@@ -45,11 +47,10 @@ def prune(
         str, typer.Option(help="global, uniform, erk, or sparsities by layer: 'fc=0.5,layer1.*=0.8'.")
     ] = "global",
     granularity: Annotated[
-        str, typer.Option(help="weight, kernel, channel, nm(2,4) or block(16,16).")
+        str, typer.Option(help="weight, kernel, channel, head, nm(2,4) or block(16,16).")
     ] = "weight",
-    schedule: Annotated[
-        str | None, typer.Option(help="oneshot, linear, exponential, cubic, sigmoid.")
-    ] = None,
+    pool: Pool = None,
+    schedule: Rounds = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Module or pattern that is not pruned; may be repeated.")
     ] = None,
@@ -82,6 +83,7 @@ def prune(
         data=None if data is None else load_data(data),
         budget=_budget(budget),
         granularity=granularity,
+        pool=pool,
         schedule=schedule,
         exclude=tuple(exclude or ()),
         seed=seed,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -206,16 +206,26 @@ CHANNEL = Channel()
 _PATTERN = re.compile(r"(nm|block)\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 
 
-def resolve(granularity: str | Granularity) -> Granularity:
+def resolve(granularity: str | Granularity, pool: str | None = None) -> Granularity:
     """The granularity that a name means; an object of one's own is returned as it is.
 
     Names: ``"weight"``, ``"kernel"`` (the taps between one input and one output channel), ``"channel"`` (a
     channel and all that goes with it), ``"head"`` (the same, but attention loses whole heads),
-    ``"nm(2,4)"``, ``"block(16,16)"``. Errors: ``ValueError``, ``TypeError``.
+    ``"nm(2,4)"``, ``"block(16,16)"``. ``pool``: that of a :class:`Channel`, for channels and heads only.
+    Errors: ``ValueError``, ``TypeError``.
 
     >>> resolve("nm(2,4)")
     NM(n=2, m=4)
+    >>> resolve("channel", "l2")
+    Channel(pool='l2', whole_heads=False)
     """
+    if pool is not None:
+        found = resolve(granularity)
+        if not isinstance(found, Channel):
+            raise ValueError(
+                f"pool={pool!r}: granularity {granularity!r} has none; only 'channel' and 'head'"
+            )
+        return replace(found, pool=pool)
     named: dict[str, Granularity] = {
         "weight": WEIGHT,
         "kernel": KERNEL,

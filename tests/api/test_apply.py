@@ -35,7 +35,7 @@ def kept(model: nn.Module) -> int:
 
 
 def test_the_package_has_exactly_these_names() -> None:
-    first = "apply capture lower masks set_masks analyze"
+    first = "apply capture channel_groups lower masks set_masks analyze"
     second = "compact finalize verify save load_masks list_methods Method plot_history"
     training = "Pruner lottery load_ticket"
     assert sorted(fxprune.__all__) == sorted(f"{first} {second} {training}".split())
@@ -256,3 +256,19 @@ def test_budgets_and_granularity_reach_the_method() -> None:
     assert [int(mask.sum()) for mask in masks.values()] == [162, 288, 32]
     kernels = fxprune.masks(prune(small_net(), "random", 0.5, granularity="kernel"))["3.weight"]
     assert set(kernels.sum((2, 3)).unique().tolist()) <= {0, 9}
+
+
+def test_pool_decides_which_channels_go() -> None:
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[4.0, 0.0], [2.5, 2.5], [9.0, 9.0]]))
+        model[1].weight.copy_(torch.tensor([[0.0, 0.0, 9.0], [0.0, 0.0, 9.0]]))
+    gone = {}
+    for pool in ("mean", "max"):
+        pruned = prune(
+            model, sparsity=1 / 3, granularity="channel", pool=pool, example_inputs=torch.ones(1, 2)
+        )
+        gone[pool] = (~fxprune.masks(pruned)["0.weight"]).all(1).nonzero().flatten().tolist()
+    assert gone == {"mean": [0], "max": [1]}
+    with pytest.raises(ValueError, match="pool='sum': granularity 'weight' has none"):
+        prune(model, pool="sum", example_inputs=torch.ones(1, 2))

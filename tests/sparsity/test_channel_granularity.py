@@ -10,7 +10,7 @@ from torch import nn
 from fxprune.channels.orientation import swap_orientation
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.channel_granularity import Oriented, fitted
-from fxprune.sparsity.granularity import CHANNEL, KERNEL, NM, WEIGHT, Block, resolve
+from fxprune.sparsity.granularity import CHANNEL, KERNEL, NM, WEIGHT, Block, Channel, resolve
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import is_subset
 from fxprune.sparsity.select import select
@@ -65,6 +65,17 @@ def test_channels_keep_their_name_and_options(name: str) -> None:
     assert isinstance(channels, ChannelGroups)
     assert str(channels) == name
     assert channels.options.whole_heads == (name == "head")
+
+
+def test_pool_is_for_channels_and_heads() -> None:
+    assert resolve("channel", "max") == Channel(pool="max")
+    assert resolve("head", "sum") == Channel(pool="sum", whole_heads=True)
+    with pytest.raises(
+        ValueError, match=r"pool='max': granularity 'weight' has none; only 'channel' and 'head'"
+    ):
+        resolve("weight", "max")
+    with pytest.raises(ValueError, match=r"pool='median': expected one of 'mean', 'sum', 'l2', 'max'"):
+        resolve("channel", "median")
 
 
 def test_what_is_not_prunable_keeps_its_channels() -> None:

@@ -1,0 +1,140 @@
+"""List the channel groups of a network: what belongs to each, what goes with it, and whether it may go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fxprune.channels.entries import entry_groups
+from fxprune.channels.groups import Channel, Groups, held_groups
+
+__all__ = ["ChannelGroup", "GroupTable", "list_groups"]
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """One channel group.
+
+    ``members``: the slices that go together. ``parameters``: how many numbers go with it alone, biases and
+    norms included; ``macs``: how many multiply-adds of one sample. ``reason``: why it cannot go, empty if it
+    can.
+    """
+
+    id: int
+    members: tuple[Channel, ...]
+    parameters: int
+    macs: int
+    reason: str = ""
+
+    @property
+    def removable(self) -> bool:
+        """Whether the group can go."""
+        return not self.reason
+
+    @property
+    def size(self) -> int:
+        """The number of output channels in the group, over all layers."""
+        return sum(len(member.indices) for member in self.members if member.axis == "out")
+
+
+@dataclass(frozen=True)
+class GroupTable(Sequence[ChannelGroup]):
+    """All channel groups of a network, by id; ``print`` shows groups of the same make on one line."""
+
+    groups: tuple[ChannelGroup, ...]
+
+    def __getitem__(self, index: int) -> ChannelGroup:  # type: ignore[override]
+        return self.groups[index]
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __iter__(self) -> Iterator[ChannelGroup]:
+        return iter(self.groups)
+
+    def __str__(self) -> str:
+        lines = [f"{'ids':<15} {'groups':>6} {'size':>4} {'parameters':>11} {'MACs':>13}  members"]
+        kinds: dict[tuple[object, ...], list[ChannelGroup]] = {}
+        for group in self.groups:
+            make = tuple((member.parameter, member.axis, len(member.indices)) for member in group.members)
+            kinds.setdefault((make, group.parameters, group.macs, group.reason), []).append(group)
+        for same in kinds.values():
+            one = same[0]
+            held = f"  stays: {one.reason}" if one.reason else ""
+            members = ", ".join(_words(member) for member in one.members)
+            lines.append(
+                f"{_ranges([group.id for group in same]):<15} {len(same):>6} {one.size:>4} "
+                f"{one.parameters:>11,} {one.macs:>13,}  {members}{held}"
+            )
+        free = sum(group.removable for group in self.groups)
+        lines.append(f"{len(self.groups)} groups, {free} of which can go")
+        return "\n".join(lines)
+
+
+def list_groups(
+    groups: Groups, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> GroupTable:
+    """Return the groups of a graph as a table; ``parameters``, ``buffers``: all of its network, by name."""
+    every, reasons = held_groups(groups)
+    for table, word in ((groups.rows, "outputs"), (groups.columns, "inputs")):
+        for name, numbers in table.items():
+            if len(numbers) and bool((numbers == numbers[0]).all()) and int(numbers[0]) >= 0:
+                reasons.setdefault(int(numbers[0]), f"it is all {word} of {name}")
+    members: list[list[Channel]] = [[] for _ in range(every.count)]
+    sizes, macs = (torch.zeros(every.count, dtype=torch.float64) for _ in range(2))
+    for axis, by_name in (("out", every.rows), ("in", every.columns)):
+        for name, numbers in by_name.items():
+            _append(members, name, axis, numbers)
+    for name, kernels in every.graph.kernels.items():
+        weights = _weights(every, name) * kernels.shape[2:].numel()
+        sizes += weights
+        macs += weights * (kernels.macs / kernels.shape.numel())
+    shapes = {name: tensor.shape for name, tensor in (*parameters.items(), *buffers.items())}
+    for name, axes in entry_groups(every, shapes).items():
+        for dimension, numbers in axes.items():
+            _append(members, name, dimension, numbers)
+            if name in parameters:
+                share = torch.bincount(numbers[numbers >= 0], minlength=every.count)
+                sizes += share * (shapes[name].numel() / len(numbers))
+    return GroupTable(
+        tuple(
+            ChannelGroup(number, tuple(own), round(float(count)), round(float(cost)), reasons.get(number, ""))
+            for number, (own, count, cost) in enumerate(zip(members, sizes, macs, strict=True))
+        )
+    )
+
+
+def _append(members: list[list[Channel]], name: str, axis: str | int, numbers: Tensor) -> None:
+    """Add one slice of a parameter to every group that has indices of it."""
+    order = numbers.argsort(stable=True)
+    found, counts = torch.unique_consecutive(numbers[order], return_counts=True)
+    for group, indices in zip(found.tolist(), order.split(counts.tolist()), strict=True):
+        if group >= 0:
+            members[group].append(Channel(name, axis, tuple(indices.tolist())))
+
+
+def _weights(groups: Groups, name: str) -> Tensor:
+    """The number of kernels of a parameter in the rows or columns of every group."""
+    by_row, by_column = groups.by_weight(name)
+    shape = groups.graph.kernels[name].shape[:2]
+    rows, columns = (x.flatten(1).reshape(x.shape[:2]).expand(shape).flatten() for x in (by_row, by_column))
+    total = torch.bincount(rows[rows >= 0], minlength=groups.count)
+    other = columns[(columns >= 0) & (columns != rows)]
+    return (total + torch.bincount(other, minlength=groups.count)).double()
+
+
+def _words(member: Channel) -> str:
+    axis = member.axis if isinstance(member.axis, str) else f"dim {member.axis}"
+    return f"{member.parameter} {axis}" + (f" x{len(member.indices)}" if len(member.indices) > 1 else "")
+
+
+def _ranges(ids: Sequence[int]) -> str:
+    """The numbers as ranges: 0-3, 7."""
+    starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(ids)) if b != a + 1), len(ids)]
+    parts = [(ids[low], ids[high - 1]) for low, high in pairwise(starts)]
+    words = [f"{a}-{b}" if b > a else f"{a}" for a, b in parts]
+    return ", ".join(words[:3]) + (", ..." if len(words) > 3 else "")
