@@ -112,7 +112,7 @@ def _append(members: list[list[Channel]], name: str, axis: str | int, numbers: T
     """Add one slice of a parameter to every group that has indices of it."""
     order = numbers.argsort(stable=True)
     found, counts = torch.unique_consecutive(numbers[order], return_counts=True)
-    for group, indices in zip(found.tolist(), order.split(counts.tolist()), strict=True):
+    for group, indices in zip(found.tolist(), torch.split(order, counts.tolist()), strict=True):
         if group >= 0:
             members[group].append(Channel(name, axis, tuple(indices.tolist())))
 
