@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fxprune.rewrite import finalize, load_masks, save, set_masks, verify
     from fxprune.rewrite import read as masks
     from fxprune.rewrite.compact import compact
+    from fxprune.rewrite.files.network import load
     from fxprune.training import Pruner, load_ticket, lottery
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "compact",
     "finalize",
     "list_methods",
+    "load",
     "load_masks",
     "load_ticket",
     "lottery",
@@ -58,6 +60,7 @@ _HOMES = {
     "compact": "fxprune.rewrite.compact.compact",
     "finalize": "fxprune.rewrite.finalize",
     "list_methods": "fxprune.methods.names",
+    "load": "fxprune.rewrite.files.network.load",
     "load_masks": "fxprune.rewrite.load_masks",
     "load_ticket": "fxprune.training.load_ticket",
     "lottery": "fxprune.training.lottery",

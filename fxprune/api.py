@@ -194,7 +194,7 @@ def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Displa
         install(pruned, {**before, **masks})
     stamp(pruned, method=wish.method.name, sparsity=wish.sparsity, seed=wish.seed)
     if problem.history and isinstance(pruned, fx.GraphModule):
-        pruned.meta["fxprune"] = {"history": problem.history}
+        pruned.meta["fxprune"] = {**pruned.meta.get("fxprune", {}), "history": problem.history}
     return pruned
 
 

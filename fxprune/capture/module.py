@@ -86,6 +86,9 @@ def assemble(model: nn.Module, graph: fx.Graph, extra: dict[str, Any]) -> Captur
         vars(result).update({key: value for key, value in others.items() if key not in vars(result)})
     targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     vars(result)["leaf_attributes"] = {path: attributes_of(result.get_submodule(path)) for path in targets}
+    recipes = model.meta.get("fxprune", {}).get("recipes") if isinstance(model, CapturedModule) else None
+    if recipes:  # how it became smaller than its original
+        result.meta["fxprune"] = {"recipes": recipes}
     graph.lint()
     return result
 

@@ -282,7 +282,7 @@ def files(rank: int, folder: str) -> dict[str, Any]:
     other = shared("random", {}, sharded(seed=5))
     other.load_state_dict(model.state_dict())
     full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    fxprune.save(model, Path(folder, "masks"))
+    fxprune.save(model, Path(folder, "masks"), form="masks")
     fxprune.save(model, Path(folder, f"ticket{rank}"), form="ticket")
     dist.barrier()
     return {

@@ -16,7 +16,8 @@ from fxprune.paths.count import reach
 from fxprune.rewrite.compact.constants import Recorded, constant_entries, fold, is_recorded, record
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.literals import Rewriter
-from fxprune.rewrite.compact.modules import is_sizeable, slice_parameters, slices_of
+from fxprune.rewrite.compact.modules import Slices, is_sizeable, slice_parameters, slices_of
+from fxprune.rewrite.compact.recipe import record_recipe
 from fxprune.rewrite.compact.table import tabulate
 from fxprune.rewrite.compact.trial import (
     NodeFailure,
@@ -28,7 +29,7 @@ from fxprune.rewrite.compact.trial import (
     trial_inputs,
 )
 from fxprune.rewrite.masking.finalize import finalize
-from fxprune.rewrite.masking.parameters import read
+from fxprune.rewrite.masking.parameters import read, unwrap
 
 __all__ = ["compact"]
 
@@ -112,13 +113,17 @@ def _compact(
             labels = torch.cat([sides.rows, sides.columns])
             cut.give_back(labels, f"{sides.name}: the layer computes its weight from all of it")
     runs = trial_inputs(gm, example_inputs, 0), trial_inputs(gm, example_inputs, 1)
-    small = _smallest(gm, graph, cut, runs, exact=exact, fold_constants=fold_constants)
+    small, slices = _smallest(gm, graph, cut, runs, exact=exact, fold_constants=fold_constants)
     found = None
     if verify and exact:
         found = _verified(gm, small, runs)
     small.meta = {**gm.meta}
     notes = dict(small.meta.get("fxprune", {}))
-    small.meta["fxprune"] = {**notes, "compaction": tabulate(graph, cut, gm, small, found)}
+    parameters = {name: list(parameter.shape) for name, parameter in unwrap(model).named_parameters()}
+    recipe = record_recipe(gm, small, slices, masked=list(known), parameters=parameters)
+    recipes = [*notes.get("recipes", ()), recipe]
+    table = tabulate(graph, cut, gm, small, found)
+    small.meta["fxprune"] = {**notes, "compaction": table, "recipes": recipes}
     for name, module in small.named_modules():
         module.train(modes.get(name, modes[""]))
     return small
@@ -141,7 +146,7 @@ def _smallest(
     *,
     exact: bool,
     fold_constants: bool,
-) -> fx.GraphModule:
+) -> tuple[fx.GraphModule, Slices]:
     """Rewrite a copy; where a node does not run, give its channels back and try again."""
     nodes = {node.name: node for node in gm.graph.nodes}
     recorded = record(gm, runs, _sources(graph, nodes, cut))
@@ -159,7 +164,7 @@ def _smallest(
             Rewriter(graph, small, cut, sums).run()
             slice_parameters(small, slices, biases, _groups(graph, nodes, cut))
             set_shapes(small, runs[0])
-            return small
+            return small, slices
         except UnevenCut as error:
             if not cut.give_back(error.labels, str(error)):
                 raise RuntimeError(f"compact: {error}") from error

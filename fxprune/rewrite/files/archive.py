@@ -1,26 +1,26 @@
-"""Mask files: a masked model comes in, a safetensors file goes out, one bit per weight; and back again."""
+"""Write networks, masks and tickets to safetensors files, and read the masks in them."""
 
 from __future__ import annotations
 
 import json
 import os
-import uuid
-from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
+from fxprune.rewrite.files.container import FORMAT, read_container, write_container
+from fxprune.rewrite.files.network import NETWORK_VERSION, is_network, network_file
 from fxprune.rewrite.files.packing import pack, unpack
+from fxprune.rewrite.files.tensors import decode_tensors
 from fxprune.rewrite.files.tickets import CENTROIDS, SIGNS, ticket_tensors, unpack_ticket
 from fxprune.rewrite.masking.masked_module import form_of
 from fxprune.rewrite.masking.parameters import read, unwrap
 from fxprune.sparsity.masks import Masks, total
 
-FORMAT = "fxprune"
-FORMAT_VERSION = 1
+Form = Literal["dense", "sparse", "masks", "ticket"]
+FORMS: tuple[Form, ...] = get_args(Form)
+MASKS_VERSION = "1"
 
 
 def stamp(model: nn.Module, **facts: object) -> None:
@@ -43,76 +43,71 @@ def provenance(model: nn.Module) -> dict[str, str]:
 
 
 def save(
-    gm: nn.Module,
+    network: nn.Module,
     path: str | os.PathLike[str],
     *,
-    form: Literal["masks", "ticket"] = "masks",
+    form: Form | None = None,
     **facts: object,
 ) -> None:
-    """Writes the masks of a model to a safetensors file, or its ticket.
+    """Write a network to a safetensors file: masked, compact or plain, for :func:`fxprune.load`.
 
-    Each mask takes an eighth of a byte per weight. A ticket has besides, for each layer, the means of its
-    negative and of its positive weights, and one bit for each weight that is kept, its sign: all that
-    :func:`fxprune.load_ticket` needs to build the network that ASNI trains anew.
-
-    The header says ``format``, ``format_version``, ``form``, ``method``, ``sparsity`` (asked for, if known,
-    else obtained), ``kept`` and ``total`` (weights), ``seed``, ``torch``, ``fxprune`` and the ``shapes``.
+    Parameter names are those of the original. The file is complete or as it was before. ``save(path,
+    network)`` works as well.
 
     Args:
-        gm: a masked graph module or plain module. Where ``fully_shard`` has split it, all processes have to
-            call for a ticket, which gathers weights; for masks, one of them is enough.
+        network: a masked, compact or plain network. Of one that ``fully_shard`` has split, only masks (by one
+            process) and tickets (by all processes) can be written.
         path: the file to write.
-        form: "masks", or "ticket".
-        facts: entries for the header, over those that the model remembers.
+        form: "dense": every tensor whole. "sparse": what is zero takes one bit, what is not its value
+            besides; the default for masked networks, others are dense. "masks": one bit per weight, for
+            :func:`fxprune.load_masks`. "ticket": masks, the means of each layer's negative and positive
+            weights, and signs, for :func:`fxprune.load_ticket`.
+        facts: entries for the header, over those that the network remembers (method, sparsity, seed).
 
     Raises:
-        ValueError: the model has no masks, or there is no such form.
+        TypeError: there is no network.
+        ValueError: there is no such form, no mask to write, or the network could not be loaded again; the
+            message says why.
 
     >>> import tempfile
     >>> from fxprune.rewrite import install
     >>> layer = nn.Linear(2, 1)
     >>> install(layer, {"weight": torch.tensor([[True, False]])})
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save(layer, f"{folder}/masks.safetensors", method="random")
-    ...     load_masks(f"{folder}/masks.safetensors")
+    ...     save(layer, f"{folder}/layer.safetensors", method="random")
+    ...     load_masks(f"{folder}/layer.safetensors")
     {'weight': tensor([[ True, False]])}
     """
-    if form not in ("masks", "ticket"):
-        raise ValueError(f"form={form!r}: expected 'masks' or 'ticket'")
-    masks = read(gm)
-    if not masks:
-        raise ValueError("gm: it has no masks to save; set masks first")
+    if isinstance(path, nn.Module) and not isinstance(network, nn.Module):
+        network, path = path, network
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network: expected a torch.nn.Module, got a {type(network).__name__}")
+    if form not in (None, *FORMS):
+        raise ValueError(f"form={form!r}: expected one of {', '.join(map(repr, FORMS))}")
+    masks = read(network)
+    if form in ("masks", "ticket"):
+        if not masks:
+            raise ValueError(f"network: it has no masks to save as form={form!r}; set masks first")
+        tensors = {name: pack(mask) for name, mask in masks.items()}
+        header = {"format_version": MASKS_VERSION}
+        header["shapes"] = json.dumps({name: list(mask.shape) for name, mask in masks.items()})
+        if form == "ticket":
+            tensors |= ticket_tensors(network)
+    else:
+        form = form or ("sparse" if masks else "dense")
+        tensors, header = network_file(network, sparse=form == "sparse")
+        header["format_version"] = NETWORK_VERSION
+    noted = {**_numbers(masks), **provenance(network), **{key: str(value) for key, value in facts.items()}}
+    write_container(tensors, path, {**noted, **header, "format": FORMAT, "form": form})
+
+
+def _numbers(masks: Masks) -> dict[str, str]:
+    """The counts of a masked network for a header."""
     size, alive = sum(mask.numel() for mask in masks.values()), total(masks)
-    header = {
-        "method": "unknown",
-        "sparsity": repr(1 - alive / size),
-        "seed": "unknown",
-        **provenance(gm),
-        **{key: str(value) for key, value in facts.items()},
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "form": form,
-        "kept": str(alive),
-        "total": str(size),
-        "torch": torch.__version__,
-        "fxprune": _own_version(),
-        "shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()}),
-    }
-    tensors = {name: pack(mask) for name, mask in masks.items()}
-    if form == "ticket":
-        tensors |= ticket_tensors(gm)
-    _write(tensors, path, header)
-
-
-def _write(tensors: dict[str, torch.Tensor], path: str | os.PathLike[str], header: dict[str, str]) -> None:
-    """Processes that write the same file do not write into each other's: the last one's is left."""
-    part = f"{os.fspath(path)}.{uuid.uuid4().hex}"
-    try:
-        save_file(tensors, part, metadata=header)
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+    known = {"method": "unknown", "seed": "unknown"}
+    if not masks:
+        return known
+    return {**known, "sparsity": repr(1 - alive / size), "kept": str(alive), "total": str(size)}
 
 
 def load_masks(path: str | os.PathLike[str]) -> Masks:
@@ -128,7 +123,7 @@ def load_masks(path: str | os.PathLike[str]) -> Masks:
         FileNotFoundError: there is no such file.
         ValueError: the file is not one of ours, of a newer format, or damaged; the message names it.
     """
-    return _masks(path, *_open(path))
+    return _masks(path, *read_container(path, "mask"))
 
 
 def read_ticket(
@@ -139,7 +134,7 @@ def read_ticket(
     Raises ``FileNotFoundError`` and ``ValueError`` as :func:`load_masks`, the latter also for a file that has
     masks only.
     """
-    header, tensors = _open(path)
+    header, tensors = read_container(path, "mask")
     masks = _masks(path, header, tensors)
     if header.get("form") != "ticket":
         raise ValueError(f"{os.fspath(path)}: a file of masks, not a ticket; save with form='ticket'")
@@ -149,10 +144,15 @@ def read_ticket(
 def _masks(path: str | os.PathLike[str], header: dict[str, str], tensors: dict[str, torch.Tensor]) -> Masks:
     if header.get("format") != FORMAT:
         raise ValueError(f"{os.fspath(path)}: not an fxprune mask file, expected one that fxprune.save wrote")
-    if header.get("format_version") != str(FORMAT_VERSION):
+    try:
+        if is_network(header):
+            return decode_tensors(tensors, json.loads(header["manifest"])["layout"])[1]
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{os.fspath(path)}: damaged file of masks ({error})") from error
+    if header.get("format_version") != MASKS_VERSION:
         raise ValueError(
             f"{os.fspath(path)}: mask format {header.get('format_version')!r}, this fxprune reads"
-            f" {FORMAT_VERSION}; use the fxprune that wrote it ({header.get('fxprune')})"
+            f" {MASKS_VERSION}; use the fxprune that wrote it ({header.get('fxprune')})"
         )
     try:
         shapes = {name: torch.Size(shape) for name, shape in json.loads(header["shapes"]).items()}
@@ -164,22 +164,5 @@ def _masks(path: str | os.PathLike[str], header: dict[str, str], tensors: dict[s
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The header of a mask file: method, sparsity, seed, versions."""
-    return _open(path)[0]
-
-
-def _open(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{os.fspath(path)}: no such mask file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{os.fspath(path)}: not a readable mask file ({error})") from error
-
-
-def _own_version() -> str:
-    try:
-        return version("fxprune")
-    except PackageNotFoundError:
-        return "unknown"
+    """Return the header of a file that :func:`save` wrote: form, method, sparsity, seed, versions."""
+    return read_container(path, "mask")[0]

@@ -33,6 +33,9 @@ from fxprune.rewrite.masking.storage import SUFFIX, zero
 
 Model = TypeVar("Model", bound=nn.Module)
 
+BAKED = "has_baked_kernel"
+"""Stands in a module whose computed kernel became its weight: the class it had reads that otherwise."""
+
 
 def finalize(model: Model) -> Model:
     """A copy of a masked model with its zeros baked in: plain modules, no masks, the same outputs to the bit.
@@ -147,6 +150,7 @@ def _bake_module(module: nn.Module, attribute: str) -> None:
     # A parameter shared with another layer must not be overwritten there.
     module._parameters[attribute] = nn.Parameter(kernel, weight.requires_grad)
     module._buffers.pop(attribute + SUFFIX, None)
+    vars(module)[BAKED] = True
     frozen = masked_class(original_class(module), Form("frozen", operands=(attribute,)))
     if stock is not None and attribute == "weight":
         module.__class__ = stock
@@ -186,6 +190,7 @@ def _bake_graph(gm: GraphModule) -> None:
             owner._parameters[attribute] = kernel
             read = read or gm.graph.get_attr(name)
         read.meta = copy.copy(node.meta)
+        vars(gm)[BAKED] = True
         node.replace_all_uses_with(read)
         for dead in reversed(region):
             if not dead.users:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import symbolic_trace
 
 from fxprune.rewrite import load_masks, read, read_header, save, set_masks, stamp
-from fxprune.rewrite.files import archive
+from fxprune.rewrite.files import container
 from rewrite import nets
 
 
@@ -24,7 +24,7 @@ def gm():
 
 def test_round_trip(gm, tmp_path):
     file = tmp_path / "masks.safetensors"
-    save(gm, file)
+    save(gm, file, form="masks")
     loaded = load_masks(str(file))
     assert loaded.keys() == read(gm).keys()
     assert all(torch.equal(loaded[name], mask) for name, mask in read(gm).items())
@@ -52,7 +52,7 @@ def test_a_file_is_there_in_full_or_as_it_was(gm, tmp_path, monkeypatch):
         open(path, "wb").write(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(archive, "save_file", fails)
+    monkeypatch.setattr(container, "save_file", fails)
     with pytest.raises(OSError, match="no space left"):
         save(gm, file)
     assert file.read_bytes() == before
@@ -62,7 +62,7 @@ def test_a_file_is_there_in_full_or_as_it_was(gm, tmp_path, monkeypatch):
 def test_a_bit_for_a_weight(tmp_path):
     model = nn.Linear(256, 1024)
     set_masks(model, nets.masks_for(model))
-    save(model, tmp_path / "file")
+    save(model, tmp_path / "file", form="masks")
     assert (tmp_path / "file").stat().st_size < 256 * 1024 / 8 + 1000
 
 
@@ -70,7 +70,7 @@ def test_a_bit_for_a_weight(tmp_path):
 def test_odd_sizes(size, tmp_path):
     model = nn.Linear(size, 1)
     set_masks(model, nets.masks_for(model, density=0.6, seed=size))
-    save(model, tmp_path / "file")
+    save(model, tmp_path / "file", form="masks")
     assert torch.equal(load_masks(tmp_path / "file")["weight"], model.weight_mask)
 
 
@@ -109,11 +109,11 @@ def test_files_that_are_not_ours(gm, tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "pickle")
     refused(tmp_path / "pickle")
     good = tmp_path / "good"
-    save(gm, good)
+    save(gm, good, form="masks")
     (tmp_path / "cut").write_bytes(good.read_bytes()[:-3])
     refused(tmp_path / "cut")
-    save_file({"w": torch.zeros(3)}, tmp_path / "newer", {"format": "fxprune", "format_version": "2"})
-    refused(tmp_path / "newer", "format '2'")
+    save_file({"w": torch.zeros(3)}, tmp_path / "newer", {"format": "fxprune", "format_version": "3"})
+    refused(tmp_path / "newer", "format '3'")
     head = {"format": "fxprune", "format_version": "1"}
     for shapes, tensor in (
         ('{"w": [30]}', torch.zeros(3, dtype=torch.uint8)),
@@ -130,5 +130,5 @@ def test_files_that_are_not_ours(gm, tmp_path):
     with pytest.raises(FileNotFoundError, match="absent"):
         load_masks(tmp_path / "absent")
     with pytest.raises(ValueError, match="no masks"):
-        save(nn.Linear(2, 2), tmp_path / "none")
+        save(nn.Linear(2, 2), tmp_path / "none", form="masks")
     assert not (tmp_path / "none").exists()

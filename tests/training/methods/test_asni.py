@@ -230,7 +230,7 @@ def test_broken_tickets(tmp_path: Any) -> None:
     pruner = trained()
     with pytest.raises(ValueError, match="form='bits'"):
         fxprune.save(pruner.model, tmp_path / "x", form="bits")  # type: ignore[arg-type]
-    fxprune.save(pruner.model, tmp_path / "masks")
+    fxprune.save(pruner.model, tmp_path / "masks", form="masks")
     with pytest.raises(ValueError, match="not a ticket"):
         fxprune.load_ticket(tmp_path / "masks", nets.normed(), example_inputs=nets.IMAGES)
     fxprune.save(pruner.model, tmp_path / "ticket", form="ticket")

@@ -1,0 +1,111 @@
+"""Follow a recipe: a captured network comes to have the shape of the smaller one that the recipe is of."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.rewrite.compact.modules import slice_parameters
+from fxprune.rewrite.compact.plain_values import FUNCTIONS, METHODS, decode
+from fxprune.rewrite.compact.recipe import DIGEST, NORMS, Recipe, node_digests
+from fxprune.rewrite.compact.trial import set_shapes, trial_inputs
+from fxprune.rewrite.files.runs import indices
+
+__all__ = ["first_difference", "replay"]
+
+
+def first_difference(gm: fx.GraphModule, recipe: Recipe) -> str | None:
+    """Name the first node of ``gm`` that is not as the recipe has it; None if the graphs are equal."""
+    wanted = [recipe.nodes[at : at + DIGEST] for at in range(0, len(recipe.nodes), DIGEST)]
+    found = node_digests(gm)
+    for node, digest, expected in zip(gm.graph.nodes, found, wanted, strict=False):
+        if digest != expected:
+            return str(node.name)
+    return None if len(found) == len(wanted) else f"number {min(len(found), len(wanted)) + 1}"
+
+
+def replay(gm: fx.GraphModule, recipe: Recipe) -> fx.GraphModule:
+    """Return a copy of a captured network with the smaller graph; the values of its tensors mean nothing.
+
+    Raises:
+        KeyError, ValueError, AttributeError, RuntimeError: the recipe does not fit.
+    """
+    small = copy.deepcopy(gm).eval()
+    for path, norm in recipe.norms.items():
+        small.add_module(path, _norm(norm))
+    for path, sizes in recipe.sizes.items():
+        module = small.get_submodule(path)
+        for name, value in sizes.items():
+            if name not in vars(module):
+                raise ValueError(f"{path} has no attribute {name!r}")
+            setattr(module, name, decode(value))
+    tensors = dict(small.named_parameters()) | dict(small.named_buffers())
+    slices = {name: _places(tuple(tensors[name].shape), kept) for name, kept in recipe.kept.items()}
+    slice_parameters(small, slices, {}, {})
+    for name, shape in recipe.added.items():
+        path, _, leaf = name.rpartition(".")
+        owner = small.get_submodule(path)
+        like = next(owner.parameters(recurse=False), torch.empty(0))
+        setattr(owner, leaf, nn.Parameter(like.new_zeros(shape), like.requires_grad))
+    _edit(small, recipe)
+    set_shapes(small, trial_inputs(small, None, 0))
+    before = gm.meta.get("fxprune", {}).get("recipes", ())
+    small.meta["fxprune"] = {"recipes": [*before, recipe]}
+    return small
+
+
+def _norm(given: dict[str, Any]) -> nn.Module:
+    zeros = {name: torch.zeros(shape) for name, shape in given["shapes"].items()}
+    return NORMS[given["kind"]](given["width"], given["eps"], **zeros)
+
+
+def _places(shape: tuple[int, ...], kept: dict[str, Any]) -> Tensor:
+    """The flat places of the entries that stay, in the new shape."""
+    size = torch.Size(shape).numel()
+    if "flat" in kept:
+        places = torch.tensor(indices(kept["flat"])).view(kept["shape"])
+        if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < size:
+            raise ValueError("an index beyond the end")
+        return places
+    places = torch.arange(size).view(shape)
+    for axis, coded in enumerate(kept["axes"]):
+        if coded is not None:
+            places = places.index_select(axis, torch.tensor(indices(coded), dtype=torch.int64))
+    return places
+
+
+def _edit(gm: fx.GraphModule, recipe: Recipe) -> None:
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for edit in recipe.edits:
+        if "op" in edit:
+            with gm.graph.inserting_before(nodes[edit["before"]]):
+                target = _allowed(edit["op"], edit["target"])
+                args, kwargs = decode(edit["args"], nodes), decode(edit["kwargs"], nodes)
+                new = gm.graph.create_node(edit["op"], target, args, kwargs, name=edit["node"])
+            if new.name != edit["node"]:
+                raise ValueError(f"there are two nodes {edit['node']!r}")
+            nodes[new.name] = new
+    for edit in recipe.edits:
+        node = nodes[edit["node"]]
+        if "op" not in edit:
+            node.args, node.kwargs = decode(edit["args"], nodes), decode(edit["kwargs"], nodes)
+            if "target" in edit:
+                node.target = _allowed(node.op, edit["target"])
+    for name in reversed(recipe.erased):
+        gm.graph.erase_node(nodes[name])
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _allowed(op: str, target: str) -> Any:
+    """What a node of a file may call: the functions and methods of two short lists, and the network's own."""
+    if op == "call_function":
+        return FUNCTIONS[target]
+    if op == "call_method" and target not in METHODS:
+        raise ValueError(f"a call of the method {target!r}")
+    if op not in ("call_method", "call_module", "get_attr"):
+        raise ValueError(f"a node of kind {op!r}")
+    return target
