@@ -274,11 +274,12 @@ def _checked(method: Method, found: Any, problem: Problem) -> Masks:
     masks = {name: found[name].to(problem.device) for name in problem.weights}
     if not is_subset(masks, problem.masks):
         raise ValueError(f"method {method.name!r} keeps weights that were pruned before")
+    if isinstance(problem.granularity, ChannelGroups):
+        problem.granularity.check(masks, problem.budget, method.name)
+        return masks
     numbers, budget = kept_overall(masks, problem.shards), problem.budget
-    # Families of tied channels share what their layers may keep: only the total is exact for them.
-    overall = budget.layers is None or isinstance(problem.granularity, ChannelGroups)
-    asked = {"the model": budget.total} if overall else budget.layers or {}
-    given = {"the model": sum(numbers.values())} if overall else numbers
+    asked = {"the model": budget.total} if budget.layers is None else budget.layers
+    given = {"the model": sum(numbers.values())} if budget.layers is None else numbers
     for where, number in asked.items():
         # Whole groups may have to stay below the budget; single weights need not.
         if given[where] > number or (given[where] < number and problem.granularity == WEIGHT):

@@ -83,7 +83,8 @@ class Problem:
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch={self.micro_batch!r}: expected a number of samples, at least 1")
-        object.__setattr__(self, "granularity", fitted(self.granularity, self.graph, self.weights))
+        shapes = {name: tuple(weight.shape) for name, weight in self.model.named_parameters()}
+        object.__setattr__(self, "granularity", fitted(self.granularity, self.graph, self.weights, shapes))
 
 
 @dataclass(frozen=True)

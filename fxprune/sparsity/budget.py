@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from numbers import Real
 
@@ -33,12 +33,14 @@ class Budget:
     """An exact number of weights to keep.
 
     ``total``: over all layers. ``sizes``: weights of every prunable parameter, pruned ones included.
-    ``layers``: the exact number in every parameter, or ``None`` where scores compete globally.
+    ``layers``: the exact number in every parameter, or ``None`` where scores compete globally. ``asked``: the
+    density that was asked for, of which ``total`` is rounded, where it is known.
     """
 
     total: int
     sizes: dict[str, int]
     layers: dict[str, int] | None = None
+    asked: float | None = None
 
     def __post_init__(self) -> None:
         if self.layers is None:
@@ -67,9 +69,9 @@ class Budget:
     def capped(self, room: Mapping[str, int]) -> Budget:
         """The same budget where there is room for it, else as much as there is room for."""
         if self.layers is None:
-            return Budget(min(self.total, sum(room.values())), self.sizes)
+            return replace(self, total=min(self.total, sum(room.values())))
         layers = {name: min(number, room[name]) for name, number in self.layers.items()}
-        return Budget(sum(layers.values()), self.sizes, layers)
+        return replace(self, total=sum(layers.values()), layers=layers)
 
 
 def _between(target: int, start: int, fraction: Callable[[float], float]) -> int:
@@ -120,9 +122,10 @@ def plan(
     total = count(sum(sizes.values()), 1 - sparsity)
     _check_total(total, sum(sizes.values()), sum(left.values()), sparsity)
     if allocation == "global":
-        return Budget(total, sizes)
+        return Budget(total, sizes, asked=1 - sparsity)
     ratios = dict.fromkeys(sizes, 1.0) if allocation == "uniform" else erk_ratios(shapes)
-    return Budget(total, sizes, apportion(total, {name: ratios[name] * sizes[name] for name in sizes}, left))
+    layers = apportion(total, {name: ratios[name] * sizes[name] for name in sizes}, left)
+    return Budget(total, sizes, layers, asked=1 - sparsity)
 
 
 def erk_ratios(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:

@@ -16,15 +16,21 @@ from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks
 
 
-def fitted(granularity: Granularity, graph: ChannelGraph, prunable: Collection[str]) -> Granularity:
+def fitted(
+    granularity: Granularity,
+    graph: ChannelGraph,
+    prunable: Collection[str],
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> Granularity:
     """Return ``granularity`` as the parameters of ``graph`` need it; the same where nothing is transposed.
 
-    ``prunable``: the parameters that may be pruned; the channels of all others stay.
+    ``prunable``: the parameters that may be pruned; the channels of all others stay. ``shapes``: those of all
+    parameters of the network.
     """
     if isinstance(granularity, Channel) and graph.kernels:
         excluded = [name for name in graph.kernels if name not in prunable]
         groups = group_channels(graph, fixed=excluded, whole_heads=granularity.whole_heads)
-        return ChannelGroups(groups, tuple(prunable), granularity)
+        return ChannelGroups(groups, tuple(prunable), granularity, shapes or {})
     transposed = {name: kernels.groups for name, kernels in graph.kernels.items() if kernels.transposed}
     if granularity == WEIGHT or isinstance(granularity, (ChannelGroups, Oriented)) or not transposed:
         return granularity

@@ -175,14 +175,34 @@ class Channel:
     ``pool`` makes one score of the scores of a group's weights: "mean", "sum", "l2" or "max".
     ``whole_heads``: attention loses whole heads, instead of equally many channels in every head. Where no
     graph is known a channel is a slice of the first dimension.
+
+    ``of``: what the sparsity is a share of: "weights" (the prunable ones), "params" (all parameters of the
+    network) or "macs" (multiply-adds). With ``pool="mean"`` groups then compete by the sum of their scores
+    per cost. ``scope``: "global"; "layer", every family of tied layers loses the same share of its groups;
+    "isomorphic", every kind of group does (Fang et al. 2024, arXiv 2407.04616). ``round_to``: layers keep a
+    multiple of so many channels, where they can; ``min_channels``, ``max_sparsity``: how many channels, and
+    which share of them, every layer loses at most.
     """
 
     pool: str = "mean"
     whole_heads: bool = False
+    of: str = "weights"
+    scope: str = "global"
+    round_to: int = 1
+    min_channels: int = 1
+    max_sparsity: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.pool not in POOLS:
-            raise ValueError(f"pool={self.pool!r}: expected one of {', '.join(map(repr, POOLS))}")
+        for option, accepted in (("pool", POOLS), ("of", COSTS), ("scope", SCOPES)):
+            value = getattr(self, option)
+            if value not in accepted:
+                raise ValueError(f"{option}={value!r}: expected one of {', '.join(map(repr, accepted))}")
+        for option in ("round_to", "min_channels"):
+            value = getattr(self, option)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{option}={value!r}: expected a number of channels, at least 1")
+        if not 0 < self.max_sparsity <= 1:
+            raise ValueError(f"max_sparsity={self.max_sparsity!r}: expected a share of channels in (0, 1]")
 
     def __str__(self) -> str:
         return "head" if self.whole_heads else "channel"
@@ -198,6 +218,12 @@ class Channel:
 
 POOLS = ("mean", "sum", "l2", "max")
 """How the scores of a group's weights become one."""
+
+COSTS = ("weights", "params", "macs")
+"""What the sparsity of channels is a share of."""
+
+SCOPES = ("global", "layer", "isomorphic")
+"""Which channel groups compete with one another."""
 
 WEIGHT = Weight()
 KERNEL = Block(1, 1)

@@ -1,32 +1,42 @@
 """Select channel groups, each of which holds rows and columns of several parameters.
 
-What a group costs depends on which others are gone, so groups are ranked once and then removed from the
-lowest score on, until the weights that are left fit the budget; they are counted exactly, rows and columns.
+What a group costs depends on which others are gone. Groups are put in an order, and removed from its front
+until what is left meets the budget; what is left is counted exactly, rows and columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fxprune.channels.cost import Cost, count_macs, count_parameters, count_weights
 from fxprune.channels.groups import Groups
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import NEVER, Bundle, Channel
+from fxprune.sparsity.group_order import by_class, by_worth, kinds, round_up
 from fxprune.sparsity.masks import Masks, kept
 
 __all__ = ["ChannelGroups"]
 
+Rounding = Callable[[Tensor, Tensor], Tensor]
+"""Adds groups to those that stay, by rank, as `round_up` says."""
+
 
 @dataclass(frozen=True, eq=False)
 class ChannelGroups:
-    """Whole channel groups of the ``prunable`` parameters of a graph, with the options of a `Channel`."""
+    """Whole channel groups of the ``prunable`` parameters of a graph, with the options of a `Channel`.
+
+    ``shapes``: those of all parameters of the network, by name, for ``of="params"``.
+    """
 
     groups: Groups
     prunable: tuple[str, ...]
     options: Channel = field(default_factory=Channel)
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return str(self.options)
@@ -50,6 +60,11 @@ class ChannelGroups:
 
         The scores of all weights in the group's rows and columns that ``masks`` keep are pooled.
         """
+        pooled, number = self._pooled(scores, masks)
+        return pooled, number > 0
+
+    def _pooled(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """One score for every group, and the number of its weights."""
         shape = (self.groups.count,)
         total = torch.zeros(shape, dtype=torch.float64)
         number = torch.zeros(shape, dtype=torch.float64)
@@ -71,7 +86,7 @@ class ChannelGroups:
         elif self.options.pool == "l2":
             total = total.sqrt()
         limit = torch.finfo(torch.float64).max
-        return total.clamp(-limit, limit), number > 0
+        return total.clamp(-limit, limit), number
 
     @staticmethod
     def _add(total: Tensor, number: Tensor, index: Tensor, values: Tensor, counts: Tensor, how: str) -> None:
@@ -102,75 +117,121 @@ class ChannelGroups:
 
     # -- choice -------------------------------------------------------------------------------------------
     def choose(self, scores: Mapping[str, Tensor], budget: Budget, within: Mapping[str, Tensor]) -> Masks:
-        """Return the masks of the groups that stay, with at most ``budget.total`` weights.
+        """Return the masks of the groups that stay, whose cost is at most the budget's share of the whole.
 
-        One group more would exceed the budget. The best group of every parameter's outputs and inputs stays,
-        so that no layer is emptied. Under a budget with a number for every layer, each family of tied layers
-        removes its lowest groups in proportion.
+        One group more would exceed it. The best groups of every parameter's outputs and inputs stay, so that
+        no layer is emptied. Under a budget with a number for every layer, each family of tied layers removes
+        its lowest groups in proportion.
         """
-        pooled, alive = self.pool(scores, within)
-        order = self._order(pooled, alive & ~self._protected(pooled, alive), budget)
-        counter = _Counter(self.groups, within)
-        low, high = 0, len(order)
-        least = counter.count(self._staying(alive, order))
-        if least > budget.total:
+        pooled, number = self._pooled(scores, within)
+        alive = number > 0
+        cost, limit = self.cost(within), self.limit(budget)
+        rounded = round_up(self.groups, self.options.round_to) if self.options.round_to > 1 else None
+        open_ = alive & ~self._protected(pooled, alive)
+        least = cost.left(self._staying(alive, open_, pooled, rounded))
+        if least > limit:
             raise ValueError(
-                f"granularity {self}: {budget.total} weights are to be kept, but at least {least} must stay: "
-                "every layer keeps one channel, and outputs, excluded layers and what meets them keep all; "
-                "ask for a lower sparsity"
+                f"granularity {self}: {limit:.0f} {self.options.of} are to be kept, but at least {least:.0f} "
+                "must stay: every layer keeps one channel, and outputs, excluded layers and what meets them "
+                "keep all; ask for a lower sparsity"
             )
+        if self._weighs_costs(budget):
+            # What is rounded up stays above the limit; so the order must go on beyond it.
+            order = by_worth(pooled * number, cost, alive, open_, limit if rounded is None else 0.0)
+        else:
+            order = self._order(pooled, open_, budget)
+        rank = torch.full_like(pooled, float(len(order)))
+        rank[order] = torch.arange(len(order), dtype=rank.dtype)
+        low, high = 0, len(order)
         while low < high:
             middle = (low + high) // 2
-            if counter.count(self._staying(alive, order[:middle])) <= budget.total:
+            if cost.left(self._staying(alive, order[:middle], rank, rounded)) <= limit:
                 high = middle
             else:
                 low = middle + 1
-        staying = self._staying(alive, order[:low])
+        staying = self._staying(alive, order[:low], rank, rounded)
         return {name: self.groups.kept(name, staying).to(mask.device) & mask for name, mask in within.items()}
 
-    def _staying(self, alive: Tensor, removed: Tensor) -> Tensor:
+    def cost(self, within: Mapping[str, Tensor]) -> Cost:
+        """What the network costs, in the unit that ``options.of`` names."""
+        match self.options.of:
+            case "weights":
+                return count_weights(self.groups, within)
+            case "params":
+                return count_parameters(self.groups, self.shapes)
+            case _:
+                return count_macs(self.groups)
+
+    def check(self, masks: Mapping[str, Tensor], budget: Budget, method: str) -> None:
+        """``ValueError`` if ``masks`` cost more than ``budget`` allows."""
+        ones = {name: mask.double() for name, mask in masks.items()}
+        staying = self.pool(ones, masks)[1]
+        limit, left = self.limit(budget), self.cost(masks).left(staying)
+        if left > limit * (1 + 1e-9):
+            of = self.options.of
+            raise ValueError(f"method {method!r} keeps {left:.0f} {of} in the model, not {limit:.0f}")
+
+    def limit(self, budget: Budget) -> float:
+        """The cost that a budget allows."""
+        if self.options.of == "weights":
+            return budget.total
+        whole = self.cost({}).whole
+        return whole * (budget.density if budget.asked is None else budget.asked)
+
+    @staticmethod
+    def _staying(alive: Tensor, removed: Tensor, rank: Tensor, rounded: Rounding | None) -> Tensor:
         staying = alive.clone()
         staying[removed] = False
-        return staying
+        return staying if rounded is None else rounded(staying, rank) & alive
 
     def _protected(self, pooled: Tensor, alive: Tensor) -> Tensor:
-        """The best group of the outputs and of the inputs of every parameter."""
+        """The best groups of the outputs and of the inputs of every parameter, as many as must stay."""
         protected = torch.zeros_like(alive)
         ranked = pooled.where(alive, NEVER)
+        share = 1 - self.options.max_sparsity
         for table in (self.groups.rows, self.groups.columns):
             for numbers in table.values():
                 own = torch.unique(numbers[numbers >= 0])
-                if len(own) and not bool((numbers < 0).any()):
-                    protected[own[ranked[own].argmax()]] = True
+                fixed = int((numbers < 0).sum())
+                channels = max(self.options.min_channels, math.ceil(share * len(numbers) - 1e-9)) - fixed
+                least = math.ceil(channels * len(own) / max(len(numbers) - fixed, 1))
+                if least > 0:
+                    best = own[ranked[own].argsort(descending=True, stable=True)[:least]]
+                    protected[best] = True
         return protected
+
+    def _weighs_costs(self, budget: Budget) -> bool:
+        """Whether groups are ranked by the sum of their scores per cost, not by their scores alone.
+
+        A mean over weights is a sum per cost already, where the cost is the number of weights.
+        """
+        free = budget.layers is None and self.options.scope == "global"
+        return free and self.options.of != "weights" and self.options.pool == "mean"
 
     def _order(self, pooled: Tensor, open_: Tensor, budget: Budget) -> Tensor:
         """The groups that may go, the first to go first; of equal ones the later group."""
+        if budget.layers is not None:
+            return by_class(pooled, self.groups.families, self._ratios(budget), open_)
+        if self.options.scope == "layer":
+            return by_class(pooled, self.groups.families, {}, open_)
+        if self.options.scope == "isomorphic":
+            return by_class(pooled, kinds(self.groups), {}, open_)
         indices = open_.nonzero().flatten().flip(0)
-        if budget.layers is None:
-            return indices[pooled[indices].argsort(stable=True)]
-        when = self._turns(pooled, budget)
-        return indices[when[indices].argsort(stable=True)]
+        return indices[pooled[indices].argsort(stable=True)]
 
-    def _turns(self, pooled: Tensor, budget: Budget) -> Tensor:
-        """When each group goes, if every family loses its lowest groups in proportion to its budget.
-
-        A family whose layers are to keep a fraction r of their weights keeps a fraction t r of its groups; t
-        falls from 1/r on until the budget is met. The i-th lowest of n groups goes when t r < 1 - i / n.
-        """
+    def _ratios(self, budget: Budget) -> dict[int, float]:
+        """The density that a budget by layer gives every family of tied layers."""
         assert budget.layers is not None
-        when = torch.zeros_like(pooled)
-        families = self.groups.families
-        for family in torch.unique(families).tolist():
-            members = (families == family).nonzero().flatten()
+        ratios = {}
+        for family in torch.unique(self.groups.families).tolist():
+            members = (self.groups.families == family).nonzero().flatten()
             names = [
                 name for name in budget.layers if bool(torch.isin(self.groups.rows[name], members).any())
             ]
             size = sum(budget.sizes[name] for name in names)
-            ratio = sum(budget.layers[name] for name in names) / size if size else 1.0
-            ranks = pooled[members].argsort(stable=True).argsort(stable=True).double()
-            when[members] = ratio / (1 - ranks / len(members)).clamp(min=1e-12)
-        return when
+            if size:
+                ratios[family] = sum(budget.layers[name] for name in names) / size
+        return ratios
 
     def shuffle(self, masks: Masks, order: Mapping[str, Tensor], within: Masks, per_family: bool) -> Masks:
         """Return masks that keep as many groups as ``masks`` do, the best by ``order``."""
@@ -184,28 +245,3 @@ class ChannelGroups:
             number = int(kept_groups[members].sum())
             staying[members[pooled[members].argsort(descending=True, stable=True)[:number]]] = True
         return {name: self.groups.kept(name, staying).to(mask.device) & mask for name, mask in within.items()}
-
-
-class _Counter:
-    """Counts the weights that are left when some groups are gone."""
-
-    def __init__(self, groups: Groups, within: Mapping[str, Tensor]) -> None:
-        self.groups = groups
-        self.parts = []
-        for name, mask in within.items():
-            counts = mask.flatten(2).sum(2) if mask.dim() > 2 else mask.long()
-            by_row, by_column = groups.by_weight(name)
-            shape = counts.shape
-            rows = by_row.reshape(by_row.shape[:2])
-            columns = by_column.reshape(by_column.shape[:2])
-            self.parts.append((counts.cpu().double(), rows.expand(shape), columns.expand(shape)))
-
-    def count(self, staying: Tensor) -> int:
-        stays = torch.cat([staying, staying.new_ones(1)]).double()
-        total = 0.0
-        for counts, rows, columns in self.parts:
-            if bool((rows == rows[:, :1]).all()) and bool((columns == columns[:1]).all()):
-                total += float(stays[rows[:, 0]] @ counts @ stays[columns[0]])
-            else:
-                total += float((stays[rows] * stays[columns] * counts).sum())
-        return round(total)

@@ -9,13 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import NETS
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+import fxprune
+from fxprune.channels.cost import count_macs
 from fxprune.graph import ChannelGraph
 from fxprune.paths.count import reach
 from fxprune.sparsity.budget import Budget, plan
 from fxprune.sparsity.channel_granularity import fitted
 from fxprune.sparsity.collapse import dead_layers, repair
 from fxprune.sparsity.granularity import Channel, Granularity
+from fxprune.sparsity.group_order import by_worth
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks, dense, is_subset, total
 from fxprune.sparsity.select import select
@@ -206,3 +210,127 @@ def test_shuffled_masks_keep_as_many_groups() -> None:
     for name in ("first.weight", "reduce.weight"):
         number = [int(m[name].flatten(1).any(1).sum()) for m in (masks, shuffled)]
         assert number[0] == number[1]
+
+
+# -- targets in parameters and multiply-adds --------------------------------------------------------------
+class Stages(nn.Module):
+    """Two convolutions at full resolution, two at a quarter of the positions, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.three, self.four = nn.Conv2d(16, 24, 3, stride=2, padding=1), nn.Conv2d(24, 40, 1)
+        self.norm, self.last = nn.BatchNorm2d(40), nn.Linear(40, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.two(torch.relu(self.one(x))))
+        return self.last(self.norm(self.four(torch.relu(self.three(y)))).mean((2, 3)))
+
+
+def costs_of(model: nn.Module, x: Tensor) -> tuple[float, float]:
+    """Parameters, and multiply-adds for one sample as torch counts them."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    return float(sum(p.numel() for p in model.parameters())), counter.get_total_flops() / 2 / len(x)
+
+
+@pytest.mark.parametrize("of", ["params", "macs"])
+@pytest.mark.parametrize("scope", ["global", "layer", "isomorphic"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.7])
+def test_a_target_is_met_by_the_network_that_is_left(of: str, scope: str, sparsity: float) -> None:
+    torch.manual_seed(0)
+    model, x = Stages().eval(), torch.randn(2, 3, 8, 8)
+    grain = Channel(of=of, scope=scope)
+    pruned = fxprune.apply(model, "magnitude", sparsity, granularity=grain, example_inputs=x, progress=False)
+    small = fxprune.compact(pruned, x)
+    place = ("params", "macs").index(of)
+    whole, left = costs_of(model, x)[place], costs_of(small, x)[place]
+    limit = whole * (1 - sparsity)
+    # The dearest channel is one of the second layer: its own row and the next layer's column.
+    dearest = (16 * 9 * 64 + 24 * 9 * 16) if of == "macs" else (16 * 9 + 24 * 9 + 2)
+    assert limit - dearest <= left <= limit
+
+
+def test_multiply_adds_are_saved_where_they_are() -> None:
+    # At full resolution a weight costs four times as many as behind the stride, so that those go first.
+    torch.manual_seed(0)
+    model, x = Stages().eval(), torch.randn(2, 3, 8, 8)
+    widths = {}
+    for of in ("params", "macs"):
+        pruned = fxprune.apply(model, "magnitude", 0.5, granularity=Channel(of=of), example_inputs=x)
+        weights = dict(fxprune.compact(pruned, x).named_parameters())
+        widths[of] = [weights[f"{name}.weight"].shape[0] for name in ("one", "two", "three", "four")]
+    assert sum(widths["macs"][:2]) < sum(widths["params"][:2])
+
+
+def test_widths_are_rounded_and_the_target_is_met() -> None:
+    torch.manual_seed(0)
+    model, x = Stages().eval(), torch.randn(2, 3, 8, 8)
+    for of, place in (("params", 0), ("macs", 1)):
+        grain = Channel(of=of, round_to=4)
+        pruned = fxprune.apply(model, "magnitude", 0.5, granularity=grain, example_inputs=x)
+        small = fxprune.compact(pruned, x)
+        shapes = [parameter.shape for name, parameter in small.named_parameters() if "weight" in name]
+        assert all(shape[0] % 4 == 0 for shape in shapes[:-1])
+        assert costs_of(small, x)[place] <= costs_of(model, x)[place] / 2
+
+
+def test_every_layer_keeps_what_it_must() -> None:
+    torch.manual_seed(0)
+    model, x = Stages().eval(), torch.randn(2, 3, 8, 8)
+    least = {"one.weight": 16, "two.weight": 16, "three.weight": 24, "four.weight": 40}
+    for grain, minimum in (
+        (Channel(min_channels=7), lambda n: 7),
+        (Channel(max_sparsity=0.25), lambda n: 0.75 * n),
+    ):
+        with pytest.raises(ValueError, match="must stay"):
+            fxprune.apply(model, "magnitude", 0.9, granularity=grain, example_inputs=x)
+        pruned = fxprune.apply(model, "magnitude", 0.3, granularity=grain, example_inputs=x)
+        weights = dict(fxprune.compact(pruned, x).named_parameters())
+        assert all(weights[name].shape[0] >= minimum(number) for name, number in least.items())
+
+
+def test_each_family_or_kind_loses_the_same_share() -> None:
+    torch.manual_seed(0)
+    model, x = Stages().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        model.one.weight.mul_(100), model.four.weight.mul_(0.01)
+    pruned = fxprune.apply(model, "magnitude", 0.5, granularity=Channel(scope="layer"), example_inputs=x)
+    weights = dict(fxprune.compact(pruned, x).named_parameters())
+    kept = [
+        weights[f"{name}.weight"].shape[0] / n
+        for name, n in (("one", 16), ("two", 16), ("three", 24), ("four", 40))
+    ]
+    assert max(kept) - min(kept) <= 1 / 16
+
+
+def test_unknown_costs_and_scopes_are_refused() -> None:
+    for options in (
+        {"of": "flops"},
+        {"scope": "local"},
+        {"round_to": 0},
+        {"min_channels": 1.5},
+        {"max_sparsity": 0.0},
+    ):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            Channel(**options)
+
+
+def test_costs_are_brought_up_to_date_while_groups_go() -> None:
+    # Two layers in a row: a channel of the second costs its row, which shrinks with the first layer.
+    _, channels, _ = problem(
+        nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 4)), torch.ones(1, 4)
+    )
+    cost = count_macs(channels.groups)
+    alive = torch.ones(channels.groups.count, dtype=torch.bool)
+    worth = torch.arange(1.0, 17.0, dtype=torch.float64)
+    order = by_worth(worth, cost, alive, alive.clone(), limit=0.0)
+    staying = alive.clone()
+    left = cost.left(alive)
+    for group in order.tolist():
+        ratio = (worth / cost.saved(staying).clamp(min=1e-12))[staying]
+        # The order is brought up to date after every 4 % of the cost: within that, nearly the lowest goes.
+        assert worth[group] / cost.saved(staying)[group].clamp(min=1e-12) <= 3 * ratio.min() + 1e-9
+        staying[group] = False
+        assert cost.left(staying) <= left
+        left = cost.left(staying)

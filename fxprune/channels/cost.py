@@ -1,0 +1,336 @@
+"""Count what a network costs when some of its channel groups are gone: weights, parameters, multiply-adds.
+
+A cost is a sum of terms; a term is a product of numbers of entries, and an entry is there while the group of
+its row and the group of its column are. So a cost is exact for every choice of groups, and so is what the
+removal of one more group saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+from torch import Tensor
+
+from fxprune.channels.groups import Groups
+from fxprune.channels.labels import Factor
+from fxprune.graph import ir
+from fxprune.graph.params import AxisUse
+
+__all__ = ["Cost", "Entries", "Matrix", "Term", "count_macs", "count_parameters", "count_weights"]
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """``counts`` (R, C): the number of entries at each row and column, of groups ``rows`` and ``columns``.
+
+    Groups are numbered from 0; the number after the last group stands for what cannot go.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    counts: Tensor
+
+    def left(self, stays: Tensor) -> float:
+        """Count the entries that are left; ``stays`` (groups + 1,) is 1.0 for what stays, else 0.0."""
+        return float(stays[self.rows] @ self.counts @ stays[self.columns])
+
+    def saved(self, stays: Tensor) -> Tensor:
+        """Count the entries that are left and go with each group (groups + 1,)."""
+        rows, columns = stays[self.rows], stays[self.columns]
+        saved = torch.zeros_like(stays)
+        saved.index_add_(0, self.rows, rows * (self.counts @ columns))
+        saved.index_add_(0, self.columns, columns * (rows @ self.counts))
+        groups, counts = self._once
+        saved.index_add_(0, groups, -counts * stays[groups])
+        return saved
+
+    @cached_property
+    def _once(self) -> tuple[Tensor, Tensor]:
+        """The entries whose row and column are of one group, which go once."""
+        row, column = (self.rows[:, None] == self.columns).nonzero(as_tuple=True)
+        return self.rows[row], self.counts[row, column]
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """``counts`` (E,) entries each, of groups ``rows`` (E,) and ``columns`` (E,), where no matrix fits."""
+
+    rows: Tensor
+    columns: Tensor
+    counts: Tensor
+
+    def left(self, stays: Tensor) -> float:
+        """Count the entries that are left, as `Matrix.left` does."""
+        return float((stays[self.rows] * stays[self.columns] * self.counts).sum())
+
+    def saved(self, stays: Tensor) -> Tensor:
+        """Count the entries that go with each group, as `Matrix.saved` does."""
+        left = stays[self.rows] * stays[self.columns] * self.counts
+        saved = torch.zeros_like(stays)
+        saved.index_add_(0, self.rows, left)
+        saved.index_add_(0, self.columns, left.where(self.rows != self.columns, 0.0))
+        return saved
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """``unit`` times the product of the numbers of entries of all ``parts``."""
+
+    unit: float
+    parts: tuple[Matrix | Entries, ...]
+
+    def left(self, stays: Tensor) -> float:
+        """The cost of this term while the groups marked in ``stays`` do."""
+        return self.unit * prod(part.left(stays) for part in self.parts)
+
+    def saved(self, stays: Tensor) -> Tensor:
+        """What the removal of each group alone takes from this term.
+
+        Exact where a group is in one part; where it is in several, the sum of what it takes in each.
+        """
+        counts = [part.left(stays) for part in self.parts]
+        saved = torch.zeros_like(stays)
+        for place, part in enumerate(self.parts):
+            others = prod(counts[:place] + counts[place + 1 :])
+            saved += self.unit * others * part.saved(stays)
+        return saved
+
+
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """What a network costs: ``fixed``, whatever goes, and the ``terms``; ``groups`` is their number."""
+
+    groups: int
+    fixed: float
+    terms: tuple[Term, ...]
+
+    def left(self, staying: Tensor) -> float:
+        """Return the cost of the network in which only the groups marked in ``staying`` (bool) are left."""
+        stays = self._extended(staying)
+        return self.fixed + sum(term.left(stays) for term in self.terms)
+
+    def saved(self, staying: Tensor) -> Tensor:
+        """Return what the removal of each group that is left would save (float64, one for every group)."""
+        stays = self._extended(staying)
+        saved = torch.zeros_like(stays)
+        for term in self.terms:
+            saved += term.saved(stays)
+        return saved[: self.groups]
+
+    @cached_property
+    def whole(self) -> float:
+        """The cost of the whole network."""
+        return self.left(torch.ones(self.groups, dtype=torch.bool))
+
+    @staticmethod
+    def _extended(staying: Tensor) -> Tensor:
+        return torch.cat([staying, staying.new_ones(1)]).double()
+
+
+def count_weights(groups: Groups, masks: Mapping[str, Tensor]) -> Cost:
+    """Return the cost that is the number of weights that ``masks`` keep."""
+    terms = []
+    for name, mask in masks.items():
+        counts = mask.flatten(2).sum(2) if mask.dim() > 2 else mask.long()
+        terms.append(Term(1.0, (_kernels(groups, name, counts.cpu().double()),)))
+    return Cost(groups.count, 0.0, tuple(terms))
+
+
+def count_parameters(groups: Groups, shapes: Mapping[str, Sequence[int]]) -> Cost:
+    """Return the cost that is the number of entries of all parameters, of the given ``shapes`` by name.
+
+    A parameter that no operation reads by axis, such as a table that is only looked up, keeps its size.
+    """
+    terms, seen, fixed = [], set(), 0
+    for name, kernels in groups.graph.kernels.items():
+        if name in shapes:
+            counts = torch.full(kernels.shape[:2], float(kernels.shape[2:].numel()), dtype=torch.float64)
+            terms.append(Term(1.0, (_kernels(groups, name, counts),)))
+            seen.add(name)
+    by_label = _groups_of_labels(groups)
+    for op in groups.graph.ops:
+        for use in op.params:
+            if use.name in seen or use.name not in shapes:
+                continue
+            parts, rest = _along_axes(groups, by_label, use.axes, shapes[use.name])
+            if parts:
+                seen.add(use.name)
+                terms.append(Term(float(rest), parts))
+    fixed = sum(prod(shape) for name, shape in shapes.items() if name not in seen)
+    return Cost(groups.count, float(fixed), tuple(terms))
+
+
+def count_macs(groups: Groups) -> Cost:
+    """Return the cost that is the number of multiply-adds for one sample.
+
+    Those of convolutions and linear maps, and of products of two values, such as attention.
+    """
+    by_label = _groups_of_labels(groups)
+    sides = {side.op: side for side in groups.labels.sides}
+    fixed, terms = 0.0, []
+    for number, op in enumerate(groups.graph.ops):
+        match op:
+            case ir.Kernel():
+                side = sides[number]
+                rows, columns = by_label[side.rows], by_label[side.columns]
+                per_group = torch.ones(len(rows), len(columns) // op.groups, dtype=torch.float64)
+                part = _matrix(rows, columns, per_group, op.groups)
+                unit, others = _positions(groups, by_label, op)
+                terms.append(Term(unit, (part, *others)))
+            case ir.Mix() if op.equation:
+                terms.append(_product(groups, by_label, op))
+            case _:
+                continue
+    return Cost(groups.count, fixed, tuple(terms))
+
+
+# -- entries of parameters ----------------------------------------------------------------------------------
+def _groups_of_labels(groups: Groups) -> Tensor:
+    """The group of every label; the number after the last group for labels that cannot go."""
+    root = groups.labels.root
+    found = torch.full((groups.labels.count,), groups.count)
+    for table, first in ((groups.rows, groups.labels.rows), (groups.columns, groups.labels.columns)):
+        for name, numbers in table.items():
+            found[root[first[name] + torch.arange(len(numbers))]] = _numbered(numbers, groups.count)
+    return found[root]
+
+
+def _numbered(numbers: Tensor, count: int) -> Tensor:
+    return numbers.where(numbers >= 0, count)
+
+
+def _kernels(groups: Groups, name: str, counts: Tensor) -> Matrix | Entries:
+    """The entries of a parameter with ``counts`` of them in every kernel."""
+    kernels = groups.graph.kernels[name]
+    rows, columns = (_numbered(table[name], groups.count) for table in (groups.rows, groups.columns))
+    if kernels.groups == 1:
+        return Matrix(rows, columns, counts.T if kernels.transposed else counts)
+    by_row, by_column = (numbers.reshape(counts.shape) for numbers in groups.by_weight(name))
+    by_row, by_column = (_numbered(numbers, groups.count).flatten() for numbers in (by_row, by_column))
+    return Entries(by_row, by_column, counts.flatten())
+
+
+def _matrix(rows: Tensor, columns: Tensor, counts: Tensor, parts: int) -> Matrix | Entries:
+    """The entries of a matrix (out, in / parts) whose rows read one part of the columns each."""
+    if parts == 1:
+        return Matrix(rows, columns, counts)
+    by_column = columns.view(parts, 1, -1).expand(parts, len(rows) // parts, -1).reshape(counts.shape)
+    by_row = rows[:, None].expand(counts.shape)
+    return Entries(by_row.flatten(), by_column.flatten(), counts.flatten())
+
+
+def _along_axes(
+    groups: Groups, by_label: Tensor, axes: Sequence[AxisUse | None], shape: Sequence[int]
+) -> tuple[tuple[Entries, ...], int]:
+    """The entries of a parameter by the axes that channels run along, and the product of its other sizes."""
+    parts, rest = [], 1
+    for use, size in zip(axes, shape, strict=True):
+        numbers = None if use is None else _numbers_along(groups, by_label, use, size)
+        if numbers is None:
+            rest *= size
+        else:
+            parts.append(_line(numbers, groups.count))
+    return tuple(parts), rest
+
+
+def _line(numbers: Tensor, count: int) -> Entries:
+    numbers = numbers.flatten()
+    return Entries(numbers, torch.full_like(numbers, count), torch.ones(len(numbers), dtype=torch.float64))
+
+
+def _numbers_along(groups: Groups, by_label: Tensor, use: AxisUse, size: int) -> Tensor | None:
+    """The group of every entry of a parameter's axis; ``None`` if none can go."""
+    for factor in groups.labels.values.get(use.value, ()):
+        common = [axis for axis in factor.axes if axis in use.axes]
+        if not common:
+            continue
+        numbers = by_label[factor.labels]
+        others = [axis for axis in factor.axes if axis not in use.axes]
+        if others:
+            top, bottom = numbers.amax(others, keepdim=True), numbers.amin(others, keepdim=True)
+            numbers = top.where(top == bottom, groups.count)
+        # Only the axes of the use are left; those without labels are of size one.
+        kept = [axis for axis in range(numbers.dim()) if axis in use.axes]
+        numbers = numbers.reshape([numbers.shape[axis] for axis in kept])
+        if len(kept) != len(use.axes) or (use.index is None and numbers.numel() != size):
+            return None
+        numbers = numbers.permute([kept.index(axis) for axis in use.axes]).flatten()
+        if use.index is None:
+            return numbers
+        index = torch.tensor(use.index)
+        if len(index) != len(numbers):
+            return None
+        found = torch.full((size,), groups.count)
+        met = (index >= 0) & (index < size)
+        found[index[met]] = numbers[met]
+        return found
+    return None
+
+
+# -- multiply-adds ------------------------------------------------------------------------------------------
+def _positions(groups: Groups, by_label: Tensor, op: ir.Kernel) -> tuple[float, tuple[Entries, ...]]:
+    """How often each entry of a matrix is used for one sample, and the channels along other axes."""
+    windows = 0 if op.window is None else len(op.window.kernel)
+    value = op.inputs[0] if op.window is not None and op.window.transposed else op.output
+    axis = len(value.shape) - 1 - windows
+    taps = prod(op.window.kernel) if op.window is not None else 1
+    times = taps * prod(value.shape) / value.shape[axis] / groups.graph.samples
+    parts = []
+    for factor in groups.labels.values.get(op.output.index, ()):
+        if axis not in factor.axes:
+            parts.append(_line(by_label[factor.labels], groups.count))
+            times /= factor.labels.numel()
+    return times, tuple(parts)
+
+
+def _product(groups: Groups, by_label: Tensor, op: ir.Mix) -> Term:
+    """The multiply-adds of ``einsum(equation, a, b)``."""
+    inputs, _, _ = op.equation.partition("->")
+    letters = inputs.split(",")
+    sizes: dict[str, int] = {}
+    found: list[tuple[str, Tensor]] = []
+    for own, value in zip(letters, op.inputs, strict=True):
+        sizes |= {
+            letter: size for letter, size in zip(own, value.shape, strict=True) if sizes.get(letter, 1) == 1
+        }
+        for factor in groups.labels.values.get(value.index, ()):
+            found.append(_by_letters(own, factor, by_label))
+    parts, used = [], set[str]()
+    for names, numbers in _widest(found):
+        if used & set(names):
+            continue
+        partner = next(
+            (other for other in found if set(other[0]) & set(names) and not set(other[0]) <= set(names)), None
+        )
+        joint = names + "".join(letter for letter in (partner[0] if partner else "") if letter not in names)
+        by_row = _spread(names, numbers, joint, sizes)
+        by_column = _spread(*partner, joint, sizes) if partner else torch.full_like(by_row, groups.count)
+        ones = torch.ones(by_row.numel(), dtype=torch.float64)
+        parts.append(Entries(by_row.flatten(), by_column.flatten(), ones))
+        used |= set(joint)
+    times = prod(size for letter, size in sizes.items() if letter not in used)
+    return Term(times / groups.graph.samples, tuple(parts))
+
+
+def _by_letters(own: str, factor: Factor, by_label: Tensor) -> tuple[str, Tensor]:
+    names = "".join(own[axis] for axis in factor.axes)
+    return names, by_label[factor.labels].reshape([factor.labels.shape[axis] for axis in factor.axes])
+
+
+def _widest(found: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The factors with the most letters first: a factor over fewer of the same letters adds nothing."""
+    yield from sorted(found, key=lambda factor: -len(factor[0]))
+
+
+def _spread(names: str, numbers: Tensor, joint: str, sizes: Mapping[str, int]) -> Tensor:
+    """Groups by the letters ``names``, repeated along the other letters of ``joint``."""
+    order = [letter for letter in joint if letter in names]
+    numbers = numbers.permute([names.index(letter) for letter in order])
+    for place, letter in enumerate(joint):
+        if letter not in names:
+            numbers = numbers.unsqueeze(place)
+    return numbers.expand([sizes[letter] for letter in joint])
