@@ -30,7 +30,7 @@ from fxprune.rewrite.masking.parameters import check as check_places
 from fxprune.rewrite.masking.parameters import unwrap
 from fxprune.sparsity.budget import Allocation, plan
 from fxprune.sparsity.collapse import dead_layers, repair
-from fxprune.sparsity.granularity import WEIGHT, Granularity
+from fxprune.sparsity.granularity import CHANNEL_OPTIONS, WEIGHT, Granularity
 from fxprune.sparsity.granularity import resolve as resolve_granularity
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks, is_subset, kept, nonzeros, validate
@@ -77,11 +77,12 @@ def apply(
         example_inputs: tensor, tuple or dict; timm and torchvision models say it themselves.
         data, loss_fn: for methods that look at data: (x, y), or an iterable of batches; a loss of (out, y).
         budget: "global" (default), "uniform", "erk", or {layer or pattern: sparsity}.
-        granularity: "weight", "kernel", "nm(2,4)", "block(16,16)"; "channel", "head", scored by ``pool``.
+        granularity: "weight", "kernel", "nm(2,4)", "block(16,16)"; "channel", "head", which take ``of``
+            ("weights", "params", "macs": what ``sparsity`` counts) and the options of ``sparsity.Channel``.
         schedule: "oneshot", "linear", "exponential", "cubic", "sigmoid", also "cubic(20)"; the method's own.
         exclude: names or patterns of modules or parameters, or module types, that are never pruned.
         seed, device: the seed of all randomness; where to score (the result is on the model's own device).
-        progress, rules: bars on stderr; op rules of your own, as for :func:`fxprune.lower`.
+        progress, rules: bars on stderr; op rules, as for :func:`fxprune.lower`.
         returns: "graph", a ``torch.fx.GraphModule``; "module", the own class; "inplace", the model itself.
         on_collapse: what to do when a layer lies on no path any more: "warn", "raise", or "repair".
 
@@ -97,7 +98,8 @@ def apply(
     12
     """
     general = {name: method_options.pop(name) for name in GENERAL if name in method_options}
-    inside, grain = _inside(model), resolve_granularity(granularity, method_options.pop("pool", None))
+    channels = {name: method_options.pop(name, None) for name in CHANNEL_OPTIONS}
+    inside, grain = _inside(model), resolve_granularity(granularity, **channels)
     wish = Request(
         resolve_method(method, **method_options), sparsity, data, loss_fn,
         "global" if budget is None else budget, grain, schedule, listed(exclude), seed, device, returns,

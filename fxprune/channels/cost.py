@@ -15,10 +15,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import Groups
 from fxprune.channels.labels import Factor
 from fxprune.graph import ir
-from fxprune.graph.params import AxisUse
 
 __all__ = ["Cost", "Entries", "Matrix", "Term", "count_macs", "count_parameters", "count_weights"]
 
@@ -145,21 +145,20 @@ def count_parameters(groups: Groups, shapes: Mapping[str, Sequence[int]]) -> Cos
 
     A parameter that no operation reads by axis, such as a table that is only looked up, keeps its size.
     """
-    terms, seen, fixed = [], set(), 0
+    terms, seen = [], set()
     for name, kernels in groups.graph.kernels.items():
         if name in shapes:
             counts = torch.full(kernels.shape[:2], float(kernels.shape[2:].numel()), dtype=torch.float64)
             terms.append(Term(1.0, (_kernels(groups, name, counts),)))
             seen.add(name)
-    by_label = _groups_of_labels(groups)
-    for op in groups.graph.ops:
-        for use in op.params:
-            if use.name in seen or use.name not in shapes:
-                continue
-            parts, rest = _along_axes(groups, by_label, use.axes, shapes[use.name])
-            if parts:
-                seen.add(use.name)
-                terms.append(Term(float(rest), parts))
+    for name, by_axis in entry_groups(groups, shapes).items():
+        if name not in seen:
+            rest = prod(size for axis, size in enumerate(shapes[name]) if axis not in by_axis)
+            parts = tuple(
+                _line(_numbered(numbers, groups.count), groups.count) for numbers in by_axis.values()
+            )
+            terms.append(Term(float(rest), parts))
+            seen.add(name)
     fixed = sum(prod(shape) for name, shape in shapes.items() if name not in seen)
     return Cost(groups.count, float(fixed), tuple(terms))
 
@@ -169,7 +168,7 @@ def count_macs(groups: Groups) -> Cost:
 
     Those of convolutions and linear maps, and of products of two values, such as attention.
     """
-    by_label = _groups_of_labels(groups)
+    by_label = _numbered(groups.numbers, groups.count)
     sides = {side.op: side for side in groups.labels.sides}
     fixed, terms = 0.0, []
     for number, op in enumerate(groups.graph.ops):
@@ -189,16 +188,6 @@ def count_macs(groups: Groups) -> Cost:
 
 
 # -- entries of parameters ----------------------------------------------------------------------------------
-def _groups_of_labels(groups: Groups) -> Tensor:
-    """The group of every label; the number after the last group for labels that cannot go."""
-    root = groups.labels.root
-    found = torch.full((groups.labels.count,), groups.count)
-    for table, first in ((groups.rows, groups.labels.rows), (groups.columns, groups.labels.columns)):
-        for name, numbers in table.items():
-            found[root[first[name] + torch.arange(len(numbers))]] = _numbered(numbers, groups.count)
-    return found[root]
-
-
 def _numbered(numbers: Tensor, count: int) -> Tensor:
     return numbers.where(numbers >= 0, count)
 
@@ -223,52 +212,9 @@ def _matrix(rows: Tensor, columns: Tensor, counts: Tensor, parts: int) -> Matrix
     return Entries(by_row.flatten(), by_column.flatten(), counts.flatten())
 
 
-def _along_axes(
-    groups: Groups, by_label: Tensor, axes: Sequence[AxisUse | None], shape: Sequence[int]
-) -> tuple[tuple[Entries, ...], int]:
-    """The entries of a parameter by the axes that channels run along, and the product of its other sizes."""
-    parts, rest = [], 1
-    for use, size in zip(axes, shape, strict=True):
-        numbers = None if use is None else _numbers_along(groups, by_label, use, size)
-        if numbers is None:
-            rest *= size
-        else:
-            parts.append(_line(numbers, groups.count))
-    return tuple(parts), rest
-
-
 def _line(numbers: Tensor, count: int) -> Entries:
     numbers = numbers.flatten()
     return Entries(numbers, torch.full_like(numbers, count), torch.ones(len(numbers), dtype=torch.float64))
-
-
-def _numbers_along(groups: Groups, by_label: Tensor, use: AxisUse, size: int) -> Tensor | None:
-    """The group of every entry of a parameter's axis; ``None`` if none can go."""
-    for factor in groups.labels.values.get(use.value, ()):
-        common = [axis for axis in factor.axes if axis in use.axes]
-        if not common:
-            continue
-        numbers = by_label[factor.labels]
-        others = [axis for axis in factor.axes if axis not in use.axes]
-        if others:
-            top, bottom = numbers.amax(others, keepdim=True), numbers.amin(others, keepdim=True)
-            numbers = top.where(top == bottom, groups.count)
-        # Only the axes of the use are left; those without labels are of size one.
-        kept = [axis for axis in range(numbers.dim()) if axis in use.axes]
-        numbers = numbers.reshape([numbers.shape[axis] for axis in kept])
-        if len(kept) != len(use.axes) or (use.index is None and numbers.numel() != size):
-            return None
-        numbers = numbers.permute([kept.index(axis) for axis in use.axes]).flatten()
-        if use.index is None:
-            return numbers
-        index = torch.tensor(use.index)
-        if len(index) != len(numbers):
-            return None
-        found = torch.full((size,), groups.count)
-        met = (index >= 0) & (index < size)
-        found[index[met]] = numbers[met]
-        return found
-    return None
 
 
 # -- multiply-adds ------------------------------------------------------------------------------------------

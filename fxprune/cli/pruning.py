@@ -20,6 +20,7 @@ from fxprune import methods
 from fxprune.api import analyze as analyze_network
 from fxprune.api import apply
 from fxprune.capture import capture
+from fxprune.cli.channel_flags import channel_flags, split
 from fxprune.cli.sources import load_data, load_network
 from fxprune.lowering import lower
 from fxprune.metrics import Report
@@ -32,7 +33,6 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, or path/to/file.py:factory.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Pool = Annotated[str | None, typer.Option(help="One score of a channel group's: mean, sum, l2 or max.")]
 Rounds = Annotated[str | None, typer.Option(help="oneshot, linear, exponential, cubic, sigmoid.")]
 Resolution = Annotated[str, typer.Option(help="spatial (exact) or channel (faster, an upper bound).")]
 
@@ -49,7 +49,6 @@ def prune(
     granularity: Annotated[
         str, typer.Option(help="weight, kernel, channel, head, nm(2,4) or block(16,16).")
     ] = "weight",
-    pool: Pool = None,
     schedule: Rounds = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Module or pattern that is not pruned; may be repeated.")
@@ -68,6 +67,7 @@ def prune(
     **options: Any,
 ) -> None:
     """Prune a network and report what is left of it."""
+    channel = split(options)
     given = {name: value for name, value in options.items() if value is not None}
     chosen = methods.resolve(method, **_values(method, given))
     if out is not None and out.exists() and not out.is_dir():
@@ -83,7 +83,7 @@ def prune(
         data=None if data is None else load_data(data),
         budget=_budget(budget),
         granularity=granularity,
-        pool=pool,
+        **channel,
         schedule=schedule,
         exclude=tuple(exclude or ()),
         seed=seed,
@@ -218,7 +218,7 @@ def _register() -> None:
     own = [
         parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD
     ]
-    prune.__signature__ = signature.replace(parameters=own + _method_flags())  # type: ignore[attr-defined]
+    prune.__signature__ = signature.replace(parameters=own + channel_flags() + _method_flags())  # type: ignore[attr-defined]
 
 
 _register()

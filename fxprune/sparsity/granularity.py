@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch.nn.functional import pad
@@ -219,6 +219,9 @@ class Channel:
 POOLS = ("mean", "sum", "l2", "max")
 """How the scores of a group's weights become one."""
 
+CHANNEL_OPTIONS = ("pool", "of", "scope", "round_to", "min_channels", "max_sparsity")
+"""Options of a `Channel` that :func:`fxprune.apply` takes by name."""
+
 COSTS = ("weights", "params", "macs")
 """What the sparsity of channels is a share of."""
 
@@ -232,26 +235,28 @@ CHANNEL = Channel()
 _PATTERN = re.compile(r"(nm|block)\(\s*(\d+)\s*,\s*(\d+)\s*\)")
 
 
-def resolve(granularity: str | Granularity, pool: str | None = None) -> Granularity:
+def resolve(granularity: str | Granularity, **options: Any) -> Granularity:
     """The granularity that a name means; an object of one's own is returned as it is.
 
     Names: ``"weight"``, ``"kernel"`` (the taps between one input and one output channel), ``"channel"`` (a
     channel and all that goes with it), ``"head"`` (the same, but attention loses whole heads),
-    ``"nm(2,4)"``, ``"block(16,16)"``. ``pool``: that of a :class:`Channel`, for channels and heads only.
-    Errors: ``ValueError``, ``TypeError``.
+    ``"nm(2,4)"``, ``"block(16,16)"``. ``options``: those of a :class:`Channel` (``CHANNEL_OPTIONS``), for
+    channels and heads only, ``None`` for what is not given. Errors: ``ValueError``, ``TypeError``.
 
     >>> resolve("nm(2,4)")
     NM(n=2, m=4)
-    >>> resolve("channel", "l2")
-    Channel(pool='l2', whole_heads=False)
+    >>> resolve("channel", pool="l2").pool
+    'l2'
     """
-    if pool is not None:
+    options = {name: value for name, value in options.items() if value is not None}
+    if options:
         found = resolve(granularity)
         if not isinstance(found, Channel):
+            name, value = next(iter(options.items()))
             raise ValueError(
-                f"pool={pool!r}: granularity {granularity!r} has none; only 'channel' and 'head'"
+                f"{name}={value!r}: granularity {granularity!r} has none; 'channel' and 'head' do"
             )
-        return replace(found, pool=pool)
+        return replace(found, **options)
     named: dict[str, Granularity] = {
         "weight": WEIGHT,
         "kernel": KERNEL,

@@ -1,0 +1,38 @@
+"""The flags of ``prune`` that say how channels are pruned."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Any
+
+import typer
+
+HELP = {
+    "pool": (str, "One score of those of a group's weights: mean, sum, l2 or max."),
+    "of": (str, "What the sparsity is a share of: weights (prunable ones), params (all) or macs."),
+    "scope": (
+        str,
+        "What competes: global, layer (each loses the same share) or isomorphic (each kind does).",
+    ),
+    "round_to": (int, "Layers keep a multiple of so many channels."),
+    "min_channels": (int, "Layers keep at least so many channels."),
+    "max_sparsity": (float, "Layers lose at most this share of their channels."),
+}
+
+
+def channel_flags() -> list[inspect.Parameter]:
+    """One flag for every option of the granularities channel and head."""
+    found = []
+    for name, (kind, text) in HELP.items():
+        flag = typer.Option(f"--{name.replace('_', '-')}", help=text, rich_help_panel="Options of channels")
+        annotation: Any = Annotated[kind | None, flag]
+        found.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    return found
+
+
+def split(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the channel options that were given out of ``options``, and return them."""
+    taken = {name: options.pop(name, None) for name in HELP}
+    return {name: value for name, value in taken.items() if value is not None}
