@@ -77,8 +77,7 @@ def apply(
         example_inputs: tensor, tuple or dict; timm and torchvision models say it themselves.
         data, loss_fn: for methods that look at data: (x, y), or an iterable of batches; a loss of (out, y).
         budget: "global" (default), "uniform", "erk", or {layer or pattern: sparsity}.
-        granularity: "weight", "kernel", "nm(2,4)", "block(16,16)"; "channel", "head", which take ``of``
-            ("weights", "params", "macs": what ``sparsity`` counts) and the options of ``sparsity.Channel``.
+        granularity: "weight", "kernel", "nm(2,4)", "block(16,16)"; "channel", "head": see docs/channels.md.
         schedule: "oneshot", "linear", "exponential", "cubic", "sigmoid", also "cubic(20)"; the method's own.
         exclude: names or patterns of modules or parameters, or module types, that are never pruned.
         seed, device: the seed of all randomness; where to score (the result is on the model's own device).
@@ -97,8 +96,7 @@ def apply(
     >>> sum(int(mask.sum()) for mask in read(pruned).values())
     12
     """
-    general = {name: method_options.pop(name) for name in GENERAL if name in method_options}
-    channels = {name: method_options.pop(name, None) for name in CHANNEL_OPTIONS}
+    general, channels = _taken(method_options, GENERAL), _taken(method_options, CHANNEL_OPTIONS)
     inside, grain = _inside(model), resolve_granularity(granularity, **channels)
     wish = Request(
         resolve_method(method, **method_options), sparsity, data, loss_fn,
@@ -158,6 +156,11 @@ def analyze(
             if name not in masks and not mask.all()
         }
         return measure(graph, _known(graph, {**masks, **zeros}), resolution)
+
+
+def _taken(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Take the options called ``names`` out of ``options``, and return them."""
+    return {name: options.pop(name) for name in names if name in options}
 
 
 def _has_shapes(model: nn.Module) -> bool:

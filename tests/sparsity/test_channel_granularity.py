@@ -68,14 +68,14 @@ def test_channels_keep_their_name_and_options(name: str) -> None:
 
 
 def test_pool_is_for_channels_and_heads() -> None:
-    assert resolve("channel", "max") == Channel(pool="max")
-    assert resolve("head", "sum") == Channel(pool="sum", whole_heads=True)
+    assert resolve("channel", pool="max") == Channel(pool="max")
+    assert resolve("head", pool="sum") == Channel(pool="sum", whole_heads=True)
     with pytest.raises(
-        ValueError, match=r"pool='max': granularity 'weight' has none; only 'channel' and 'head'"
+        ValueError, match=r"pool='max': granularity 'weight' has none; 'channel' and 'head' do"
     ):
-        resolve("weight", "max")
+        resolve("weight", pool="max")
     with pytest.raises(ValueError, match=r"pool='median': expected one of 'mean', 'sum', 'l2', 'max'"):
-        resolve("channel", "median")
+        resolve("channel", pool="median")
 
 
 def test_what_is_not_prunable_keeps_its_channels() -> None:
