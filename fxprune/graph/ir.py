@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
-from torch import fx
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxprune.graph import display
 from fxprune.graph.ops import (
@@ -42,6 +43,7 @@ from fxprune.graph.ops import (
     WindowPool,
     refuse_kind,
 )
+from fxprune.graph.verify import verify
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -208,9 +210,57 @@ class ChannelGraph:
         ]
         return display.full_text(self.name, self.ops, self.kernels, yields)
 
+    def verify(self, gm: fx.GraphModule | None = None) -> None:
+        """Check that the graph is whole; a pass that changes a graph calls this before it hands it on.
+
+        Checked are the shapes, liveness and order of all values; the node of every op; the fields of every
+        kind, index maps and literals among them; the parameters by axis; the kernel sets and their spaces;
+        and what nodes yield. Index maps of large values are checked by their shapes alone.
+
+        Args:
+            gm: the captured network. With it the names of nodes and the shapes of what they yield, of all
+                parameters and of all buffers are checked as well.
+
+        Raises:
+            ValueError: the first fault, with the op that has it.
+
+        Example:
+            >>> import torch, fxprune
+            >>> from dataclasses import replace
+            >>> gm = fxprune.capture(torch.nn.Linear(4, 8), torch.ones(2, 4))
+            >>> graph = fxprune.lower(gm)
+            >>> graph.verify(gm)
+            >>> source, kernel, sink = graph.ops
+            >>> replace(graph, ops=(source, sink)).verify()
+            Traceback (most recent call last):
+            ValueError: op %2 Sink (node 'output', layer ''): reads %1, which no op before it makes
+        """
+        values = {name: [value for _, value in _members(r, ())] for name, r in self.results.items()}
+        constants = {index: one.value for index, one in self.constants.items()}
+        if gm is None:
+            verify(self.ops, self.kernels, values, constants)
+            return
+        shapes = {name: tuple(state.shape) for name, state in _state(gm)}
+        nodes = {node.name: node for node in gm.graph.nodes}
+        verify(self.ops, self.kernels, values, constants, shapes, nodes)
+        for name, found in values.items():
+            shape = [tuple(x.shape) for x in _tensors(nodes[name].meta["val"])] if name in nodes else None
+            if shape is not None and not {value.shape for value in found} <= set(shape):
+                raise ValueError(f"node {name!r}: yields {[v.shape for v in found]}, captured as {shape}")
+
     def to_networkx(self, level: Literal["op", "channel"] = "op") -> nx.DiGraph:
         """The graph of ops, or of channels and kernels; see :func:`fxprune.graph.display.to_networkx`."""
         return display.to_networkx(self.name, self.ops, self.kernels, level)
+
+
+def _state(gm: fx.GraphModule) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers, by every name that they have."""
+    yield from gm.named_parameters(remove_duplicate=False)
+    yield from gm.named_buffers(remove_duplicate=False)
+
+
+def _tensors(val: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(val) if isinstance(leaf, Tensor)]
 
 
 def _members(result: Any, path: tuple[int | str, ...]) -> Iterator[tuple[tuple[int | str, ...], Value]]:
