@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
+from fxprune.graph.channel_sources import kernel_uses
 from fxprune.graph.literals import SizeLiteral
 from fxprune.graph.ops import (
     Affine,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["full_text", "summary", "to_networkx"]
 
-LIMIT = 100_000  # kernels that a channel-level export may have
+LIMIT = 100_000  # edges that a channel-level export may have
 LISTED = 16  # indices of a parameter's axis that the text lists in full
 
 
@@ -247,18 +247,18 @@ def to_networkx(
         name: of the network.
         ops, kernels: of the lowered network.
         level: ``"op"``: a node per op (attributes ``kind``, ``node``, ``layer``, ``shape``, and ``kernel``
-        where a
-            parameter is applied), an edge per value. ``"channel"``: a node ``(space, i)`` per channel of the
-            spaces that kernels join, an edge per kernel with its parameter and ``[out, in]`` index; for small
-            graphs.
+            where a parameter is applied), an edge per value. ``"channel"``, for small graphs: a node
+            ``(space, i)`` per channel that a kernel reads or makes, and for every kernel an edge from each
+            channel that reaches its input, with its parameter (``kernel``) and ``[out, in]`` ``index``.
+            Several kernels may join the same two channels (after a flatten): a ``MultiDiGraph``.
 
     Raises:
-        ValueError: unknown level, or more than 100,000 kernels at the channel level.
+        ValueError: unknown level, or more than 100,000 edges at the channel level.
     """
     if level == "op":
         return _ops(name, ops)
     if level == "channel":
-        return _channels(name, kernels)
+        return _channels(name, ops, kernels)
     raise ValueError(f"level: expected 'op' or 'channel', got {level!r}")
 
 
@@ -280,25 +280,23 @@ def _ops(name: str, ops: Sequence[AnyOp]) -> nx.DiGraph:
     return result
 
 
-def _channels(name: str, sets: Mapping[str, KernelSet]) -> nx.DiGraph:
+def _channels(name: str, ops: Sequence[AnyOp], sets: Mapping[str, KernelSet]) -> nx.MultiDiGraph:
     import networkx as nx
 
-    count = sum(kernels.shape[0] * kernels.shape[1] for kernels in sets.values())
+    result = nx.MultiDiGraph(name=name)
+    _refuse_more(sum(one.shape[0] * one.shape[1] for one in sets.values()))
+    for use in kernel_uses(ops, sets, sets.keys()):
+        result.add_nodes_from(use.outputs)
+        kernel = str(use.op.weight.name)
+        columns = sets[kernel].shape[1]
+        for row, column in (use.kernels >= 0).nonzero().tolist():
+            index = divmod(int(use.kernels[row, column]), columns)
+            for source in use.sources[use.input_of(row, column)]:
+                result.add_edge(source, use.outputs[row], kernel=kernel, index=index)
+            _refuse_more(result.number_of_edges())
+    return result
+
+
+def _refuse_more(count: int) -> None:
     if count > LIMIT:
         raise ValueError(f"level: the graph has {count:,} kernels, more than {LIMIT:,}; export level='op'")
-    result = nx.DiGraph(name=name)
-    for kernels in sets.values():
-        per_group_in = kernels.in_space.size // kernels.groups
-        per_group_out = kernels.out_space.size // kernels.groups
-        for group in range(kernels.groups):
-            pairs = torch.cartesian_prod(torch.arange(per_group_out), torch.arange(per_group_in)).tolist()
-            for o, i in pairs:
-                out, into = group * per_group_out + o, group * per_group_in + i
-                index = (into, o) if kernels.transposed else (out, i)
-                result.add_edge(
-                    (kernels.in_space.name, into),
-                    (kernels.out_space.name, out),
-                    kernel=kernels.name,
-                    index=index,
-                )
-    return result

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxprune.graph import display
+from fxprune.graph.channel_sources import Channel, input_channels, kernel_uses
 from fxprune.graph.ops import (
     Affine,
     AnyOp,
@@ -169,6 +170,33 @@ class ChannelGraph:
         state = {one.name: getattr(self, one.name) for one in fields(self)}
         return state | {"programs": {}}
 
+    def input_channels(self, name: str) -> tuple[tuple[Channel, ...], ...]:
+        """Return, for every input channel of the kernel set ``name``, the channels that it comes from.
+
+        A channel comes from all that reach it along paths without another kernel set in between: from
+        several layers behind a residual sum, from the input of a skip connection as well. Of layers, channels
+        are named; of the network's inputs (``%0``), a channel or feature, or where several axes tell entries
+        apart their position. Elementwise functions, norms and softmaxes pass each entry on by itself. A use
+        of the parameter as a transposed matrix reads no input channels, and is left out.
+
+        Returns:
+            A tuple of ``(space, channel)`` pairs per input channel, in execution order.
+
+        Raises:
+            KeyError: there is no such kernel set.
+
+        Example:
+            >>> import torch, fxprune
+            >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.Flatten(), torch.nn.Linear(8, 1))
+            >>> graph = fxprune.lower(fxprune.capture(net, torch.ones(1, 3, 2, 2)))
+            >>> graph.input_channels("0.weight")
+            ((('%0', 0),), (('%0', 1),), (('%0', 2),))
+            >>> [channel for ((space, channel),) in graph.input_channels("2.weight")]
+            [0, 0, 0, 0, 1, 1, 1, 1]
+        """
+        one = self.kernels[name]
+        return input_channels(list(kernel_uses(self.ops, self.kernels, {name})), one)
+
     @property
     def opaque(self) -> tuple[Opaque, ...]:
         return tuple(op for op in self.ops if isinstance(op, Opaque))
@@ -244,9 +272,10 @@ class ChannelGraph:
         nodes = {node.name: node for node in gm.graph.nodes}
         verify(self.ops, self.kernels, values, constants, shapes, nodes)
         for name, found in values.items():
-            shape = [tuple(x.shape) for x in _tensors(nodes[name].meta["val"])] if name in nodes else None
-            if shape is not None and not {value.shape for value in found} <= set(shape):
-                raise ValueError(f"node {name!r}: yields {[v.shape for v in found]}, captured as {shape}")
+            captured = [tuple(x.shape) for x in _tensors(nodes[name].meta["val"])] if name in nodes else []
+            # A node that writes in place yields no tensor itself, and what it has written here.
+            if captured and not {value.shape for value in found} <= set(captured):
+                raise ValueError(f"node {name!r}: yields {[v.shape for v in found]}, captured as {captured}")
 
     def to_networkx(self, level: Literal["op", "channel"] = "op") -> nx.DiGraph:
         """The graph of ops, or of channels and kernels; see :func:`fxprune.graph.display.to_networkx`."""

@@ -75,7 +75,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Space:
-    """A channel space: the index set of one side of a kernel set, named after the layer that makes it."""
+    """A channel space: the index set of one side of a kernel set.
+
+    It is named after the layer whose output channels it holds, in their order. Where these are changed or
+    mixed with others (by a concat, a flatten, a sum of two layers), or come from the network's input, it is
+    named after the value that a layer reads, ``%7``, and ``ChannelGraph.input_channels`` says what they come
+    from. Names of the several uses of one parameter are joined by ``+``.
+    """
 
     name: str
     size: int

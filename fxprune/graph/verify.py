@@ -164,7 +164,7 @@ def _faults_of_kind(op: AnyOp) -> Iterator[str]:
         case Kernel():
             yield from _faults_of_kernel(op)
         case Sum() | Gate():
-            yield from _differ("its inputs broadcast to", _broadcast(op.inputs), op.output.shape)
+            yield from _faults_of_broadcast(op)
         case Gather():
             yield from _faults_of_gather(op)
         case Mix():
@@ -265,7 +265,8 @@ def _faults_of_index_map(op: Gather) -> Iterator[str]:
         count = math.prod(value.shape)
         tensors.append(torch.arange(offset, offset + count, dtype=torch.float64).sqrt().view(value.shape))
         offset += count
-    if not torch.equal(op.move(*tensors), found.apply(*tensors)):
+    copied = found.apply(*tensors)
+    if not torch.equal(op.move(*tensors), copied):  # which may work in place
         yield "its movement does more than to copy entries"
 
 
@@ -326,9 +327,9 @@ def _faults_of_axes(op: AnyOp, axes: Sequence[int]) -> Iterator[str]:
 
 
 def _faults_of_broadcast(op: AnyOp) -> Iterator[str]:
-    """The input broadcasts to the output."""
+    """All inputs broadcast to the output."""
     both = _broadcast((*op.inputs, op.output))
-    yield from _differ("with its input it broadcasts to", both, op.output.shape)
+    yield from _differ("with its inputs it broadcasts to", both, op.output.shape)
 
 
 # -- shapes ----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from fxprune.graph.tensor_function import TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, joined
+from fxprune.lowering.spaces import Spaces, space_name
 from fxprune.lowering.taps import live_taps
 
 __all__ = ["Builder"]
@@ -46,7 +47,7 @@ class Builder:
         # By id of a constant that a node of the captured graph yields: that node; its value as an operand.
         self.constant_nodes: dict[int, str] = {}
         self.sources: dict[int, ir.Value] = {}
-        self._spaces: dict[int, str] = {}
+        self._spaces = Spaces()
         self._count = 0
 
     def state(self) -> tuple[Any, ...]:
@@ -69,9 +70,7 @@ class Builder:
         live = any(value.live for value in inputs) or (kind is ir.Source and fields.pop("live"))
         output = self.value(shape, live)
         self.ops.append(kind(output, tuple(inputs), self.node, self.layer, self.inner, **fields))
-        space = next((self._spaces[v.index] for v in inputs if v.index in self._spaces), None)
-        if space is not None:
-            self._spaces[output.index] = space
+        self._spaces.follow(self.ops[-1])
         return output
 
     def source(self, shape: Sequence[int], *, live: bool = True, pattern: Tensor | None = None) -> ir.Value:
@@ -291,7 +290,7 @@ class Builder:
         output = self._emit(ir.Kernel, (x,), shape, weight=weight, bias=bias is not None)
         self._read_weight(x, output, weight, by, rank=0, groups=1)
         self.read(output, bias)
-        self._record(weight, x, output, positions, taps, 1, transposed=False)
+        self._record(weight, x, output, positions, taps, 1)
         return output
 
     def conv(
@@ -321,7 +320,7 @@ class Builder:
         self.read(output, bias, [(output.index, len(shape) - rank - 1)])
         places = x.shape[-rank:] if window.transposed else output.shape[-rank:]
         positions = torch.Size(places).numel()
-        self._record(weight, x, output, positions, taps, groups, transposed=window.transposed)
+        self._record(weight, x, output, positions, taps, groups)
         return output
 
     def _record(
@@ -332,23 +331,26 @@ class Builder:
         positions: int,
         taps: Tensor,
         groups: int,
-        *,
-        transposed: bool,
     ) -> None:
         name = weight.name
         if name is None:
             return
-        shape = self.parameters.tensors[name].shape
-        axis = 1 if transposed else 0
-        self._spaces[output.index] = name.rpartition(".")[0] or name
+        shape, transposed = self.parameters.tensors[name].shape, self._is_transposed()
+        into, out = (0, 1) if transposed else (1, 0)
+        axis = len(output.shape) - taps.dim() - 1
+        space = ir.Space(space_name(name), shape[out] * (groups if transposed else 1))
+        if weight.view is None:
+            self._spaces.begin(output, space.name, axis)
         old = self.kernels.get(name)
         if old is not None and old.live_taps.shape == taps.shape:
             taps = taps | old.live_taps
+        names = [] if old is None else old.in_space.name.split("+")
+        names = list(dict.fromkeys([*names, self._spaces.name_of(x, axis)]))  # uses may read different layers
         self.kernels[name] = ir.KernelSet(
             name=name,
             shape=shape,
-            in_space=self._space_of(x, shape, groups, axis) if old is None else old.in_space,
-            out_space=ir.Space(name.rpartition(".")[0] or name, shape[axis] * (groups if transposed else 1)),
+            in_space=ir.Space("+".join(names), shape[into] * (1 if transposed else groups)),
+            out_space=space,
             live_taps=taps,
             groups=groups,
             owner=self.parameters.owners[name][0],
@@ -358,10 +360,6 @@ class Builder:
             direct=weight.direct or (old is not None and old.direct),
             aliases=tuple(self.parameters.aliases[name]),
         )
-
-    def _space_of(self, x: ir.Value, shape: torch.Size, groups: int, out_axis: int) -> ir.Space:
-        size = shape[0] if out_axis == 1 else shape[1] * groups
-        return ir.Space(self._spaces.get(x.index, f"%{x.index}"), size)
 
     def _ranges(self, x: ir.Value, rank: int) -> list[tuple[int, int]]:
         known = self.data_range.get(x.index, {})

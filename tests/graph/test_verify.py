@@ -229,7 +229,7 @@ FAULTS: dict[str, tuple[Callable[[ChannelGraph], ChannelGraph], str]] = {
     ),
     "a sum of other shapes": (
         lambda g: changed(g, first(g, ir.Sum), inputs=(first(g, ir.Sum).inputs[0], g.ops[0].output)),
-        r"Sum .*: its inputs broadcast to None",
+        "Sum .*: with its inputs it broadcasts to None",
     ),
     "a movement of another shape": (
         lambda g: changed(g, gather(g, "flatten"), move=TensorFunction.of("flatten", PREVIOUS, 1)),
@@ -295,7 +295,7 @@ FAULTS: dict[str, tuple[Callable[[ChannelGraph], ChannelGraph], str]] = {
     ),
     "a scale that shrinks": (
         lambda g: reshaped(g, first(g, ir.Affine), 2, 26, 1),
-        "Affine .*: with its input it broadcasts to",
+        "Affine .*: with its inputs it broadcasts to",
     ),
     "a function that grows": (
         lambda g: reshaped(g, first(g, ir.Map), 4, 4, 4),
