@@ -230,11 +230,14 @@ class Source(Op):
 
 @dataclass(frozen=True, eq=False)
 class Kernel(Op):
+    """A convolution or a linear map; ``macs`` counts the multiply-adds for one sample, padding included."""
+
     weight: WeightRef = field(default_factory=lambda: WeightRef(None, ()))
     bias: bool = False
     groups: int = 1
     window: Window | None = None
     live_taps: Tensor | None = None
+    macs: int = 0
 
 
 @dataclass(frozen=True, eq=False)

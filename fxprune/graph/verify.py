@@ -7,7 +7,6 @@ ValueError that names the op and the first fault found in it.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
@@ -78,9 +77,9 @@ def verify(
         for use in op.params:
             _raise_first(place, _faults_of_use(use, op, known, complete=shapes is not None))
         made[op.output.index] = op.output
-    uses = Counter(op.weight.name for op in ops if isinstance(op, Kernel))
     for name, one in kernels.items():
-        _raise_first(f"kernel set {name!r}", _faults_of_kernel_set(name, one, uses[name]))
+        uses = [op for op in ops if isinstance(op, Kernel) and op.weight.name == name]
+        _raise_first(f"kernel set {name!r}", _faults_of_kernel_set(name, one, uses))
     for op in ops:
         if isinstance(op, Kernel) and op.weight.name is not None and op.weight.name not in kernels:
             raise ValueError(f"op %{op.output.index} Kernel: no kernel set {op.weight.name!r}")
@@ -357,11 +356,13 @@ def _result_shape(function: TensorFunction, inputs: Sequence[Value]) -> Shape | 
 
 
 # -- kernel sets -----------------------------------------------------------------------------------------
-def _faults_of_kernel_set(name: str, one: KernelSet, uses: int) -> Iterator[str]:
+def _faults_of_kernel_set(name: str, one: KernelSet, uses: Sequence[Kernel]) -> Iterator[str]:
     if one.name != name:
         yield f"is named {one.name!r}"
-    if one.uses != uses or not uses:
-        yield f"counts {one.uses} uses, {uses} ops read it"
+    if one.uses != len(uses) or not uses:
+        yield f"counts {one.uses} uses, {len(uses)} ops read it"
+    if one.macs != sum(op.macs for op in uses):
+        yield f"counts {one.macs} multiply-adds, its ops {sum(op.macs for op in uses)}"
     rows, columns = one.out_space.size, one.in_space.size
     if one.transposed:
         rows, columns = columns, rows

@@ -279,18 +279,28 @@ class Builder:
         return isinstance(op, ir.Kernel) and op.window is not None and op.window.transposed
 
     # -- kernels --------------------------------------------------------------------------------------------
-    def linear(self, x: ir.Value, weight: ir.WeightRef, *, bias: Any, by: Any = None) -> ir.Value:
+    def linear(
+        self,
+        x: ir.Value,
+        weight: ir.WeightRef,
+        *,
+        bias: Any,
+        by: Any = None,
+        weights: int | None = None,
+    ) -> ir.Value:
         """Contract the last axis with an operand of shape ``(out, in)``.
 
-        ``bias`` is an operand or ``None``; ``by`` is what the weight was made of, if it is not one parameter.
+        ``bias`` is an operand or ``None``; ``by`` is what the weight was made of, if it is not one parameter;
+        ``weights`` is the number of weights that each position is multiplied with, if not all of the operand.
         """
         shape = (*x.shape[:-1], weight.shape[0])
-        positions = max(1, torch.Size(shape[:-1]).numel() // self.samples)
+        positions = self._per_sample(x, torch.Size(shape[:-1]).numel())
         taps = torch.ones((), dtype=torch.bool)
-        output = self._emit(ir.Kernel, (x,), shape, weight=weight, bias=bias is not None)
+        macs = positions * (torch.Size(weight.shape).numel() if weights is None else weights)
+        output = self._emit(ir.Kernel, (x,), shape, weight=weight, bias=bias is not None, macs=macs)
         self._read_weight(x, output, weight, by, rank=0, groups=1)
         self.read(output, bias)
-        self._record(weight, x, output, positions, taps, 1)
+        self._record(weight, x, output, macs, taps, 1)
         return output
 
     def conv(
@@ -305,6 +315,10 @@ class Builder:
         by: Any = None,
     ) -> ir.Value:
         rank = len(window.kernel)
+        places = x.shape[-rank:] if window.transposed else tuple(shape)[-rank:]
+        images = x.shape[0] if len(x.shape) == rank + 2 else 1
+        positions = self._per_sample(x, images) * torch.Size(places).numel()
+        macs = positions * torch.Size(weight.shape).numel()
         taps = live_taps(window, x.shape[-rank:], tuple(shape)[-rank:], self._ranges(x, rank))
         output = self._emit(
             ir.Kernel,
@@ -315,20 +329,23 @@ class Builder:
             groups=groups,
             window=window,
             live_taps=None if bool(taps.all()) else taps,
+            macs=macs,
         )
         self._read_weight(x, output, weight, by, rank=rank, groups=groups)
         self.read(output, bias, [(output.index, len(shape) - rank - 1)])
-        places = x.shape[-rank:] if window.transposed else output.shape[-rank:]
-        positions = torch.Size(places).numel()
-        self._record(weight, x, output, positions, taps, groups)
+        self._record(weight, x, output, macs, taps, groups)
         return output
+
+    def _per_sample(self, x: ir.Value, count: int) -> int:
+        """How many of ``count`` rows of ``x`` belong to one sample; a constant is there once for all."""
+        return max(1, count // self.samples) if x.live else count
 
     def _record(
         self,
         weight: ir.WeightRef,
         x: ir.Value,
         output: ir.Value,
-        positions: int,
+        macs: int,
         taps: Tensor,
         groups: int,
     ) -> None:
@@ -355,7 +372,7 @@ class Builder:
             groups=groups,
             owner=self.parameters.owners[name][0],
             uses=1 if old is None else old.uses + 1,
-            macs=positions * torch.Size(weight.shape).numel() + (0 if old is None else old.macs),
+            macs=macs + (0 if old is None else old.macs),
             transposed=transposed,
             direct=weight.direct or (old is not None and old.direct),
             aliases=tuple(self.parameters.aliases[name]),

@@ -11,13 +11,15 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from fxprune.channels.counts import count_kernels, count_nodes, masked_macs
+from fxprune.channels.unpruned import contractions, dense_macs
 from fxprune.graph import ChannelGraph, KernelSet
 from fxprune.paths.count import flow, reach
+from fxprune.paths.terms import count_terms
 from fxprune.sparsity.collapse import dead_layers
 from fxprune.sparsity.masks import Masks, kept
 
@@ -51,10 +53,23 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class ProductReport:
+    """Contractions without prunable weights, such as the two products of an attention.
+
+    ``macs``: multiply-adds for one sample of the dense network; ``masked_macs``: of those that are on a path.
+    """
+
+    macs: int
+    masked_macs: int
+
+
+@dataclass(frozen=True)
 class Report:
     """Hold what :func:`fxprune.analyze` found.
 
     ``layers``: one :class:`LayerReport` per prunable parameter, by name, in the order of the network.
+    ``products``: one :class:`ProductReport` per attention, or other contraction without prunable weights (a
+    fixed filter), by the module that holds its layers or the node that computes it.
     ``log_paths``: natural logarithm of the number of effective paths (DPaI, appendix I), ``-inf`` for none.
     ``dead_layers``: parameters on some path of the dense network and on none of this one. ``opaque``: number
     of operations that no rule knew; where it is not 0, effective means "perhaps effective" behind them.
@@ -68,6 +83,7 @@ class Report:
     log_paths: float
     dead_layers: tuple[str, ...]
     opaque: int
+    products: dict[str, ProductReport]
     effective: Masks = field(repr=False, compare=False)
 
     @property
@@ -122,25 +138,27 @@ class Report:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds of the dense prunable layers, per sample."""
-        return sum(layer.macs for layer in self.layers.values())
+        """Multiply-adds of the dense network, per sample: of its prunable layers and its products."""
+        products = sum(product.macs for product in self.products.values())
+        return products + sum(layer.macs for layer in self.layers.values())
 
     @property
     def masked_macs(self) -> int:
-        """Multiply-adds of the kept weights, per sample."""
-        return sum(layer.masked_macs for layer in self.layers.values())
+        """Multiply-adds of the kept weights, and of products on a path, per sample."""
+        products = sum(product.masked_macs for product in self.products.values())
+        return products + sum(layer.masked_macs for layer in self.layers.values())
 
     def effective_param_masks(self) -> Masks:
         """Parameter name -> bool tensor of its shape, ``True`` = kept and on at least one path. Copies."""
         return {name: mask.clone() for name, mask in self.effective.items()}
 
-    def to_json(self) -> str:
-        """The numbers as JSON; ``log_paths`` is null where there is no path."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers as dicts, lists and plain values; ``log_paths`` is None without a path."""
         totals = (
             "density", "sparsity", "params", "kept_params", "effective_params", "kernels",
             "effective_kernels", "nodes", "effective_nodes", "macs", "masked_macs",
         )  # fmt: skip
-        found = {
+        return {
             "network": self.network,
             "resolution": self.resolution,
             **{name: getattr(self, name) for name in totals},
@@ -148,10 +166,15 @@ class Report:
             "dead_layers": list(self.dead_layers),
             "opaque": self.opaque,
             "layers": {
-                name: {**asdict(layer), "density": layer.density} for name, layer in self.layers.items()
+                name: {**asdict(layer), "shape": list(layer.shape), "density": layer.density}
+                for name, layer in self.layers.items()
             },
+            "products": {name: asdict(product) for name, product in self.products.items()},
         }
-        return json.dumps(found, indent=2)
+
+    def to_json(self) -> str:
+        """Write the numbers as JSON; ``log_paths`` is null where there is no path."""
+        return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -192,8 +215,28 @@ def measure(
         log_paths=paths.log_total,
         dead_layers=dead_layers(graph, effective, resolution),
         opaque=len(graph.opaque),
+        products=_products(graph, whole, resolution),
         effective=effective,
     )
+
+
+def _products(
+    graph: ChannelGraph, masks: Mapping[str, torch.Tensor], resolution: Resolution
+) -> dict[str, ProductReport]:
+    """Count the products, and of each the part that has paths left, of all that have any."""
+    found = contractions(graph)
+    if not found:
+        return {}
+    left = count_terms(graph, masks, resolution=resolution)
+    ever = count_terms(graph, {}, resolution=resolution)
+    reports = {}
+    for one in found:
+        macs = [dense_macs(op, graph.samples) for op in one.ops]
+        indices = [op.output.index for op in one.ops]
+        shares = [left[index] / ever[index] if ever[index] else 0.0 for index in indices]
+        masked = sum(count * share for count, share in zip(macs, shares, strict=True))
+        reports[one.name] = ProductReport(one.macs, round(masked))
+    return reports
 
 
 def _layer(kernels: KernelSet, number: int, effective: torch.Tensor) -> LayerReport:
@@ -222,6 +265,10 @@ def _table(report: Report) -> Table:
     for heading, total in zip(HEADINGS, _cells("total", "", report), strict=True):
         left = heading == HEADINGS[0]
         table.add_column(heading, total, justify="left" if left else "right", no_wrap=True, overflow="ignore")
+    rows += [
+        (name, "product", *[""] * (len(HEADINGS) - 3), _macs(product))
+        for name, product in report.products.items()
+    ]
     for row in rows:
         table.add_row(*map(escape, row))
     return table
@@ -236,8 +283,12 @@ def _cells(name: str, shape: str, counts: LayerReport | Report) -> tuple[str, ..
         f"{counts.effective_params:,}",
         f"{counts.effective_kernels:,} / {counts.kernels:,}",
         f"{counts.effective_nodes:,} / {counts.nodes:,}",
-        f"{_short(counts.masked_macs)} / {_short(counts.macs)}",
+        _macs(counts),
     )
+
+
+def _macs(counts: LayerReport | ProductReport | Report) -> str:
+    return f"{_short(counts.masked_macs)} / {_short(counts.macs)}"
 
 
 def _remarks(report: Report) -> list[str]:

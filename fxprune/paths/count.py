@@ -8,7 +8,7 @@ objective of the library is R with other numbers at the edges: masks (paths), \\
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +20,7 @@ from fxprune.paths.program import Resolution, compile_graph
 from fxprune.paths.scaled import Counted, Tested
 from fxprune.paths.traversal import EdgeWeights, Traversal
 
-__all__ = ["Flow", "flow", "reach"]
+__all__ = ["Flow", "flow", "reach", "run_tested"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,20 @@ def reach(
         >>> reach(graph, {"0.weight": torch.tensor([[True], [False]])})["1.weight"]
         tensor([[ True, False]])
     """
+    _, total, leaves = run_tested(graph, masks, resolution)
+    gradients = _gradients(total, leaves)
+    return {name: (gradients[name] > 0.5) & (leaf.detach() > 0.5) for name, leaf in leaves.items()}
+
+
+def run_tested(
+    graph: ir.ChannelGraph, masks: Mapping[str, Tensor], resolution: Resolution, keep: Collection[int] = ()
+) -> tuple[Traversal, Tensor, dict[str, Tensor]]:
+    """Traverse a masked network in zeros and ones.
+
+    Returns:
+        The traversal, which has kept the values ``keep``; 1.0 if there is any path and else 0.0, which can be
+        derived; and the masks as floats by kernel name, which it was made of.
+    """
     _check(graph, masks)
     program = compile_graph(graph, resolution)
     device = next((mask.device for mask in masks.values()), torch.device("cpu"))
@@ -126,9 +140,9 @@ def reach(
         leaf.requires_grad_()
     with torch.enable_grad():
         edges = EdgeWeights(graph, leaves, torch.float32, device, rescale=False)
-        total, _ = Traversal(program, Tested(device), edges).total()
-        gradients = _gradients(total, leaves)
-    return {name: (gradients[name] > 0.5) & (leaf.detach() > 0.5) for name, leaf in leaves.items()}
+        traversal = Traversal(program, Tested(device), edges, keep=keep)
+        total, _ = traversal.total()
+    return traversal, total, leaves
 
 
 def _check(graph: ir.ChannelGraph, weights: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ entry is ever different from zero. A product passes the paths through one factor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -68,7 +68,7 @@ class Traversal:
     """Runs a program once.
 
     ``before_kernel(op, x)`` is called before a contraction with a parameter reads its weights; ``x`` are the
-    paths that arrive.
+    paths that arrive. ``keep``: values, by index, whose paths and presence can be asked for afterwards.
     """
 
     def __init__(
@@ -77,9 +77,10 @@ class Traversal:
         arithmetic: Counted | Tested,
         edges: EdgeWeights,
         before_kernel: Callable[[ir.Kernel, Scaled[Tensor]], None] | None = None,
+        keep: Collection[int] = (),
     ) -> None:
         self.program, self.arithmetic, self.edges = program, arithmetic, edges
-        self.before_kernel = before_kernel
+        self.before_kernel, self.keep = before_kernel, keep
         self._paths: dict[int, Scaled[Tensor]] = {}
         self._present: dict[int, Tensor] = {}
         self._path_context = EvalContext(edges.mantissas, arithmetic.pooling)
@@ -89,7 +90,7 @@ class Traversal:
         """R over the whole batch: a number and its power of two."""
         outputs = self.program.outputs
         last_reads = {value.index: i for i, step in enumerate(self.program.steps) for value in step.op.inputs}
-        kept = {index for index, _ in outputs}
+        kept = {index for index, _ in outputs} | set(self.keep)
         for i, step in enumerate(self.program.steps):
             if step.op.output.live:
                 self._paths[step.output] = self._follow_paths(step)
@@ -104,6 +105,14 @@ class Traversal:
             return nothing.values, nothing.power
         tensors, power = self.arithmetic.align([self._paths[index] for index, _ in outputs])
         return total([layout for _, layout in outputs], tensors), power
+
+    def paths_to(self, value: ir.Value) -> Tensor | None:
+        """Return the paths to a value of ``keep``, without their power; ``None`` if it is dead."""
+        return self._paths[value.index].values if value.index in self._paths else None
+
+    def presence_of(self, value: ir.Value) -> Tensor:
+        """Return the presence of a value of ``keep``."""
+        return self._present_or_ones(value, self.program.shapes[value.index])
 
     def presence(self) -> dict[int, Tensor]:
         """Mark where each value is present (1) or not (0), for the values that some product asks about."""

@@ -319,6 +319,10 @@ FAULTS: dict[str, tuple[Callable[[ChannelGraph], ChannelGraph], str]] = {
         lambda g: of_kernel_set(g, "head.weight", uses=2),
         "kernel set 'head.weight': counts 2 uses, 1 ops read it",
     ),
+    "multiply-adds that nobody does": (
+        lambda g: of_kernel_set(g, "head.weight", macs=1),
+        "kernel set 'head.weight': counts 1 multiply-adds, its ops 936",
+    ),
     "a space of another size": (
         lambda g: of_kernel_set(g, "up.weight", in_space=ir.Space("grouped", 6)),
         r"kernel set 'up.weight': its spaces make \(6, 3\), not \(4, 3\)",

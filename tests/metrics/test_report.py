@@ -150,3 +150,48 @@ def test_dense_numbers_of_a_known_network() -> None:
     assert report.nodes == report.effective_nodes == 27_560
     assert report.dead_layers == ()
     assert report.opaque == 0
+
+
+class Attention(nn.Module):
+    """Attention without biases, so that a channel without weights is nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8, bias=False), nn.Linear(8, 6, bias=False)
+        self.attend = nn.ModuleDict({n: nn.Linear(8, 8, bias=False) for n in ("q", "k", "v", "out")})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        q, k, v = (self.attend[n](y).unflatten(-1, (2, -1)).transpose(1, 2) for n in ("q", "k", "v"))
+        mixed = (q @ k.transpose(2, 3)).softmax(-1) @ v
+        return self.last(y + self.attend["out"](mixed.transpose(1, 2).flatten(2)))
+
+
+def test_products_have_a_line_of_their_own_and_are_in_the_totals() -> None:
+    model, x = Attention(), torch.randn(2, 5, 6)
+    report = fxprune.analyze(model, example_inputs=x)
+    assert list(report.products) == ["attend"]
+    assert report.products["attend"].macs == report.products["attend"].masked_macs == 2 * 5 * 5 * 8
+    layers = 5 * (6 * 8 * 2 + 8 * 8 * 4)
+    assert report.macs == report.masked_macs == layers + 2 * 5 * 5 * 8
+    found = report.to_dict()
+    assert found["products"] == {"attend": {"macs": 400, "masked_macs": 400}}
+    assert found["macs"] == report.macs
+    assert json.loads(report.to_json()) == found
+    (line,) = (line for line in str(report).splitlines() if line.startswith("attend "))
+    assert line.split() == ["attend", "product", "400", "/", "400"]
+
+
+@pytest.mark.parametrize("resolution", ["spatial", "channel"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.6])
+def test_products_left_are_those_of_the_smaller_network(sparsity: float, resolution: Any) -> None:
+    """Compaction removes the channels; what it leaves does what the masks leave."""
+    model, x = Attention(), torch.randn(2, 5, 6)
+    pruned = fxprune.apply(
+        model, "magnitude", sparsity, granularity="channel", example_inputs=x, progress=False
+    )
+    small = fxprune.compact(pruned)
+    masked = fxprune.analyze(pruned, resolution).products["attend"]
+    left = fxprune.analyze(small, resolution, example_inputs=x)
+    assert masked.macs == 400
+    assert masked.masked_macs == sum(one.macs for one in left.products.values()) < 400

@@ -268,11 +268,13 @@ def recurrent(context: Context, x: Any, state: Any = None) -> Any:
         outputs = []
         for direction in range(2 if m.bidirectional else 1):
             ref = ir.WeightRef(None, (m.hidden_size, value.shape[-1]))
-            units = build.linear(value, ref, bias=True if m.bias else None)
             suffix = f"l{layer}{'_reverse' if direction else ''}"
+            matrices = [getattr(m, name + suffix) for name in ("weight_ih_", "weight_hh_")]
+            weights = sum(matrix.numel() for matrix in matrices)
+            units = build.linear(value, ref, bias=True if m.bias else None, weights=weights)
             width = [(value.index, len(value.shape) - 1), (units.index, len(units.shape) - 1)]
-            for name, place in zip(("weight_ih_", "weight_hh_"), width, strict=True):
-                build.read(units, getattr(m, name + suffix), [None, place])
+            for matrix, place in zip(matrices, width, strict=True):
+                build.read(units, matrix, [None, place])
             for name in ("bias_ih_", "bias_hh_") if m.bias else ():
                 build.read(units, getattr(m, name + suffix), [None])
             outputs.append(accumulate(context, units, time, backwards=direction == 1))
