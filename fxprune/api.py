@@ -12,28 +12,25 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import fx, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fxprune import sharding
 from fxprune.capture import capture
 from fxprune.graph import ChannelGraph
 from fxprune.lowering import Rules, lower
-from fxprune.methods import Method, Problem, redraw
+from fxprune.methods import Method, Problem
 from fxprune.methods import resolve as resolve_method
 from fxprune.metrics import Report, measure
+from fxprune.network import Network, build_problem, inside, rewrite
 from fxprune.paths.count import reach
 from fxprune.progress import Display
-from fxprune.request import Exclusion, Request, listed, resolve_device
-from fxprune.rewrite import direct_reads, install, plain, put_masks, read, stamp
-from fxprune.rewrite.masking.copying import duplicate
-from fxprune.rewrite.masking.parameters import check as check_places
-from fxprune.rewrite.masking.parameters import unwrap
-from fxprune.sparsity.budget import Allocation, plan
+from fxprune.request import Exclusion, Request, listed
+from fxprune.rewrite import plain, read, stamp
+from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.collapse import dead_layers, repair
 from fxprune.sparsity.granularity import CHANNEL_OPTIONS, WEIGHT, Granularity
 from fxprune.sparsity.granularity import resolve as resolve_granularity
 from fxprune.sparsity.group_selection import ChannelGroups
-from fxprune.sparsity.masks import Masks, is_subset, kept, nonzeros, validate
+from fxprune.sparsity.masks import Masks, is_subset, nonzeros, validate
 from fxprune.sparsity.schedule import DensityFunction, Schedule
 from fxprune.sparsity.sharded import kept_overall
 
@@ -97,14 +94,14 @@ def apply(
     12
     """
     general, channels = _taken(method_options, GENERAL), _taken(method_options, CHANNEL_OPTIONS)
-    inside, grain = _inside(model), resolve_granularity(granularity, **channels)
+    network, grain = inside(model), resolve_granularity(granularity, **channels)
     wish = Request(
         resolve_method(method, **method_options), sparsity, data, loss_fn,
         "global" if budget is None else budget, grain, schedule, listed(exclude), seed, device, returns,
         on_collapse, rules=rules, **general,
     )  # fmt: skip
-    wish.check(inside)
-    sharding.check(inside, wish)
+    wish.check(network)
+    sharding.check(network, wish)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         return _prune(model, example_inputs, wish, Display(enabled=progress))
 
@@ -167,105 +164,32 @@ def _has_shapes(model: nn.Module) -> bool:
     return isinstance(model, fx.GraphModule) and all("val" in node.meta for node in model.graph.nodes)
 
 
-def _inside(model: nn.Module) -> nn.Module:
-    wrapped = isinstance(model, DistributedDataParallel)
-    return cast(nn.Module, model.module) if wrapped else model
-
-
 def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Display) -> fx.GraphModule:
-    model = _inside(given)
+    model = inside(given)
     before, source = read(model), plain(model)
     with display.step("capture"):
         gm = capture(source, example_inputs)
     with display.step("lower"):
         graph = lower(gm, rules=wish.rules)
-    _demand_values(unwrap(model), graph)
-    whole = _problem(source, gm, graph, before, wish, display)
-    with sharding.asked(whole, model, wish.method) as question:
+    network = Network(given, source, gm, graph, before)
+    # A method scores and selects.
+    with sharding.asked(build_problem(network, wish, display, _everybody()), model, wish.method) as question:
         problem = question.problem
         question.masks = _checked(wish.method, wish.method.find(problem), problem)
-    masks = question.masks
     with display.step(f"look for layers without a path (on_collapse={wish.on_collapse!r})"):
-        masks = _without_collapse(problem, masks, before, wish)
-    if wish.returns != "graph":
-        # The caller's own class: typed as a graph, for that is what apply gives unless asked for this.
-        pruned = cast(fx.GraphModule, given if wish.returns == "inplace" else duplicate(source))
-        everywhere = [name for name in direct_reads(gm) if name in before or name in masks]
-        _draw_anew(_inside(pruned), before, wish)
-        put_masks(pruned, {**before, **masks}, direct=everywhere)
-    else:
-        pruned = cast(fx.GraphModule, problem.model) if wish.device is None else duplicate(gm)
-        _draw_anew(pruned, before, wish)
-        install(pruned, {**before, **masks})
+        masks = _without_collapse(problem, question.masks, before, wish)
+    pruned = rewrite(network, problem, masks, wish)
     stamp(pruned, method=wish.method.name, sparsity=wish.sparsity, seed=wish.seed)
     if problem.history and isinstance(pruned, fx.GraphModule):
         pruned.meta["fxprune"] = {**pruned.meta.get("fxprune", {}), "history": problem.history}
-    return pruned
-
-
-def _demand_values(network: nn.Module, graph: ChannelGraph) -> None:
-    """``ValueError`` for weights that have none."""
-    for name in graph.kernels:
-        if network.get_parameter(name).is_meta:
-            raise ValueError(
-                f"model: {name!r} has no values (it is on the meta device); load the weights first"
-            )
-
-
-def _draw_anew(pruned: nn.Module, before: Masks, wish: Request) -> None:
-    """Under ``reinit`` the masks were found for weights that are then forgotten."""
-    if wish.reinit:
-        redraw(pruned, torch.Generator().manual_seed(wish.seed), before)
+    # Also the caller's own class is typed as a graph, for that is what apply gives unless asked for this.
+    return cast(fx.GraphModule, pruned)
 
 
 def _everybody() -> dist.ProcessGroup | None:
-    """The processes that score together: all of them, where there are several."""
+    """Return the processes that score together: all of them, where there are several."""
     running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return dist.group.WORLD if running else None
-
-
-def _problem(
-    source: nn.Module, gm: fx.GraphModule, graph: ChannelGraph, before: Masks, wish: Request, display: Display
-) -> Problem:
-    """Build the problem that the method is given, with a private copy of the network."""
-    prunable = {
-        name: kernels
-        for name, kernels in graph.kernels.items()
-        if not wish.excludes(source, (name, *kernels.aliases))
-    }
-    parameters = {name: gm.get_parameter(name) for name in prunable}
-    # What fully_shard has split is on the meta device here.
-    present = [parameter.device for parameter in parameters.values() if not parameter.is_meta]
-    home = present[0] if present else torch.device("cpu")
-    device = resolve_device(wish.device) or home
-    masks: Masks = {}
-    for name, parameter in parameters.items():
-        where = home if parameter.is_meta else parameter.device
-        whole = torch.ones(parameter.shape, dtype=torch.bool, device=where)
-        masks[name] = before.get(name, whole)
-    shapes = {name: tuple(kernels.shape) for name, kernels in prunable.items()}
-    budget = plan(wish.budget, wish.sparsity, shapes, kept(masks))
-    check_places(gm, masks)
-    copy = duplicate(gm)
-    return Problem(
-        model=copy if device == home else copy.to(device),
-        graph=graph,
-        weights={
-            name: weight if weight.is_meta else weight.to(device)
-            for name, weight in ((name, copy.get_parameter(name).detach()) for name in prunable)
-        },
-        masks={name: mask.to(device) for name, mask in masks.items()},
-        budget=budget,
-        data=wish.data,
-        loss_fn=wish.loss_fn,
-        granularity=wish.granularity,
-        schedule=wish.schedule,
-        generator=torch.Generator().manual_seed(wish.seed),
-        device=device,
-        progress=display,
-        micro_batch=wish.micro_batch,
-        group=_everybody(),
-    )
 
 
 def _checked(method: Method, found: Any, problem: Problem) -> Masks:

@@ -14,10 +14,11 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fxprune"
 RANKS = {
-    "sharded_types": -1,
+    "option_notes": -1, "sharded_types": -1,
     "capture": 0, "graph": 0, "progress": 0, "data": 0, "zoo": 0, "plot": 0, "lowering": 1, "paths": 2,
     "channels": 3, "sparsity": 4, "scoring": 5, "methods": 6, "rewrite": 6, "metrics": 6, "request": 7,
-    "sharding": 8, "api": 9, "grouping": 9, "training": 10, "__init__": 11, "cli": 11, "__main__": 12,
+    "network": 8, "sharding": 8, "api": 9, "grouping": 9, "training": 10, "__init__": 11, "cli": 12,
+    "__main__": 13,
 }  # fmt: skip
 OPTIONAL = {"matplotlib", "sklearn", "transformers", "lightning", "scipy"}
 # Packages that are slow to import -> the rooms that are only imported when they are needed anyway.
@@ -25,6 +26,13 @@ SLOW: dict[str, set[str]] = {
     "networkx": set(), "rich": {"cli"}, "timm": set(), "torch.distributed.fsdp": set(),
     "torch.distributed.tensor": set(), "torchvision": set(), "typer": {"cli"},
 }  # fmt: skip
+# The command line shows its help with these, without PyTorch; they may import it where they need it.
+LIGHT = {
+    "fxprune",
+    "fxprune.__main__",
+    *(f"fxprune.cli{name}" for name in ("", ".channel_flags", ".methods", ".pruning", ".sources")),
+}
+HEAVY = ("torch", "safetensors.torch")
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -113,10 +121,11 @@ def test_imports_stand_at_the_top(path: Path) -> None:
     tree = parse(path)
     at_top = {id(node) for node in tree.body}
     for_types = {id(node) for block in type_checking_blocks(tree) for node in block.body}
+    light = module_name(path) in LIGHT
     for node, name in imports(tree):
         if id(node) not in at_top | for_types:
             top = name.split(".")[0]
-            assert top in OPTIONAL or slow(name) is not None, (
+            assert top in OPTIONAL or slow(name) is not None or (light and name.startswith(HEAVY)), (
                 f"{path.name}:{node.lineno} imports {name} inside a function or a condition"
             )
 
@@ -130,6 +139,19 @@ def test_slow_packages_are_imported_where_they_are_used(path: Path) -> None:
         assert package is None or id(node) not in at_top or room(module_name(path)) in SLOW[package], (
             f"{path.name}:{node.lineno} imports {package} with the module; import it in the function"
         )
+
+
+def test_help_is_shown_without_torch() -> None:
+    """No module that the command line imports for help imports PyTorch, nor do those below it."""
+    waiting, seen = sorted(LIGHT), set(LIGHT)
+    while waiting:
+        tree = parse(MODULES[(module := waiting.pop())])
+        top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+        for _, name in imports(top):
+            assert not name.startswith(HEAVY), f"{module} imports {name}"
+        waiting += set(internal(top)) - seen
+        seen |= set(internal(top))
+    assert "fxprune.option_notes" in seen
 
 
 @each_file()

@@ -64,6 +64,8 @@ def _app(chosen: str) -> typer.Typer:
     """Build the application: the command called ``chosen`` in full, of the others name and help."""
     app = typer.Typer(
         name="fxprune",
+        # The list of commands does without rich, which would take most of the time.
+        rich_markup_mode="rich" if chosen in COMMANDS else None,
         help="A compiler pass that prunes any PyTorch network, on its graph.",
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -9,29 +9,37 @@ from __future__ import annotations
 import ast
 import json
 import pkgutil
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+
+from fxprune.option_notes import option_notes
 
 FOLDER = Path(__file__).parent.parent / "methods"
-TABLE_WIDTH = 140
+COLUMNS = {"method": 14, "what it does": 42, "needs": 5, "options": 36, "paper": 35}
+"""Title of a column -> its width in characters."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Hold what the list shows of a method. ``options``: name -> default."""
+    """Hold what a method's source says of it.
+
+    ``options``: name -> default. ``notes``: name -> its line in the docstring. ``switches``: the options that
+    are true or false.
+    """
 
     name: str
     summary: str
     needs: list[str]
     options: dict[str, Any]
     paper: str
+    notes: dict[str, str] = field(default_factory=dict)
+    switches: frozenset[str] = frozenset()
 
 
 def methods(
@@ -51,12 +59,22 @@ def methods(
         }
         typer.echo(json.dumps(rows, indent=2))
         return
-    table = Table("method", "what it does", "needs", "options", "paper", box=SIMPLE, pad_edge=False)
+    typer.echo(_row(COLUMNS) + "\n" + _row("-" * width for width in COLUMNS.values()))
     for entry in entries:
         flags = (f"--{name.replace('_', '-')}={value}" for name, value in entry.options.items())
-        cells = (entry.name, entry.summary, ", ".join(entry.needs), " ".join(flags), entry.paper)
-        table.add_row(*map(escape, cells))
-    Console(width=TABLE_WIDTH).print(table)
+        typer.echo(_row((entry.name, entry.summary, " ".join(entry.needs), " ".join(flags), entry.paper)))
+
+
+def _row(cells: Iterable[str]) -> str:
+    """Write cells side by side, each wrapped to the width of its column."""
+    widths = COLUMNS.values()
+    parts = [
+        textwrap.wrap(cell, width, break_on_hyphens=False) for cell, width in zip(cells, widths, strict=True)
+    ]
+    return "\n".join(
+        "  ".join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip()
+        for line in zip_longest(*parts, fillvalue="")
+    )
 
 
 def read_entries(folder: Path) -> list[Entry]:
@@ -74,8 +92,9 @@ def read_entry(factory: str, source: str) -> Entry:
 
     Raises ``ValueError`` where it is not a literal, or there is no such function.
 
-    >>> read_entry("one", "def one(*, rounds=3): return Method(name='one', find=f, paper='1999')")
-    Entry(name='one', summary='', needs=[], options={'rounds': 3}, paper='1999')
+    >>> entry = read_entry("one", "def one(*, rounds=3): return Method(name='one', find=f, paper='1999')")
+    >>> entry.name, entry.needs, entry.options, entry.paper
+    ('one', [], {'rounds': 3}, '1999')
     """
     for node in ast.parse(source).body:
         if isinstance(node, ast.FunctionDef) and node.name == factory:
@@ -91,7 +110,16 @@ def read_entry(factory: str, source: str) -> Entry:
         for argument, default in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
         if default is not None
     }
-    return Entry(words["name"], words["summary"], sorted(words["needs"]), options, words["paper"])
+    annotations = {word.arg: ast.unparse(word.annotation) for word in node.args.kwonlyargs if word.annotation}
+    return Entry(
+        words["name"],
+        words["summary"],
+        sorted(words["needs"]),
+        options,
+        words["paper"],
+        option_notes(ast.get_docstring(node) or ""),
+        frozenset(name for name, annotation in annotations.items() if annotation == "bool"),
+    )
 
 
 def _literal(node: ast.expr) -> Any:

@@ -1,6 +1,7 @@
 """The commands ``prune``, ``analyze`` and ``graph``: parse their words, call the library, print and write.
 
-The flags of ``prune`` are its own and the options of every method, read off ``fxprune.methods``.
+The flags of ``prune`` are its own and the options of every method, read off their source. The library is used
+by its public names, which are imported when they are first asked for: help needs no PyTorch.
 """
 
 from __future__ import annotations
@@ -9,23 +10,22 @@ import inspect
 import json
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from safetensors.torch import save_model
-from torch import nn
 
-from fxprune import methods
-from fxprune.api import analyze as analyze_network
-from fxprune.api import apply
-from fxprune.capture import capture
+import fxprune
 from fxprune.cli.channel_flags import channel_flags, split
+from fxprune.cli.methods import FOLDER, read_entries
 from fxprune.cli.sources import load_data, load_network
-from fxprune.lowering import lower
-from fxprune.metrics import Report
 from fxprune.progress import Display
-from fxprune.rewrite import finalize, load_masks, read_header, save, set_masks
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fxprune.methods import Option
+    from fxprune.metrics import Report
 
 MASKS, REPORT, WEIGHTS = "masks.safetensors", "report.json", "model.safetensors"
 
@@ -69,13 +69,13 @@ def prune(
     """Prune a network and report what is left of it."""
     channel = split(options)
     given = {name: value for name, value in options.items() if value is not None}
-    chosen = methods.resolve(method, **_values(method, given))
+    chosen = fxprune.methods.resolve(method, **_values(method, given))
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: there is a file of that name; expected a folder, or a new name")
     display = Display()
     with display.step(f"load {model}"):
         network, inputs = load_network(model, seed)
-    pruned = apply(
+    pruned = fxprune.apply(
         network,
         chosen,
         sparsity,
@@ -91,7 +91,7 @@ def prune(
         on_collapse=on_collapse,  # type: ignore[arg-type]  # apply says which words it knows
     )
     with display.step("analyze"):
-        report = analyze_network(pruned)
+        report = fxprune.analyze(pruned)
     facts = {"model": model, "method": method, "options": given, "seed": seed}
     if out is not None:
         with display.step(f"write {out}"):
@@ -114,7 +114,7 @@ def analyze(
     with display.step(f"load {model}"):
         network, facts = _restored(Path(model)) if Path(model).is_dir() else _captured(model)
     with display.step("analyze"):
-        report = analyze_network(network, resolution)  # type: ignore[arg-type]  # checked above
+        report = fxprune.analyze(network, resolution)  # type: ignore[arg-type]  # checked above
     typer.echo(_json(report, facts) if json_ else report)
 
 
@@ -124,31 +124,33 @@ def graph(model: Model) -> None:
     with display.step(f"capture {model}"):
         network, _ = _captured(model)
     with display.step("lower"):
-        lowered = lower(network)
+        lowered = fxprune.lower(network)
     typer.echo(lowered.summary())
 
 
 def _captured(source: str) -> tuple[Any, dict[str, Any]]:
     network, inputs = load_network(source, 0)
-    return capture(network, inputs), {"model": source}
+    return fxprune.capture(network, inputs), {"model": source}
 
 
 def _restored(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The captured network that a folder of ``prune --out`` is about, with its masks."""
-    facts = read_header(folder / MASKS)
-    masks = load_masks(folder / MASKS)
+    facts = fxprune.rewrite.read_header(folder / MASKS)
+    masks = fxprune.load_masks(folder / MASKS)
     if "model" not in facts:
         raise ValueError(f"{folder / MASKS}: does not say of which model; expected a folder of prune --out")
     network, _ = _captured(facts["model"])
-    set_masks(network, masks)
+    fxprune.set_masks(network, masks)
     return network, {key: facts[key] for key in ("model", "method", "seed")}
 
 
 def _write(folder: Path, pruned: nn.Module, facts: dict[str, Any], report: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    save(pruned, folder / MASKS, **facts)
+    from safetensors.torch import save_model
+
+    fxprune.save(pruned, folder / MASKS, **facts)
     (folder / REPORT).write_text(report + "\n", encoding="utf-8")
-    save_model(finalize(pruned), str(folder / WEIGHTS))
+    save_model(fxprune.finalize(pruned), str(folder / WEIGHTS))
 
 
 def _json(report: Report, facts: dict[str, Any]) -> str:
@@ -170,11 +172,11 @@ def _budget(text: str) -> str | dict[str, float]:
 
 def _values(method: str, given: dict[str, Any]) -> dict[str, Any]:
     """The words after a method's flags as values of its options' types."""
-    known = methods.options(method)
+    known = fxprune.methods.options(method)
     return {name: _value(known[name], text) if name in known else text for name, text in given.items()}
 
 
-def _value(option: methods.Option, text: Any) -> Any:
+def _value(option: Option, text: Any) -> Any:
     """Read a value from ``text``; return the text itself where it means nothing, for the method to refuse."""
     if option.choices:
         return next((choice for choice in option.choices if str(choice) == text), text)
@@ -194,14 +196,14 @@ def _flag(option: str) -> str:
 
 
 def _method_flags() -> list[inspect.Parameter]:
-    """One flag for every option of every method; methods that share an option share the flag."""
+    """Make one flag for every option of every method; methods that share an option share the flag."""
     owners: dict[str, dict[str, list[str]]] = {}
     switches: dict[str, bool] = {}
-    for method in methods.names():
-        for option in methods.options(method).values():
-            note = f"{option.help or option.name} (default {option.default})"
-            owners.setdefault(option.name, {}).setdefault(note, []).append(method)
-            switches[option.name] = switches.get(option.name, True) and set(option.types) == {bool}
+    for entry in sorted(read_entries(FOLDER), key=lambda entry: entry.name):
+        for name, default in entry.options.items():
+            note = f"{entry.notes.get(name, name)} (default {default})"
+            owners.setdefault(name, {}).setdefault(note, []).append(entry.name)
+            switches[name] = switches.get(name, True) and name in entry.switches
     flags = []
     for name, notes in sorted(owners.items()):
         text = "; ".join(f"{', '.join(users)}: {note}" for note, users in notes.items())

@@ -7,10 +7,10 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 LIBRARIES = ("timm", "torchvision")
 
@@ -26,6 +26,8 @@ def load_network(source: str, seed: int) -> tuple[nn.Module, Any]:
     >>> type(load_network("torchvision:resnet18", 0)[0]).__name__
     'ResNet'
     """
+    import torch
+
     kind, _, name = source.partition(":")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -35,7 +37,7 @@ def load_network(source: str, seed: int) -> tuple[nn.Module, Any]:
             return make_model(kind, name), None
         made = _factory(source)()
     network, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(network, nn.Module):
+    if not isinstance(network, torch.nn.Module):
         raise TypeError(
             f"{source!r} returned a {type(network).__name__}, expected a torch.nn.Module, or a pair of one "
             "and its example inputs"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from fxprune.option_notes import option_notes
 from fxprune.scoring.ablations import ablated, redraw
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores, prune_in_rounds
 from fxprune.scoring.distributed import agree, as_dtensors, local_rows
@@ -130,7 +131,7 @@ def common_options() -> dict[str, Option]:
 
 def _keywords(function: Callable[..., Method]) -> dict[str, Option]:
     hints = typing.get_type_hints(function)
-    notes = _argument_notes(inspect.getdoc(function) or "")
+    notes = option_notes(inspect.getdoc(function) or "")
     return {
         parameter.name: _option(parameter, hints[parameter.name], notes.get(parameter.name, ""))
         for parameter in inspect.signature(function).parameters.values()
@@ -158,18 +159,3 @@ def _option(parameter: inspect.Parameter, hint: Any, note: str) -> Option:
         return Option(parameter.name, tuple({type(c) for c in choices}), parameter.default, choices, note)
     classes = tuple(get_origin(kind) or kind for kind in types)
     return Option(parameter.name, classes, parameter.default, (), note)
-
-
-def _argument_notes(doc: str) -> dict[str, str]:
-    """Read the ``Options:`` paragraph of a factory's docstring, by option."""
-    notes: dict[str, str] = {}
-    current = ""
-    for line in doc.partition("\nOptions:\n")[2].splitlines():
-        if not line.startswith("    "):
-            break
-        if line.startswith("     "):
-            notes[current] += " " + line.strip()
-        else:
-            current, _, text = line.strip().partition(": ")
-            notes[current] = text
-    return notes

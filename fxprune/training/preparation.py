@@ -1,61 +1,38 @@
-"""Before training: a model comes in; the masked model, its graph and its budget go out."""
+"""Prepare a model for training: capture and lower it, and mask the form of it that was asked for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from fxprune.capture import capture
-from fxprune.graph import ChannelGraph
 from fxprune.lowering import lower
+from fxprune.methods import Problem
+from fxprune.network import Network, build_problem, rewrite
 from fxprune.request import Request
-from fxprune.rewrite import bare, direct_reads, install, read
-from fxprune.rewrite.masking.copying import duplicate
-from fxprune.sparsity.budget import Budget, plan
-from fxprune.sparsity.masks import Masks, kept
+from fxprune.rewrite import bare, read
+from fxprune.scoring.contract import silent
 
 Returns = Literal["graph", "module", "inplace"]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A masked model, ready to train: ``model``, its ``graph``, and the ``budget`` at the end."""
+def prepare(model: nn.Module, example_inputs: Any, wish: Request) -> Problem:
+    """Capture and lower ``model`` and mask the form of it that ``wish.returns`` names; prune nothing yet.
 
-    model: nn.Module
-    graph: ChannelGraph
-    budget: Budget
-
-
-def prepare(model: nn.Module, example_inputs: Any, wish: Request, returns: Returns) -> Prepared:
-    """Captures and lowers ``model`` and masks the form of it that ``returns`` names; nothing is pruned yet.
-
+    Returns the problem as it is before training; its ``model`` is the masked one.
     Raises what :func:`fxprune.apply` raises for models and arguments that do not fit.
     """
     wish.check(model)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         before = read(model)
+        # Not `plain`: capture refuses a model that fully_shard has split, as it should here.
         source = bare(model) if before else model
         gm = capture(source, example_inputs)
-        graph = lower(gm, rules=wish.rules)
-        prunable = {
-            name: kernels
-            for name, kernels in graph.kernels.items()
-            if not wish.excludes(source, (name, *kernels.aliases))
-        }
-        masks: Masks = {
-            name: before.get(name, torch.ones_like(gm.get_parameter(name), dtype=torch.bool))
-            for name in prunable
-        }
-        shapes = {name: tuple(kernels.shape) for name, kernels in prunable.items()}
-        budget = plan(wish.budget, wish.sparsity, shapes, kept(masks))
-        direct = [name for name in direct_reads(gm) if name in masks or name in before]
-        if returns == "graph":
-            masked: nn.Module = duplicate(gm)
-            install(masked, {**before, **masks})
-        else:
-            masked = model if returns == "inplace" else duplicate(source)
-            install(masked, {**before, **masks}, direct=direct)
-    return Prepared(masked, graph, budget)
+        network = Network(model, source, gm, lower(gm, rules=wish.rules), before)
+        problem = build_problem(network, wish, silent)
+        masked = rewrite(network, problem, problem.masks, wish)
+        weights = {name: masked.get_parameter(name).detach() for name in problem.weights}
+    return replace(problem, model=masked, weights=weights)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fxprune.lowering import Rules
-from fxprune.methods import Problem, agree, get
+from fxprune.methods import agree, get
 from fxprune.request import Exclusion, Request, listed
 from fxprune.rewrite import bare, put_masks, read, stamp
 from fxprune.rewrite.files.tickets import centroids, fill, negative_signs, neutralise, whole
@@ -100,8 +100,6 @@ class Pruner:
         rules: Rules | None = None,
         **method_options: Any,
     ) -> None:
-        if returns not in ("graph", "module", "inplace"):
-            raise ValueError(f"returns={returns!r}: expected 'graph', 'module' or 'inplace'")
         self.method = resolve(method, sparsity, total, method_options)
         self.total = integer("total", total, 1)
         self.granularity = resolve_granularity(granularity)
@@ -109,19 +107,16 @@ class Pruner:
             raise ValueError(f"granularity={granularity!r}: method {self.method.name!r} moves single weights")
         if "data" in self.method.needs and data is None:
             raise ValueError(f"method {self.method.name!r}: its criterion needs data=...")
-        self.data, self.loss_fn = data, loss_fn
         steps = (rewind,) if isinstance(rewind, int) else tuple(rewind)
         self._rewind_steps = {integer("rewind", step, 0) for step in steps}
         allocation = self.method.budget if budget is None else budget
         wish = Request(
-            get("magnitude"), self.method.target, None, None, allocation, self.granularity, None,
-            listed(exclude), seed, None, "graph", "warn", rules=rules,
+            get("magnitude"), self.method.target, data, loss_fn, allocation, self.granularity, None,
+            listed(exclude), seed, None, returns, "warn", rules=rules,
         )  # fmt: skip
-        prepared = prepare(model, example_inputs, wish, returns)
-        self.model = prepared.model
-        self.graph = prepared.graph
-        self._final = prepared.budget
-        self._generator = torch.Generator().manual_seed(seed)
+        self._problem = prepare(model, example_inputs, wish)
+        self.model, self.graph = self._problem.model, self._problem.graph
+        self._final, self._generator = self._problem.budget, self._problem.generator
         self._kept: dict[int, Values] = {0: values_of(self.model)}
         self._handled = -1
         self.history: list[Event] = []
@@ -286,18 +281,15 @@ class Pruner:
             assert loss is not None
             return dense_gradients(self.model, list(weights), loss)
 
+        device = next(iter(weights.values())).device
         with torch.no_grad():
-            problem = Problem(
+            problem = replace(
+                self._problem,
                 model=self._twin(),
-                graph=self.graph,
                 weights=weights,
                 masks=self.masks,
-                budget=self._final,
-                data=self.data,
-                loss_fn=self.loss_fn,
-                granularity=self.granularity,
-                generator=self._generator,
-                device=next(iter(weights.values())).device,
+                device=device,
+                history={},
             )
         return Moment(at, self._start, self._final, problem, gradients)
 

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PAGE = Path(__file__).parent.parent.parent / "docs" / "distributed.md"
 
 
+@pytest.mark.slow  # torchrun starts three interpreters, and each imports all of torch
 def test_the_program_runs(tmp_path: Path) -> None:
     (code,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
     (tmp_path / "prune.py").write_text(code, encoding="utf-8")

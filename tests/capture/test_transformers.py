@@ -96,6 +96,6 @@ def test_effective_weights_are_those_of_the_oracle(build: Callable[[], nn.Module
 @pytest.mark.parametrize(("build", "example"), MODELS)
 def test_pruned(build: Callable[[], nn.Module], example: Tensor) -> None:
     torch.manual_seed(0)
-    pruned = fxprune.apply(build(), "synflow", 0.5, example_inputs=example, progress=False)
+    pruned = fxprune.apply(build(), "synflow", 0.5, rounds=5, example_inputs=example, progress=False)
     fxprune.verify(pruned)
     assert fxprune.analyze(pruned).density == pytest.approx(0.5, abs=1e-3)

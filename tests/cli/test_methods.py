@@ -1,10 +1,12 @@
 """The list of methods that is read off their source is what the methods say themselves."""
 
+from typing import Any
+
 import pytest
 
 from fxprune import methods
-from fxprune.cli import COMMANDS
-from fxprune.cli.methods import FOLDER, read_entries, read_entry
+from fxprune.cli import COMMANDS, run
+from fxprune.cli.methods import COLUMNS, FOLDER, read_entries, read_entry
 
 
 def test_entries_are_those_of_the_methods() -> None:
@@ -14,7 +16,29 @@ def test_entries_are_those_of_the_methods() -> None:
         method = methods.get(name)
         assert (entry.summary, entry.paper) == (method.summary, method.paper)
         assert entry.needs == sorted(method.needs)
-        assert entry.options == {option.name: option.default for option in methods.options(name).values()}
+        options = methods.options(name)
+        assert entry.options == {option.name: option.default for option in options.values()}
+        assert entry.notes == {option.name: option.help for option in options.values() if option.help}
+        assert entry.switches == {option.name for option in options.values() if option.types == (bool,)}
+
+
+def test_every_cell_of_the_table_is_there_in_full(capsys: Any) -> None:
+    assert run(["methods"]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 140
+    entries = read_entries(FOLDER)
+    edges, at = [], 0
+    for width in COLUMNS.values():
+        edges.append((at, at + width))
+        at += width + 2
+    columns = [" ".join(" ".join(line[a:b].strip() for line in lines[2:]).split()) for a, b in edges]
+    for entry in entries:
+        flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in entry.options.items())
+        for cell, column in zip(
+            (entry.name, entry.summary, " ".join(entry.needs), flags, entry.paper), columns, strict=True
+        ):
+            assert cell in column
 
 
 @pytest.mark.parametrize(

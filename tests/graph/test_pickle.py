@@ -75,7 +75,13 @@ def test_net(name: str) -> None:
     check(lambda: build(name))
 
 
-@pytest.mark.parametrize("name", TIMM)
+# One network takes up to seven seconds: lowered twice, pickled and copied.
+QUICK = ("ghostnet_100", "mixer_s32_224", "test_convnext", "test_vit")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TIMM]
+)
 def test_timm(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)

@@ -100,7 +100,13 @@ def test_hundreds_of_layers_stay_finite(scored: list[Scores], method: str) -> No
     assert all(bool(score.isfinite().all()) for scores in scored for score in scores.values())
 
 
-@pytest.mark.parametrize("name", ["resnet50", "vit_base_patch16_224", "efficientnet_b7"])
+# The large ones have up to 86 million weights, which are drawn and scored three times.
+LARGE = ("resnet50", "vit_base_patch16_224", "efficientnet_b7")
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet26", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
+)
 def test_trained_networks_stay_finite_in_float32(scored: list[Scores], name: str) -> None:
     """R is beyond float32, where published code gives inf, or NaN; for EfficientNet-B7 beyond float64 too."""
     torch.manual_seed(0)

@@ -59,8 +59,7 @@ def dpai(
         tol: stop once ln paths, ln nodes and ln kernels (those that have a weight), averaged over 300 steps,
             differ by less than this from their averages over the 300 steps before; 0 never stops
         resolution: "channel" counts paths as on a periodic image, where only the number of weights of a
-        kernel
-            matters, and is many times faster; "spatial" is the paper's
+            kernel matters, and is many times faster; "spatial" is the paper's
         allocation: "erk", as in the authors' code, where densities are proportional to the sum over the
             product of a layer's dimensions; "equation15", the printed formula, where sparsities are
             proportional to one minus that

@@ -1,0 +1,117 @@
+"""A captured network, the problem that methods solve for it, and masks put into the form that was asked for.
+
+``apply`` and ``Pruner`` share these; each decides when masks are found, and how often.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+
+from fxprune.graph import ChannelGraph
+from fxprune.methods import Problem, redraw
+from fxprune.request import Request, resolve_device
+from fxprune.rewrite import direct_reads, put_masks
+from fxprune.rewrite.masking.copying import duplicate
+from fxprune.rewrite.masking.parameters import check, unwrap
+from fxprune.scoring.contract import Progress
+from fxprune.sparsity.budget import plan
+from fxprune.sparsity.masks import Masks, kept
+
+
+@dataclass(frozen=True)
+class Network:
+    """Hold a model in the forms that pruning needs.
+
+    ``given``: as the caller passed it. ``source``: without masks. ``captured`` and ``graph``: ``source``
+    captured, and lowered. ``before``: the masks that ``given`` has.
+    """
+
+    given: nn.Module
+    source: nn.Module
+    captured: fx.GraphModule
+    graph: ChannelGraph
+    before: Masks
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """Return the model that a ``DistributedDataParallel`` wraps, or ``model`` itself."""
+    wrapped: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
+    return wrapped
+
+
+def build_problem(
+    network: Network, wish: Request, progress: Progress, group: ProcessGroup | None = None
+) -> Problem:
+    """Build the problem that a method is given, with a private copy of the network.
+
+    ``group``: the processes that score together. Raises ``ValueError`` for weights without values, a budget
+    that no masks can meet, and parameters that cannot be masked.
+    """
+    _demand_values(unwrap(inside(network.given)), network.graph)
+    prunable = {
+        name: kernels
+        for name, kernels in network.graph.kernels.items()
+        if not wish.excludes(network.source, (name, *kernels.aliases))
+    }
+    parameters = {name: network.captured.get_parameter(name) for name in prunable}
+    # What fully_shard has split is on the meta device here.
+    present = [parameter.device for parameter in parameters.values() if not parameter.is_meta]
+    home = present[0] if present else torch.device("cpu")
+    device = resolve_device(wish.device) or home
+    masks: Masks = {}
+    for name, parameter in parameters.items():
+        where = home if parameter.is_meta else parameter.device
+        whole = torch.ones(parameter.shape, dtype=torch.bool, device=where)
+        masks[name] = network.before.get(name, whole)
+    shapes = {name: tuple(kernels.shape) for name, kernels in prunable.items()}
+    budget = plan(wish.budget, wish.sparsity, shapes, kept(masks))
+    check(network.captured, masks)
+    copy = duplicate(network.captured)
+    return Problem(
+        model=copy if device == home else copy.to(device),
+        graph=network.graph,
+        weights={
+            name: weight if weight.is_meta else weight.to(device)
+            for name, weight in ((name, copy.get_parameter(name).detach()) for name in prunable)
+        },
+        masks={name: mask.to(device) for name, mask in masks.items()},
+        budget=budget,
+        data=wish.data,
+        loss_fn=wish.loss_fn,
+        granularity=wish.granularity,
+        schedule=wish.schedule,
+        generator=torch.Generator().manual_seed(wish.seed),
+        device=device,
+        progress=progress,
+        micro_batch=wish.micro_batch,
+        group=group,
+    )
+
+
+def _demand_values(model: nn.Module, graph: ChannelGraph) -> None:
+    for name in graph.kernels:
+        if model.get_parameter(name).is_meta:
+            raise ValueError(
+                f"model: {name!r} has no values (it is on the meta device); load the weights first"
+            )
+
+
+def rewrite(network: Network, problem: Problem, masks: Masks, wish: Request) -> nn.Module:
+    """Put ``masks`` into the form of the model that ``wish.returns`` names, and return it.
+
+    Under ``reinit`` weights are drawn anew first: the masks were found for weights that are then forgotten.
+    """
+    if wish.returns == "graph":
+        form: nn.Module = problem.model if wish.device is None else duplicate(network.captured)
+    else:
+        form = network.given if wish.returns == "inplace" else duplicate(network.source)
+    if wish.reinit:
+        redraw(inside(form), torch.Generator().manual_seed(wish.seed), network.before)
+    every = {**network.before, **masks}
+    put_masks(form, every, direct=[name for name in direct_reads(network.captured) if name in every])
+    return form
