@@ -1,6 +1,7 @@
 """Verify every lowered graph; seed every test by its name; shuffle the tests: ``pytest --shuffle SEED``."""
 
 import functools
+import os
 import random
 import sys
 import zlib
@@ -16,6 +17,10 @@ from fxprune.graph import ChannelGraph
 from fxprune.methods import Scores
 from fxprune.scoring import contract
 from fxprune.sparsity.masks import Masks
+
+# Workers share the cores: one thread each, and each of the processes that they start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def verify_what_is_lowered() -> None:

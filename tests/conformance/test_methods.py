@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from nets import NETS
+from thinning import one_in
 from torch import nn
 
 import fxprune
@@ -16,7 +17,7 @@ from fxprune.sparsity.budget import count
 
 SPARSITY = 0.6
 FEW = {"rounds": 5, "steps": 3}  # enough to have run the loop
-PAIRS = [pytest.param(method, net, id=f"{method}-{net}") for method in methods.names() for net in NETS]
+PAIRS = one_in(4, methods.names(), NETS)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # tiny networks collapse, and say so
 
@@ -118,7 +119,7 @@ def test_budget_masks_the_callers_model_and_training(method: str, net: str) -> N
     assert_trains_and_stays_pruned(pruned, inputs, masks)
 
 
-@pytest.mark.parametrize(("method", "net"), PAIRS[::5])
+@pytest.mark.parametrize(("method", "net"), one_in(20, methods.names(), NETS))
 def test_the_seed_decides(method: str, net: str) -> None:
     model, inputs = build(net)
     first = fxprune.masks(apply(model, inputs, method, seed=3))

@@ -15,9 +15,21 @@ from fxprune.capture import capture
 from fxprune.lowering import lower
 
 NAMES = json.loads((Path(__file__).parent.parent / "representatives.json").read_text())
+# All of them take minutes; these are quick, and of every kind: convolutions, attention, mixers, state spaces.
+QUICK = {
+    "beit_base_patch16_224", "cs3darknet_focus_s", "edgenext_xx_small", "efficientvim_m1", "efficientvit_b0",
+    "gmlp_ti16_224", "hgnetv2_b0", "hiera_tiny_224", "hrnet_w18_small", "inception_next_atto",
+    "legacy_seresnet18", "naflexvit_base_patch16_parfac_gap", "pit_ti_224", "poolformerv2_s12",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
+def test_the_quick_ones_are_among_them() -> None:
+    assert QUICK <= set(NAMES)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(NAMES)]
+)
 def test_nothing_is_opaque(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name).eval()

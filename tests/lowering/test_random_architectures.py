@@ -1,4 +1,4 @@
-"""Networks that nobody thought of: every promise, on 200 of them (5000 in ``benchmarks/fuzz.py``)."""
+"""Networks that nobody thought of: every promise, on 60 of them (300 if slow; ``benchmarks/fuzz.py``: 5000)."""
 
 from __future__ import annotations
 
@@ -22,31 +22,26 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def _check(architecture: Architecture, density: float, seed: int) -> None:
-    model, example = architecture.build()
-    note(str(model))
-    assert_whole(model, example, density, seed)
+STARTS = ("image", "tokens", "vector")
 
 
-@settings(max_examples=70, **SETTINGS)
-@given(architectures("image"), DENSITIES, st.integers(0, 3))
-def test_images(architecture: Architecture, density: float, seed: int) -> None:
-    _check(architecture, density, seed)
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(
+    "count",
+    [20, pytest.param(100, marks=pytest.mark.slow)],  # a hundred networks take over ten seconds
+)
+def test_networks(start: str, count: int) -> None:
+    @settings(max_examples=count, **SETTINGS)
+    @given(architectures(start), DENSITIES, st.integers(0, 3))
+    def check(architecture: Architecture, density: float, seed: int) -> None:
+        model, example = architecture.build()
+        note(str(model))
+        assert_whole(model, example, density, seed)
+
+    check()
 
 
-@settings(max_examples=80, **SETTINGS)
-@given(architectures("tokens"), DENSITIES, st.integers(0, 3))
-def test_tokens(architecture: Architecture, density: float, seed: int) -> None:
-    _check(architecture, density, seed)
-
-
-@settings(max_examples=50, **SETTINGS)
-@given(architectures("vector"), DENSITIES, st.integers(0, 3))
-def test_vectors(architecture: Architecture, density: float, seed: int) -> None:
-    _check(architecture, density, seed)
-
-
-@pytest.mark.parametrize("start", ["image", "tokens", "vector"])
+@pytest.mark.parametrize("start", STARTS)
 def test_the_repr_rebuilds_the_network(start: str) -> None:
     """What a failure prints is enough to have the network again."""
     architecture = Architecture(start, (5, 77, 1234))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from methods.problems import problem
 from nets import NETS
+from thinning import one_in
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -100,9 +101,7 @@ def after_rounds(monkeypatch: pytest.MonkeyPatch) -> list[Masks]:
     return seen
 
 
-@pytest.mark.parametrize("resolution", ["channel", "spatial"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(("net", "variant", "resolution"), one_in(4, NETS, VARIANTS, ["channel", "spatial"]))
 def test_every_round_prunes_the_lowest_scores(
     after_rounds: list[Masks], net: str, variant: str, resolution: str
 ) -> None:
@@ -120,9 +119,9 @@ def test_every_round_prunes_the_lowest_scores(
     assert total(before) == question.budget.total
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("net", EXACT)
-@pytest.mark.parametrize("budget", ["global", "uniform", "erk", "dict"])
+@pytest.mark.parametrize(
+    ("net", "variant", "budget"), one_in(3, EXACT, VARIANTS, ["global", "uniform", "erk", "dict"])
+)
 def test_masks_are_those_of_the_naive_loop(net: str, variant: str, budget: str) -> None:
     question = asked(net)
     if budget == "dict":
