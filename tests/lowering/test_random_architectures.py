@@ -1,4 +1,4 @@
-"""Networks that nobody thought of: every promise, on 60 of them (300 if slow; ``benchmarks/fuzz.py``: 5000)."""
+"""Networks that nobody thought of: every promise, on 60 (300 if slow; ``benchmarks/fuzz.py`` has 5000)."""
 
 from __future__ import annotations
 

@@ -15,6 +15,9 @@ import torch.distributed as dist
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "fxprune.methods", "fxprune.capture"])
 
+STARTING = 120.0
+"""Seconds that processes may take to start on a busy machine."""
+
 
 def _run(
     function: Callable[..., Any], rank: int, world: int, folder: str, timeout: float, *args: Any
@@ -43,6 +46,6 @@ def together(world: int, function: Callable[..., Any], *args: Any, timeout: floa
         for process in processes:
             process.start()
         for process in processes:
-            process.join(2 * timeout)
+            process.join(2 * timeout + STARTING)
         found = [Path(folder, str(rank)) for rank in range(world)]
         return [torch.load(path, weights_only=False) if path.exists() else None for path in found]
