@@ -17,6 +17,8 @@ HELP = {
     "round_to": (int, "Layers keep a multiple of so many channels."),
     "min_channels": (int, "Layers keep at least so many channels."),
     "max_sparsity": (float, "Layers lose at most this share of their channels."),
+    "sides": (str, "Weights that a channel group is scored by: both, or rows alone."),
+    "normalize": (str, "Divide scores of groups by the mean over: none, or their family."),
 }
 
 

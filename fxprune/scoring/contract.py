@@ -6,7 +6,7 @@ A method that only gives each weight a score uses ``from_scores``, which does ro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from fxprune.scoring.distributed import agree
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.channel_granularity import fitted
 from fxprune.sparsity.granularity import WEIGHT, Granularity
+from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.schedule import DensityFunction, OneShot, Schedule, resolve
 from fxprune.sparsity.select import select
@@ -136,6 +137,21 @@ def from_scores(
         return prune_in_rounds(problem, criterion, schedule=own, regrow=regrow, name=label)
 
     return find
+
+
+def by_rows(find: Callable[[Problem], Masks]) -> Callable[[Problem], Masks]:
+    """Let ``find`` score channel groups by the output channels in them, without the input channels.
+
+    For criteria that score an output channel as a whole, and give all its weights this score.
+    """
+
+    def find_by_rows(problem: Problem) -> Masks:
+        grain = problem.granularity
+        if isinstance(grain, ChannelGroups):
+            grain = replace(grain, options=replace(grain.options, sides="rows"))
+        return find(replace(problem, granularity=grain))
+
+    return find_by_rows
 
 
 def prune_in_rounds(

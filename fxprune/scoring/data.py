@@ -86,6 +86,15 @@ def pieces(problem: Problem, batch: Batch) -> Iterator[tuple[Batch, float]]:
             yield part, int(counted[rows].sum()) / int(counted.sum())
 
 
+def samples_of(batch: Batch) -> list[Batch]:
+    """Cut ``batch`` into its single samples, batches of size one."""
+    size = _samples(batch)
+    cut = (slice(start, start + 1) for start in range(size))
+    return [
+        Batch(_rows(batch.inputs, rows, size), _rows(batch.target, rows, size), batch.mapping) for rows in cut
+    ]
+
+
 def _samples(batch: Batch) -> int:
     return next((tensor.shape[0] for tensor in _tensors(batch.inputs) if tensor.dim()), 1)
 

@@ -172,7 +172,9 @@ class NM:
 class Channel:
     """Whole channels, with all that goes with them in the network's graph.
 
-    ``pool`` makes one score of the scores of a group's weights: "mean", "sum", "l2" or "max".
+    ``pool`` makes one score of the scores of a group's weights: "mean", "sum", "l2" or "max". ``sides``: of
+    the weights in its rows and columns ("both") or in its rows alone. ``normalize``: "none", or "family" to
+    divide a group's score by the mean over its family of tied layers.
     ``whole_heads``: attention loses whole heads, instead of equally many channels in every head. Where no
     graph is known a channel is a slice of the first dimension.
 
@@ -191,9 +193,11 @@ class Channel:
     round_to: int = 1
     min_channels: int = 1
     max_sparsity: float = 1.0
+    sides: str = "both"
+    normalize: str = "none"
 
     def __post_init__(self) -> None:
-        for option, accepted in (("pool", POOLS), ("of", COSTS), ("scope", SCOPES)):
+        for option, accepted in CHOICES.items():
             value = getattr(self, option)
             if value not in accepted:
                 raise ValueError(f"{option}={value!r}: expected one of {', '.join(map(repr, accepted))}")
@@ -219,7 +223,7 @@ class Channel:
 POOLS = ("mean", "sum", "l2", "max")
 """How the scores of a group's weights become one."""
 
-CHANNEL_OPTIONS = ("pool", "of", "scope", "round_to", "min_channels", "max_sparsity")
+CHANNEL_OPTIONS = ("pool", "of", "scope", "round_to", "min_channels", "max_sparsity", "sides", "normalize")
 """Options of a `Channel` that :func:`fxprune.apply` takes by name."""
 
 COSTS = ("weights", "params", "macs")
@@ -227,6 +231,15 @@ COSTS = ("weights", "params", "macs")
 
 SCOPES = ("global", "layer", "isomorphic")
 """Which channel groups compete with one another."""
+
+CHOICES = {
+    "pool": POOLS,
+    "of": COSTS,
+    "scope": SCOPES,
+    "sides": ("both", "rows"),
+    "normalize": ("none", "family"),
+}
+"""What the options of a `Channel` that are words may be."""
 
 WEIGHT = Weight()
 KERNEL = Block(1, 1)

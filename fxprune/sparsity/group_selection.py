@@ -78,7 +78,7 @@ class ChannelGroups:
             matrix = values.flatten(2).amax(2) if how == "amax" and values.dim() > 2 else values
             matrix = matrix.flatten(2).sum(2) if matrix.dim() > 2 else matrix
             counts = masks[name].flatten(2).sum(2) if masks[name].dim() > 2 else masks[name].long()
-            for numbers in self.groups.by_weight(name):
+            for numbers in self.groups.by_weight(name)[: 1 if self.options.sides == "rows" else 2]:
                 index = numbers.reshape(numbers.shape[:2])
                 self._add(total, number, index, matrix.cpu(), counts.cpu(), how)
         if self.options.pool == "mean":
@@ -86,7 +86,16 @@ class ChannelGroups:
         elif self.options.pool == "l2":
             total = total.sqrt()
         limit = torch.finfo(torch.float64).max
-        return total.clamp(-limit, limit), number
+        total = total.clamp(-limit, limit)
+        return total / self._family_means(total) if self.options.normalize == "family" else total, number
+
+    def _family_means(self, pooled: Tensor) -> Tensor:
+        """The mean absolute score over the family of every group; 1 where it is 0."""
+        families = self.groups.families
+        total = torch.zeros_like(pooled).index_add_(0, families, pooled.abs())
+        number = torch.zeros_like(pooled).index_add_(0, families, torch.ones_like(pooled))
+        mean = (total / number.clamp(min=1))[families]
+        return mean.where(mean > 0, 1.0)
 
     @staticmethod
     def _add(total: Tensor, number: Tensor, index: Tensor, values: Tensor, counts: Tensor, how: str) -> None:

@@ -1,0 +1,39 @@
+"""FPGM: filters near the geometric median of their layer can be replaced by the others."""
+
+from __future__ import annotations
+
+import torch
+
+from fxprune.channels.orientation import swap_orientation
+from fxprune.scoring.contract import Method, Problem, Scores, by_rows, from_scores
+from fxprune.sparsity.masks import Masks
+
+
+def fpgm() -> Method:
+    """Filter pruning via geometric median (He, Liu, Wang, Hu, Yang 2019, arXiv 1811.00250).
+
+    Score of an output channel: the sum of the Euclidean distances of its weights to those of all output
+    channels of the layer (eq. 6), shared by all its weights. Meant for ``granularity="channel"``, where the
+    score of a group is the mean over the output channels in it. Needs nothing.
+
+    Distances grow with the size of a filter: ``scope="layer"`` compares within layers, as the authors do.
+    """
+    return Method(
+        name="fpgm",
+        find=by_rows(from_scores(_distances, name="fpgm")),
+        summary="keeps the output channels that differ most from the others of their layer",
+        paper="He et al. 2019, arXiv 1811.00250",
+    )
+
+
+def _distances(problem: Problem, masks: Masks) -> Scores:
+    scores = {}
+    for name, weight in problem.weights.items():
+        kernels = problem.graph.kernels.get(name)
+        transposed = kernels is not None and kernels.transposed
+        groups = kernels.groups if kernels is not None else 1
+        own = swap_orientation(weight * masks[name], groups) if transposed else weight * masks[name]
+        filters = own.flatten(1).double()
+        score = torch.cdist(filters, filters).sum(1).view(-1, *[1] * (own.dim() - 1)).expand(own.shape)
+        scores[name] = swap_orientation(score.contiguous(), groups) if transposed else score.contiguous()
+    return scores
