@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from fxprune.channels.entries import entry_groups
@@ -17,9 +19,7 @@ def bn_scale() -> Method:
     Score of an output channel: the mean ``|gamma|`` of the norms that scale it, shared by all its weights.
     Channels that no norm scales have the largest score and go last. Meant for ``granularity="channel"``, and
     for networks that were trained with a penalty on the scales; at initialisation all scales are equal.
-    Needs nothing.
-
-    Raises ``ValueError`` for a network in which no norm scales a channel that can go.
+    Needs nothing. Warns where no norm scales a channel that can go: then magnitudes are taken.
     """
     return Method(
         name="bn-scale",
@@ -44,7 +44,9 @@ def _scales(problem: Problem, masks: Masks) -> Scores:
             number.index_add_(0, numbers % (groups.count + 1), torch.ones(len(numbers), dtype=torch.float64))
     total[-1] = number[-1] = 0  # what cannot go
     if not bool(number.any()):
-        raise ValueError("method 'bn-scale': no norm scales a channel that can go; take 'group-norm'")
+        message = "method 'bn-scale': no norm scales a channel that can go, so magnitudes are taken"
+        warnings.warn(message, stacklevel=2)
+        return {name: weight.abs() for name, weight in problem.weights.items()}
     scale = total / number.clamp(min=1)
     scale = scale.where(number > 0, 2 * scale.max())
     scores = {}

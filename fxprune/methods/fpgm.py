@@ -16,7 +16,8 @@ def fpgm() -> Method:
     channels of the layer (eq. 6), shared by all its weights. Meant for ``granularity="channel"``, where the
     score of a group is the mean over the output channels in it. Needs nothing.
 
-    Distances grow with the size of a filter: ``scope="layer"`` compares within layers, as the authors do.
+    The authors compare within layers, as ``scope="layer"`` does. Distances grow with the size of a filter, so
+    they are divided by their mean over the layer, that layers can compete; a single filter has the score 1.
     """
     return Method(
         name="fpgm",
@@ -34,6 +35,8 @@ def _distances(problem: Problem, masks: Masks) -> Scores:
         groups = kernels.groups if kernels is not None else 1
         own = swap_orientation(weight * masks[name], groups) if transposed else weight * masks[name]
         filters = own.flatten(1).double()
-        score = torch.cdist(filters, filters).sum(1).view(-1, *[1] * (own.dim() - 1)).expand(own.shape)
+        distances = torch.cdist(filters, filters).sum(1)
+        relative = distances / distances.mean() if bool(distances.any()) else torch.ones_like(distances)
+        score = relative.view(-1, *[1] * (own.dim() - 1)).expand(own.shape)
         scores[name] = swap_orientation(score.contiguous(), groups) if transposed else score.contiguous()
     return scores
