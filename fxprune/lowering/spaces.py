@@ -67,10 +67,13 @@ class Spaces:
 def _moved(op: ir.Gather, axis: int) -> int | None:
     """The axis of the output that an axis of the input has become, with all its entries in order."""
     count = op.inputs[0].shape[axis]
-    labels = _along(axis, torch.arange(1.0, count + 1), op.inputs[0].shape)
-    moved: Tensor = op.move(labels)
+    entries = torch.arange(1.0, count + 1)
+    moved: Tensor = op.move(_along(axis, entries, op.inputs[0].shape))
     for place, size in enumerate(moved.shape):
-        if size == count and torch.equal(moved, _along(place, torch.arange(1.0, count + 1), moved.shape)):
+        if moved.stride(place) == 0 and size > 0:  # one entry, repeated: nothing to compare
+            moved = moved.narrow(place, 0, 1)
+    for place, size in enumerate(moved.shape):
+        if size == count and torch.equal(moved, _along(place, entries, moved.shape)):
             return place
     return None
 
