@@ -1,4 +1,4 @@
-"""What compaction makes of pruned networks: parameters, MACs, what is given back, the largest difference.
+"""Measure compaction of pruned networks: parameters, MACs, what is given back, the largest difference.
 
 The smallest model of every family of timm, with weights and biases drawn anew, is pruned in several ways and
 compacted; outputs are compared in the same run. A line per model and way goes to a file next to this script

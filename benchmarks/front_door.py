@@ -15,7 +15,7 @@ MODELS = ["resnet50", "vit_base_patch16_224", "tf_efficientnet_b4", "swin_base_p
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What ``work`` returns, and how long it took."""
+    """Return what ``work`` returns, and how long it took."""
     start = time.perf_counter()
     result = work()
     return result, time.perf_counter() - start

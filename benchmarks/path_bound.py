@@ -1,4 +1,4 @@
-"""How many paths can ResNet-20 have with 865 weights? An upper bound on ln R_P, proved by computation.
+"""Bound ln R_P of ResNet-20 with 865 weights from above, proved by computation.
 
     python benchmarks/path_bound.py
 
@@ -119,7 +119,7 @@ def levels() -> tuple[list[Level], list[Level]]:
 
 
 def shifts(x: Array, stride: int) -> list[Array]:
-    """What each tap reads."""
+    """List what each tap reads."""
     (height, width), padded = x.shape[-2:], np.pad(x, [(0, 0)] * (x.ndim - 2) + [(1, 1), (1, 1)])
     return [padded[..., 1 + i : 1 + i + height : stride, 1 + j : 1 + j + width : stride] for i, j in TAPS]
 

@@ -1,4 +1,4 @@
-"""What a method's scores cost beside the plain passes that they are made of: seconds and memory.
+"""Measure seconds and memory of a method's scores beside the plain passes that they are made of.
 
     python benchmarks/scoring_cost.py                                  # ResNet-50, 224 x 224, batch 16
     python benchmarks/scoring_cost.py px                               # one method alone

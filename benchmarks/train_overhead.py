@@ -36,7 +36,7 @@ def step_of(model: nn.Module, batch: int, size: int, device: str) -> Callable[[]
 
 
 def seconds(step: Callable[[], None], device: str) -> float:
-    """How long a step takes, to the end of what it has started."""
+    """Time a step, to the end of what it has started."""
     start = time.perf_counter()
     step()
     if device.startswith("cuda"):

@@ -1,4 +1,4 @@
-"""What the caller of ``fxprune.apply`` asks for: arguments come in, a checked ``Request`` goes out.
+"""Check what the caller of ``fxprune.apply`` asks for, and hold it as a ``Request``.
 
 Everything that can be said of an argument without looking into the network is said here, before any work.
 """

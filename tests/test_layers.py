@@ -35,7 +35,13 @@ LIGHT = {
 HEAVY = ("torch", "safetensors.torch")
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 
+OPENINGS = ("What", "Where", "Which", "How", "Whatever")
+"""Words that no docstring opens with: its first line is an action with its object, or what is true."""
+
 FILES = sorted(PACKAGE.rglob("*.py"))
+ROOT = PACKAGE.parent
+FOLDERS = ("tests", "benchmarks", "examples")
+OTHERS = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def module_name(path: Path) -> str:
@@ -191,3 +197,49 @@ def test_nothing_is_swallowed_or_left_open(path: Path) -> None:
             assert "NotImplemented" not in ast.unparse(node.exc), f"{path.name}:{node.lineno} is left open"
     for word in ("TO" + "DO", "FIX" + "ME"):
         assert word not in text, f"{path.name} contains {word}"
+
+
+def documented(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Every module, class and function that has a docstring, by name, with its first line."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if text:
+                yield getattr(node, "name", "the module"), text.splitlines()[0]
+
+
+def private_imports(tree: ast.AST, own: str) -> Iterator[tuple[int, str]]:
+    """Names with an underscore that are imported from another room of the package than ``own``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("fxprune."):
+            for alias in node.names:
+                path = [*str(node.module).split("."), alias.name]
+                hidden = [atom for atom in path if atom.startswith("_") and not atom.startswith("__")]
+                if hidden and room(str(node.module)) != own:
+                    yield node.lineno, ".".join(path)
+
+
+@pytest.mark.parametrize("path", [*FILES, *OTHERS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_open_with_an_action(path: Path) -> None:
+    for name, line in documented(parse(path)):
+        assert line.split()[0].rstrip(",:") not in OPENINGS, f"{path.name}: {name} opens with {line!r}"
+
+
+@pytest.mark.parametrize("path", [*FILES, *OTHERS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_names_stay_in_their_room(path: Path) -> None:
+    """Tests, benchmarks and examples have no room of the package: they import no private name."""
+    own = room(module_name(path)) if path in FILES else ""
+    assert not list(private_imports(parse(path), own))
+
+
+def test_the_rules_about_words_and_names_find_what_they_forbid() -> None:
+    tree = ast.parse(
+        'def f():\n    """What it does."""\n'
+        "from fxprune.graph.ops import _refusal, Op\nfrom fxprune._core import x"
+    )
+    assert [line.split()[0] for _, line in documented(tree)] == ["What"]
+    assert [name for _, name in private_imports(tree, "")] == [
+        "fxprune.graph.ops._refusal",
+        "fxprune._core.x",
+    ]
+    assert [name for _, name in private_imports(tree, "graph")] == ["fxprune._core.x"]

@@ -1,4 +1,4 @@
-"""What counts as a path in the oracle: gates, norms, attention, constants; and what it refuses."""
+"""Paths in the oracle: gates, norms, attention, constants; and what it refuses."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_class_token_is_a_constant() -> None:
 
 
 def test_masked_pairs_carry_nothing() -> None:
-    """Where -inf or False forbids a pair, its values do not flow; a finite number forbids nothing."""
+    """Values of a pair that -inf or False forbids do not flow; a finite number forbids nothing."""
 
     class Causal(nn.Module):
         def __init__(self, mask: Tensor) -> None:

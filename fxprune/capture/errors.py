@@ -1,4 +1,4 @@
-"""What can go wrong while a model is captured."""
+"""Name the errors and warnings of a capture."""
 
 from __future__ import annotations
 

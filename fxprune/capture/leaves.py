@@ -1,4 +1,4 @@
-"""Which modules stay one node of the graph.
+"""Decide which modules stay one node of the graph.
 
 In: a module. Out: whether the tracer enters it. torch.nn's own modules stay whole; so do those whose
 parameters must keep their owner (convolutions, linear layers and their subclasses), and those whose call

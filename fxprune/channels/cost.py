@@ -88,7 +88,7 @@ class Term:
         return self.unit * prod(part.left(stays) for part in self.parts)
 
     def saved(self, stays: Tensor) -> Tensor:
-        """What the removal of each group alone takes from this term.
+        """Return what the removal of each group alone takes from this term.
 
         Exact where a group is in one part; where it is in several, the sum of what it takes in each.
         """
@@ -102,7 +102,7 @@ class Term:
 
 @dataclass(frozen=True, eq=False)
 class Cost:
-    """What a network costs: ``fixed``, whatever goes, and the ``terms``; ``groups`` is their number."""
+    """Hold what a network costs: ``fixed``, whatever goes, and the ``terms``; ``groups`` is their number."""
 
     groups: int
     fixed: float
@@ -219,7 +219,7 @@ def _line(numbers: Tensor, count: int) -> Entries:
 
 # -- multiply-adds ------------------------------------------------------------------------------------------
 def _positions(groups: Groups, by_label: Tensor, op: ir.Kernel) -> tuple[float, tuple[Entries, ...]]:
-    """How often each entry of a matrix is used for one sample, and the channels along other axes."""
+    """Count the uses of each entry of a matrix for one sample, and find the channels along other axes."""
     windows = 0 if op.window is None else len(op.window.kernel)
     value = op.inputs[0] if op.window is not None and op.window.transposed else op.output
     axis = len(value.shape) - 1 - windows

@@ -191,7 +191,7 @@ def _places(op: Source, entries: Tensor) -> Iterator[list[Channel]]:
 
 
 def _backwards(op: AnyOp, entries: Tensor) -> list[Tensor]:
-    """Which entries of each input reach the ``entries`` of the output."""
+    """Find the entries of each input that reach the ``entries`` of the output."""
     match op:
         case Kernel():
             return [_through_fixed_kernel(op, entries)]

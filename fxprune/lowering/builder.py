@@ -1,4 +1,4 @@
-"""What an op rule writes with: one method per op kind, plus the parameters seen on the way.
+"""Write ops for the op rules: one method per op kind, plus the parameters seen on the way.
 
 In: values and constants. Out: ops appended to the graph under construction and kernel sets recorded for
 parameters. Rules never build ops by hand, so liveness and provenance are right by construction.
@@ -337,7 +337,7 @@ class Builder:
         return output
 
     def _per_sample(self, x: ir.Value, count: int) -> int:
-        """How many of ``count`` rows of ``x`` belong to one sample; a constant is there once for all."""
+        """Count those of ``count`` rows that are one sample's; a constant is there once for all."""
         return max(1, count // self.samples) if x.live else count
 
     def _record(

@@ -162,7 +162,7 @@ class ChannelGroups:
         return {name: self.groups.kept(name, staying).to(mask.device) & mask for name, mask in within.items()}
 
     def cost(self, within: Mapping[str, Tensor]) -> Cost:
-        """What the network costs, in the unit that ``options.of`` names."""
+        """Count what the network costs, in the unit that ``options.of`` names."""
         match self.options.of:
             case "weights":
                 return count_weights(self.groups, within)

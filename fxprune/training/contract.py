@@ -1,4 +1,4 @@
-"""What a training method is: the moment of a training run comes in, the masks from then on go out."""
+"""Define a training method: a moment of a training run comes in, the masks from then on go out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``analyze`` counts where a model has zeros and no masks."""
+"""``analyze`` of a model that has zeros and no masks."""
 
 import copy
 

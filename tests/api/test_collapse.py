@@ -125,7 +125,7 @@ def test_repair_keeps_to_budget_granularity_and_exclusions(options: dict[str, An
 
 
 def test_repair_of_a_branch_takes_a_weight_for_each_of_its_layers() -> None:
-    """Where the rest can spare them, all other weights stay what they were."""
+    """All other weights stay what they were, if the rest can spare those that are added."""
     torch.manual_seed(0)
     x = torch.ones(1, 3, 32, 32)
     net = zoo.resnet20()

@@ -151,7 +151,7 @@ def test_masks_are_those_of_one_process(results: list[dict[str, Any]]) -> None:
 
 # -- what is left alone -----------------------------------------------------------------------------------
 def hygiene() -> dict[str, Any]:
-    """What an apply changes besides the pruned weights, and what it gathers."""
+    """Return what an apply changes besides the pruned weights, and what it gathers."""
     model = sharded()
     model.eval()
     model.norm.train()

@@ -1,4 +1,4 @@
-"""What the graph says: sizes, devices, types, writes in place, regions, results."""
+"""The captured graph: sizes, devices, types, writes in place, regions, results."""
 
 import collections
 import dataclasses

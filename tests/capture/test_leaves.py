@@ -1,4 +1,4 @@
-"""What stays one node, what is opened, and what is said about it."""
+"""Modules that stay one node, modules that are opened, and the warnings about them."""
 
 import copy
 import functools

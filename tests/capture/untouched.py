@@ -34,7 +34,7 @@ def is_meta(value: Any) -> bool:
 
 
 def outputs(model: nn.Module, inputs: dict[str, Any] | tuple[Any, ...], *, training: bool) -> list[Tensor]:
-    """What the model returns under a seed."""
+    """Return what the model returns under a seed."""
     modes = {module: module.training for module in model.modules()}
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     seed()

@@ -1,4 +1,4 @@
-"""What networks cost without some of their groups, against networks that are really smaller."""
+"""Costs of networks without some of their groups, against networks that are really smaller."""
 
 from math import prod
 from typing import Any

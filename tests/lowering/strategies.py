@@ -383,7 +383,7 @@ MENU = {3: IMAGE_BLOCKS, 2: TOKEN_BLOCKS, 1: VECTOR_BLOCKS}
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a drawn network is made of; ``Architecture("image", (3, 14)).build()`` makes it, with weights."""
+    """List the parts of a drawn network; ``Architecture("image", (3, 14)).build()`` makes it, weights too."""
 
     start: str
     blocks: tuple[int, ...]

@@ -107,8 +107,7 @@ def test_padding_by_hand_is_padding() -> None:
     assert bool(taps[1, 1])
 
 
-def test_spaces_are_shared_along_a_residual_stream() -> None:
-    """What a layer reads is named after the layer that made it."""
+def test_a_space_is_named_after_the_layer_that_makes_it_and_read_under_that_name() -> None:
     torch.manual_seed(0)
     model, x = NETS["mlp"]()
     kernels = list(graph_of(model, x).kernels.values())
@@ -266,7 +265,7 @@ def test_a_leaf_that_cannot_be_looked_into_is_opaque() -> None:
 
 
 def test_a_rule_that_fails_makes_its_op_opaque(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the rule wrote before is taken back; with ``strict`` its error comes through."""
+    """Ops that the rule wrote before are taken back; with ``strict`` its error comes through."""
 
     def broken_relu(context: Context, x: Any) -> Any:
         context.build.map(x, floor=True)

@@ -43,6 +43,6 @@ def test_networks(start: str, count: int) -> None:
 
 @pytest.mark.parametrize("start", STARTS)
 def test_the_repr_rebuilds_the_network(start: str) -> None:
-    """What a failure prints is enough to have the network again."""
+    """The text that a failure prints is enough to have the network again."""
     architecture = Architecture(start, (5, 77, 1234))
     assert str(eval(repr(architecture)).build()[0]) == str(architecture.build()[0])

@@ -1,4 +1,4 @@
-"""What every torch operation does to effective paths: one rule per operation, for `oracle.py`."""
+"""Say what every torch operation does to effective paths: one rule per operation, for `oracle.py`."""
 
 from oracle_rules import attention, moves, pointwise, products, windows
 from oracle_rules.duals import Dual, Setting, UnknownOpError, perform

@@ -21,7 +21,7 @@ class UnknownOpError(RuntimeError):
 
 @dataclass
 class Setting:
-    """How one run reads the model: counted or 0/1, zero-padded or periodic."""
+    """Say how one run reads the model: counted or 0/1, zero-padded or periodic."""
 
     counting: bool
     circular: bool

@@ -257,7 +257,7 @@ def test_weights_of_any_scale(dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
 def test_never_infinite_nor_undefined(scale: float, dtype: torch.dtype) -> None:
-    """Whatever is pruned, of whatever scale the weights are, and however deep the network is."""
+    """For any masks, any scale of the weights, and any depth of the network."""
     model = Blocks(6, KINDS * 8, 3)
     graph = lowered(model, torch.ones(1, 6))
     for density in (0.9, 0.3, 0.1, 0.0):

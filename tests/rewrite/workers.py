@@ -1,4 +1,4 @@
-"""What the processes of the distributed tests run, each a fresh interpreter."""
+"""Run in the processes of the distributed tests, each a fresh interpreter."""
 
 import copy
 import os

@@ -79,7 +79,7 @@ def same(left: Masks, right: Masks) -> bool:
 
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """What every process of 2, and of 4, found."""
+    """Return what every process of 2, and of 4, found."""
     return together(request.param, everything)
 
 
@@ -253,7 +253,7 @@ def test_the_search_over_shards_finds_what_selection_finds(results: list[dict[st
 
 
 def activity(rank: int | None) -> torch.Tensor:
-    """What PX reads off the data, of which every batch is larger than the last by far; of all, for None."""
+    """Return what PX reads off data whose every batch is larger than the last by far; of all, for None."""
     batches = [Batch(1e6**place * x, y) for place, (x, y) in enumerate(BATCHES)]
     group = None if rank is None else dist.group.WORLD
     asked = problem(net(), 0.6, group=group)

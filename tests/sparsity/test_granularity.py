@@ -30,7 +30,7 @@ def budget(number: int, layers: dict[str, int] | None = None) -> Budget:
 
 
 def group_ids(granularity: Block | Channel, shape: tuple[int, ...]) -> torch.Tensor:
-    """Which group each weight is in, from the definition; a channel without a graph is a row."""
+    """Return the group of each weight, from the definition; a channel without a graph is a row."""
     height, width = (1, None) if isinstance(granularity, Channel) else (granularity.rows, granularity.columns)
     rows = torch.arange(shape[0]) // height
     columns = torch.arange(shape[1]) // (width or shape[1])

@@ -76,6 +76,6 @@ LOOPS = {"asni": asni, "imp": imp}
 
 
 def in_a_process(kind: str, folder: Path, pipe: Any) -> None:
-    """What a process that is to be killed runs; it says what it has done through ``pipe``."""
+    """Run in a process that is to be killed; it says what it has done through ``pipe``."""
     torch.set_num_threads(1)
     pipe.send(LOOPS[kind](folder, pipe.send))

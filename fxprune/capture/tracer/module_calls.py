@@ -1,4 +1,4 @@
-"""What happens when the traced code calls a module: it is entered, or becomes one node.
+"""Record calls of modules by the traced code: a module is entered, or becomes one node.
 
 In: calls of ``nn.Module.__call__``. Out: their results, with everything inside on the tape. A module that
 cannot be traced becomes a node by itself, with the reason noted.

@@ -1,4 +1,4 @@
-"""What PyTorch does not report to a mode, caught by replacing it for the time of a trace.
+"""Catch what PyTorch does not report to a mode, by replacing it for the time of a trace.
 
 Custom autograd functions, scripted functions and autocast regions become nodes; functions that cache
 their results are called without the cache, which would keep shapes from the trace for real runs to

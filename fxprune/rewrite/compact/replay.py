@@ -101,7 +101,7 @@ def _edit(gm: fx.GraphModule, recipe: Recipe) -> None:
 
 
 def _allowed(op: str, target: str) -> Any:
-    """What a node of a file may call: the functions and methods of two short lists, and the network's own."""
+    """Look up what a node of a file may call: two short lists, and the functions of the network's own."""
     if op == "call_function":
         return FUNCTIONS[target]
     if op == "call_method" and target not in METHODS:

@@ -1,4 +1,4 @@
-"""Where the parameters of a model live: names come in, the modules that hold them go out, or errors."""
+"""Find the modules that hold the parameters of a model, by name, or raise."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def test_padded_keys_are_opaque_not_wrong() -> None:
 
 # ---------------------------------------------------------------- recurrence
 def scan(model: nn.Module, example: Tensor) -> Tensor:
-    """Which input steps the second output step sees."""
+    """Find the input steps that the second output step sees."""
     graph = lowered(model, example)
     return reach(graph, {})["mix.weight"].any(1)
 

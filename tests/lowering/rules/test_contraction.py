@@ -117,7 +117,7 @@ READS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, int]] = {
 
 @pytest.mark.parametrize("name", READS)
 def test_weight_read_by_hand(name: str) -> None:
-    """Whatever contracts with a prunable parameter is a kernel set, not a mix."""
+    """A contraction with a prunable parameter is a kernel set, not a mix."""
     function, out, inputs = READS[name]
     check(lambda: Reads(function, out, inputs), TOKENS)
 

@@ -207,5 +207,5 @@ def test_convolutions(layer: Callable[[], nn.Module]) -> None:
 
 
 def test_natural_positions_stay_collapsed() -> None:
-    """What moves whole positions about does not tell them apart."""
+    """A movement of whole positions does not tell them apart."""
     check(lambda x: x.permute(0, 2, 3, 1).roll(1, 1).permute(0, 3, 1, 2), IMAGE, kinds=(Natural,))

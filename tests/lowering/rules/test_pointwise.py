@@ -208,7 +208,7 @@ def test_a_choice_that_depends_on_the_input_takes_both_sides() -> None:
     ],
 )
 def test_questions_about_numbers_are_never_too_strict(function: Callable[[Tensor], Tensor]) -> None:
-    """What depends on numbers lets through all that it might, opaque or not: each entry stays effective."""
+    """A choice by numbers lets through all that it might, opaque or not: each entry stays effective."""
     torch.manual_seed(0)
     model = Entries(function, TOKENS)
     graph = lower(capture(model, model.example()), strict=True)

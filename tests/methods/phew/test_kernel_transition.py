@@ -1,4 +1,4 @@
-"""Where taps lead, position by position, and how weights of zero are drawn."""
+"""Taps lead to positions, one by one; weights of zero are drawn."""
 
 from __future__ import annotations
 

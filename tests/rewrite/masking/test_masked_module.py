@@ -25,7 +25,7 @@ def masked_layer(name):
 
 
 def reference_output(name, reference, x, mask):
-    """What the masked block must compute: by hand, from the original block."""
+    """Compute by hand, from the original block, what the masked block must."""
     weight = reference.layer.weight
     with torch.no_grad():
         weight.mul_(mask)

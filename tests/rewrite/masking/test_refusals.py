@@ -1,4 +1,4 @@
-"""What set_masks refuses, and that it then changes nothing; what verify finds."""
+"""Refusals of set_masks, which then changes nothing; findings of verify."""
 
 import re
 

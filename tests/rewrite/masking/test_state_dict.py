@@ -88,7 +88,7 @@ def test_several_masks_of_one_weight_are_combined(model):
 
 
 def test_what_is_saved_has_the_zeros(model):
-    """Whatever was written to the storage behind the masks, by ``.data`` or otherwise."""
+    """Also after writes to the storage behind the masks, by ``.data`` or otherwise."""
     masks = read(model)
     for parameter in model.parameters():
         parameter.data.add_(1.0)

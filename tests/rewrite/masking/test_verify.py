@@ -1,4 +1,4 @@
-"""What ``verify`` finds, and how it says so; refusals of scripting, and words about partial masks."""
+"""Findings of ``verify``, and their messages; refusals of scripting, and words about partial masks."""
 
 import copy
 import warnings
