@@ -16,11 +16,12 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from fxprune.capture.attributes import Attributes, restored_attributes
-from fxprune.capture.errors import TRACE_ERRORS, CaptureError, first_line, where
+from fxprune.capture.errors import TRACE_ERRORS, CaptureError, HookError, first_line, where
 from fxprune.capture.fidelity.compare import Differences
 from fxprune.capture.fidelity.search import faithful_graph, settle_types
+from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.inputs import example_inputs_for
-from fxprune.capture.leaves import has_hooks, is_compiled
+from fxprune.capture.leaves import is_compiled
 from fxprune.capture.module import assemble
 from fxprune.capture.tracer.meta_values import map_structure, meta_like
 from fxprune.capture.tracer.sample_values import needs_numbers
@@ -49,10 +50,12 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         TypeError: ``model`` is no module.
         ValueError: the model does not accept the example inputs (its own error is chained), or there are
         none.
-        CaptureError: the model's own ``forward`` cannot be traced; the message names the line.
+        CaptureError: the model's own ``forward``, or a forward hook, cannot be traced; the message names the
+        line.
 
     A submodule that cannot be traced stays one ``call_module`` node, with a warning that names it and
-    says why.
+    says why. Forward hooks are traced as code of the model. A hook that changes nothing in the graph runs with
+    it, if the graph calls its module.
 
     Example:
         >>> import torch
@@ -66,12 +69,14 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     args, kwargs = _shapes(args), _shapes(kwargs)
     try:
         found = faithful_graph(model, args, kwargs)
+    except HookError:
+        raise
     except TRACE_ERRORS as error:
         raise _explained(model, args, kwargs, error) from error
     whole = {str(node.target) for node in found.graph.nodes if node.op == "call_module"}
     for note in _notes(model, found.notes, whole):
         warnings.warn(f"capture: {note}", stacklevel=2)
-    return assemble(model, found.graph, found.extra)
+    return assemble(model, found.graph, found.extra, found.kept_hooks)
 
 
 def capture_leaf(
@@ -89,7 +94,7 @@ def capture_leaf(
         attributes: those that it and the modules in it had when its model was captured, by path.
 
     Raises:
-        CaptureError: it cannot be traced, or has hooks that may change what it returns.
+        CaptureError: it cannot be traced, or has hooks that cannot: backward hooks, and PyTorch's own.
 
     Example:
         >>> import torch
@@ -97,8 +102,8 @@ def capture_leaf(
         >>> [node.op for node in gm.graph.nodes]
         ['placeholder', 'get_attr', 'get_attr', 'call_function', 'output']
     """
-    if has_hooks(module):
-        raise CaptureError(f"{type(module).__name__} has hooks, which may change what it returns")
+    if keeps_hooks(module):
+        raise CaptureError(f"{type(module).__name__} has hooks that cannot be traced")
     try:
         with restored_attributes(module, attributes):
             found = trace(module, _shapes(tuple(args)), _shapes(dict(kwargs)), training=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-__all__ = ["TRACE_ERRORS", "CaptureError", "failing_method", "first_line", "where"]
+__all__ = ["TRACE_ERRORS", "CaptureError", "HookError", "failing_method", "first_line", "where"]
 
 LIBRARY = str(Path(torch.__file__).parent) + os.sep
 PACKAGE = str(Path(__file__).parent) + os.sep
@@ -18,6 +18,10 @@ PACKAGE = str(Path(__file__).parent) + os.sep
 
 class CaptureError(RuntimeError):
     """A model, or one module of it, cannot be captured as a graph."""
+
+
+class HookError(CaptureError):
+    """A hook cannot be traced. Its module cannot stay whole instead: others may read what the hook keeps."""
 
 
 # What a forward function may raise because it is being traced, or because its inputs do not fit.

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from fxprune.capture.modes import ModeSwitch
 
-__all__ = ["dense_class", "has_hooks", "is_compiled", "is_leaf"]
+__all__ = ["dense_class", "is_compiled", "is_leaf"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 WHOLE = (
@@ -36,7 +36,6 @@ WHOLE = (
     nn.TransformerEncoderLayer,
     torch.jit.ScriptModule,
 )
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def dense_class(module: nn.Module) -> type[nn.Module]:
@@ -46,11 +45,6 @@ def dense_class(module: nn.Module) -> type[nn.Module]:
     """
     found: type[nn.Module] = getattr(type(module), "dense_class", type(module))
     return found
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module runs more than its ``forward``."""
-    return any(getattr(module, name, None) for name in HOOKS)
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +18,22 @@ from torch import Tensor, fx, nn
 from torch.fx.node import _get_qualified_name, map_arg
 
 from fxprune.capture.attributes import Attributes, attributes_of
-from fxprune.capture.leaves import has_hooks
+from fxprune.capture.errors import CaptureError
+from fxprune.capture.hooks import (
+    BACKWARD_TABLES,
+    FORWARD_TABLES,
+    KINDS,
+    Hook,
+    traced_hooks,
+    without_hooks,
+)
 
 __all__ = ["CapturedModule", "assemble", "leaf_attributes"]
 
 # What a module does around its forward, and with its state dict: the graph does the same.
 HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
+    *FORWARD_TABLES,
+    *BACKWARD_TABLES,
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
@@ -58,11 +61,17 @@ class CapturedModule(fx.GraphModule):
         return _restore, (type(self).__name__, _written(self.graph)), state, None, None, _set_state
 
 
-def assemble(model: nn.Module, graph: fx.Graph, extra: dict[str, Any]) -> CapturedModule:
+def assemble(
+    model: nn.Module, graph: fx.Graph, extra: dict[str, Any], kept: Collection[Hook] = ()
+) -> CapturedModule:
     """A GraphModule that runs ``graph`` on the very submodules, parameters and buffers of ``model``.
 
     ``extra`` holds what the graph needs besides: modules, and constants, which become non-persistent buffers.
+    Hooks that were traced are in the graph, and not in the modules that it calls; ``kept`` are those that
+    were not. A module that loses hooks is a copy that shares its parameters.
     """
+    targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    model = _without_traced_hooks(model, targets, kept)
     root = nn.Module()
     for table in ("_parameters", "_buffers", "_modules", *HOOK_TABLES):
         vars(root)[table] = copy.copy(vars(model)[table])
@@ -80,17 +89,43 @@ def assemble(model: nn.Module, graph: fx.Graph, extra: dict[str, Any]) -> Captur
     root.training = model.training
     result = CapturedModule(root, graph, type(model).__name__)
     vars(result).update(vars(root))
-    if has_hooks(model):
+    if any(getattr(model, table) for table in (*KINDS, *BACKWARD_TABLES)):
         # Its hooks may read any attribute of the model.
         others = {key: value for key, value in vars(model).items() if key not in ("forward", "_graph")}
         vars(result).update({key: value for key, value in others.items() if key not in vars(result)})
-    targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     vars(result)["leaf_attributes"] = {path: attributes_of(result.get_submodule(path)) for path in targets}
     recipes = model.meta.get("fxprune", {}).get("recipes") if isinstance(model, CapturedModule) else None
     if recipes:  # how it became smaller than its original
         result.meta["fxprune"] = {"recipes": recipes}
     graph.lint()
     return result
+
+
+def _without_traced_hooks(model: nn.Module, targets: set[str], kept: Collection[Hook]) -> nn.Module:
+    """Copy the modules whose hooks are in the graph, and those around them; the rest is shared.
+
+    A module inside of one that the graph calls runs as it did, with its hooks.
+    """
+    kept, made = set(kept), {}
+    dropped = {
+        path: {hook for hook, _ in traced_hooks(module)} - kept
+        for path, module in model.named_modules(remove_duplicate=False)
+    }
+    for path in [path for path, hooks in dropped.items() if hooks]:
+        atoms = path.split(".")
+        around = [".".join(atoms[:i]) for i in range(1, len(atoms))] if path else []
+        outer = next((name for name in around if name in targets), None)
+        if outer is None:
+            for name in (path, *around, ""):
+                module = model.get_submodule(name)
+                made[id(module)] = without_hooks(module, dropped[name])
+        elif path in targets:
+            raise CaptureError(f"{outer} stays whole, but {path} in it has hooks and is called elsewhere")
+    for module in made.values():
+        modules = {name: made[id(inner)] for name, inner in module._modules.items() if id(inner) in made}
+        if modules:
+            vars(module)["_modules"] = {**module._modules, **modules}
+    return made.get(id(model), model)
 
 
 def leaf_attributes(gm: fx.GraphModule, node: fx.Node) -> dict[str, Attributes]:

@@ -128,7 +128,7 @@ def test_modules_called_with_other_parameters() -> None:
     gm = assert_faithful(Borrows(), (4,))
     assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == ["fc"]
     hooked = Borrows()
-    hooked.fc.register_forward_hook(lambda module, args, out: out + 1)
+    hooked.fc.register_full_backward_hook(lambda module, inputs, outputs: None)
     with pytest.raises(CaptureError, match="lends fc other parameters, but that has to stay whole"):
         capture(hooked, torch.empty(2, 4))
 

@@ -18,7 +18,7 @@ from fxprune.capture.tracer.spelling import is_pure
 from fxprune.capture.tracer.tape import DtypeOf, Scope
 from fxprune.capture.tracer.trace import Trace
 
-__all__ = ["ConstantTensor", "Differences", "aligned", "compare", "equal_tensors"]
+__all__ = ["ConstantTensor", "Differences", "aligned", "compare", "computes_same", "equal_tensors"]
 
 
 @dataclass
@@ -65,6 +65,21 @@ def compare(first: Trace, second: Trace) -> Differences:
     comparison = _Comparison(first, second)
     comparison.scopes(first.scope, second.scope)
     return comparison.found
+
+
+def computes_same(first: Trace, second: Trace) -> bool:
+    """Whether two traces are the same but for nodes that nobody needs."""
+    comparison = _Comparison(first, second)
+    mine, other = (
+        [node for node in trace.graph.nodes if node in needed and node.op != "get_attr"]
+        for trace, needed in ((first, _needed(first.graph)), (second, _needed(second.graph)))
+    )
+    if [_key(node) for node in mine] != [_key(node) for node in other]:
+        return False
+    comparison.found.pairs.update(zip(other, mine, strict=True))
+    for a, b in zip(mine, other, strict=True):
+        comparison.nodes(comparison.scope_of.get(a, first.scope), a, b)
+    return not comparison.found
 
 
 def aligned(a: Scope, b: Scope) -> Iterator[tuple[list[Any], list[Any]]]:

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from fxprune.capture.errors import TRACE_ERRORS, first_line, where
-from fxprune.capture.fidelity.compare import Differences, compare
+from fxprune.capture.errors import TRACE_ERRORS, HookError, first_line, where
+from fxprune.capture.fidelity.compare import Differences, compare, computes_same
 from fxprune.capture.fidelity.guards import guard_constants, guard_decisions, guard_sizes, guarded_sizes
 from fxprune.capture.fidelity.merge import merge
+from fxprune.capture.hooks import Hook, keeps_hooks, similar_hooks
+from fxprune.capture.leaves import is_leaf
 from fxprune.capture.modes import Switches
 from fxprune.capture.module import CapturedModule
 from fxprune.capture.tracer.isolation import ModelState
@@ -39,16 +41,22 @@ OTHER_TYPE = {
     torch.complex128: torch.complex64,
 }
 
+NOT_RUN = (
+    "changes nothing in the graph and does not run with it, for the graph does not call this module; "
+    "register it on one that it calls"
+)
 COUNTS_BATCH = "it makes a Python number of the batch size (int, len, range or iteration)"
 
 
 @dataclass
 class Faithful:
-    """The graph, what it needs besides the model's own modules, and what the user should know."""
+    """The graph, what it needs besides the model's own modules, what the user should know, and the hooks that
+    were left out of the graph."""
 
     graph: fx.Graph
     extra: dict[str, Any]
     notes: dict[str, str] = field(default_factory=dict)
+    kept_hooks: frozenset[Hook] = frozenset()
 
 
 def faithful_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Faithful:
@@ -67,11 +75,15 @@ class _Search:
     refusal: str = ""
     one_image_size: bool = False
     one_batch_size: bool = False
+    observers: dict[Hook, nn.Module] = field(default_factory=dict)
+    records: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.state = ModelState(self.model)
+        self.paths = {id(module): path for path, module in self.model.named_modules()}
 
     def run(self) -> Faithful:
+        self.find_observers()
         while True:
             base = self.attempt(strict=True)
             assert base is not None
@@ -125,12 +137,41 @@ class _Search:
                 switches.insert(constant.node, constant.path, constant.key, constant.second, constant.first)
         return self.finish(base, switches, together)
 
+    def find_observers(self) -> None:
+        """Find the hooks without which both traces are the same; hooks of the same code count together."""
+        groups = similar_hooks(self.model)
+        traces = [self.attempt(training=mode, strict=not mode) for mode in (False, True)] if groups else []
+        for group in groups:
+            without = [self.attempt(training=mode, left_out=frozenset(group)) for mode in (False, True)]
+            if all(a is None or (b and computes_same(a, b)) for a, b in zip(traces, without, strict=True)):
+                self.observers |= group
+        observed = {self.paths[id(module)] for module in self.observers.values()}
+        for found in traces:
+            writes = found.hook_writes if found else {}
+            self.records.update({path: writes[path] for path in writes.keys() & observed})
+
+    def left_out(self) -> frozenset[Hook]:
+        """The hooks that run with the graph and not in it: observers on what the graph calls."""
+
+        def is_called(module: nn.Module) -> bool:
+            path = self.paths[id(module)]
+            return not path or path in self.whole or is_leaf(module) or keeps_hooks(module)
+
+        return frozenset(hook for hook, module in self.observers.items() if is_called(module))
+
     def forget_memos(self, base: Trace, *, training: bool = False) -> None:
         """Attributes that a module writes do not matter if a second run, which finds them, does the same."""
-        if not base.changed:
+        own_writes = base.hook_writes.keys() - self.records.keys()
+        if not base.changed and not own_writes:
             return
         again = self.attempt(training=training, rehearsed=True)
         places = compare(base, again).places | again.reasons.keys() if again else {""}
+        others = [place for place in places if not any(_related(place, path) for path in base.changed)]
+        for path in own_writes if others else ():
+            raise HookError(
+                f"module {path!r}: its hook {base.hook_writes[path]} hands something on from one call of the "
+                "model to the next, which a graph cannot; remove it (handle.remove()) before the capture"
+            )
         for path in list(base.changed):
             if not any(_related(place, path) for place in places):
                 del base.changed[path]
@@ -174,8 +215,12 @@ class _Search:
         images: bool = False,
         strict: bool = False,
         rehearsed: bool = False,
+        left_out: frozenset[Hook] | None = None,
     ) -> Trace | None:
-        """A trace under the given changes, or None if the model does not accept them."""
+        """A trace under the given changes, or None if the model does not accept them.
+
+        ``left_out``: hooks that are not run, for a trial; by default those that :meth:`left_out` gives.
+        """
         dtypes = OTHER_TYPE if types else {}
         size = _batch_size((self.args, dict(self.kwargs))) if batch else None
 
@@ -197,9 +242,10 @@ class _Search:
             result = trace(
                 self.model, args, kwargs, training=training, whole=frozenset(self.whole),
                 shadows=Shadows(self.model, dtypes, self.known), state=self.state, rehearsed=rehearsed,
+                left_out=self.left_out() if left_out is None else left_out,
             )  # fmt: skip
         except TRACE_ERRORS as error:
-            if strict:
+            if strict or (isinstance(error, HookError) and not other and left_out is None):
                 raise
             self.refusal = f"{first_line(error)}, {where(error, self.model)}"
             return None
@@ -219,8 +265,10 @@ class _Search:
         for path in base.changed.keys() - called:
             written = f"its attribute {base.changed[path]!r} is written by the model"
             self.notes[path] = f"{written}; the graph does not"
+        for path in self.records.keys() - called - {""}:
+            self.notes.setdefault(path, f"its hook {self.records[path]} {NOT_RUN}")
         notes = {path: reason for path, reason in self.notes.items() if not _inside(path, called)}
-        return Faithful(base.graph, {**switches.modules, **constants}, notes)
+        return Faithful(base.graph, {**switches.modules, **constants}, notes, self.left_out())
 
 
 def _related(a: str, b: str) -> bool:

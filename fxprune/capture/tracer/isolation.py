@@ -7,15 +7,29 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxprune.capture.tracer.reachable import CACHED, HOOK_TABLES, Place, Reachable
+from fxprune.capture.hooks import FORWARD_TABLES
+from fxprune.capture.tracer.reachable import CACHED, Place, Reachable
 from fxprune.capture.tracer.snapshots import content, difference, restore
 
-__all__ = ["ModelState", "restore_rng", "rng_state"]
+__all__ = ["Changes", "ModelState", "restore_rng", "rng_state"]
+
+
+@dataclass
+class Changes:
+    """Hold what a trace has written, by the path of a module.
+
+    ``attributes``: an attribute of the module; "" stands for globals, too. ``hooks``: a hook of the module
+    that wrote something which only hooks reach.
+    """
+
+    attributes: dict[str, str] = field(default_factory=dict)
+    hooks: dict[str, str] = field(default_factory=dict)
 
 
 class ModelState:
@@ -34,26 +48,26 @@ class ModelState:
 
     @contextmanager
     def restored(
-        self, changed: dict[str, str], allowed: Callable[[Any, Any], bool] = operator.is_
+        self, changes: Changes, allowed: Callable[[Any, Any], bool] = operator.is_
     ) -> Iterator[None]:
         """Restore the state on leaving.
 
-        ``changed`` gets, for every module that wrote an attribute of itself, the name of it; the key ""
-        stands for globals, too. ``allowed`` says of an old and a new value that this is no such change.
+        ``changes`` gets what was written; ``allowed`` says of an old and a new value that this is no change.
         """
         try:
             yield
         finally:
-            self.restore(changed, allowed)
+            self.restore(changes, allowed)
 
     def restore(
-        self, changed: dict[str, str] | None = None, allowed: Callable[[Any, Any], bool] = operator.is_
+        self, changes: Changes | None = None, allowed: Callable[[Any, Any], bool] = operator.is_
     ) -> None:
         """Restore the state; the arguments are those of :meth:`restored`."""
         for container, old in self._saved:
-            name = difference(container.value, old, allowed)
-            if name is not None and changed is not None and container.owner.name not in HOOK_TABLES:
-                changed.setdefault(container.owner.path or "", container.owner.name or name)
+            owner, name = container.owner, difference(container.value, old, allowed)
+            if name is not None and changes is not None and (owner.hook or owner.name not in FORWARD_TABLES):
+                found = changes.hooks if owner.hook else changes.attributes
+                found.setdefault(owner.path or "", owner.hook or owner.name or name)
             restore(container.value, old)
         for key, function in self._caches.items():
             if _misses(function) != self._misses[key]:

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fxprune.capture.errors import TRACE_ERRORS, CaptureError, failing_method, first_line, where
-from fxprune.capture.leaves import has_hooks, is_compiled, is_leaf
+from fxprune.capture.errors import TRACE_ERRORS, CaptureError, HookError, failing_method, first_line, where
+from fxprune.capture.hooks import Hook, keeps_hooks
+from fxprune.capture.leaves import is_compiled, is_leaf
 from fxprune.capture.tracer.call_targets import MethodCall
+from fxprune.capture.tracer.hook_calls import HookCalls
 from fxprune.capture.tracer.isolation import restore_rng, rng_state
 from fxprune.capture.tracer.patches import replaced
 from fxprune.capture.tracer.recorder import Recorder
@@ -29,13 +31,12 @@ __all__ = ["Caller", "Setting"]
 class Setting:
     """Hold the settings of the calls of one trace.
 
-    ``whole`` names the modules not to enter; ``hooked`` are the ids of those that had hooks before, which run
-    with the graph (those that the model hangs up as it runs are part of its code); ``reasons`` gets the
+    ``whole`` names the modules not to enter; ``left_out`` are hooks that are not run; ``reasons`` gets the
     modules that could not be entered. ``watching``: look which modules draw random numbers outside PyTorch.
     """
 
     whole: frozenset[str] = frozenset()
-    hooked: frozenset[int] = frozenset()
+    left_out: frozenset[Hook] = frozenset()
     reasons: dict[str, str] = field(default_factory=dict)
     watching: bool = False
 
@@ -45,6 +46,7 @@ class Caller:
 
     def __init__(self, recorder: Recorder, root: nn.Module, setting: Setting) -> None:
         self.recorder, self.root, self.setting = recorder, root, setting
+        self.hooks = HookCalls(recorder, root, setting.left_out)
         self.paths: dict[int, str] = {}
         for path, module in root.named_modules():
             self.paths.setdefault(id(module), path)
@@ -54,38 +56,45 @@ class Caller:
         """Stand in for ``nn.Module.__call__``."""
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if id(module) in self.setting.hooked or not has_hooks(module):
-                return self.call(module, args, kwargs)
-            return self.call_with_hooks(module, args, kwargs)
+            return self.hooks.around(module, args, kwargs, self.call)
 
         return call
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_compiled(module):
-            module = cast(nn.Module, module._orig_mod)
+            return self.hooks.around(cast(nn.Module, module._orig_mod), args, kwargs, self.call)
         path = self.paths.get(id(module))
         if not self.recorder.recording or path is None:
             return module.forward(*args, **kwargs)
         if module is self.root:
             return self.enter(path, module, args, kwargs)
-        closed = path in self.setting.whole or id(module) in self.setting.hooked
-        if not closed and not is_leaf(module):
-            return self.enter(path, module, args, kwargs)
-        if not self.lent(module):
+        if path in self.setting.whole or keeps_hooks(module):
+            if self.borrows(module):
+                raise CaptureError(f"it lends {path} other parameters, but that has to stay whole")
             return self.leaf(path, module, args, kwargs)
-        if closed:
-            raise CaptureError(f"it lends {path} other parameters, but that has to stay whole")
-        return self.inside(path, module, args, kwargs)
+        if is_leaf(module) and not self.borrows(module) and not self.holds_results(module):
+            return self.leaf(path, module, args, kwargs)
+        enter = self.inside if is_leaf(module) else self.enter
+        return enter(path, module, args, kwargs)
 
-    def lent(self, module: nn.Module) -> bool:
+    def borrows(self, module: nn.Module) -> bool:
         """Whether a module runs on parameters that are not its own, as under ``functional_call``."""
         own = self.recorder.tape.names
         return any(id(parameter) not in own for parameter in module.parameters())
+
+    def holds_results(self, module: nn.Module) -> bool:
+        """Whether the traced code has put tensors that it computed into attributes of a module."""
+        tape = self.recorder.tape
+        tables = [table for inner in module.modules() for table in (vars(inner), inner._buffers)]
+        values = [value for table in tables for value in table.values() if isinstance(value, Tensor)]
+        return any(id(value) not in tape.names and tape.find(value) for value in values)
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Trace the inside; if that fails, take the module as a whole."""
         try:
             return self.inside(path, module, args, kwargs)
+        except HookError:
+            raise
         except TRACE_ERRORS as error:
             reason = error
         if needs_numbers(reason) and not self.compiling:
@@ -170,18 +179,3 @@ class Caller:
                 return self.inside(path, module, args, kwargs)
         finally:
             self.compiling = False
-
-    def call_with_hooks(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if key in module._forward_pre_hooks_with_kwargs:
-                changed = hook(module, args, kwargs)
-                args, kwargs = changed if changed is not None else (args, kwargs)
-            else:
-                changed = hook(module, args)
-                args = args if changed is None else changed if isinstance(changed, tuple) else (changed,)
-        result = self.call(module, args, kwargs)
-        for key, hook in list(module._forward_hooks.items()):
-            named = key in module._forward_hooks_with_kwargs
-            changed = hook(module, args, kwargs, result) if named else hook(module, args, result)
-            result = result if changed is None else changed
-        return result

@@ -12,26 +12,20 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fxprune.capture.hooks import FORWARD_TABLES, GLOBAL_TABLES, KINDS, hook_name
 from fxprune.capture.tracer.snapshots import Globals, plain_dict
 
-__all__ = ["ATOMS", "CACHED", "HOOK_TABLES", "TABLES", "Place", "Reachable"]
+__all__ = ["ATOMS", "CACHED", "TABLES", "Place", "Reachable"]
 
 LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "fxprune", "functorch", "triton"}
 TABLES = ("_parameters", "_buffers", "_modules")
-HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-)
 CACHED = functools._lru_cache_wrapper
 SPECIAL = (CACHED, torch.jit.ScriptFunction)
 COLLECTIONS = (dict, list, set, deque)
@@ -43,10 +37,14 @@ CREATORS = ("__init__", "__new__", "__post_init__", "__init_subclass__")
 
 @dataclass(frozen=True)
 class Owner:
-    """The module at ``path`` whose attribute ``name`` leads to an object; ``path`` is None for globals."""
+    """The module at ``path`` whose attribute ``name`` leads to an object; ``path`` is None for globals.
+
+    ``hook`` names the hook of the module that alone leads there.
+    """
 
     path: str | None
     name: str | None
+    hook: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,6 +90,8 @@ class Reachable:
         self._code: deque[tuple[Owner, Any, Any, Any]] = deque()
         for path, module in modules:
             self._visit(Owner(path, None), None, None, module)
+        for kind, table in GLOBAL_TABLES.items():
+            self._code.append((Owner("", kind), None, None, table))
         while self._attributes or self._code:
             # What an attribute leads to is called that, and not by the function that reads it.
             self._visit(*(self._attributes or self._code).popleft())
@@ -119,7 +119,8 @@ class Reachable:
         if issubclass(type(value), COLLECTIONS):
             self.containers.append(Container(owner, value))
         for key, item in _parts(value):
-            self._attributes.append((owner, value, key, item))
+            inner = replace(owner, hook=hook_name(item)) if owner.name in KINDS and not owner.hook else owner
+            self._attributes.append((inner, value, key, item))
         if not _has_attributes(value):
             return
         self._class(owner, type(value), created=False)
@@ -130,7 +131,7 @@ class Reachable:
         for name, item in list(attributes.items()):
             if own:
                 owner = Owner(self._paths[id(value)], None if name in TABLES else name)
-            later = own and name in HOOK_TABLES
+            later = own and name in FORWARD_TABLES
             (self._code if later else self._attributes).append((owner, attributes, name, item))
 
     def _class(self, owner: Owner, kind: type, *, created: bool) -> None:
@@ -152,8 +153,6 @@ class Reachable:
                     self._unmentioned.setdefault(name, []).append((owner, base, member))
 
     def _function(self, owner: Owner, function: FunctionType) -> None:
-        if owner.name in HOOK_TABLES:
-            owner = Owner(owner.path, f"{function.__qualname__}, a hook")
         free = function.__code__.co_freevars
         for name, cell in zip(free, function.__closure__ or (), strict=True):
             self._seen.setdefault(id(cell), cell)
@@ -172,9 +171,9 @@ class Reachable:
             self._mentioned.add(name)
             for waiting, base, member in self._unmentioned.pop(name, ()):
                 self._code.append((waiting, base, name, member))
-        self._globals(known, names)
+        self._globals(known, names, owner.hook)
 
-    def _globals(self, known: dict[str, Any], names: set[str]) -> None:
+    def _globals(self, known: dict[str, Any], names: set[str], hook: str) -> None:
         """Visit the globals of these names, also those of modules among them."""
         key = id(known)
         if key not in self._seen:
@@ -185,9 +184,9 @@ class Reachable:
             if isinstance(value, ModuleType):
                 inner = vars(value)
                 if _is_users(value.__name__) and inner is not known:
-                    self._globals(inner, names - {name})
+                    self._globals(inner, names - {name}, hook)
             else:
-                self._code.append((Owner(None, name), known, name, value))
+                self._code.append((Owner(None, name, hook), known, name, value))
 
 
 def _unwrapped(value: Any) -> Any:
@@ -198,7 +197,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _named(owner: Owner, name: str) -> Owner:
-    return Owner(owner.path, owner.name or name)
+    return replace(owner, name=owner.name or name)
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:

@@ -131,7 +131,7 @@ class Recorder(TorchFunctionMode):
             self.tape.running = before
 
     def leaf(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A ``call_module`` node. Hooks of the module run with the graph, not here."""
+        """A ``call_module`` node. Hooks of the module that were not traced run with the graph, not here."""
         with self.paused():
             try:
                 options = {key: map_structure(plain, item) for key, item in kwargs.items()}

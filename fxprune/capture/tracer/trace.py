@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.capture.leaves import has_hooks
-from fxprune.capture.tracer.isolation import ModelState, rng_state
+from fxprune.capture.hooks import Hook
+from fxprune.capture.tracer.isolation import Changes, ModelState, rng_state
 from fxprune.capture.tracer.meta_values import Shadows
 from fxprune.capture.tracer.module_calls import Caller, Setting
 from fxprune.capture.tracer.patches import patched_functions, replaced
@@ -37,7 +37,7 @@ class Trace:
     ``constants`` are tensors that belong to no module, ``scope`` says which module call made which node,
     ``decisions`` what the code made depend on sizes,
     ``reasons`` why a module had to stay whole, ``changed`` which entered modules wrote which attribute
-    of themselves.
+    of themselves, ``hook_writes`` which hooks of which module wrote something of their own.
     """
 
     graph: fx.Graph
@@ -46,6 +46,7 @@ class Trace:
     decisions: list[Decision] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
+    hook_writes: dict[str, str] = field(default_factory=dict)
 
 
 def trace(
@@ -58,29 +59,31 @@ def trace(
     shadows: Shadows | None = None,
     state: ModelState | None = None,
     rehearsed: bool = False,
+    left_out: frozenset[Hook] = frozenset(),
 ) -> Trace:
     """Record ``model(*args, **kwargs)``; ``whole`` names modules that are not entered.
 
-    ``rehearsed``: a run before this one has left its traces in the model's attributes.
+    ``rehearsed``: a run before this one has left its traces in the model's attributes. ``left_out`` are hooks
+    that are not run.
     """
     shadows = shadows or Shadows(model)
-    hooked = frozenset(id(module) for module in model.modules() if has_hooks(module))
-    changed: dict[str, str] = {}
+    changes = Changes()
     state = state or ModelState(model)
 
     def run(setting: Setting) -> Trace:
         return copy_context().run(_run, model, args, kwargs, setting, shadows, state)
 
-    with state.restored(changed, shadows.written):
+    with state.restored(changes, shadows.written):
         _set_training(model, training)
         if rehearsed:
-            run(Setting(whole, hooked))
+            run(Setting(whole, left_out))
         before = rng_state()
-        result = run(Setting(whole, hooked))
+        result = run(Setting(whole, left_out))
         if rng_state() != before:
-            result = run(Setting(whole, hooked, watching=True))
+            result = run(Setting(whole, left_out, watching=True))
     leaves = {str(node.target) for node in result.graph.nodes if node.op == "call_module"}
-    for path, name in changed.items():
+    result.hook_writes = changes.hooks
+    for path, name in changes.attributes.items():
         atoms = path.split(".")
         if not any(".".join(atoms[:i]) in leaves for i in range(1, len(atoms) + 1)):
             result.changed[path] = name
@@ -104,7 +107,7 @@ def _run(
         stack.enter_context(_patched(caller, state))
         stack.enter_context(torch.enable_grad())
         with recorder:
-            out = caller.enter("", model, arguments, options)
+            out = caller.hooks.around(model, arguments, options, caller.call)
         tape.output(out)
     return result
 
@@ -112,12 +115,13 @@ def _run(
 def shapes_only(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Evaluate the model in shapes, unrecorded: raises what it says itself to these inputs."""
     recorder, state = _recorder(model, Shadows(model)), ModelState(model)
+    caller = Caller(recorder, model, Setting())
     with ExitStack() as stack:
-        stack.enter_context(state.restored({}))
+        stack.enter_context(state.restored(Changes()))
         _set_training(model, False)
-        stack.enter_context(_patched(Caller(recorder, model, Setting()), state))
+        stack.enter_context(_patched(caller, state))
         with recorder, recorder.paused():
-            model.forward(*args, **kwargs)
+            caller.hooks.around(model, args, dict(kwargs), caller.call)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import GraphModule, Node, map_arg
 from torch.fx.graph import Graph
 
+from fxprune.capture.tracer.spelling import changes_input
 from fxprune.rewrite.masking.operand_probe import FAILURES, UnfollowableError, moves_zeros
 from fxprune.rewrite.masking.sharded import plain_class
 from fxprune.rewrite.masking.storage import SUFFIX
@@ -33,17 +34,26 @@ def mask_reads(gm: GraphModule) -> None:
     ]
     changed = False
     for node in reads:
-        if any(not is_mask_product(gm, user) for user in node.users):
+        readers = {user for user in node.users if not _only_writes(user, node)}
+        if any(not is_mask_product(gm, user) for user in readers):
             product = _mask_after(gm, node, node.target)
-            node.replace_all_uses_with(
-                product, delete_user_cb=lambda user, product=product: user is not product
-            )
+            node.replace_all_uses_with(product, delete_user_cb=readers.__contains__)
             changed = True
     for node in list(gm.graph.nodes):
         changed |= _mask_operand(gm, node)
     if changed:
         gm.graph.lint()
         _recompile(gm)
+
+
+def _only_writes(node: Node, operand: Node) -> bool:
+    """Whether a node, or what is made of its result, writes into ``operand`` and gives nobody its value.
+
+    The product with the mask is another tensor: what is written there would be lost.
+    """
+    if changes_input(node):
+        return node.args[:1] == (operand,) and not node.users
+    return bool(node.users) and all(_only_writes(user, node) for user in node.users)
 
 
 def _recompile(gm: GraphModule) -> None:
