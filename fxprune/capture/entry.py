@@ -54,8 +54,8 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         line.
 
     A submodule that cannot be traced stays one ``call_module`` node, with a warning that names it and
-    says why. Forward hooks are traced as code of the model. A hook that changes nothing in the graph runs with
-    it, if the graph calls its module.
+    says why. Forward hooks are traced as code of the model. A hook that changes nothing in the graph runs
+    with it, if the graph calls its module.
 
     Example:
         >>> import torch
