@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -94,7 +95,8 @@ def capture_leaf(
         attributes: those that it and the modules in it had when its model was captured, by path.
 
     Raises:
-        CaptureError: it cannot be traced, or has hooks that cannot: backward hooks, and PyTorch's own.
+        CaptureError: it cannot be traced, or has hooks that cannot: backward hooks, and PyTorch's own; or it
+            is scripted, so that there is no Python code to trace.
 
     Example:
         >>> import torch
@@ -104,6 +106,8 @@ def capture_leaf(
     """
     if keeps_hooks(module):
         raise CaptureError(f"{type(module).__name__} has hooks that cannot be traced")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise CaptureError(f"{type(module).__name__} is scripted: there is no Python code to trace")
     try:
         with restored_attributes(module, attributes):
             found = trace(module, _shapes(tuple(args)), _shapes(dict(kwargs)), training=False)

@@ -74,6 +74,16 @@ class Memory:
             if member is first or any(user > node for user in member.users):
                 env[member] = _rewritten(places, env[member], place, new, build)
 
+    def names(self, writer: fx.Node) -> list[fx.Node]:
+        """The nodes made before ``writer`` that may be names of the memory that it writes to."""
+        root = written(writer, self.gm)
+        while root is not None and (parent := self._parent(root)) is not None:
+            root = parent
+        found = [] if root is None else [root]
+        for member in found:
+            found += [user for user in member.users if user < writer and self._parent(user) is member]
+        return found
+
     def _family(self, first: fx.Node, writer: fx.Node) -> dict[fx.Node, Any]:
         """Names made before ``writer`` that share memory with ``first``, and where in it they are."""
         root = first

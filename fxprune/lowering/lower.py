@@ -19,11 +19,13 @@ from torch import Tensor, fx, nn
 from fxprune.capture import CaptureError, capture_leaf
 from fxprune.capture.leaves import dense_class
 from fxprune.capture.module import leaf_attributes
+from fxprune.capture.tracer.meta_values import map_structure
 from fxprune.graph import ir
-from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
+from fxprune.graph.tensor_function import TensorFunction
 from fxprune.lowering.aliases import Memory, written
 from fxprune.lowering.builder import Builder
 from fxprune.lowering.constant import Constant
+from fxprune.lowering.folding import changed, constants
 from fxprune.lowering.follow import reads_of_result
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, lost
@@ -45,8 +47,8 @@ from fxprune.lowering.weight_views import provenance, simplified, view_of
 __all__ = ["lower"]
 
 
-RULE_ERRORS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError)
-"""What a rule raises that meets arguments nobody has foreseen."""
+FAILURES = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+"""What code raises that meets arguments nobody has foreseen."""
 ZERO = {torch.zeros, torch.zeros_like, "new_zeros"}
 EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, "new_empty", "new_empty_strided"}
 
@@ -167,7 +169,7 @@ class _Walk:
             if self.results is not None:
                 self.results.record(node, self.env[node])
             if node.op.startswith("call"):
-                self.memory.spread(node, self.env, self.build)
+                self._spread(node)
         return None
 
     def _input(self, val: Any) -> Any:
@@ -205,6 +207,39 @@ class _Walk:
 
     # -- calls ----------------------------------------------------------------------------------------------
     def _call(self, node: fx.Node) -> Any:
+        """Lower one call; what raises an error in an unforeseen place becomes opaque, too."""
+        before = self.build.state()
+        try:
+            return self._lowered(node)
+        except (Unknown, *FAILURES) as error:
+            if self.build.strict:
+                raise
+            reason = f"lowering {_describe(node.target)} raised {_described(error)}"
+        self.build.restore(before)
+        val, operands = node.meta["val"], list(tensors_in(self._read((node.args, node.kwargs))))
+        if node.target is operator.setitem:
+            val = torch.empty(operands[0].shape, device="meta")
+        module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return self._opaque(operands, val, reason, module)
+
+    def _spread(self, node: fx.Node) -> None:
+        """Tell all names of a memory what a node has written to it."""
+        if written(node, self.gm) is None:
+            return
+        before, env = self.build.state(), dict(self.env)
+        try:
+            self.memory.spread(node, self.env, self.build)
+            return
+        except FAILURES as error:
+            if self.build.strict:
+                raise
+            reason = f"following what {_describe(node.target)} writes raised {_described(error)}"
+        self.build.restore(before)
+        for name in self.memory.names(node):
+            operands = list(tensors_in((env[name], env[node])))
+            self.env[name] = self._opaque(operands, name.meta["val"], reason)
+
+    def _lowered(self, node: fx.Node) -> Any:
         val = node.meta["val"]
         in_place = node.target is operator.setitem
         if not in_place and not any(isinstance(leaf, Tensor) for leaf in _leaves_any(val)):
@@ -237,11 +272,10 @@ class _Walk:
                 return rule(Context(self.build, node, target, result, module), *args, **kwargs)
             except Unknown as error:
                 reason = str(error)
-            except RULE_ERRORS as error:
+            except FAILURES as error:
                 if self.build.strict:
                     raise
-                text = " ".join(str(error).split())
-                reason = f"rule {rule.__name__} raised {type(error).__name__}: {text}"
+                reason = f"rule {rule.__name__} raised {_described(error)}"
             self.build.restore(before)
         return self._opaque(operands, result if in_place else val, reason, module)
 
@@ -272,9 +306,9 @@ class _Walk:
         is_view = kind in MOVES and not writes and bool(known)
         blank = node.target in EMPTY or (is_view and all(x.is_empty for x in known))
         if isinstance(result, Constant):  # setitem: the changed first argument
-            changed = _changed(result.evaluate, *args[1:])
+            new = changed(result.evaluate, *args[1:])
             reads = lost([x.reads for x in known if x.reads is not None])
-            return Constant(result.shape, result.dtype, changed, reads=reads if reads.names else None)
+            return Constant(result.shape, result.dtype, new, reads=reads if reads.names else None)
 
         def constant(val: Tensor, read: Callable[[], Any], view: TensorFunction | None) -> Constant:
             ref = simplified(provenance(operands, val, view), self.build.parameters)
@@ -290,7 +324,7 @@ class _Walk:
                 statistic=statistic_axes(operands, () if node.target in REARRANGES else val.shape),
             )
 
-        return _constants(result, evaluate, view_of(node, module, operands, args, kwargs), constant)
+        return constants(result, evaluate, view_of(node, module, operands, args, kwargs), constant)
 
     def _inline(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Lower the inside of a leaf in place."""
@@ -327,65 +361,21 @@ class _Walk:
             self.build.read(output, Constant((), torch.float32, lambda: None, reads=reads))
             return output
 
-        return _map_structure(build, val)
+        return map_structure(build, val)
 
 
 def _describe(target: Any) -> str:
     return target if isinstance(target, str) else getattr(target, "__qualname__", repr(target))
 
 
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def _leaves_any(x: Any) -> list[Any]:
     if hasattr(x, "__dataclass_fields__") and not isinstance(x, type):
         return _leaves(list(vars(x).values()))
     return _leaves(x)
-
-
-def _map_structure(f: Callable[[Any], Any], x: Any) -> Any:
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*(_map_structure(f, item) for item in x))
-    if isinstance(x, (list, tuple)):
-        return type(x)(_map_structure(f, item) for item in x)
-    if isinstance(x, dict):
-        return {key: _map_structure(f, item) for key, item in x.items()}
-    return f(x)
-
-
-def _changed(evaluate: Callable[[], Any], index: Any, new: Any) -> Callable[[], Any]:
-    """Compute a constant after ``x[index] = new``."""
-
-    @functools.cache
-    def changed() -> Any:
-        def numbers(x: ir.Value | Constant) -> Any:
-            return x.evaluate() if isinstance(x, Constant) else x
-
-        result = evaluate().clone()
-        result[substitute(index, numbers)] = substitute(new, numbers)
-        return result
-
-    return changed
-
-
-def _constants(
-    result: Any,
-    evaluate: Callable[[], Any],
-    view: TensorFunction | None,
-    constant: Callable[[Tensor, Callable[[], Any], TensorFunction | None], Constant],
-) -> Any:
-    """A constant for every tensor of a result; ``view`` gives the whole result from a parameter."""
-    if isinstance(result, Tensor):
-        return constant(result, evaluate, view)
-    if isinstance(result, (list, tuple)):
-        items = [
-            _constants(
-                item,
-                lambda i=i: evaluate()[i],  # type: ignore[misc]
-                None if view is None else view.then(operator.getitem, PREVIOUS, i),
-                constant,
-            )
-            for i, item in enumerate(result)
-        ]
-        return type(result)(items) if type(result) in (list, tuple) else tuple(items)
-    return result
 
 
 def _bind(inner: fx.GraphModule, args: Any, kwargs: Any) -> list[Any]:

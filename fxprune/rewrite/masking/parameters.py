@@ -52,12 +52,13 @@ def places(model: nn.Module) -> Iterator[Place]:
 def masked_places(model: nn.Module) -> Iterator[Place]:
     """The places whose parameter has a mask."""
     for path, module, attribute in places(model):
-        mask = module._buffers.get(attribute + SUFFIX)
-        if mask is None:
+        # The table of a scripted module has no ``get``.
+        if (attribute + SUFFIX) not in module._buffers:
             continue
+        mask = module._buffers[attribute + SUFFIX]
         # A mask of ours that somebody turned into numbers is still one; elsewhere the name may mean another.
         plain = isinstance(module, GraphModule) or type(module) is nn.Module
-        if form_of(module) is not None or (plain and mask.dtype == torch.bool):
+        if mask is not None and (form_of(module) is not None or (plain and mask.dtype == torch.bool)):
             yield path, module, attribute
 
 
