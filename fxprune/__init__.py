@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fxprune.api import analyze, apply
     from fxprune.capture import capture
     from fxprune.grouping import channel_groups
+    from fxprune.latency import bench
     from fxprune.lowering import lower
     from fxprune.methods import Method
     from fxprune.methods import names as list_methods
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fxprune.rewrite import finalize, load_masks, save, set_masks, verify
     from fxprune.rewrite import read as masks
     from fxprune.rewrite.compact import compact
+    from fxprune.rewrite.files.export import export
     from fxprune.rewrite.files.network import load
     from fxprune.training import Pruner, load_ticket, lottery
 
@@ -31,9 +33,11 @@ __all__ = [
     "Pruner",
     "analyze",
     "apply",
+    "bench",
     "capture",
     "channel_groups",
     "compact",
+    "export",
     "finalize",
     "list_methods",
     "load",
@@ -55,9 +59,11 @@ _HOMES = {
     "Pruner": "fxprune.training.Pruner",
     "analyze": "fxprune.api.analyze",
     "apply": "fxprune.api.apply",
+    "bench": "fxprune.latency.bench",
     "capture": "fxprune.capture.capture",
     "channel_groups": "fxprune.grouping.channel_groups",
     "compact": "fxprune.rewrite.compact.compact",
+    "export": "fxprune.rewrite.files.export.export",
     "finalize": "fxprune.rewrite.finalize",
     "list_methods": "fxprune.methods.names",
     "load": "fxprune.rewrite.files.network.load",
@@ -71,7 +77,19 @@ _HOMES = {
     "set_masks": "fxprune.rewrite.set_masks",
     "verify": "fxprune.rewrite.verify",
 }
-_ROOMS = ("api", "data", "graph", "lowering", "methods", "metrics", "plot", "rewrite", "training", "zoo")
+_ROOMS = (
+    "api",
+    "data",
+    "graph",
+    "latency",
+    "lowering",
+    "methods",
+    "metrics",
+    "plot",
+    "rewrite",
+    "training",
+    "zoo",
+)
 
 
 class _Package(ModuleType):

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 __all__ = [
+    "RUN_ERRORS",
     "NodeFailure",
     "difference",
     "differing_node",

@@ -1,0 +1,171 @@
+"""Measure networks side by side: times in turn, so that other work slows all alike; sizes and memory."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxprune.capture import capture
+from fxprune.capture.inputs import example_inputs_for
+from fxprune.latency.memory import peak_bytes
+from fxprune.latency.results import Bench, Network, Timing
+from fxprune.latency.runtimes import RUNTIMES, missing_package, prepare
+from fxprune.lowering import lower
+from fxprune.rewrite.files.archive import save
+from fxprune.rewrite.files.export import numbers
+from fxprune.rewrite.masking.finalize import plain
+from fxprune.rewrite.masking.parameters import unwrap
+
+__all__ = ["bench"]
+
+WARM_UPS = 2
+LEAST, MOST = 7, 300
+"""Runs of each network."""
+
+
+def bench(
+    models: Mapping[str, nn.Module],
+    example_inputs: Any = None,
+    *,
+    batch: Sequence[int] = (1,),
+    runtimes: Sequence[str] = ("eager",),
+    threads: int | None = None,
+    seconds: float = 1.0,
+) -> Bench:
+    """Measure the latency of networks, in turn, with their sizes and the memory that they take.
+
+    Args:
+        models: by name, networks that take the same inputs; they are not changed. The first is the one that
+            others are compared with.
+        example_inputs: as in :func:`fxprune.apply`; numbers are drawn in their shapes.
+        batch: batch sizes.
+        runtimes: "eager", "compile", "onnxruntime", "openvino". One that is not installed is skipped, and
+            said to be.
+        threads: of each runtime; by default as many as PyTorch has now.
+        seconds: how long each network is measured in each runtime, at least; 7 to 300 runs.
+
+    Returns:
+        A :class:`fxprune.latency.Bench`: times in milliseconds; ``print`` shows medians and quartiles.
+
+    Raises:
+        TypeError, ValueError: there is no network, or a batch size, a runtime or a number that is none.
+
+    >>> small, large = nn.Linear(4, 4), nn.Linear(4, 400)
+    >>> found = bench({"large": large, "small": small}, torch.ones(2, 4), seconds=0.01)
+    >>> found.networks["small"].parameters, found.timing("small").batch
+    (20, 1)
+    """
+    _check(models, batch, runtimes, threads, seconds)
+    threads = threads or torch.get_num_threads()
+    first = unwrap(next(iter(models.values())))
+    given = example_inputs_for(first, example_inputs)
+    device = next((p.device for p in first.parameters()), torch.device("cpu"))
+    skipped: dict[str, str] = {}
+    for runtime in runtimes:
+        package = missing_package(runtime)
+        if package is not None:
+            skipped[runtime] = f"not measured, as {package} is not installed; pip install {package}"
+    calls = {size: numbers(given, first, size) for size in batch}
+    timings: list[Timing] = []
+    with _evaluating(models.values(), threads), tempfile.TemporaryDirectory() as folder:
+        networks = {name: _described(model, given, calls, Path(folder)) for name, model in models.items()}
+        for runtime in (runtime for runtime in runtimes if runtime not in skipped):
+            for size, call in calls.items():
+                runs = {
+                    name: prepare(runtime, model, example_inputs, call, threads, Path(folder))
+                    for name, model in models.items()
+                }
+                times = _in_turn(runs, seconds, device)
+                timings += [Timing(name, runtime, size, found) for name, found in times.items()]
+    return Bench(networks, timings, str(device), threads, skipped)
+
+
+def _check(
+    models: Any, batch: Sequence[int], runtimes: Sequence[str], threads: int | None, seconds: float
+) -> None:
+    if not isinstance(models, Mapping) or not models:
+        raise ValueError(f"models={models!r}: expected a dict of at least one network by name")
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"models[{name!r}]: expected a torch.nn.Module, got a {type(model).__name__}")
+    for size in batch:
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"batch: {size!r} is no batch size; expected numbers from 1")
+    for runtime in runtimes:
+        if runtime not in RUNTIMES:
+            raise ValueError(f"runtimes: {runtime!r} is unknown; expected some of {', '.join(RUNTIMES)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads!r}: expected a number from 1")
+    if not seconds > 0:
+        raise ValueError(f"seconds={seconds!r}: expected a number above 0")
+
+
+@contextmanager
+def _evaluating(models: Any, threads: int) -> Iterator[None]:
+    """Evaluation mode without gradients, on so many threads; afterwards all is as it was."""
+    before = torch.get_num_threads()
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        torch.set_num_threads(threads)
+        for module, _ in modes:
+            module.training = False
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(before)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _described(model: nn.Module, given: Any, calls: Mapping[int, Any], folder: Path) -> Network:
+    """Count a network's parameters, multiply-adds, and bytes on disk and in memory."""
+    source = plain(unwrap(model))
+    has_shapes = isinstance(source, fx.GraphModule) and all("val" in node.meta for node in source.graph.nodes)
+    gm = (
+        source if isinstance(source, fx.GraphModule) and has_shapes else capture(source, given[0] or given[1])
+    )
+    file = folder / "network.safetensors"
+    save(model, file)
+    return Network(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        macs=sum(kernels.macs for kernels in lower(gm).kernels.values()),
+        file_bytes=file.stat().st_size,
+        peak_bytes={
+            size: peak_bytes(model, partial(model, *args, **kwargs)) for size, (args, kwargs) in calls.items()
+        },
+    )
+
+
+def _in_turn(
+    runs: Mapping[str, Callable[[], object]], seconds: float, device: torch.device
+) -> dict[str, list[float]]:
+    """Run each function in turn until every one has had its time; milliseconds by name."""
+    for run in runs.values():
+        for _ in range(WARM_UPS):
+            run()
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for number in range(MOST):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            _wait(device)
+            start = time.perf_counter()
+            runs[name]()
+            _wait(device)
+            found[name].append(1e3 * (time.perf_counter() - start))
+        if number + 1 >= LEAST and min(map(sum, found.values())) >= 1e3 * seconds:
+            break
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
