@@ -3,9 +3,9 @@
 A *unit* is a set of weights that share one rise (a kernel at channel resolution, or a single weight). The
 classes here and in :mod:`fxprune.methods.dpai.layer_topk` are variants of
 :func:`fxprune.sparsity.select.select` for one layer budget each; ``tests/methods/dpai/test_topk_state.py``
-holds them equal to it. They are faster for two reasons. No score falls, so that the k-th largest score of a layer
-(its *threshold*) does not fall: a layer changes only when a pruned weight reaches the threshold. And weights
-of one unit keep their order: the number of kept weights says which of them are kept.
+holds them equal to it. They are faster for two reasons. No score falls, so that the k-th largest score of a
+layer (its *threshold*) does not fall: a layer changes only when a pruned weight reaches the threshold. And
+weights of one unit keep their order: the number of kept weights says which of them are kept.
 """
 
 from __future__ import annotations
