@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction, same
+from fxprune.graph.tensor_function import PREVIOUS, Call, Operand, TensorFunction, same
 
 FUNCTIONS = {
     "x0": TensorFunction(),
@@ -79,3 +79,12 @@ def test_containers_of_fx_become_plain_ones() -> None:
 )
 def test_same_compares_content(a: object, b: object, expected: bool) -> None:
     assert same(a, b) is expected
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"), [(1, "x[1]"), ((1, 2), "x[1, 2]"), ((1,), "x[(1,)]"), ((), "x[()]")]
+)
+def test_an_index_is_spelled_as_python_reads_it(index: object, expected: str) -> None:
+    text = Call(operator.getitem, (PREVIOUS, index)).text("x")
+    assert text == expected
+    assert eval(f"lambda x: {text}") is not None

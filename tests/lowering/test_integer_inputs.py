@@ -47,3 +47,19 @@ def test_integers_that_are_numbers_start_paths() -> None:
 
     graph = lower(capture(Counts(), torch.ones(2, 4, dtype=torch.int64)))
     assert reach(graph, {})["head.weight"].all()
+
+
+def test_integers_beside_real_numbers_start_no_paths() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+            y: Tensor = self.last(self.first(x) + shift)
+            return y
+
+    inputs = torch.ones(2, 4), torch.ones(2, 3, dtype=torch.int64)
+    graph = lower(capture(Scaled(), inputs))
+    none = {"first.weight": torch.zeros(3, 4, dtype=torch.bool)}
+    assert not reach(graph, none)["last.weight"].any()

@@ -212,8 +212,6 @@ def _image_pads(rank: int, amounts: Sequence[int]) -> dict[int, tuple[int, int]]
 @table.rule(*MOVES)
 def move(context: Context, *args: Any, **kwargs: Any) -> Any:
     """``y[i] = x[map(i)]``: the map is read off a run on labels."""
-    if context.target is operator.getitem and isinstance(args[0], (list, tuple, dict)):
-        return args[0][args[1]]
     if context.target is operator.getitem and not isinstance(args[0], (ir.Value, Constant)):
         return operator.getitem(args[0], args[1])
     build = context.build

@@ -88,10 +88,10 @@ class Rewriter:
             self._sizes(node, value)
         elif name == "unflatten" and self._shrinks(value):
             assert value is not None
-            dim = int(node.args[1]) % len(source.shape) if source is not None else 0  # type: ignore[arg-type]
-            sizes = list(node.args[2])  # type: ignore[arg-type]
-            new = self.cut.shape(value)[dim : dim + len(sizes)]
-            node.args = (node.args[0], dim, tuple(new))
+            given = _given(node, "dim", "sizes")
+            dim = int(given["dim"]) % len(source.shape) if source is not None else 0
+            new = self.cut.shape(value)[dim : dim + len(given["sizes"])]
+            node.args, node.kwargs = (node.args[0], dim, tuple(new)), {}
         elif name in _SPLITS and self._shrinks(source):
             self._split(node, source)
         elif name in ("narrow", "select") and self._shrinks(source):
@@ -147,7 +147,8 @@ class Rewriter:
 
     def _bounds(self, node: fx.Node, source: ir.Value | None, name: str) -> None:
         assert source is not None
-        dim, start, *rest = node.args[1:]
+        given = _given(node, "dim", "index" if name == "select" else "start", "length")
+        dim, start = given["dim"], given["index" if name == "select" else "start"]
         if not isinstance(dim, int) or not isinstance(start, int):
             return
         kept = self.cut.kept_along(source, dim % len(source.shape))
@@ -156,10 +157,10 @@ class Rewriter:
         start = start % len(kept)
         first = int(kept[:start].sum())
         if name == "select":
-            node.args = (node.args[0], dim, first)
+            node.args, node.kwargs = (node.args[0], dim, first), {}
         else:
-            length = int(rest[0])  # type: ignore[arg-type]
-            node.args = (node.args[0], dim, first, int(kept[start : start + length].sum()))
+            length = int(kept[start : start + int(given["length"])].sum())
+            node.args, node.kwargs = (node.args[0], dim, first, length), {}
 
     def _index(self, node: fx.Node, source: ir.Value | None) -> None:
         assert source is not None
@@ -247,3 +248,8 @@ def _is_shape(x: Any) -> bool:
     if x.op == "call_method" and x.target == "size":
         return len(x.args) == 1 and not x.kwargs
     return bool(x.target is getattr and len(x.args) == 2 and x.args[1] == "shape")
+
+
+def _given(node: fx.Node, *names: str) -> dict[str, Any]:
+    """Return the arguments after the first, by name, however they were written."""
+    return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)

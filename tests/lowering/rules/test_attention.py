@@ -269,3 +269,31 @@ def test_dead_heads_by_hand() -> None:
     assert flow(graph, {}, dtype=torch.float64).log_total > 0
     masks = {"before.weight": torch.zeros(40, 4, dtype=torch.bool)}
     assert not any(bool(mask.any()) for mask in reach(graph, masks).values())
+
+
+def test_grouped_queries_are_keys_and_values_repeated() -> None:
+    class Grouped(nn.Module):
+        """Six heads of queries share three of keys and values; no two sizes are equal."""
+
+        def __init__(self, repeats: bool) -> None:
+            super().__init__()
+            self.repeats = repeats
+            self.q, self.k, self.v = nn.Linear(7, 24), nn.Linear(7, 12), nn.Linear(7, 12)
+            self.out = nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.q(x).view(-1, 8, 6, 4).transpose(1, 2)
+            k, v = (layer(x).view(-1, 8, 3, 4).transpose(1, 2) for layer in (self.k, self.v))
+            if self.repeats:
+                k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=not self.repeats)
+            z: Tensor = self.out(y.transpose(1, 2).flatten(2))
+            return z
+
+    torch.manual_seed(0)
+    x = torch.ones(2, 8, 7)
+    short, long = lowered(Grouped(repeats=False), x), lowered(Grouped(repeats=True), x)
+    masks = random_masks(Grouped(repeats=False), 0.3, 0)
+    one, two = flow(short, masks), flow(long, masks)
+    assert one.log_total == pytest.approx(two.log_total)
+    assert all(torch.allclose(one.gradients[name], two.gradients[name]) for name in masks)

@@ -209,3 +209,7 @@ def test_convolutions(layer: Callable[[], nn.Module]) -> None:
 def test_natural_positions_stay_collapsed() -> None:
     """A movement of whole positions does not tell them apart."""
     check(lambda x: x.permute(0, 2, 3, 1).roll(1, 1).permute(0, 3, 1, 2), IMAGE, kinds=(Natural,))
+
+
+def test_padding_without_a_value_is_with_zeros() -> None:
+    check(lambda x: torch.constant_pad_nd(x, (1, 2)), TOKENS)

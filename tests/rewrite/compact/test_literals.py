@@ -1,0 +1,67 @@
+"""Sizes and bounds that a network writes down are cut with the channels that they are about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+
+GONE = (0, 3, 4, 6)
+
+
+class Between(nn.Module):
+    """Two linear layers, with ``between`` on the eight channels of the first."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], width: int) -> None:
+        super().__init__()
+        self.between = between
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(self.between(self.first(x)))
+        return y
+
+
+BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "narrow": (lambda y: y.narrow(1, 2, 4), 4),
+    "narrow from the end": (lambda y: y.narrow(-1, -5, 4), 4),
+    "narrow by name": (lambda y: torch.narrow(y, dim=1, start=2, length=4), 4),
+    "select": (lambda y: y.select(1, 5)[:, None], 1),
+    "select from the end": (lambda y: y.select(1, -1)[:, None], 1),
+    "select by name": (lambda y: torch.select(y, dim=1, index=5)[:, None], 1),
+    "unflatten": (lambda y: y.unflatten(1, (8, 1)).squeeze(2), 8),
+    "unflatten by name": (lambda y: torch.unflatten(y, dim=-1, sizes=(8, 1))[..., 0], 8),
+    "slice": (lambda y: y[:, 1:6], 5),
+    "slice to the end": (lambda y: y[..., -3:], 3),
+    "one index": (lambda y: y[:, 5][:, None], 1),
+    "split into sizes": (lambda y: y.split([3, 5], 1)[1], 5),
+    "split into equal parts": (lambda y: torch.split(y, 4, dim=1)[0], 4),
+    "chunk": (lambda y: y.chunk(2, -1)[1], 4),
+    "view": (lambda y: y.view(-1, 8).relu(), 8),
+    "view as a tuple": (lambda y: y.view((-1, 8)).relu(), 8),
+    "reshape": (lambda y: torch.reshape(y, (2, 8)), 8),
+    "expand": (lambda y: y[:, None].expand(2, 3, 8).sum(1), 8),
+    "expand as a tuple": (lambda y: y[:, None].expand((-1, 3, 8)).sum(1), 8),
+    "size in a view": (lambda y: y[:, None].reshape(y.size(0), y.size(1)), 8),
+    "shape in a view": (lambda y: y[:, None].reshape(y.shape[0], y.shape[-1]), 8),
+}
+
+
+@pytest.mark.parametrize("spelling", BETWEEN)
+def test_bounds_and_sizes_shrink(spelling: str) -> None:
+    torch.manual_seed(0)
+    between, width = BETWEEN[spelling]
+    model, x = Between(between, width).eval(), torch.randn(2, 3)
+    with torch.no_grad():
+        model.first.weight[list(GONE)] = 0
+        model.first.bias[list(GONE)] = 0
+        expected = model(x)
+    small = fxprune.compact(model, x)
+    with torch.no_grad():
+        assert torch.allclose(small(x), expected, atol=1e-6)
+    assert small.get_parameter("first.weight").shape[0] <= 8 - len(GONE)
+    assert small.meta["fxprune"]["compaction"].given_back == 0

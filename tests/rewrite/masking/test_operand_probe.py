@@ -1,0 +1,29 @@
+"""Where pruned zeros go on the way from a weight to the kernel that a layer computes with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fxprune.rewrite.masking.operand_probe import UnfollowableError, moves_zeros, private_twin
+
+SHAPE = torch.Size((4, 6))
+
+
+def test_scales_keep_zeros_and_standardisation_moves_them() -> None:
+    assert not moves_zeros(lambda weight: 3 * weight, SHAPE)
+    assert not moves_zeros(lambda weight: None, SHAPE)
+    assert moves_zeros(lambda weight: weight - weight.mean(1, keepdim=True), SHAPE)
+
+
+@pytest.mark.parametrize("factor", [1.5, 4.0])
+def test_an_entry_that_is_more_about_another_weight_is_refused(factor: float) -> None:
+    with pytest.raises(UnfollowableError):
+        moves_zeros(lambda weight: weight + factor * weight.roll(1, 1), SHAPE)
+
+
+def test_a_twin_of_a_module_without_values_has_ones() -> None:
+    twin = private_twin(nn.BatchNorm1d(3, device="meta"), torch.float64)
+    for name, tensor in twin.state_dict().items():
+        assert bool((tensor == 1).all()), name
