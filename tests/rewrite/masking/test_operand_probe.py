@@ -1,4 +1,4 @@
-"""Where pruned zeros go on the way from a weight to the kernel that a layer computes with."""
+"""Follow pruned zeros on the way from a weight to the kernel that a layer computes with."""
 
 from __future__ import annotations
 
