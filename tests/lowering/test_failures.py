@@ -1,4 +1,4 @@
-"""What raises an error while a graph is lowered makes one op opaque, with the reason, and nothing else."""
+"""An error while a graph is lowered makes one op opaque, with the reason, and nothing else."""
 
 from collections.abc import Callable
 from typing import Any
