@@ -20,6 +20,7 @@ from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.parameters import check, unwrap
 from fxprune.scoring.contract import Progress
 from fxprune.sparsity.budget import plan
+from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks, kept
 
 
@@ -112,6 +113,17 @@ def rewrite(network: Network, problem: Problem, masks: Masks, wish: Request) -> 
         form = network.given if wish.returns == "inplace" else duplicate(network.source)
     if wish.reinit:
         redraw(inside(form), torch.Generator().manual_seed(wish.seed), network.before)
-    every = {**network.before, **masks}
+    every = {**network.before, **masks, **_entries(network, problem, masks)}
     put_masks(form, every, direct=[name for name in direct_reads(network.captured) if name in every])
     return form
+
+
+def _entries(network: Network, problem: Problem, masks: Masks) -> Masks:
+    """Return masks of the biases and norms of channels that are gone, so that these channels are zero."""
+    if not isinstance(problem.granularity, ChannelGroups):
+        return {}
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.captured.named_parameters()}
+    found, before = problem.granularity.entries(masks, shapes), network.before
+    return {
+        name: mask & before[name].to(mask.device) if name in before else mask for name, mask in found.items()
+    }

@@ -7,13 +7,14 @@ until what is left meets the budget; what is left is counted exactly, rows and c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fxprune.channels.cost import Cost, count_macs, count_parameters, count_weights
+from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import Groups
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import NEVER, Bundle, Channel
@@ -179,6 +180,24 @@ class ChannelGroups:
         if left > limit * (1 + 1e-9):
             of = self.options.of
             raise ValueError(f"method {method!r} keeps {left:.0f} {of} in the model, not {limit:.0f}")
+
+    def entries(self, masks: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> Masks:
+        """Return masks of biases, norms and tables: what belongs to groups that ``masks`` leave nothing of.
+
+        ``shapes``: of the parameters that may be masked. Those of which nothing goes have no mask.
+        """
+        ones = {name: mask.double() for name, mask in masks.items()}
+        present = self.pool(ones, masks)[1]
+        stays = torch.cat([present, present.new_ones(1)])  # -1: what belongs to no group
+        found: Masks = {}
+        for name, axes in entry_groups(self.groups, shapes).items():
+            shape = tuple(shapes[name])
+            left = torch.ones(shape, dtype=torch.bool)
+            for axis, numbers in axes.items():
+                left &= stays[numbers].view([-1 if other == axis else 1 for other in range(len(shape))])
+            if not bool(left.all()):
+                found[name] = left
+        return found
 
     def limit(self, budget: Budget) -> float:
         """The cost that a budget allows."""

@@ -242,7 +242,8 @@ def _form(path: str, owner: nn.Module, attributes: set[str], reads: set[str]) ->
     if not isinstance(owner, nn.MultiheadAttention) and not is_stock(base):
         for name in attributes - set(present.targets if present is not None else ()):
             try:
-                operands |= {name} if needs_operand_mask(owner, name) else set()
+                matrix = owner._parameters[name].dim() > 1  # type: ignore[union-attr]  # a bias is no kernel
+                operands |= {name} if matrix and needs_operand_mask(owner, name) else set()
             except ValueError as error:
                 raise ValueError(f"masks[{join(path, name)!r}]: {error}") from error
     return Form("reads", tuple(sorted(attributes | reads)), tuple(sorted(operands)))

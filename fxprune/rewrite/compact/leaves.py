@@ -1,0 +1,221 @@
+"""Open layers of torch.nn that hold several weights: their own arithmetic takes their place in the graph.
+
+Only then can channels inside of them go: the attention of torch.nn asks for one width everywhere.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxprune.capture import CaptureError, capture_leaf
+from fxprune.capture.leaves import has_hooks
+from fxprune.capture.module import leaf_attributes
+
+__all__ = ["leaf_of", "open_leaf"]
+
+LAYERS = (
+    nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, nn.TransformerDecoder,
+    nn.Transformer,
+)  # fmt: skip
+"""Layers that consist of others; what their forward does is traced."""
+
+
+def leaf_of(gm: fx.GraphModule, name: str) -> str | None:
+    """Return the path of the layer that holds a parameter and can be opened, if there is one."""
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and name.startswith(f"{node.target}."):
+            module = gm.get_submodule(str(node.target))
+            nodes = [
+                user for user in gm.graph.nodes if user.op == "call_module" and user.target == node.target
+            ]
+            if isinstance(module, LAYERS) and not has_hooks(module):
+                return str(node.target)
+            if isinstance(module, nn.MultiheadAttention) and all(_is_plain(user, module) for user in nodes):
+                return str(node.target)
+    return None
+
+
+def open_leaf(gm: fx.GraphModule, path: str) -> bool:
+    """Replace the calls of a layer in place; False where its inside cannot be traced."""
+    module = gm.get_submodule(path)
+    calls = [node for node in gm.graph.nodes if node.op == "call_module" and node.target == path]
+    if isinstance(module, nn.MultiheadAttention):
+        for node in calls:
+            _attention(gm, node, module)
+        _replace(gm, path, _container(module))
+    else:
+        inner = [_inside(gm, node, module) for node in calls]
+        for node, graph in zip(calls, inner, strict=True):
+            if graph is None:
+                return False
+            _inline(gm, node, graph, path)
+        _replace(gm, path, _container(module))
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return True
+
+
+def _replace(gm: fx.GraphModule, path: str, module: nn.Module) -> None:
+    above, _, leaf = path.rpartition(".")
+    setattr(gm.get_submodule(above), leaf, module)
+
+
+def _container(module: nn.Module) -> nn.Module:
+    """A plain module with the parameters and parts of ``module``: nothing calls it any more."""
+    made = nn.Module()
+    for name, parameter in module._parameters.items():
+        made.register_parameter(name, parameter)
+    for name, buffer in module._buffers.items():
+        made.register_buffer(name, buffer, name not in module._non_persistent_buffers_set)
+    for name, part in module._modules.items():
+        own: Any = part
+        if isinstance(part, nn.Linear) and type(part) is not nn.Linear:
+            own = nn.Linear(part.in_features, part.out_features, part.bias is not None, device="meta")
+            own.weight, own.bias = part.weight, part.bias
+        made.add_module(name, own)
+    made.training = module.training
+    return made
+
+
+# -- layers of layers ---------------------------------------------------------------------------------
+def _inside(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.GraphModule | None:
+    args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+    kwargs: Mapping[str, Any] = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])  # type: ignore[assignment]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it hides the parts
+    try:
+        return capture_leaf(module, args, kwargs, leaf_attributes(gm, node))  # type: ignore[arg-type]
+    except CaptureError:
+        return None
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _inline(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, path: str) -> None:
+    """Copy the nodes of ``inner`` in front of ``node``, and let its result take the node's place."""
+    known: dict[fx.Node, Any] = {}
+    given = list(node.args)
+    result: Any = None
+    with gm.graph.inserting_before(node):
+        for one in inner.graph.nodes:
+            if one.op == "placeholder":
+                default = one.args[0] if one.args else None
+                known[one] = given.pop(0) if given else node.kwargs.get(str(one.target), default)
+            elif one.op == "output":
+                result = fx.node.map_arg(one.args[0], lambda n: known[n])
+            else:
+                target = f"{path}.{one.target}" if one.op in ("call_module", "get_attr") else one.target
+                args, kwargs = (fx.node.map_arg(x, lambda n: known[n]) for x in (one.args, one.kwargs))
+                known[one] = gm.graph.create_node(one.op, target, args, kwargs)  # type: ignore[arg-type]
+                known[one].meta = dict(one.meta)
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+
+
+# -- attention ------------------------------------------------------------------------------------------
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    names = "query key value key_padding_mask need_weights attn_mask average_attn_weights is_causal".split()
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _is_plain(node: fx.Node, m: nn.MultiheadAttention) -> bool:
+    """Whether this call of an attention can be written out."""
+    given = _arguments(node)
+    mask = given.get("attn_mask")
+    picked = all(user.target is operator.getitem and user.args[1] in (0, 1) for user in node.users)
+    ranks = [given[name].meta["val"].dim() for name in ("query", "key", "value")]
+    return (
+        picked
+        and ranks == [3, 3, 3]
+        and given.get("key_padding_mask") is None
+        and m.bias_k is None
+        and not m.add_zero_attn
+        and not has_hooks(m)
+        and (mask is None or (isinstance(mask, fx.Node) and mask.meta["val"].dim() == 2))
+    )
+
+
+def _attention(gm: fx.GraphModule, node: fx.Node, m: nn.MultiheadAttention) -> None:
+    """Write out projections, attention per head, and the output projection in front of ``node``."""
+    given, graph, path = _arguments(node), gm.graph, str(node.target)
+    mask = given.get("attn_mask")
+    wanted = {int(user.args[1]): user for user in node.users}  # type: ignore[arg-type]
+    with graph.inserting_before(node):
+        inputs = [given[name] for name in ("query", "key", "value")]
+        if not m.batch_first:
+            turned = {x: graph.call_method("transpose", (x, 0, 1)) for x in inputs}
+            inputs = [turned[x] for x in inputs]
+        q, k, v = (
+            graph.call_method("transpose", (graph.call_method("unflatten", (x, -1, (m.num_heads, -1))), 1, 2))
+            for x in _projected(graph, path, m, inputs)
+        )
+        if mask is not None and mask.meta["val"].dtype == torch.bool:
+            mask = graph.call_function(torch.logical_not, (mask,))  # True means "may not attend" there
+        weights = None
+        if 1 in wanted or m.dropout > 0:
+            mixed, weights = _by_hand(gm, path, m, (q, k, v), mask)
+        else:
+            mixed = graph.call_function(F.scaled_dot_product_attention, (q, k, v), {"attn_mask": mask})
+        joined = graph.call_method("flatten", (graph.call_method("transpose", (mixed, 1, 2)), 2))
+        out = graph.call_module(f"{path}.out_proj", (joined,))
+        if not m.batch_first:
+            out = graph.call_method("transpose", (out, 0, 1))
+        if weights is not None and 1 in wanted and given.get("average_attn_weights", True):
+            weights = graph.call_method("mean", (weights,), {"dim": 1})
+    results = {0: out, 1: weights}
+    for place, user in wanted.items():
+        user.replace_all_uses_with(results[place])  # type: ignore[arg-type]
+        graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _projected(graph: fx.Graph, path: str, m: nn.MultiheadAttention, inputs: list[fx.Node]) -> list[fx.Node]:
+    """Queries, keys and values; one projection of one input is one linear layer, cut in three."""
+    bias = graph.get_attr(f"{path}.in_proj_bias") if m.in_proj_bias is not None else None
+    if m.in_proj_weight is None:
+        names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+        weights: list[Any] = [graph.get_attr(f"{path}.{name}") for name in names]
+    else:
+        whole = graph.get_attr(f"{path}.in_proj_weight")
+        if inputs[0] is inputs[1] is inputs[2]:
+            joined = graph.call_function(F.linear, (inputs[0], whole, bias))
+            return _thirds(graph, joined, -1)
+        weights = _thirds(graph, whole, 0)
+    biases = [None] * 3 if bias is None else _thirds(graph, bias, 0)
+    return [
+        graph.call_function(F.linear, (x, weight, own))
+        for x, weight, own in zip(inputs, weights, biases, strict=True)
+    ]
+
+
+def _thirds(graph: fx.Graph, whole: fx.Node, axis: int) -> list[fx.Node]:
+    parts = graph.call_function(torch.chunk, (whole, 3), {"dim": axis})
+    return [graph.call_function(operator.getitem, (parts, place)) for place in range(3)]
+
+
+def _by_hand(
+    gm: fx.GraphModule, path: str, m: nn.MultiheadAttention, heads: tuple[fx.Node, ...], mask: fx.Node | None
+) -> tuple[fx.Node, fx.Node]:
+    """Attention whose weights are wanted, or dropped at random in training."""
+    graph, (q, k, v) = gm.graph, heads
+    scaled = graph.call_function(operator.mul, (q, (m.embed_dim // m.num_heads) ** -0.5))
+    scores = graph.call_function(torch.matmul, (scaled, graph.call_method("transpose", (k, -2, -1))))
+    if mask is not None and mask.target is torch.logical_not:
+        blocked = mask.args[0]
+        scores = graph.call_method("masked_fill", (scores, blocked, float("-inf")))
+    elif mask is not None:
+        scores = graph.call_function(operator.add, (scores, mask))
+    weights = graph.call_function(torch.softmax, (scores,), {"dim": -1})
+    if m.dropout > 0:
+        drop = nn.Dropout(m.dropout)
+        drop.training = m.training
+        m.add_module("attention_dropout", drop)
+        weights = graph.call_module(f"{path}.attention_dropout", (weights,))
+    return graph.call_function(torch.matmul, (weights, v)), weights
