@@ -47,13 +47,23 @@ def entry_groups(groups: Groups, shapes: Mapping[str, Sequence[int]]) -> dict[st
                 for axis, size in zip(use.axes, shape, strict=True)
             ]
             if use.name in found:
-                own = [old.where(old == new, -1) for old, new in zip(found[use.name], own, strict=True)]
+                own = [_agreed(old, new) for old, new in zip(found[use.name], own, strict=True)]
             found[use.name] = own
     return {
-        name: {axis: numbers for axis, numbers in enumerate(own) if bool((numbers >= 0).any())}
+        name: {axis: numbers.clamp(min=-1) for axis, numbers in enumerate(own) if bool((numbers >= 0).any())}
         for name, own in found.items()
         if any(bool((numbers >= 0).any()) for numbers in own)
     }
+
+
+UNMET = -2
+"""Stands for an index that one use of a parameter does not read."""
+
+
+def _agreed(old: Tensor, new: Tensor) -> Tensor:
+    """The groups that two uses of a parameter agree on."""
+    both = old.where(old == new, -1)
+    return new.where(old == UNMET, old.where(new == UNMET, both))
 
 
 def _along(groups: Groups, use: AxisUse, shape: Sequence[int], size: int) -> Tensor:
@@ -78,5 +88,5 @@ def _along(groups: Groups, use: AxisUse, shape: Sequence[int], size: int) -> Ten
     if not bool((index[met] < size).all()):
         return stays
     low = torch.full((size,), groups.count).scatter_reduce(0, index[met], flat[met], "amin")
-    high = stays.scatter_reduce(0, index[met], flat[met], "amax")
-    return high.where(low == high, -1)
+    high = torch.full((size,), UNMET).scatter_reduce(0, index[met], flat[met], "amax")
+    return high.where((low == high) | (high == UNMET), -1)

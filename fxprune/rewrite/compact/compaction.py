@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fxprune.lowering import lower
 from fxprune.paths.count import reach
 from fxprune.rewrite.compact.constants import Recorded, constant_entries, fold, is_recorded, record
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
+from fxprune.rewrite.compact.leaves import leaf_of, open_leaf
 from fxprune.rewrite.compact.literals import Rewriter
 from fxprune.rewrite.compact.modules import Slices, is_sizeable, slice_parameters, slices_of
 from fxprune.rewrite.compact.recipe import record_recipe
@@ -30,11 +32,20 @@ from fxprune.rewrite.compact.trial import (
 )
 from fxprune.rewrite.masking.finalize import finalize
 from fxprune.rewrite.masking.parameters import read, unwrap
+from fxprune.sparsity.masks import Masks
 
 __all__ = ["compact"]
 
 ATTEMPTS = 64
 """How often channels are given back before a node that cannot be rewritten is an error."""
+
+
+class HeldByLeaf(Exception):
+    """Raised where a layer of several weights would have to get smaller inside; ``path`` is its own."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
 
 
 def compact(
@@ -87,7 +98,44 @@ def _compact(
     has_shapes = isinstance(plain, fx.GraphModule) and all("val" in node.meta for node in plain.graph.nodes)
     gm = plain if isinstance(plain, fx.GraphModule) and has_shapes else capture(plain, example_inputs)
     gm.eval()
-    graph = lower(gm)
+    known = read(model)
+    runs = trial_inputs(gm, example_inputs, 0), trial_inputs(gm, example_inputs, 1)
+    source, whole, opened = gm, set[str](), list[str]()
+    while True:
+        graph = lower(source)
+        cut = _first_cut(graph, source, known)
+        try:
+            small, slices = _smallest(
+                source, graph, cut, runs, whole, exact=exact, fold_constants=fold_constants
+            )
+            break
+        except HeldByLeaf as held:
+            wider = copy.deepcopy(source)
+            if open_leaf(wider, held.path):
+                set_shapes(wider, runs[0])
+                source = wider
+                opened.append(held.path)
+            else:
+                whole.add(held.path)
+    found = None
+    if verify and exact:
+        found = _verified(gm, small, runs)
+    small.meta = {**gm.meta}
+    notes = dict(small.meta.get("fxprune", {}))
+    parameters = {name: list(parameter.shape) for name, parameter in unwrap(model).named_parameters()}
+    recipe = record_recipe(
+        gm, source, small, slices, opened=opened, masked=list(known), parameters=parameters
+    )
+    recipes = [*notes.get("recipes", ()), recipe]
+    table = tabulate(graph, cut, gm, small, found)
+    small.meta["fxprune"] = {**notes, "compaction": table, "recipes": recipes}
+    for name, module in small.named_modules():
+        module.train(modes.get(name, modes[""]))
+    return small
+
+
+def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, known: Masks) -> Cut:
+    """Return what could go by the masks alone (``known``: those of the model, if it has any)."""
     valueless = next((name for name in graph.kernels if gm.get_parameter(name).is_meta), None)
     if valueless is not None:
         raise ValueError(
@@ -97,7 +145,6 @@ def _compact(
     computed = _computed_weights(graph)
     masks |= {name: torch.ones_like(masks[name]) for name in computed}
     nonzero = dict(masks)
-    known = read(model)
     if known:  # zeros that no mask holds may grow
         masks = {name: known.get(name, torch.ones_like(mask)) for name, mask in masks.items()}
     effective = reach(graph, masks, resolution="channel")
@@ -112,21 +159,7 @@ def _compact(
         if sides.name in computed:
             labels = torch.cat([sides.rows, sides.columns])
             cut.give_back(labels, f"{sides.name}: the layer computes its weight from all of it")
-    runs = trial_inputs(gm, example_inputs, 0), trial_inputs(gm, example_inputs, 1)
-    small, slices = _smallest(gm, graph, cut, runs, exact=exact, fold_constants=fold_constants)
-    found = None
-    if verify and exact:
-        found = _verified(gm, small, runs)
-    small.meta = {**gm.meta}
-    notes = dict(small.meta.get("fxprune", {}))
-    parameters = {name: list(parameter.shape) for name, parameter in unwrap(model).named_parameters()}
-    recipe = record_recipe(gm, small, slices, masked=list(known), parameters=parameters)
-    recipes = [*notes.get("recipes", ()), recipe]
-    table = tabulate(graph, cut, gm, small, found)
-    small.meta["fxprune"] = {**notes, "compaction": table, "recipes": recipes}
-    for name, module in small.named_modules():
-        module.train(modes.get(name, modes[""]))
-    return small
+    return cut
 
 
 def _computed_weights(graph: ChannelGraph) -> set[str]:
@@ -143,11 +176,15 @@ def _smallest(
     graph: ChannelGraph,
     cut: Cut,
     runs: tuple[tuple[Any, ...], tuple[Any, ...]],
+    whole: Collection[str],
     *,
     exact: bool,
     fold_constants: bool,
 ) -> tuple[fx.GraphModule, Slices]:
-    """Rewrite a copy; where a node does not run, give its channels back and try again."""
+    """Rewrite a copy; where a node does not run, give its channels back and try again.
+
+    ``whole``: the paths of layers that cannot be opened. `HeldByLeaf` asks for another to be opened.
+    """
     nodes = {node.name: node for node in gm.graph.nodes}
     recorded = record(gm, runs, _sources(graph, nodes, cut))
     for _ in range(ATTEMPTS):
@@ -158,10 +195,13 @@ def _smallest(
             slices = slices_of(graph, gm, cut)
             odd = next((name for name in slices if not is_sizeable(gm, name)), None)
             if odd is not None:
+                leaf = leaf_of(gm, odd)
+                if leaf is not None and leaf not in whole:
+                    raise HeldByLeaf(leaf)
                 _give_back_users(graph, cut, odd, f"{odd}: a module of unknown kind holds it")
                 continue
             small = copy.deepcopy(gm)
-            Rewriter(graph, small, cut, sums).run()
+            Rewriter(graph, small, cut, sums, slices).run()
             slice_parameters(small, slices, biases, _groups(graph, nodes, cut))
             set_shapes(small, runs[0])
             return small, slices

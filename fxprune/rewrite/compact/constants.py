@@ -104,7 +104,7 @@ def _contribution(
     source = node.args[0] if node.args else None
     known = is_recorded(cut.graph, source, value, recorded)
     if not plain or transposed or op.weight.view is not None or not known:
-        if known and op.weight.view is None:
+        if known:
             assert isinstance(source, fx.Node)
             entries, same = constant_entries(recorded[source.name], axis, gone)
             harmless = same & ~entries.any(1)

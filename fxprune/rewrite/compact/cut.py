@@ -51,6 +51,8 @@ class Cut:
         root = labels.root
         living = torch.zeros(labels.count, dtype=torch.bool)
         living[root[alive]] = True
+        self.lives = living.clone()  # by root
+        self.lives[FIXED] = False  # what is fixed has a reason of its own
         living[root[:FIRST]] = True
         living[FIXED] = True
         self.gone = ~living  # by root
@@ -143,8 +145,11 @@ class Cut:
                 kept &= mask.any(dim=others) if others else mask
         return None if bool(kept.all()) else kept
 
-    def kept_by_use(self, value: ir.Value, use: AxisUse, size: int) -> Tensor:
-        """Mark the entries of a parameter's axis that stay (bool, ``size``), by what it meets in a value."""
+    def kept_by_use(self, value: ir.Value, use: AxisUse, size: int) -> tuple[Tensor, Tensor]:
+        """Mark the entries of a parameter's axis that a value still reads, and those that it read before.
+
+        Both are bool, of ``size``.
+        """
         shape = [value.shape[axis] for axis in use.axes]
         stays = torch.ones(shape, dtype=torch.bool)
         for axes, mask in self.mask(value):
@@ -164,15 +169,17 @@ class Cut:
                     part = part.unsqueeze(place)
             stays &= part
         flat = stays.flatten()
+        whole = torch.ones(size, dtype=torch.bool)
         if use.index is None:
-            return flat if len(flat) == size else torch.ones(size, dtype=torch.bool)
+            return flat if len(flat) == size else whole, whole
         index = torch.tensor(use.index)
-        kept = torch.ones(size, dtype=torch.bool)
         met = index >= 0
-        if bool((index[met] < size).all()):
-            kept[index[met]] = False
-            kept[index[met & flat]] = True
-        return kept
+        if not bool((index[met] < size).all()):
+            return whole, whole
+        kept, seen = torch.zeros(2, size, dtype=torch.bool)
+        seen[index[met]] = True
+        kept[index[met & flat]] = True
+        return kept, seen
 
     def _box(self, mask: Tensor, value: ir.Value) -> Sequence[int]:
         """The sizes of a box with the kept entries in their order."""

@@ -42,46 +42,25 @@ def leaf_of(gm: fx.GraphModule, name: str) -> str | None:
 
 
 def open_leaf(gm: fx.GraphModule, path: str) -> bool:
-    """Replace the calls of a layer in place; False where its inside cannot be traced."""
+    """Replace the calls of a layer in place; False where its inside cannot be traced.
+
+    The module stays where it is, with its parameters: nothing calls it any more.
+    """
     module = gm.get_submodule(path)
     calls = [node for node in gm.graph.nodes if node.op == "call_module" and node.target == path]
     if isinstance(module, nn.MultiheadAttention):
         for node in calls:
             _attention(gm, node, module)
-        _replace(gm, path, _container(module))
     else:
         inner = [_inside(gm, node, module) for node in calls]
         for node, graph in zip(calls, inner, strict=True):
             if graph is None:
                 return False
             _inline(gm, node, graph, path)
-        _replace(gm, path, _container(module))
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
     return True
-
-
-def _replace(gm: fx.GraphModule, path: str, module: nn.Module) -> None:
-    above, _, leaf = path.rpartition(".")
-    setattr(gm.get_submodule(above), leaf, module)
-
-
-def _container(module: nn.Module) -> nn.Module:
-    """A plain module with the parameters and parts of ``module``: nothing calls it any more."""
-    made = nn.Module()
-    for name, parameter in module._parameters.items():
-        made.register_parameter(name, parameter)
-    for name, buffer in module._buffers.items():
-        made.register_buffer(name, buffer, name not in module._non_persistent_buffers_set)
-    for name, part in module._modules.items():
-        own: Any = part
-        if isinstance(part, nn.Linear) and type(part) is not nn.Linear:
-            own = nn.Linear(part.in_features, part.out_features, part.bias is not None, device="meta")
-            own.weight, own.bias = part.weight, part.bias
-        made.add_module(name, own)
-    made.training = module.training
-    return made
 
 
 # -- layers of layers ---------------------------------------------------------------------------------

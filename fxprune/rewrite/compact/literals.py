@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Rewriter:
     """Rewrites the nodes of a copied graph, whose nodes have the names of the original's.
 
     ``removed_sums``: by the name of a norm's node, the sums of what it loses and of their squares.
+    ``slices``: by parameter that gets smaller, the flat places of what stays.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class Rewriter:
         gm: fx.GraphModule,
         cut: Cut,
         removed_sums: dict[str, tuple[Tensor, Tensor]],
+        slices: Mapping[str, Tensor],
     ) -> None:
         self.graph, self.gm, self.cut, self.removed_sums = graph, gm, cut, removed_sums
+        self.slices = slices
 
     def run(self) -> None:
         """Rewrite every node."""
@@ -94,6 +97,8 @@ class Rewriter:
             node.args, node.kwargs = (node.args[0], dim, tuple(new)), {}
         elif name in _SPLITS and self._shrinks(source):
             self._split(node, source)
+        elif name in _SPLITS:
+            self._split_parameter(node)
         elif name in ("narrow", "select") and self._shrinks(source):
             self._bounds(node, source, name)
         elif node.target is operator.getitem and self._shrinks(source):
@@ -137,6 +142,24 @@ class Rewriter:
         target: Any = torch.split
         node.target = "split" if node.op == "call_method" else target
         node.args, node.kwargs = (node.args[0], sizes), {"dim": dim}
+
+    def _split_parameter(self, node: fx.Node) -> None:
+        """Set the sizes of the parts of a parameter that is cut along its first axis."""
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or source.op != "get_attr" or source.target not in self.slices:
+            return
+        old = source.meta["val"].shape
+        places = self.slices[str(source.target)].flatten(1) if len(old) > 1 else None
+        first = self.slices[str(source.target)] if places is None else places[:, 0]
+        kept = torch.zeros(old[0], dtype=torch.bool)
+        kept[torch.div(first, old[1:].numel(), rounding_mode="floor")] = True
+        bounds = torch.tensor([0, *(part.shape[0] for part in node.meta["val"])]).cumsum(0).tolist()
+        if bounds[-1] != old[0]:
+            return  # along another axis
+        target: Any = torch.split
+        node.target = "split" if node.op == "call_method" else target
+        sizes = [int(kept[low:high].sum()) for low, high in itertools.pairwise(bounds)]
+        node.args, node.kwargs = (source, sizes), {"dim": 0}
 
     def _parts(self, node: fx.Node, source: ir.Value, dim: int) -> list[int]:
         """Count the indices that stay in each part, where not every part has a value."""

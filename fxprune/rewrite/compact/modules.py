@@ -24,6 +24,7 @@ def slices_of(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut) -> Slices:
     tensors = dict(gm.named_parameters()) | dict(gm.named_buffers())
     values = {value.index: value for op in graph.ops for value in (*op.inputs, op.output)}
     masks: dict[str, list[Tensor]] = {}
+    met: dict[str, list[Tensor]] = {}
     for op in graph.ops:
         for use in op.params:
             if use.name not in tensors:
@@ -31,16 +32,16 @@ def slices_of(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut) -> Slices:
             shape = tuple(tensors[use.name].shape)
             if isinstance(op, ir.Kernel) and use.name == op.weight.name and op.groups > 1:
                 continue
-            kept = [
-                torch.ones(size, dtype=torch.bool)
-                if axis is None
-                else cut.kept_by_use(values[axis.value], axis, size)
-                for axis, size in zip(use.axes, shape, strict=True)
-            ]
-            masks.setdefault(use.name, [torch.zeros(size, dtype=torch.bool) for size in shape])
-            masks[use.name] = [old | new for old, new in zip(masks[use.name], kept, strict=True)]
+            for axis, (along, size) in enumerate(zip(use.axes, shape, strict=True)):
+                needed, seen = torch.ones(2, size, dtype=torch.bool)
+                if along is not None:
+                    needed, seen = cut.kept_by_use(values[along.value], along, size)
+                for table, new in ((masks, needed), (met, seen)):
+                    table.setdefault(use.name, [torch.zeros(n, dtype=torch.bool) for n in shape])[axis] |= new
     slices = {}
-    for name, kept in masks.items():
+    for name, marks in masks.items():
+        # What no use reads is nobody's to remove.
+        kept = [needed | ~seen for needed, seen in zip(marks, met[name], strict=True)]
         if not all(bool(one.all()) for one in kept):
             places = torch.arange(tensors[name].numel()).view(tensors[name].shape)
             for axis, one in enumerate(kept):
@@ -97,17 +98,28 @@ def slice_parameters(
                 if f"{path}.weight" in slices:
                     slices[f"{path}.bias"] = _rows_of(slices[f"{path}.weight"], module.weight)
             module.bias += extra.to(module.bias)
+        homes = _homes(gm)
         for name, places in slices.items():
             path, _, leaf = name.rpartition(".")
-            owner = gm.get_submodule(path)
-            old = getattr(owner, leaf)
+            old = getattr(gm.get_submodule(path), leaf)
             new = old.detach().flatten()[places.to(old.device)].clone()
             if isinstance(old, nn.Parameter):
-                setattr(owner, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
-            else:
-                owner.register_buffer(leaf, new, leaf not in owner._non_persistent_buffers_set)
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            for owner, attribute in homes[id(old)]:
+                table = owner._parameters if isinstance(old, nn.Parameter) else owner._buffers
+                table[attribute] = new
     for path, module in gm.named_modules():
         _set_sizes(module, groups.get(path))
+
+
+def _homes(gm: fx.GraphModule) -> dict[int, list[tuple[nn.Module, str]]]:
+    """By the id of each parameter and buffer: the modules that hold it; tied ones have several."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in gm.modules():
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                found.setdefault(id(tensor), []).append((module, attribute))
+    return found
 
 
 def _rows_of(places: Tensor, weight: Tensor) -> Tensor:

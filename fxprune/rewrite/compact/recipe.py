@@ -40,6 +40,7 @@ class Recipe:
         norms: by path, the norms that are new.
         edits: the nodes that changed or are new, in order.
         erased: the nodes that are gone.
+        opened: the paths of layers that were opened first, in order.
         unwritable: the reason why this recipe cannot be followed; empty if it can.
     """
 
@@ -53,6 +54,7 @@ class Recipe:
     norms: dict[str, dict[str, Any]] = field(default_factory=dict)
     edits: list[dict[str, Any]] = field(default_factory=list)
     erased: list[str] = field(default_factory=list)
+    opened: list[str] = field(default_factory=list)
     unwritable: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -61,17 +63,20 @@ class Recipe:
 
 
 def record_recipe(
+    captured: fx.GraphModule,
     gm: fx.GraphModule,
     small: fx.GraphModule,
     slices: Mapping[str, Tensor],
     *,
+    opened: list[str],
     masked: list[str],
     parameters: dict[str, list[int]],
 ) -> Recipe:
     """Compare a captured network with the smaller one that was made of a copy of it.
 
     Args:
-        gm: the network before.
+        captured: the network before.
+        gm: the same with the layers at the paths ``opened`` written out, in this order.
         small: the network after; nodes and modules that stayed have the names that they had.
         slices: by tensor that got smaller, the flat places of what stayed, in the new shape.
         masked: the names of parameters that had masks before they were finalized.
@@ -81,8 +86,9 @@ def record_recipe(
     recipe = Recipe(
         inputs={},
         masked=masked,
-        nodes="".join(node_digests(gm)),
+        nodes="".join(node_digests(captured)),
         parameters=parameters,
+        opened=opened,
     )
     try:
         for node in gm.graph.nodes:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.rewrite.compact.leaves import open_leaf
 from fxprune.rewrite.compact.modules import slice_parameters
 from fxprune.rewrite.compact.plain_values import FUNCTIONS, METHODS, decode
 from fxprune.rewrite.compact.recipe import DIGEST, NORMS, Recipe, node_digests
@@ -34,6 +35,10 @@ def replay(gm: fx.GraphModule, recipe: Recipe) -> fx.GraphModule:
         KeyError, ValueError, AttributeError, RuntimeError: the recipe does not fit.
     """
     small = copy.deepcopy(gm).eval()
+    for path in recipe.opened:
+        if not open_leaf(small, path):
+            raise ValueError(f"{path} cannot be written out")
+        set_shapes(small, trial_inputs(small, None, 0))
     for path, norm in recipe.norms.items():
         small.add_module(path, _norm(norm))
     for path, sizes in recipe.sizes.items():

@@ -16,7 +16,11 @@ __all__ = ["CompactedLayer", "Compaction", "tabulate"]
 
 @dataclass(frozen=True)
 class CompactedLayer:
-    """One parameter: channels, weights and multiply-adds before and after; why dead channels stayed."""
+    """One parameter: channels, weights and multiply-adds before and after; why dead channels stayed.
+
+    ``given_back``: output channels that no path uses, nor anything that goes with them, and that stayed;
+    ``reason`` says why. ``tied``: output channels that no path uses, but channels that go with them are.
+    """
 
     name: str
     outputs: tuple[int, int]
@@ -25,6 +29,7 @@ class CompactedLayer:
     macs: tuple[int, int]
     given_back: int
     reason: str
+    tied: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Compaction:
         lines = [head]
         for layer in self.layers:
             back = f"{layer.given_back}: {layer.reason}" if layer.given_back else ""
+            if layer.tied:
+                back += f"{'; ' if back else ''}{layer.tied} go with channels that are alive"
             lines.append(
                 f"{layer.name:<44} {_pair(layer.outputs):>13} {_pair(layer.inputs):>13} "
                 f"{_pair(layer.weights):>21} {_pair(layer.macs):>23}  {back}".rstrip()
@@ -79,9 +86,10 @@ def tabulate(
     for name, kernels in graph.kernels.items():
         rows = cut.labels.rows[name] + torch.arange(kernels.out_space.size)
         columns = cut.labels.columns[name] + torch.arange(kernels.in_space.size)
-        back = cut.dead[rows] & ~cut.is_gone(rows)
-        roots = torch.unique(cut.labels.root[rows[back]]).tolist()
-        reasons = [cut.held.get(root) or _fixed_reason(cut, root) for root in roots]
+        stayed = cut.dead[rows] & ~cut.is_gone(rows)
+        back = stayed & ~cut.lives[cut.labels.root[rows]]
+        held = zip(rows[back].tolist(), cut.labels.root[rows[back]].tolist(), strict=True)
+        reasons = [cut.held.get(root) or cut.labels.reasons.get(label) for label, root in held]
         weights = sizes[name].numel() if name in sizes else 0
         layers.append(
             CompactedLayer(
@@ -91,15 +99,11 @@ def tabulate(
                 (kernels.shape.numel(), weights),
                 (kernels.macs, round(kernels.macs * weights / kernels.shape.numel())),
                 int(back.sum()),
-                next((reason for reason in reasons if reason), "goes with channels that are alive"),
+                next((reason for reason in reasons if reason), "meets entries that cannot be removed"),
+                int((stayed & ~back).sum()),
             )
         )
     return Compaction(tuple(layers), (_count(old), _count(new)), difference)
-
-
-def _fixed_reason(cut: Cut, root: int) -> str:
-    members = (cut.labels.root == root).nonzero().flatten().tolist()
-    return next((cut.labels.reasons[label] for label in members if label in cut.labels.reasons), "")
 
 
 def _count(model: nn.Module) -> int:

@@ -149,7 +149,8 @@ def _bake_module(module: nn.Module, attribute: str) -> None:
         expected = [module.forward(*one) for one in inputs]
     # A parameter shared with another layer must not be overwritten there.
     module._parameters[attribute] = nn.Parameter(kernel, weight.requires_grad)
-    module._buffers.pop(attribute + SUFFIX, None)
+    for name in module._parameters:  # the bias may have had a mask too; its zeros are in it
+        module._buffers.pop(name + SUFFIX, None)
     vars(module)[BAKED] = True
     frozen = masked_class(original_class(module), Form("frozen", operands=(attribute,)))
     if stock is not None and attribute == "weight":

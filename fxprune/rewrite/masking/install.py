@@ -208,7 +208,10 @@ def _forms(module: nn.Module, targets: list[Place], direct: set[str]) -> list[tu
 def _feeds_attention(module: nn.Module, path: str) -> bool:
     """Whether this is the output projection of an attention, which reads its weight without calling it."""
     parent, _, name = path.rpartition(".")
-    return name == "out_proj" and isinstance(module.get_submodule(parent), nn.MultiheadAttention)
+    if name != "out_proj" or not isinstance(module.get_submodule(parent), nn.MultiheadAttention):
+        return False
+    # Compaction writes attention out in the graph, which then calls the projection itself.
+    return not (isinstance(module, GraphModule) and any(node.target == path for node in module.graph.nodes))
 
 
 def _reader(module: nn.Module, path: str) -> str | None:
