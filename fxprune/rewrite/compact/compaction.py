@@ -19,6 +19,7 @@ from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.leaves import leaf_of, open_leaf
 from fxprune.rewrite.compact.literals import Rewriter
 from fxprune.rewrite.compact.modules import Slices, is_sizeable, slice_parameters, slices_of
+from fxprune.rewrite.compact.norms import kind_of
 from fxprune.rewrite.compact.recipe import record_recipe
 from fxprune.rewrite.compact.table import tabulate
 from fxprune.rewrite.compact.trial import (
@@ -256,48 +257,52 @@ def _removed_sums(
         if not isinstance(op, ir.Norm) or not op.axes:
             continue
         value = op.inputs[0]
-        last = len(value.shape) - 1
         shrinking = [axis for axis in op.axes if cut.kept_along(value, axis) is not None]
         if not shrinking:
             continue
         node = nodes[op.node]
         source = node.args[0] if node.args else None
+        kind = kind_of(node)
+        axis = {"layer": len(value.shape) - 1, "group": 1}.get(kind)
         known = is_recorded(graph, source, value, recorded)
-        if (
-            op.groups > 1
-            or shrinking != [last]
-            or op.axes != (last,)
-            or not known
-            or not _is_layer_norm(node)
-        ):
+        if shrinking != [axis] or not known or (kind == "layer" and op.axes != (axis,)):
             cut.give_back(cut.labels_of(value), f"{op.layer or op.node}: a statistic over channels")
             continue
         assert isinstance(source, fx.Node)
-        kept = cut.kept_along(value, last)
-        assert kept is not None
-        _, same = constant_entries(recorded[source.name], last, ~kept)
-        first = recorded[source.name][0]
-        if first.dim() > 2:
-            same &= (first[..., ~kept] == first[:1, ..., ~kept]).flatten(0, -2).all(0)
-        if not bool(same.all()):
-            along = next(f.labels.flatten() for f in cut.labels.values[value.index] if f.axes == (last,))
-            cut.give_back(along[~kept][~same], f"{op.layer or op.node}: a statistic over channels")
-            kept = cut.kept_along(value, last)
-            if kept is None:
-                continue
-        rows = first[..., ~kept]
-        one = rows[:1] if rows.dim() > 1 else rows
-        if bool((one == one.flatten(0, -2)[:1]).all()):
-            one = one.flatten(0, -2)[0]
-        sums[op.node] = one.sum(-1, keepdim=True), one.square().sum(-1, keepdim=True)
+        found = _removed_sum(op, axis, recorded[source.name], cut)
+        if found is not None:
+            sums[op.node] = found
     return sums
 
 
-def _is_layer_norm(node: fx.Node) -> bool:
-    if node.op == "call_module":
-        module = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
-        return isinstance(module, (nn.LayerNorm, nn.RMSNorm))
-    return node.target in (nn.functional.layer_norm, nn.functional.rms_norm)
+def _removed_sum(
+    op: ir.Norm, axis: int, values: tuple[Tensor, Tensor], cut: Cut
+) -> tuple[Tensor, Tensor] | None:
+    """The sums of what one norm loses along ``axis``; ``None`` if nothing is left to lose."""
+    value, place = op.inputs[0], f"{op.layer or op.node}: a statistic over channels"
+    kept = cut.kept_along(value, axis)
+    assert kept is not None
+    entries, same = constant_entries(values, axis, ~kept)
+    first = values[0].movedim(axis, -1)
+    if axis == 1:  # images of any size: one number for all positions
+        same &= (entries == entries[:, :1]).all(1)
+    elif first.dim() > 2:
+        same &= (first[..., ~kept] == first[:1, ..., ~kept]).flatten(0, -2).all(0)
+    if not bool(same.all()):
+        along = next(f.labels.flatten() for f in cut.labels.values[value.index] if f.axes == (axis,))
+        cut.give_back(along[~kept][~same], place)
+        kept = cut.kept_along(value, axis)
+        if kept is None:
+            return None
+    if axis == 1:
+        one = first.flatten(0, -2)[0].where(~kept, 0.0).view(op.groups, -1)
+        left = kept.view(op.groups, -1).any(1)
+        return one[left].sum(1, keepdim=True), one[left].square().sum(1, keepdim=True)
+    rows = first[..., ~kept]
+    one = rows[:1] if rows.dim() > 1 else rows
+    if bool((one == one.flatten(0, -2)[:1]).all()):
+        one = one.flatten(0, -2)[0]
+    return one.sum(-1, keepdim=True), one.square().sum(-1, keepdim=True)
 
 
 def _groups(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> dict[str, int]:

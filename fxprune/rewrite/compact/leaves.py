@@ -66,11 +66,11 @@ def open_leaf(gm: fx.GraphModule, path: str) -> bool:
 # -- layers of layers ---------------------------------------------------------------------------------
 def _inside(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.GraphModule | None:
     args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
-    kwargs: Mapping[str, Any] = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])  # type: ignore[assignment]
+    kwargs: Mapping[str, Any] = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it hides the parts
     try:
-        return capture_leaf(module, args, kwargs, leaf_attributes(gm, node))  # type: ignore[arg-type]
+        return capture_leaf(module, args, kwargs, leaf_attributes(gm, node))
     except CaptureError:
         return None
     finally:
@@ -92,7 +92,7 @@ def _inline(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, path: str)
             else:
                 target = f"{path}.{one.target}" if one.op in ("call_module", "get_attr") else one.target
                 args, kwargs = (fx.node.map_arg(x, lambda n: known[n]) for x in (one.args, one.kwargs))
-                known[one] = gm.graph.create_node(one.op, target, args, kwargs)  # type: ignore[arg-type]
+                known[one] = gm.graph.create_node(one.op, target, args, kwargs)
                 known[one].meta = dict(one.meta)
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
-from fxprune.rewrite.compact.norms import NarrowedLayerNorm, NarrowedRMSNorm
+from fxprune.rewrite.compact.norms import NarrowedGroupNorm, NarrowedLayerNorm, NarrowedRMSNorm
 
 __all__ = ["Rewriter"]
 
@@ -110,8 +110,9 @@ class Rewriter:
         elif node.target in (F.layer_norm, F.rms_norm) and self._shrinks(source, -1):
             assert source is not None
             self._functional_norm(node, source)
-        elif node.target is F.group_norm and self._shrinks(source, 1) and node.name in self.removed_sums:
-            raise UnevenCut("a group norm over channels that go", self.cut.labels_of(source))  # type: ignore[arg-type]
+        elif node.target is F.group_norm and self._shrinks(source, 1):
+            assert source is not None
+            self._functional_group_norm(node, source)
 
     def _sizes(self, node: fx.Node, value: ir.Value) -> None:
         """Set the sizes of the axes that shrink; all others stay as they are."""
@@ -232,6 +233,9 @@ class Rewriter:
     def _module(self, node: fx.Node) -> None:
         module: Any = self.gm.get_submodule(str(node.target))
         source = self._value(node.args[0]) if node.args else None
+        if isinstance(module, nn.GroupNorm) and self._shrinks(source, 1):
+            assert source is not None
+            self._group_norm(node, source, module)
         if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not self._shrinks(source, -1):
             return
         assert source is not None
@@ -239,12 +243,43 @@ class Rewriter:
             module.normalized_shape = (self.cut.shape(source)[-1],)
             return
         rms = isinstance(module, nn.RMSNorm)
-        operands: list[Any] = []
-        with self.gm.graph.inserting_before(node):
-            for leaf in ("weight",) if rms else ("weight", "bias"):
-                present = getattr(module, leaf, None) is not None
-                operands.append(self.gm.graph.get_attr(f"{node.target}.{leaf}") if present else None)
+        operands = self._operands(node, module, ("weight",) if rms else ("weight", "bias"))
         self._narrow(node, source, operands, module.eps, rms=rms)
+
+    def _operands(self, node: fx.Node, module: nn.Module, leaves: Sequence[str]) -> list[Any]:
+        """Read the parameters of a module that is not called any more."""
+        with self.gm.graph.inserting_before(node):
+            return [
+                None
+                if getattr(module, leaf, None) is None
+                else self.gm.graph.get_attr(f"{node.target}.{leaf}")
+                for leaf in leaves
+            ]
+
+    def _group_norm(self, node: fx.Node, source: ir.Value, module: nn.GroupNorm) -> None:
+        groups = module.num_groups
+        if node.name not in self.removed_sums:
+            module.num_groups = self._groups_left(source, groups)
+            return
+        total, squares = self.removed_sums[node.name]
+        norm = NarrowedGroupNorm(source.shape[1] // groups, module.eps, total, squares)
+        self._call_instead(node, norm, self._operands(node, module, ("weight", "bias")))
+
+    def _functional_group_norm(self, node: fx.Node, source: ir.Value) -> None:
+        names = ("num_groups", "weight", "bias", "eps")
+        given: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+        groups = int(given["num_groups"])
+        if node.name not in self.removed_sums:
+            given["num_groups"] = self._groups_left(source, groups)
+            node.args, node.kwargs = (node.args[0],), given
+            return
+        total, squares = self.removed_sums[node.name]
+        norm = NarrowedGroupNorm(source.shape[1] // groups, given.get("eps", 1e-5), total, squares)
+        self._call_instead(node, norm, [given.get("weight"), given.get("bias")])
+
+    def _groups_left(self, source: ir.Value, groups: int) -> int:
+        kept = self.cut.kept_along(source, 1)
+        return groups if kept is None else int(kept.view(groups, -1).any(1).sum())
 
     def _narrow(
         self, node: fx.Node, source: ir.Value, operands: Sequence[Any], eps: Any, *, rms: bool
@@ -252,11 +287,16 @@ class Rewriter:
         """Let a norm that knows what is gone take the place of a node."""
         total, squares = self.removed_sums[node.name]
         width = source.shape[-1]
-        name = f"narrowed_{node.name}"
         if rms:
-            self.gm.add_module(name, NarrowedRMSNorm(width, eps, squares))
+            self._call_instead(node, NarrowedRMSNorm(width, eps, squares), operands)
         else:
-            self.gm.add_module(name, NarrowedLayerNorm(width, 1e-5 if eps is None else eps, total, squares))
+            norm = NarrowedLayerNorm(width, 1e-5 if eps is None else eps, total, squares)
+            self._call_instead(node, norm, operands)
+
+    def _call_instead(self, node: fx.Node, module: nn.Module, operands: Sequence[Any]) -> None:
+        """Let a new module take the place of a node."""
+        name = f"narrowed_{node.name}"
+        self.gm.add_module(name, module)
         with self.gm.graph.inserting_before(node):
             new = self.gm.graph.call_module(name, (node.args[0], *operands))
         new.meta = dict(node.meta)

@@ -1,11 +1,12 @@
-"""Layer norms over fewer channels that give what they gave over all of them."""
+"""Layer, RMS and group norms over fewer channels that give what they gave over all of them."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
-__all__ = ["NarrowedLayerNorm", "NarrowedRMSNorm"]
+__all__ = ["NarrowedGroupNorm", "NarrowedLayerNorm", "NarrowedRMSNorm", "kind_of"]
 
 
 class NarrowedLayerNorm(nn.Module):
@@ -54,3 +55,48 @@ class NarrowedRMSNorm(nn.Module):
         mean = ((x * x).sum(-1, keepdim=True) + self.squares) / self.width
         result = x * torch.rsqrt(mean + eps)
         return result if weight is None else result * weight
+
+
+class NarrowedGroupNorm(nn.Module):
+    """A group norm over ``width`` channels in each group, of which some are gone.
+
+    ``total``, ``squares``: (groups, 1), by group the sum of the removed entries of one position, and of their
+    squares.
+    """
+
+    total: Tensor
+    squares: Tensor
+
+    def __init__(self, width: int, eps: float, total: Tensor, squares: Tensor) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.register_buffer("total", total)
+        self.register_buffer("squares", squares)
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """Normalise axis 1 and all after it, group by group."""
+        groups = self.total.shape[0]
+        entries = x.reshape(x.shape[0], groups, -1)
+        positions = entries.shape[-1] // (x.shape[1] // groups)
+        size = self.width * positions
+        total = self.total * positions
+        mean = (entries.sum(-1, keepdim=True) + total) / size
+        centred = entries - mean
+        # The removed entries' squared distances from the mean: sum (c - m)^2.
+        rest = self.squares * positions - 2 * mean * total + (size - entries.shape[-1]) * mean * mean
+        variance = ((centred * centred).sum(-1, keepdim=True) + rest) / size
+        result = (centred * torch.rsqrt(variance + self.eps)).reshape(x.shape)
+        shape = (-1, *[1] * (x.dim() - 2))
+        if weight is not None:
+            result = result * weight.view(shape)
+        return result if bias is None else result + bias.view(shape)
+
+
+def kind_of(node: fx.Node) -> str:
+    """Return "layer" (also for RMS norms) or "group" for a node that can be narrowed, "" for any other."""
+    module: object = node.target
+    if node.op == "call_module" and isinstance(node.graph.owning_module, nn.Module):
+        module = node.graph.owning_module.get_submodule(str(node.target))
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or module in (F.layer_norm, F.rms_norm):
+        return "layer"
+    return "group" if isinstance(module, nn.GroupNorm) or module is F.group_norm else ""

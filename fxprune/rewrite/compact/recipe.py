@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.rewrite.compact.norms import NarrowedLayerNorm, NarrowedRMSNorm
+from fxprune.rewrite.compact.norms import NarrowedGroupNorm, NarrowedLayerNorm, NarrowedRMSNorm
 from fxprune.rewrite.compact.plain_values import FUNCTIONS, Unwritable, encode, encode_tree
 from fxprune.rewrite.files.runs import runs
 
 __all__ = ["NORMS", "Recipe", "node_digests", "record_recipe", "sizes_of"]
 
-NORMS: dict[str, type[NarrowedLayerNorm] | type[NarrowedRMSNorm]] = {
+NORMS: dict[str, type[NarrowedLayerNorm] | type[NarrowedRMSNorm] | type[NarrowedGroupNorm]] = {
+    "group": NarrowedGroupNorm,
     "layer": NarrowedLayerNorm,
     "rms": NarrowedRMSNorm,
 }

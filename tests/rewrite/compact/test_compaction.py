@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from channels.removal import zero_group
 from nets import NETS
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
@@ -284,3 +285,95 @@ def test_nothing_to_remove_says_so() -> None:
     assert "nothing to remove" in str(small.meta["fxprune"]["compaction"])
     assert isinstance(small, fx.GraphModule)
     assert_same(run(model, x), run(small, x))
+
+
+class GroupNormed(nn.Module):
+    """A group norm, as a module or as a function, between two convolutions."""
+
+    def __init__(self, groups: int, *, affine: bool, functional: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+        self.norm = nn.GroupNorm(groups, 8, affine=affine)
+        self.functional = functional
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.functional:
+            x = nn.functional.group_norm(x, self.norm.num_groups, self.norm.weight, self.norm.bias)
+        else:
+            x = self.norm(x)
+        out: Tensor = self.last(x.relu())
+        return out
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(("groups", "gone"), [(1, [0, 3]), (2, [1, 2, 4, 7]), (4, [2, 3]), (4, [0, 3, 5, 6])])
+def test_group_norms_compute_what_they_did(
+    groups: int, gone: list[int], affine: bool, functional: bool
+) -> None:
+    torch.manual_seed(0)
+    model = GroupNormed(groups, affine=affine, functional=functional).eval()
+    with torch.no_grad():
+        for parameter in (model.first.weight, model.first.bias, model.norm.weight, model.norm.bias):
+            if parameter is not None:
+                parameter[gone] = 0
+        model.last.weight[:, gone] = 0
+    x = torch.randn(2, 3, 5, 5)
+    small = fxprune.compact(model, x)
+    assert small.get_parameter("first.weight").shape[0] == 8 - len(gone)
+    for inputs in (x, torch.randn(3, 3, 4, 7)):
+        assert_same(run(model, inputs), run(small, inputs))
+    plain = fxprune.compact(model, x, exact=False)
+    assert plain.get_parameter("first.weight").shape[0] == 8 - len(gone)
+    assert run(plain, x)[0].shape == (2, 2, 5, 5)
+
+
+def test_a_weight_in_two_modules_and_a_weight_read_backwards_get_smaller() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 4), nn.Linear(4, 2)
+            self.one, self.two = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+            self.two.weight = self.one.weight
+            self.down = nn.Linear(4, 6, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            x = x + self.two(self.one(x).relu())
+            x = x + nn.functional.linear(self.down(x).relu(), self.down.weight.t())
+            out: Tensor = self.last(x)
+            return out
+
+    torch.manual_seed(0)
+    model, x = Twice().eval(), torch.randn(3, 5)
+    groups = [group for group in fxprune.channel_groups(model, x) if group.removable]
+    graph = fxprune.lower(fxprune.capture(model, x))
+    for group in (groups[0], groups[-1]):  # a channel of the stream, and one of `down`
+        zero_group(model, graph, group)
+    small = fxprune.compact(model, x)
+    assert small.get_parameter("one.weight") is small.get_parameter("two.weight")
+    assert small.get_parameter("one.weight").shape == (3, 3)
+    assert small.get_parameter("down.weight").shape == (5, 3)
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+    assert_same(run(model, x), run(small, x))
+
+
+def test_channel_masks_cover_biases_norms_and_tables() -> None:
+    model, x = net()
+    model = nn.Sequential(*list(model)[:4], nn.GroupNorm(1, 8), *list(model)[4:])
+    for returns in ("graph", "module"):
+        pruned = fxprune.apply(
+            model, "magnitude", 0.5, budget="uniform", granularity="channel", example_inputs=x, progress=False,
+            returns=returns,
+        )  # fmt: skip
+        masks = fxprune.masks(pruned)
+        for name, weight in (("0.bias", "0.weight"), ("1.weight", "0.weight"), ("4.bias", "3.weight")):
+            assert torch.equal(masks[name], masks[weight].flatten(1).any(1))
+            assert not bool(pruned.get_parameter(name)[~masks[name]].any())
+        again = fxprune.apply(
+            pruned, "magnitude", 0.7, granularity="channel", example_inputs=x, progress=False
+        )
+        assert all(bool((fxprune.masks(again)[name] <= mask).all()) for name, mask in masks.items())
+        assert fxprune.analyze(again, example_inputs=x).density <= 0.3
+        assert fxprune.compact(again, x).meta["fxprune"]["compaction"].given_back == 0
