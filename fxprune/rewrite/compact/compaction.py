@@ -263,7 +263,7 @@ def _removed_sums(
         node = nodes[op.node]
         source = node.args[0] if node.args else None
         kind = kind_of(node)
-        axis = {"layer": len(value.shape) - 1, "group": 1}.get(kind)
+        axis = {"layer": len(value.shape) - 1, "group": 1}.get(kind, -1)
         known = is_recorded(graph, source, value, recorded)
         if shrinking != [axis] or not known or (kind == "layer" and op.axes != (axis,)):
             cut.give_back(cut.labels_of(value), f"{op.layer or op.node}: a statistic over channels")

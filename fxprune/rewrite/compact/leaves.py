@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.capture import CaptureError, capture_leaf
-from fxprune.capture.leaves import has_hooks
+from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.module import leaf_attributes
 
 __all__ = ["leaf_of", "open_leaf"]
@@ -34,7 +34,7 @@ def leaf_of(gm: fx.GraphModule, name: str) -> str | None:
             nodes = [
                 user for user in gm.graph.nodes if user.op == "call_module" and user.target == node.target
             ]
-            if isinstance(module, LAYERS) and not has_hooks(module):
+            if isinstance(module, LAYERS) and not keeps_hooks(module):
                 return str(node.target)
             if isinstance(module, nn.MultiheadAttention) and all(_is_plain(user, module) for user in nodes):
                 return str(node.target)
@@ -116,7 +116,7 @@ def _is_plain(node: fx.Node, m: nn.MultiheadAttention) -> bool:
         and given.get("key_padding_mask") is None
         and m.bias_k is None
         and not m.add_zero_attn
-        and not has_hooks(m)
+        and not keeps_hooks(m)
         and (mask is None or (isinstance(mask, fx.Node) and mask.meta["val"].dim() == 2))
     )
 

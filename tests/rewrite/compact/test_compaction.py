@@ -364,8 +364,8 @@ def test_channel_masks_cover_biases_norms_and_tables() -> None:
     model = nn.Sequential(*list(model)[:4], nn.GroupNorm(1, 8), *list(model)[4:])
     for returns in ("graph", "module"):
         pruned = fxprune.apply(
-            model, "magnitude", 0.5, budget="uniform", granularity="channel", example_inputs=x, progress=False,
-            returns=returns,
+            model, "magnitude", 0.5, budget="uniform", granularity="channel", example_inputs=x,
+            progress=False, returns=returns,
         )  # fmt: skip
         masks = fxprune.masks(pruned)
         for name, weight in (("0.bias", "0.weight"), ("1.weight", "0.weight"), ("4.bias", "3.weight")):
