@@ -1,0 +1,117 @@
+"""Measure what every weight reads: the norm of its inputs over some batches.
+
+The model runs, and every convolution and matrix product that one of the weights takes part in is seen where
+PyTorch dispatches it, whichever module or function called it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxprune.scoring.contract import Problem
+from fxprune.scoring.data import Batch, pieces
+from fxprune.scoring.gradients import run_at
+
+__all__ = ["input_norms"]
+
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default: 0, aten.addmm.default: 1, aten.bmm.default: 0, aten.baddbmm.default: 1}
+"""The matrix products, and the place of their first factor."""
+
+
+def input_norms(
+    problem: Problem, weights: Mapping[str, Tensor], some: Sequence[Batch], method: str
+) -> dict[str, Tensor]:
+    """Return, for every weight, the Euclidean norm of the inputs that it is multiplied with.
+
+    Args:
+        problem: whose model runs; the caller sets its mode.
+        weights: the effective weights by name, as :func:`fxprune.scoring.gradients.masked` gives them.
+        some: the batches; norms run over all their samples and positions.
+        method: what warnings call the method.
+
+    Returns:
+        Name -> a tensor of the weight's shape, of ones for weights whose inputs no product showed (their
+        operand is computed from them); a warning names the first of those.
+    """
+    watch = _Watch(weights)
+    for batch in some:
+        for piece, _ in pieces(problem, batch):
+            # Gradients are on: fused attention, which hides its products, is for inference only.
+            with watch:
+                run_at(problem, weights, piece, method)
+    hidden = [name for name in weights if name not in watch.squares]
+    if hidden:
+        warnings.warn(
+            f"method {method!r}: the inputs of {len(hidden)} weights are not seen, {hidden[0]!r} first; "
+            "they are ranked by magnitude",
+            stacklevel=2,
+        )
+    return {
+        name: watch.squares[name].sqrt().to(weight.device)
+        if name in watch.squares
+        else torch.ones_like(weight)
+        for name, weight in weights.items()
+    }
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the squares of the inputs of every weight in ``squares``, by name, while it is active."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.weights = weights
+        self.names = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
+        self.squares: dict[str, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is aten.convolution.default:
+            self._convolution(result, *args)
+        elif func in PRODUCTS:
+            first = PRODUCTS[func]
+            self._product(args[first], args[first + 1])
+        return result
+
+    def _name_of(self, operand: Tensor) -> str | None:
+        return self.names.get(operand.untyped_storage().data_ptr())
+
+    def _sum_for(self, name: str) -> Tensor:
+        if name not in self.squares:
+            self.squares[name] = torch.zeros_like(self.weights[name], requires_grad=False)
+        return self.squares[name]
+
+    def _convolution(self, result: Tensor, x: Tensor, weight: Tensor, bias: Any, *geometry: Any) -> None:
+        """The gradient of the weight, if every output has the gradient 1 and every input is squared."""
+        name = self._name_of(weight)
+        if name is None:
+            return
+        sizes = None if bias is None else [len(bias)]
+        ones, mask = torch.ones_like(result), [False, True, False]
+        squares = aten.convolution_backward(ones, x.square(), weight, sizes, *geometry, mask)[1]
+        self._sum_for(name).add_(squares.view_as(self.weights[name]))
+
+    def _product(self, left: Tensor, right: Tensor) -> None:
+        """The weight is the right factor, read as it is or transposed, or the left one."""
+        for operand, other, contracted in ((right, left, -2), (left, right, -1)):
+            name = self._name_of(operand)
+            if name is None:
+                continue
+            # A matrix of sums with the operand's geometry lies where the operand lies in the parameter.
+            place = self._sum_for(name).as_strided(
+                operand.shape, operand.stride(), operand.storage_offset() - self._offset(name)
+            )
+            squares = other.square().sum(-2 if contracted == -2 else -1)
+            line = squares.unsqueeze(-1) if contracted == -2 else squares.unsqueeze(-2)
+            if operand.dim() > 2 and operand.stride(0) == 0:  # one matrix for all of a batch
+                place, line = place[0], line.sum(0)
+            place.add_(line)
+
+    def _offset(self, name: str) -> int:
+        return int(self.weights[name].storage_offset())
