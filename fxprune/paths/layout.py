@@ -1,10 +1,10 @@
-"""Layouts: which entries of a tensor are known to be equal, axis by axis.
+"""Describe which entries of a tensor are known to be equal, axis by axis, and store each of them once.
 
-In: a tensor's full shape and what was done to it. Out: one :class:`AxisMap` per axis, which sends each of the
-``size`` entries of that axis to one of ``count`` classes. A value is then carried as its *reduced* tensor, of
-shape ``(count_0, count_1, ...)``. A map with one class is a collapsed axis (a batch, or positions that are
-all alike); the identity map is an explicit axis (channels). Everything between, such as *class token |
-patches*, is a partition.
+A *layout* has one :class:`AxisMap` per axis, which puts each of the ``size`` entries of the axis in one of
+``count`` classes. Entries of a tensor are equal if their coordinates are in the same classes, so the tensor
+is stored as its *reduced* tensor, of shape ``(count_0, count_1, ...)``. An axis with one class is *collapsed*
+(a batch, or positions that are all alike), an axis with a class for each entry is *explicit* (channels), and
+all others are *partitions* (class token and patches).
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
-    """The partition of one axis: ``labels[i]`` is the class of entry ``i``; ``None`` if it follows from the
-    counts.
+    """Put the entries of one axis in classes: ``labels[i]`` is the class of entry ``i``.
 
-    ``count == 1`` is a collapsed axis and ``count == size`` an explicit one (the identity); both need no
-    labels.
+    ``labels`` is ``None`` for a collapsed axis (``count == 1``) and an explicit one (``count == size``).
     """
 
     size: int
@@ -61,7 +59,7 @@ class AxisMap:
         return self.count == self.size
 
     def index(self) -> Tensor:
-        """Class of every entry, an int64 tensor of length ``size``."""
+        """Return the class of every entry, an int64 tensor of length ``size``."""
         if self.labels is not None:
             return self.labels
         if self.is_collapsed:
@@ -69,11 +67,11 @@ class AxisMap:
         return torch.arange(self.size)
 
     def multiplicity(self) -> Tensor:
-        """Number of entries in every class, an int64 tensor of length ``count``."""
+        """Count the entries of every class, an int64 tensor of length ``count``."""
         return torch.bincount(self.index(), minlength=self.count)
 
     def representatives(self) -> Tensor:
-        """One entry of every class (its first), an int64 tensor of length ``count``."""
+        """Return the first entry of every class, an int64 tensor of length ``count``."""
         first = torch.full((self.count,), self.size, dtype=torch.int64)
         return first.scatter_reduce(0, self.index(), torch.arange(self.size), "amin")
 
@@ -82,17 +80,17 @@ Layout = tuple[AxisMap, ...]
 
 
 def collapsed(size: int) -> AxisMap:
-    """An axis whose entries are all alike."""
+    """Make an axis whose entries are all alike."""
     return AxisMap(size, 1)
 
 
 def explicit(size: int) -> AxisMap:
-    """An axis whose entries are all told apart."""
+    """Make an axis whose entries are all told apart."""
     return AxisMap(size, size)
 
 
 def from_classes(classes: Tensor) -> AxisMap:
-    """The map with these class numbers (any integers), renumbered in the order of first entries."""
+    """Make an axis from class numbers (any integers), and renumber classes in the order of first entries."""
     size = classes.numel()
     _, inverse = torch.unique(classes, return_inverse=True)
     count = int(inverse.max()) + 1 if size else 0
@@ -105,7 +103,7 @@ def from_classes(classes: Tensor) -> AxisMap:
 
 
 def join_axes(a: AxisMap, b: AxisMap) -> AxisMap:
-    """Coarsest map that refines both."""
+    """Return the map with the fewest classes that tells apart what either of the two does."""
     if a.is_collapsed or b.is_explicit:
         return b
     if b.is_collapsed or a.is_explicit or a == b:
@@ -114,7 +112,7 @@ def join_axes(a: AxisMap, b: AxisMap) -> AxisMap:
 
 
 def broadcast(layout: Layout, shape: Sequence[int]) -> Layout:
-    """``layout`` as it looks after broadcasting to ``shape``: axes that are new or repeated are collapsed."""
+    """Broadcast a layout to ``shape``: axes that are new or repeated are collapsed."""
     missing = len(shape) - len(layout)
     padded = tuple(collapsed(1) for _ in range(missing)) + layout
     return tuple(
@@ -123,7 +121,7 @@ def broadcast(layout: Layout, shape: Sequence[int]) -> Layout:
 
 
 def join(layouts: Sequence[Layout], shape: Sequence[int]) -> Layout:
-    """Coarsest layout of ``shape`` that refines every one of ``layouts`` (broadcast first)."""
+    """Broadcast layouts to ``shape``; return the coarsest one that tells apart what any of them does."""
     result = tuple(collapsed(size) for size in shape)
     for layout in layouts:
         result = tuple(join_axes(a, b) for a, b in zip(result, broadcast(layout, shape), strict=True))
@@ -131,12 +129,14 @@ def join(layouts: Sequence[Layout], shape: Sequence[int]) -> Layout:
 
 
 def reduced_shape(layout: Layout) -> tuple[int, ...]:
+    """Return the shape of the reduced tensor."""
     return tuple(axis.count for axis in layout)
 
 
 def full_labels(layout: Layout, offset: int = 0) -> Tensor:
-    """A tensor of the full shape: at each place the flat index of its entry in the reduced tensor, plus
-    ``offset``.
+    """Return a tensor of the full shape with the flat index of each entry in the reduced tensor.
+
+    ``offset`` is added to every index.
     """
     shape = reduced_shape(layout)
     labels = torch.arange(offset, offset + int(torch.tensor(shape).prod()) if shape else offset + 1)
@@ -150,11 +150,10 @@ def full_labels(layout: Layout, offset: int = 0) -> Tensor:
 
 
 def layout_of_labels(labels: Tensor) -> tuple[Layout, Tensor]:
-    """The coarsest layout under which ``labels`` is constant on classes, and the labels of its reduced
-    tensor.
+    """Find the coarsest layout of a tensor of integers, and return it with the reduced tensor.
 
-    Two entries of an axis are alike if their slices are equal. Slices are compared by a random linear hash
-    modulo 2^64, so that the cost is one pass over ``labels`` per axis.
+    Two entries of an axis are of one class if their slices are equal. Slices are compared by a random linear
+    hash modulo 2^64, so that the cost is one pass over ``labels`` per axis.
     """
     if labels.numel() == 0:  # nothing: one absent class stands for no entry at all
         return tuple(collapsed(size) for size in labels.shape), labels.new_zeros((1,) * labels.dim())
@@ -180,8 +179,9 @@ def layout_of_labels(labels: Tensor) -> tuple[Layout, Tensor]:
 
 
 def reader(old: Layout, new: Layout) -> Callable[[Tensor], Tensor]:
-    """Function that reads a reduced tensor of layout ``old`` at the finer layout ``new`` (of a broadcast
-    shape).
+    """Return the function that turns a reduced tensor of layout ``old`` into that of the finer ``new``.
+
+    ``new`` may be of a shape that the old one is broadcast to.
     """
     padded = broadcast(old, [axis.size for axis in new])
     shape = (1,) * (len(new) - len(old)) + reduced_shape(old)

@@ -1,4 +1,4 @@
-"""Sanity checks of a method: its masks shuffled, its scores inverted, the weights under its masks drawn anew.
+"""Check a method's sanity: shuffle its masks, invert its scores, draw the weights under its masks anew.
 
 A method that beats its own shuffled masks has found something beyond how many weights each layer keeps
 (Frankle et al. 2021, arXiv 2009.08576; Su et al. 2020, arXiv 2009.11094).
@@ -22,7 +22,7 @@ from fxprune.sparsity.sharded import kept_overall
 def ablated(
     method: Method, *, shuffle: Literal["layer", "global"] | None = None, invert: bool = False
 ) -> Method:
-    """``method`` with its masks shuffled or its scores inverted; itself where neither is asked for.
+    """Return ``method`` with its masks shuffled or its scores inverted, or itself if neither is asked for.
 
     Options:
         shuffle: "layer" puts the weights (or groups) that are kept at random places of their layer, "global"
@@ -50,9 +50,9 @@ def ablated(
 
 
 def _shuffled(problem: Problem, masks: Masks, scope: str) -> Masks:
-    """As many weights at places drawn at random: the best by noise, in every layer or overall.
+    """Keep as many weights as ``masks`` do, at places drawn at random, in every layer or overall.
 
-    Layers whose channels are tied are shuffled together.
+    The places are those with the largest random numbers. Layers with tied channels are shuffled together.
     """
     order = {name: noise(problem, name).to(mask.device) for name, mask in masks.items()}
     if isinstance(problem.granularity, ChannelGroups):
@@ -71,14 +71,14 @@ def _shuffled(problem: Problem, masks: Masks, scope: str) -> Masks:
 def redraw(
     model: torch.nn.Module, generator: torch.Generator, masks: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Draws all parameters of ``model`` anew, in place, each from its own distribution.
+    """Draw all parameters of ``model`` anew, in place, each from its own distribution.
 
     A random permutation of a tensor's entries is such a draw where they are independent and alike, whatever
     the initialiser was; constants (a norm at its start) stay. ``masks``: where parameters were pruned before,
     only the entries left are permuted, so that no zero comes in. Buffers stay.
 
-    For whoever applies masks under ``reinit=True``: on the copy that is to be pruned, after the masks were
-    found for the original weights, before they are installed.
+    ``apply`` calls this under ``reinit=True`` on the copy that is to be pruned: after the masks were found
+    for the original weights, and before they are installed.
 
     >>> layer = torch.nn.Linear(3, 2)
     >>> before = layer.weight.detach().flatten().sort().values

@@ -1,4 +1,4 @@
-"""Data for methods that look at some: whatever the caller has comes in, checked batches go out.
+"""Read batches from the data that the caller has, check them, and cut them into parts.
 
 A pair ``(x, y)`` or a mapping is one batch; anything else is an iterable of batches (a ``DataLoader``, a
 list). In a pair x may be a tensor, a tuple (several inputs) or a mapping (keyword inputs).
@@ -18,7 +18,7 @@ from fxprune.scoring.contract import Problem
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch on the problem's device: ``inputs`` and ``target``, or a mapping as the caller gave it."""
+    """Hold one batch on the problem's device: ``inputs`` and ``target``, or a mapping of the caller's."""
 
     inputs: Any
     target: Any = None
@@ -27,7 +27,7 @@ class Batch:
 
 @contextmanager
 def seeded(problem: Problem) -> Iterator[None]:
-    """Random numbers follow the problem's generator inside, and go on as if nothing had been outside."""
+    """Seed random numbers from the problem's generator; put the random state back afterwards."""
     kind = problem.device.type
     index = problem.device.index
     devices = (
@@ -40,7 +40,7 @@ def seeded(problem: Problem) -> Iterator[None]:
 
 
 def batches(problem: Problem, number: int, method: str) -> list[Batch]:
-    """The first ``number`` batches of ``problem.data``, read anew and under the problem's seed.
+    """Read the first ``number`` batches of ``problem.data``, from the start and under the problem's seed.
 
     Raises ``ValueError`` for missing data, a batch that is empty, not finite or neither a pair nor a mapping,
     and for data that runs dry; ``TypeError`` for data that is no batch and cannot be iterated.
@@ -64,42 +64,52 @@ def batches(problem: Problem, number: int, method: str) -> list[Batch]:
 
 
 def pieces(problem: Problem, batch: Batch) -> Iterator[tuple[Batch, float]]:
-    """``batch`` in pieces of ``problem.micro_batch`` samples, each with its share in the mean over samples.
+    """Cut ``batch`` into pieces of ``problem.micro_batch`` samples; yield each with its share in the mean.
 
-    Every tensor with as many rows as there are samples is cut. Labels of -100, which cross entropy leaves out
-    of its mean, are left out here too. A share is exact for any loss that is a mean over samples.
+    The shares add up to one. The mean loss of the batch is the sum of the pieces' losses times their shares,
+    for any loss that is a mean over samples. Every tensor with as many rows as there are samples is cut.
+    Labels of -100, which cross entropy leaves out of its mean, do not count in the shares.
     """
     size = _samples(batch)
     if problem.micro_batch is None or size <= problem.micro_batch:
         yield batch, 1.0
         return
-    counted = None
-    labels = batch.target
-    if problem.loss_fn is None and isinstance(labels, torch.Tensor) and not labels.is_floating_point():
-        counted = labels != -100
+    counted = _counted_labels(problem, batch)
     for start in range(0, size, problem.micro_batch):
         rows = slice(start, start + problem.micro_batch)
-        part = Batch(_rows(batch.inputs, rows, size), _rows(batch.target, rows, size), batch.mapping)
+        part = _cut(batch, rows, size)
         if counted is None:
             yield part, (min(rows.stop, size) - start) / size
         elif bool(counted[rows].any()):
             yield part, int(counted[rows].sum()) / int(counted.sum())
 
 
+def _counted_labels(problem: Problem, batch: Batch) -> torch.Tensor | None:
+    """Mark the labels that cross entropy counts in its mean; ``None`` for other losses and targets."""
+    labels = batch.target
+    if problem.loss_fn is not None or not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        return None
+    return labels != -100
+
+
+def _cut(batch: Batch, rows: slice, size: int) -> Batch:
+    """Take some samples of a batch of ``size``."""
+    return Batch(_rows(batch.inputs, rows, size), _rows(batch.target, rows, size), batch.mapping)
+
+
 def samples_of(batch: Batch) -> list[Batch]:
     """Cut ``batch`` into its single samples, batches of size one."""
     size = _samples(batch)
-    cut = (slice(start, start + 1) for start in range(size))
-    return [
-        Batch(_rows(batch.inputs, rows, size), _rows(batch.target, rows, size), batch.mapping) for rows in cut
-    ]
+    return [_cut(batch, slice(start, start + 1), size) for start in range(size)]
 
 
 def _samples(batch: Batch) -> int:
+    """Count the samples: the rows of the first input that has any."""
     return next((tensor.shape[0] for tensor in _tensors(batch.inputs) if tensor.dim()), 1)
 
 
 def _rows(value: Any, rows: slice, size: int) -> Any:
+    """Take ``rows`` of every tensor with ``size`` of them, in nested containers; keep everything else."""
     if isinstance(value, torch.Tensor):
         return value[rows] if value.dim() and value.shape[0] == size else value
     if isinstance(value, dict):
@@ -120,7 +130,7 @@ def _iterate(data: Any, method: str) -> Iterator[Any]:
 
 
 def _is_batch(data: Any) -> bool:
-    """A mapping, or a pair whose second half is a tensor and whose first half can be fed to a model."""
+    """Return whether ``data`` is one batch: a mapping, or a pair of model inputs and a tensor."""
     if isinstance(data, Mapping):
         return True
     if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], torch.Tensor):

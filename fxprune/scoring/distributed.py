@@ -1,7 +1,7 @@
-"""Scoring by several processes: each sees its share of the data, all end with the same masks.
+"""Score by several processes: each sees its share of the data, and all end with the same masks.
 
-Local gradients come in and means over the processes go out. Where parameters themselves are sharded (FSDP2),
-gradients are taken in the sharded model, and every process handles the rows that it owns.
+Gradients become means over the processes. Where parameters themselves are sharded (FSDP2), gradients are
+computed in the sharded model, and every process handles the rows that it owns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def average(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None) -> None:
-    """Replaces tensors by their means over the processes of ``group``, in place; nothing where it is None."""
+    """Replace tensors by their means over the processes of ``group``, in place; ``None`` changes nothing."""
     if group is None:
         return
     size = dist.get_world_size(group)
@@ -35,7 +35,7 @@ def average(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None) ->
 
 
 def largest(number: int, group: dist.ProcessGroup | None) -> int:
-    """The largest ``number`` that any process of ``group`` has; this one's where it is None."""
+    """Return the largest ``number`` of all processes of ``group``; for ``None``, this process's own."""
     if group is None:
         return number
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
@@ -45,7 +45,7 @@ def largest(number: int, group: dist.ProcessGroup | None) -> int:
 
 
 def average_differentiably(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The mean over the processes, through which gradients flow back to all of them."""
+    """Compute the mean over the processes; gradients flow back to all of them."""
     if group is None:
         return tensor
     summed: torch.Tensor = _AllReduce.apply(tensor, group)
@@ -53,7 +53,7 @@ def average_differentiably(tensor: torch.Tensor, group: dist.ProcessGroup | None
 
 
 class _AllReduce(torch.autograd.Function):
-    """The sum over processes; its derivative is the sum over processes again."""
+    """Sum over processes; the derivative is the sum over processes again."""
 
     @staticmethod
     def forward(
@@ -72,7 +72,7 @@ class _AllReduce(torch.autograd.Function):
 
 
 def agree(masks: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
-    """``RuntimeError`` on every process of ``group`` unless all of them hold the same ``masks``."""
+    """Raise ``RuntimeError`` on every process of ``group`` unless all of them hold the same ``masks``."""
     digest = hashlib.sha256()
     for name, mask in masks.items():
         digest.update(f"{name}{tuple(mask.shape)}".encode())
@@ -92,7 +92,7 @@ def agree(masks: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
 def local_rows(
     model: torch.nn.Module, names: Iterable[str]
 ) -> tuple[dict[str, torch.Tensor], dist.ProcessGroup]:
-    """This process's rows of sharded parameters, and the group over which they are split.
+    """Return this process's rows of sharded parameters, and the group over which they are split.
 
     They share memory with the model. Raises ``ValueError`` for parameters that are not sharded over rows by
     ``fully_shard``, or not all over the same processes.
@@ -118,7 +118,7 @@ def local_rows(
 
 
 def _is_by_rows(parameter: DTensor) -> bool:
-    """Whether consecutive rows lie along the last dimension of the mesh, and copies along the others."""
+    """Return whether rows are split along the last dimension of the mesh, and copied along the others."""
     from torch.distributed.tensor import Shard
 
     *copies, split = parameter.placements
@@ -126,7 +126,7 @@ def _is_by_rows(parameter: DTensor) -> bool:
 
 
 def as_dtensors(masks: Masks, model: torch.nn.Module) -> dict[str, DTensor]:
-    """Local masks as DTensors that are laid out like the model's parameters."""
+    """Return local masks as DTensors that are laid out like the model's parameters."""
     from torch.distributed.tensor import DTensor
 
     whole = {}
@@ -143,9 +143,9 @@ def as_dtensors(masks: Masks, model: torch.nn.Module) -> dict[str, DTensor]:
 def holding(
     model: torch.nn.Module, rows: Mapping[str, torch.Tensor]
 ) -> Iterator[Callable[[], dict[str, torch.Tensor]]]:
-    """The sharded model with ``rows`` in place of its own; its values, gradients and buffers come back after.
+    """Put ``rows`` in place of a sharded model's own; put its values and gradients back afterwards.
 
-    Yields a function that gives the local gradients; they are means over the processes, which FSDP takes.
+    Yields a function that returns the local gradients, which FSDP makes means over the processes.
     """
     parameters = dict(model.named_parameters())
     gradients = {name: parameter.grad for name, parameter in parameters.items()}
@@ -169,6 +169,7 @@ def holding(
 
 
 def _local(gradient: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """Return this process's rows of a gradient, zeros if there is none."""
     if gradient is None:
         return torch.zeros_like(like)
     return gradient.to_local() if is_dtensor(gradient) else gradient

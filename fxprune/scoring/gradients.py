@@ -1,7 +1,7 @@
-"""Gradients of the training loss at given weights, leaving the model as it was.
+"""Compute the training loss and its gradients at given weights, and leave the model as it was.
 
-Effective weights and batches come in; losses and their mean gradients go out. The weights are swapped in for
-the duration of a call (``torch.func.functional_call``), buffers are copies, modes are put back.
+Weights are put in place for one call (``torch.func.functional_call``), buffers are copies, and the modes of
+modules are put back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Mode = Literal["train", "eval"]
 
 
 def masked(problem: Problem, masks: Masks) -> dict[str, torch.Tensor]:
-    """The effective weights ``w * m`` on the model's device, leaves that a gradient can be asked for.
+    """Return the effective weights ``w * m`` on the model's device, as leaves that can have a gradient.
 
     Layers of which nothing is pruned share memory with ``problem.weights``.
     """
@@ -42,7 +42,7 @@ def masked(problem: Problem, masks: Masks) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def scoring(problem: Problem, mode: Mode) -> Iterator[None]:
-    """The model in ``mode``, gradients on, randomness (dropout) under the problem's seed; put back after."""
+    """Put the model in ``mode``, turn gradients on and seed dropout; put everything back afterwards."""
     modes = {module: module.training for module in problem.model.modules()}
     try:
         with torch.inference_mode(False), torch.enable_grad(), seeded(problem):
@@ -55,13 +55,13 @@ def scoring(problem: Problem, mode: Mode) -> Iterator[None]:
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Attention and hard sigmoids spelled out inside: their fused kernels have no second derivative."""
+    """Replace fused attention and hard sigmoids, which have no second derivative, by plain ones."""
     with sdpa_kernel(SDPBackend.MATH), _PlainHardSigmoid():
         yield
 
 
 class _PlainHardSigmoid(TorchFunctionMode):
-    """``hardsigmoid(x) = relu6(x + 3) / 6``, spelled out."""
+    """Compute ``hardsigmoid(x)`` as ``relu6(x + 3) / 6``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is hardsigmoid:
@@ -76,13 +76,13 @@ def loss_at(
     method: str,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """The loss of ``batch`` with ``weights`` in place: a scalar that can be differentiated.
+    """Compute the loss of ``batch`` with ``weights`` in place: a scalar that can be differentiated.
 
     The model's outputs are divided by ``temperature`` before the loss sees them.
     Raises ``ValueError`` for a loss that is no finite scalar or does not depend on the model, and for labels
     that do not fit the output; ``TypeError`` where the default loss has no tensor to work on.
     """
-    loss = _call(_Objective(problem.model, problem.loss_fn, method, temperature), problem, weights, batch)
+    loss = _call(_ModelWithLoss(problem.model, problem.loss_fn, method, temperature), problem, weights, batch)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
         raise ValueError(f"method {method!r}: loss_fn returned {_describe(loss)}, expected a scalar tensor")
     if not loss.requires_grad:
@@ -95,10 +95,10 @@ def loss_at(
 
 
 def run_at(problem: Problem, weights: Mapping[str, torch.Tensor], batch: Batch, method: str) -> Any:
-    """The model's output for ``batch`` with ``weights`` in place; for a mapping, what ``loss_fn`` returns."""
+    """Compute the output for ``batch`` with ``weights`` in place; for a mapping, that of ``loss_fn``."""
     if batch.mapping:
-        return _call(_Objective(problem.model, problem.loss_fn, method, 1.0), problem, weights, batch)
-    return _call(_Objective(problem.model, _output, method, 1.0), problem, weights, batch)
+        return _call(_ModelWithLoss(problem.model, problem.loss_fn, method, 1.0), problem, weights, batch)
+    return _call(_ModelWithLoss(problem.model, _output, method, 1.0), problem, weights, batch)
 
 
 def _output(output: Any, target: Any) -> Any:
@@ -108,6 +108,7 @@ def _output(output: Any, target: Any) -> Any:
 def _call(
     objective: torch.nn.Module, problem: Problem, weights: Mapping[str, torch.Tensor], batch: Batch
 ) -> Any:
+    """Run the model and a loss with ``weights`` in place of its own, on copies of its buffers."""
     buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
     state = {f"model.{name}": tensor for name, tensor in (buffers | dict(weights)).items()}
     return torch.func.functional_call(objective, state, (batch,))
@@ -121,18 +122,24 @@ def mean_gradients(
     *,
     of: Callable[[Batch], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The mean over batches of d loss / d weights, ``of`` the loss or of another scalar for each batch.
+    """Compute the mean over batches of d loss / d weights.
 
-    Weights that it does not depend on get zeros.
+    Args:
+        problem: with a ``problem.group``, the mean is over the batches of all its processes.
+        weights: to differentiate by; they are put in place of the model's.
+        some: the batches; each is run in pieces of ``problem.micro_batch`` samples.
+        method: for messages.
+        of: a scalar of a batch that is differentiated instead of the loss.
 
-    With a ``problem.group``, the mean is over the batches of all its processes.
-    They come on the device of ``problem.weights``: where that is not the model's, each layer's gradient moves
-    as soon as it is there, so that no two of them need room on the model's device at a time.
+    Returns:
+        A gradient for every weight, zeros where the scalar does not depend on it, on the device of
+        ``problem.weights``. Where that is not the model's device, the gradient of each layer moves as soon as
+        it is computed, so that the model's device holds one of them at a time.
     """
     if problem.shards is not None:
         return _sharded_gradients(problem, weights, some, method, of)
     leaves = list(weights.values())
-    with _gradients_at_home(problem, weights) as found:
+    with _collected_gradients(problem, weights) as found:
         for batch in some:
             for piece, share in pieces(problem, batch):
                 value = loss_at(problem, weights, piece, method) if of is None else of(piece)
@@ -154,7 +161,7 @@ def _sharded_gradients(
     method: str,
     of: Callable[[Batch], torch.Tensor] | None,
 ) -> dict[str, torch.Tensor]:
-    """``mean_gradients`` in the sharded model itself, over this process's batches and those of the others."""
+    """Compute ``mean_gradients`` in the sharded model itself, over the batches of all processes."""
     if of is not None:
         raise ValueError(f"method {method!r} needs second derivatives, which sharded parameters do not have")
     frozen = [name for name in weights if not problem.model.get_parameter(name).requires_grad]
@@ -173,24 +180,24 @@ def _sharded_gradients(
 def gradients_of(
     problem: Problem, masks: Masks, *, batches: int, mode: Mode, method: str
 ) -> dict[str, torch.Tensor]:
-    """The mean gradient over the first ``batches`` batches, read anew, at the weights that ``masks`` keep."""
+    """Compute the mean gradient over the first ``batches`` batches at the weights that ``masks`` keep."""
     some = read_batches(problem, batches, method)
     with scoring(problem, mode):
         return mean_gradients(problem, masked(problem, masks), some, method)
 
 
 def count_of(method: str, option: str, value: int) -> int:
-    """``value``, if it is at least 1; ``ValueError`` otherwise."""
+    """Return ``value``; raise ``ValueError`` if it is less than 1."""
     if value < 1:
         raise ValueError(f"method {method!r}: {option}={value!r}, expected an integer of at least 1")
     return value
 
 
 @contextmanager
-def _gradients_at_home(
+def _collected_gradients(
     problem: Problem, weights: Mapping[str, torch.Tensor]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Accumulate the gradients of backward passes inside, on the device of the problem's weights."""
+    """Collect the gradients of backward passes in a dict, on the device of the problem's weights."""
     found: dict[str, torch.Tensor] = {}
 
     def mover(name: str) -> Callable[[torch.Tensor], None]:
@@ -213,8 +220,8 @@ def _gradients_at_home(
             found[name], leaf.grad = leaf.grad, None
 
 
-class _Objective(torch.nn.Module):
-    """The model and its loss as one module, so that the loss sees the weights that are swapped in."""
+class _ModelWithLoss(torch.nn.Module):
+    """Join the model and its loss to one module, so that the loss sees the weights that are put in place."""
 
     def __init__(
         self, model: torch.nn.Module, loss_fn: Callable[..., Any] | None, method: str, temperature: float
@@ -249,14 +256,14 @@ class _Objective(torch.nn.Module):
 
 
 def run(model: Callable[..., Any], inputs: Any) -> Any:
-    """The output for a batch's inputs: one tensor, a tuple of several, or a mapping of keyword inputs."""
+    """Run the model on a batch's inputs: one tensor, a tuple of several, or a mapping of keyword inputs."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 def classification_loss(output: Any, target: Any, method: str) -> torch.Tensor:
-    """Mean cross entropy of logits (N, C, ...) and labels (N, ...), or probabilities of the logits' shape.
+    """Compute mean cross entropy of logits (N, C, ...) and labels (N, ...), or probabilities of their shape.
 
     Raises ``TypeError`` where there are no such tensors, ``ValueError`` for shapes or labels that do not fit.
     """

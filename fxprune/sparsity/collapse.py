@@ -22,14 +22,14 @@ from fxprune.sparsity.skeleton import KernelPaths, PathModel, Skeleton, WeightPa
 
 
 def live_layers(effective: Mapping[str, torch.Tensor]) -> set[str]:
-    """The parameters with any weight marked in ``effective``, which is what ``reach`` returns."""
+    """Return the parameters with any weight marked in ``effective``, which is what ``reach`` returns."""
     return {name for name, number in kept(effective).items() if number}
 
 
 def dead_layers(
     graph: ChannelGraph, effective: Mapping[str, torch.Tensor], resolution: Resolution = "spatial"
 ) -> tuple[str, ...]:
-    """The parameters without an effective weight that would have one in the dense network, in its order."""
+    """List the parameters without an effective weight that would have one in the dense network."""
     without = graph.kernels.keys() - live_layers(effective)
     if not without:
         return ()
