@@ -15,22 +15,22 @@ import torch
 import typer
 
 from fxprune import zoo
-from fxprune.cli.experiment import Recipe, compare
+from fxprune.cli.experiment import TrainingRecipe, compare
 from fxprune.data import digits
 
 # Network, images' channels, recipe, ASNI's options (the paper's for the first two), and the paper's row.
-SETTINGS: dict[str, tuple[Any, int, Recipe, dict[str, Any], str]] = {
+SETTINGS: dict[str, tuple[Any, int, TrainingRecipe, dict[str, Any], str]] = {
     "LeNet-300-100": (
-        lambda: zoo.lenet_300_100(inputs=64), 1, Recipe(50, 20, 1.2e-3),
+        lambda: zoo.lenet_300_100(inputs=64), 1, TrainingRecipe(50, 20, 1.2e-3),
         {"alpha": 0.98, "gamma": 5.0, "hold": 2}, "MNIST FC, 96.87 %: D 96.88, A 96.72, C 96.93, S 96.75",
     ),
     "Conv-2": (
-        lambda: zoo.conv2(size=8), 1, Recipe(20, 20, 2e-4),
+        lambda: zoo.conv2(size=8), 1, TrainingRecipe(20, 20, 2e-4),
         {"alpha": 0.992, "gamma": 2.0, "hold": 2},
         "MNIST Conv2, 97.40 %: D 98.09, A 98.12, C 98.14, S 98.03",
     ),
     "resnet20": (
-        zoo.resnet20, 3, Recipe(30, 60, 0.05, 5e-4, "sgd", "cosine"),
+        zoo.resnet20, 3, TrainingRecipe(30, 60, 0.05, 5e-4, "sgd", "cosine"),
         {"alpha": 0.97, "gamma": 3.0, "hold": 2},
         "CIFAR-10 ResNet-18, 96 %: D 88.24, A 87.78, C 87.32, S 87.15",
     ),
@@ -41,7 +41,7 @@ def one(name: str, seed: int, device: str, epochs: int | None) -> dict[str, floa
     """Accuracies of the four in percent, and the sparsity of three of them."""
     build, channels, recipe, options, _ = SETTINGS[name]
     if epochs is not None:
-        recipe = Recipe(**{**vars(recipe), "epochs": epochs})
+        recipe = TrainingRecipe(**{**vars(recipe), "epochs": epochs})
         options = {**options, "gamma": epochs / 10}
 
     def make() -> torch.nn.Module:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
 from fxprune import zoo
-from fxprune.cli.experiment import Recipe, accuracy
+from fxprune.cli.experiment import TrainingRecipe, accuracy
 from fxprune.data import balanced, digits
 
 HERE = Path(__file__).parent
@@ -48,9 +48,9 @@ def vit() -> nn.Module:
     return model
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], Recipe]] = {
-    "resnet20": (zoo.resnet20, Recipe(10, 64, 0.1, 5e-4, "sgd", "cosine")),
-    "vit": (vit, Recipe(20, 64, 2e-3, 0.0, "adam", "cosine")),
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], TrainingRecipe]] = {
+    "resnet20": (zoo.resnet20, TrainingRecipe(10, 64, 0.1, 5e-4, "sgd", "cosine")),
+    "vit": (vit, TrainingRecipe(20, 64, 2e-3, 0.0, "adam", "cosine")),
 }
 # Name in the table: method and options. Two simple ones also under the budget of the strong baselines.
 ENTRIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -60,7 +60,7 @@ ENTRIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def train(model: nn.Module, data: TensorDataset, recipe: Recipe, seed: int) -> None:
+def train(model: nn.Module, data: TensorDataset, recipe: TrainingRecipe, seed: int) -> None:
     optimizer = recipe.make_optimizer(model)
     order = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)

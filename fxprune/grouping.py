@@ -54,7 +54,7 @@ def channel_groups(
 an output of the network
         10 groups, 8 of which can go
         >>> groups[3].members[1]
-        Channel(parameter='2.weight', axis='in', indices=(3,))
+        ChannelSlice(parameter='2.weight', axis='in', indices=(3,))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")

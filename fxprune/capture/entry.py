@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from fxprune.capture.attributes import Attributes, restored_attributes
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError, HookError, first_line, where
 from fxprune.capture.fidelity.compare import Differences
-from fxprune.capture.fidelity.search import faithful_graph, settle_types
+from fxprune.capture.fidelity.search import faithful_graph, resolve_types
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaves import is_compiled
@@ -115,7 +115,7 @@ def capture_leaf(
         raise CaptureError(
             f"{type(module).__name__}: {first_line(error)} ({where(error, module)})"
         ) from error
-    settle_types(found, Differences())
+    resolve_types(found, Differences())
     remove_dead_code(found.graph)
     return assemble(module, found.graph, found.constants)
 

@@ -97,7 +97,7 @@ def _torchvision_shape(model: nn.Module) -> tuple[int, ...] | None:
     """Three channels of the size to which the transforms of the published weights crop.
 
     One class serves many sizes (EfficientNet: eight): the number of parameters tells which one it is. If that
-    does not settle it, nothing is said.
+    does not tell, nothing is said.
     """
     home = type(model).__module__
     if home.split(".")[0] != "torchvision":

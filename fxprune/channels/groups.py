@@ -18,11 +18,11 @@ from fxprune.channels.follow import follow, labels_by_weight
 from fxprune.channels.labels import FIXED, Labels
 from fxprune.graph import ChannelGraph
 
-__all__ = ["Channel", "Groups", "group_channels", "held_groups"]
+__all__ = ["ChannelSlice", "Groups", "group_channels", "held_groups"]
 
 
 @dataclass(frozen=True)
-class Channel:
+class ChannelSlice:
     """Slices of one parameter or buffer: the given ``indices`` along ``axis``.
 
     ``axis`` is "out" or "in" for the output and input channels of a layer's weight, and the number of the
@@ -79,14 +79,14 @@ class Groups:
         by_row, by_column = self.by_weight(name)
         return (stays[by_row] & stays[by_column]).expand(self.graph.kernels[name].shape)
 
-    def members(self, group: int) -> list[Channel]:
+    def members(self, group: int) -> list[ChannelSlice]:
         """The slices that go with a group, by parameter and axis."""
         found = []
         for axis, table in (("out", self.rows), ("in", self.columns)):
             for name, numbers in table.items():
                 indices = (numbers == group).nonzero().flatten().tolist()
                 if indices:
-                    found.append(Channel(name, axis, tuple(indices)))
+                    found.append(ChannelSlice(name, axis, tuple(indices)))
         return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxprune.channels.entries import entry_groups
-from fxprune.channels.groups import Channel, Groups, held_groups
+from fxprune.channels.groups import ChannelSlice, Groups, held_groups
 
 __all__ = ["ChannelGroup", "GroupTable", "list_groups"]
 
@@ -25,7 +25,7 @@ class ChannelGroup:
     """
 
     id: int
-    members: tuple[Channel, ...]
+    members: tuple[ChannelSlice, ...]
     parameters: int
     macs: int
     reason: str = ""
@@ -84,7 +84,7 @@ def list_groups(
         for name, numbers in table.items():
             if len(numbers) and bool((numbers == numbers[0]).all()) and int(numbers[0]) >= 0:
                 reasons.setdefault(int(numbers[0]), f"it is all {word} of {name}")
-    members: list[list[Channel]] = [[] for _ in range(every.count)]
+    members: list[list[ChannelSlice]] = [[] for _ in range(every.count)]
     sizes, macs = (torch.zeros(every.count, dtype=torch.float64) for _ in range(2))
     for axis, by_name in (("out", every.rows), ("in", every.columns)):
         for name, numbers in by_name.items():
@@ -108,13 +108,13 @@ def list_groups(
     )
 
 
-def _append(members: list[list[Channel]], name: str, axis: str | int, numbers: Tensor) -> None:
+def _append(members: list[list[ChannelSlice]], name: str, axis: str | int, numbers: Tensor) -> None:
     """Add one slice of a parameter to every group that has indices of it."""
     order = numbers.argsort(stable=True)
     found, counts = torch.unique_consecutive(numbers[order], return_counts=True)
     for group, indices in zip(found.tolist(), torch.split(order, counts.tolist()), strict=True):
         if group >= 0:
-            members[group].append(Channel(name, axis, tuple(indices.tolist())))
+            members[group].append(ChannelSlice(name, axis, tuple(indices.tolist())))
 
 
 def _weights(groups: Groups, name: str) -> Tensor:
@@ -127,7 +127,7 @@ def _weights(groups: Groups, name: str) -> Tensor:
     return (total + torch.bincount(other, minlength=groups.count)).double()
 
 
-def _words(member: Channel) -> str:
+def _words(member: ChannelSlice) -> str:
     axis = member.axis if isinstance(member.axis, str) else f"dim {member.axis}"
     return f"{member.parameter} {axis}" + (f" x{len(member.indices)}" if len(member.indices) > 1 else "")
 

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from fxprune.graph import ChannelGraph, ir
 from fxprune.paths.terms import has_no_parameter
 
-__all__ = ["Contraction", "contractions", "dense_macs"]
+__all__ = ["UnprunedContraction", "contractions", "dense_macs"]
 
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 @dataclass(frozen=True)
-class Contraction:
+class UnprunedContraction:
     """Contractions that make up one thing: the two products of an attention, or one alone.
 
     ``name`` is the module that holds the layers which feed it, else the first node; ``macs`` are the
@@ -32,7 +32,7 @@ class Contraction:
     macs: int
 
 
-def contractions(graph: ChannelGraph) -> tuple[Contraction, ...]:
+def contractions(graph: ChannelGraph) -> tuple[UnprunedContraction, ...]:
     """Return the contractions without a prunable weight, in execution order.
 
     Products are of one attention if the result of one reaches the other without a layer in between.
@@ -60,7 +60,7 @@ def contractions(graph: ChannelGraph) -> tuple[Contraction, ...]:
     layers = _feeding_layers(graph)
     names = [_name(group[0], layers[group[0].output.index]) for group in groups]
     return tuple(
-        Contraction(
+        UnprunedContraction(
             name if names.count(name) == 1 else f"{name} ({group[0].node})",
             tuple(group),
             sum(dense_macs(op, graph.samples) for op in group),

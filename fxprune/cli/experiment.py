@@ -30,7 +30,7 @@ VARIANTS = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """Hold how to train: the same for all four.
 
     ``optimizer``: "adam" or "sgd" (momentum 0.9). ``rates``: "constant", "cosine" (half a wave) or "quarter"
@@ -58,7 +58,7 @@ class Recipe:
     def rate(self, epoch: int) -> float:
         """The learning rate in epoch 1..epochs; never negative.
 
-        >>> round(Recipe(epochs=160, lr=1.0, rates="cosine").rate(160), 4)
+        >>> round(TrainingRecipe(epochs=160, lr=1.0, rates="cosine").rate(160), 4)
         0.0079
         """
         turn = math.pi * epoch / ((1 + self.delta) * self.epochs)
@@ -95,7 +95,7 @@ def compare(
     make: Callable[[], nn.Module],
     train: Any,
     test: Any,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     method: str | TrainingMethod = "asni",
     sparsity: float | None = None,
     *,
@@ -152,7 +152,7 @@ def _train(
     model: nn.Module,
     train: Any,
     test: Any,
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     seed: int,
     pruner: Pruner | None,
     note: Callable[[int, dict[str, float]], None],

@@ -16,14 +16,14 @@ from torch import nn
 
 from fxprune import data as sources
 from fxprune import zoo
-from fxprune.cli.experiment import VARIANTS, Comparison, Note, Recipe, compare
+from fxprune.cli.experiment import VARIANTS, Comparison, Note, TrainingRecipe, compare
 from fxprune.cli.sources import list_models, load_network, make_model
 from fxprune.progress import Display
 from fxprune.training.methods import METHODS, options
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 60
-RECIPE = {part.name: part.default for part in fields(Recipe)}
+RECIPE = {part.name: part.default for part in fields(TrainingRecipe)}
 
 
 def train(
@@ -48,7 +48,7 @@ def train(
 ) -> None:
     """Train a network dense (D), pruned in training (A), and again from centroids (C) and the start (S)."""
     chosen = {name: _value(text) for name, text in given.items() if text is not None}
-    recipe = Recipe(**{name: chosen.pop(name) for name in RECIPE if name in chosen})
+    recipe = TrainingRecipe(**{name: chosen.pop(name) for name in RECIPE if name in chosen})
     if method not in METHODS:
         raise ValueError(f"--method {method}: expected one of {', '.join(METHODS)}")
     writer: Any = None if logdir is None else _writer(logdir)

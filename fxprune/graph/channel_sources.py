@@ -33,9 +33,9 @@ from fxprune.graph.ops import (
     refuse_kind,
 )
 
-__all__ = ["Channel", "KernelUse", "input_channels", "kernel_uses"]
+__all__ = ["ChannelName", "KernelUse", "input_channels", "kernel_uses"]
 
-Channel: TypeAlias = tuple[str, "int | tuple[int, ...]"]
+ChannelName: TypeAlias = tuple[str, "int | tuple[int, ...]"]
 """The name of a space, and a channel of it, or a position where several axes tell entries apart."""
 
 ENTRIES = 1 << 24
@@ -53,8 +53,8 @@ class KernelUse:
 
     op: Kernel
     kernels: Tensor
-    outputs: tuple[Channel, ...]
-    sources: tuple[tuple[Channel, ...], ...]
+    outputs: tuple[ChannelName, ...]
+    sources: tuple[tuple[ChannelName, ...], ...]
 
     def input_of(self, row: int, column: int) -> int:
         """The input channel of the op that the kernel in this place reads."""
@@ -65,20 +65,20 @@ def kernel_uses(
     ops: Sequence[AnyOp], kernels: Mapping[str, KernelSet], names: Collection[str]
 ) -> Iterator[KernelUse]:
     """Trace every use of the kernel sets ``names``."""
-    outputs: dict[int, tuple[Channel, ...]] = {}
+    outputs: dict[int, tuple[ChannelName, ...]] = {}
     for place, op in enumerate(ops):
         if isinstance(op, Kernel) and op.weight.name is not None:
             one = kernels[op.weight.name]
             found = _kernel_indices(op, one)
             own = _outputs(op, one, found)
             if op.weight.name in names:
-                yield KernelUse(op, found, own, _Trace(ops[:place], outputs).sources(op))
+                yield KernelUse(op, found, own, _BackwardWalk(ops[:place], outputs).sources(op))
             outputs[op.output.index] = own
 
 
-def input_channels(uses: Sequence[KernelUse], one: KernelSet) -> tuple[tuple[Channel, ...], ...]:
+def input_channels(uses: Sequence[KernelUse], one: KernelSet) -> tuple[tuple[ChannelName, ...], ...]:
     """For every input channel of a kernel set the channels that reach it, in any of its uses."""
-    found: list[dict[Channel, None]] = [{} for _ in range(one.in_space.size)]
+    found: list[dict[ChannelName, None]] = [{} for _ in range(one.in_space.size)]
     for use in uses:
         channels = _along_inputs(one, use.kernels)
         for column in range(use.kernels.shape[1]):
@@ -116,7 +116,7 @@ def _along_inputs(one: KernelSet, kernels: Tensor) -> Tensor:
     return first if one.transposed else first // (one.shape[0] // one.groups) * one.shape[1] + second
 
 
-def _outputs(op: Kernel, one: KernelSet, kernels: Tensor) -> tuple[Channel, ...]:
+def _outputs(op: Kernel, one: KernelSet, kernels: Tensor) -> tuple[ChannelName, ...]:
     """The parameter's output channels; those of the value, where a row mixes several (a transposed view)."""
     channels, is_there = _along_outputs(one, kernels), kernels >= 0
     top = channels.where(is_there, -1).amax(1)
@@ -126,17 +126,17 @@ def _outputs(op: Kernel, one: KernelSet, kernels: Tensor) -> tuple[Channel, ...]
 
 
 # -- backwards through the ops ---------------------------------------------------------------------------
-class _Trace:
+class _BackwardWalk:
     """Walks back from an op, through ``ops``, to sources and to values whose channels are in ``outputs``.
 
     For every value it holds which entries reach which input channel: bool, with an axis of input channels
     before the value's own, and size one along each axis whose entries are all alike.
     """
 
-    def __init__(self, ops: Sequence[AnyOp], outputs: Mapping[int, tuple[Channel, ...]]) -> None:
+    def __init__(self, ops: Sequence[AnyOp], outputs: Mapping[int, tuple[ChannelName, ...]]) -> None:
         self.ops, self.outputs = ops, outputs
 
-    def sources(self, op: Kernel) -> tuple[tuple[Channel, ...], ...]:
+    def sources(self, op: Kernel) -> tuple[tuple[ChannelName, ...], ...]:
         """The channels that reach each input channel of ``op``."""
         value = op.inputs[0]
         axis = len(value.shape) - 1 - (0 if op.window is None else len(op.window.kernel))
@@ -144,7 +144,7 @@ class _Trace:
         spread = [one for one in self.ops if isinstance(one, (Gather, Pool))]
         largest = max((math.prod(v.shape) for one in spread for v in one.inputs), default=1)
         step = max(1, ENTRIES // max(1, largest))
-        found: list[tuple[Channel, ...]] = []
+        found: list[tuple[ChannelName, ...]] = []
         for start in range(0, count, step):
             rows = torch.eye(count, dtype=torch.bool)[start : start + step]
             shape = [len(rows), *[1] * len(value.shape)]
@@ -152,9 +152,9 @@ class _Trace:
             found += self._walk({value.index: rows.view(shape)})
         return tuple(found)
 
-    def _walk(self, reached: dict[int, Tensor]) -> list[tuple[Channel, ...]]:
+    def _walk(self, reached: dict[int, Tensor]) -> list[tuple[ChannelName, ...]]:
         count = len(next(iter(reached.values())))
-        found: list[list[Channel]] = [[] for _ in range(count)]
+        found: list[list[ChannelName]] = [[] for _ in range(count)]
         for op in reversed(self.ops):
             if op.output.index not in reached or not op.output.live:
                 continue
@@ -170,7 +170,7 @@ class _Trace:
                     reached[value.index] = _thin(part if known is None else part | known)
         return [tuple(dict.fromkeys(own)) for own in found]
 
-    def _rows(self, op: AnyOp, entries: Tensor) -> Iterator[list[Channel]]:
+    def _rows(self, op: AnyOp, entries: Tensor) -> Iterator[list[ChannelName]]:
         """The output channels of a kernel set that have an entry among these."""
         outputs = self.outputs[op.output.index]
         assert isinstance(op, Kernel)
@@ -181,7 +181,7 @@ class _Trace:
             yield [channel for channel, is_there in zip(outputs, row, strict=True) if is_there]
 
 
-def _places(op: Source, entries: Tensor) -> Iterator[list[Channel]]:
+def _places(op: Source, entries: Tensor) -> Iterator[list[ChannelName]]:
     """The entries of an input, by their places along those axes that tell them apart."""
     for own in entries:
         told = [axis for axis, size in enumerate(own.shape) if size > 1]

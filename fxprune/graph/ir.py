@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxprune.graph import display
-from fxprune.graph.channel_sources import Channel, input_channels, kernel_uses
+from fxprune.graph.channel_sources import ChannelName, input_channels, kernel_uses
 from fxprune.graph.ops import (
     Affine,
     AnyOp,
@@ -170,7 +170,7 @@ class ChannelGraph:
         state = {one.name: getattr(self, one.name) for one in fields(self)}
         return state | {"programs": {}}
 
-    def input_channels(self, name: str) -> tuple[tuple[Channel, ...], ...]:
+    def input_channels(self, name: str) -> tuple[tuple[ChannelName, ...], ...]:
         """Return, for every input channel of the kernel set ``name``, the channels that it comes from.
 
         A channel comes from all that reach it along paths without another kernel set in between: from

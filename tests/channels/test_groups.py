@@ -1,4 +1,4 @@
-"""Channel groups of whole networks: families, members, weights that stay."""
+"""ChannelSlice groups of whole networks: families, members, weights that stay."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from nets import NETS
 from torch import nn
 
 from channels.grouping import Net, groups_of, tables
-from fxprune.channels.groups import Channel
+from fxprune.channels.groups import ChannelSlice
 from fxprune.channels.orientation import swap_orientation
 
 
@@ -102,8 +102,8 @@ def test_members_families_and_weights() -> None:
     groups = groups_of(net, inputs)
     assert groups.families.tolist() == [0] * 8 + [8] * 4
     assert groups.members(2) == [
-        Channel("first.weight", "out", (2,)), Channel("expand.weight", "out", (2,)),
-        Channel("reduce.weight", "in", (2,)), Channel("last.weight", "in", (2,)),
+        ChannelSlice("first.weight", "out", (2,)), ChannelSlice("expand.weight", "out", (2,)),
+        ChannelSlice("reduce.weight", "in", (2,)), ChannelSlice("last.weight", "in", (2,)),
     ]  # fmt: skip
     alive = torch.ones(12, dtype=torch.bool)
     alive[[2, 9]] = False  # channel 2 of `first`, and channel 1 of `reduce`

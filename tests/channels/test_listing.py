@@ -12,7 +12,7 @@ from torch import nn
 import fxprune
 from channels.grouping import Net
 from channels.removal import zero_group
-from fxprune.channels.groups import Channel
+from fxprune.channels.groups import ChannelSlice
 from fxprune.cli import run
 
 
@@ -28,9 +28,13 @@ def test_members_numbers_and_reasons_by_hand() -> None:
     assert [group.id for group in table] == list(range(6))
     one = table[1]
     assert set(one.members) == {
-        Channel("0.weight", "out", (1,)), Channel("3.weight", "in", (1,)), Channel("1.weight", 0, (1,)),
-        Channel("1.bias", 0, (1,)), Channel("1.running_mean", 0, (1,)), Channel("1.running_var", 0, (1,)),
-    }  # fmt: skip
+        ChannelSlice("0.weight", "out", (1,)),
+        ChannelSlice("3.weight", "in", (1,)),
+        ChannelSlice("1.weight", 0, (1,)),
+        ChannelSlice("1.bias", 0, (1,)),
+        ChannelSlice("1.running_mean", 0, (1,)),
+        ChannelSlice("1.running_var", 0, (1,)),
+    }
     # 27 weights of its row, 2 of its column, a scale and a shift of the norm; at 25 positions.
     assert (one.size, one.parameters, one.macs, one.removable) == (1, 27 + 2 + 2, 25 * (27 + 2), True)
     held = table[5]
@@ -38,7 +42,7 @@ def test_members_numbers_and_reasons_by_hand() -> None:
     assert held.reason == "output: an output of the network"
     assert (held.parameters, held.members) == (
         5,
-        (Channel("3.weight", "out", (1,)), Channel("3.bias", 0, (1,))),
+        (ChannelSlice("3.weight", "out", (1,)), ChannelSlice("3.bias", 0, (1,))),
     )
     text = str(table)
     assert "0-3                  4    1          31           725  0.weight out, 3.weight in" in text

@@ -11,7 +11,7 @@ from training import nets
 
 from fxprune import zoo
 from fxprune.cli import run
-from fxprune.cli.experiment import Recipe, accuracy, compare
+from fxprune.cli.experiment import TrainingRecipe, accuracy, compare
 
 
 def data() -> tuple[TensorDataset, TensorDataset]:
@@ -26,7 +26,7 @@ def test_four_networks() -> None:
         noted.append((variant, epoch))
         rates.setdefault(variant, []).append(numbers["sparsity"])
 
-    found = compare(nets.mlp, *data(), Recipe(4, 32, 0.02), alpha=0.7, gamma=0.5, note=note)
+    found = compare(nets.mlp, *data(), TrainingRecipe(4, 32, 0.02), alpha=0.7, gamma=0.5, note=note)
     assert noted == [(variant, epoch) for variant in "DACS" for epoch in range(1, 5)]
     assert found.accuracies == {variant: curve[-1] for variant, curve in found.curves.items()}
     assert found.sparsity == pytest.approx(0.7 * 0.982, abs=0.005)
@@ -35,25 +35,27 @@ def test_four_networks() -> None:
     assert set(rates["C"]) == set(rates["S"]) == {found.sparsity}
     assert found.accuracies["D"] > 0.7
     assert min(found.accuracies.values()) > 0.5
-    again = compare(nets.mlp, *data(), Recipe(4, 32, 0.02), alpha=0.7, gamma=0.5)
+    again = compare(nets.mlp, *data(), TrainingRecipe(4, 32, 0.02), alpha=0.7, gamma=0.5)
     assert again.curves == found.curves
-    one = compare(nets.mlp, *data(), Recipe(2, 32, 0.02), "rigl", 0.5, variants="A", frequency=1)
+    one = compare(nets.mlp, *data(), TrainingRecipe(2, 32, 0.02), "rigl", 0.5, variants="A", frequency=1)
     assert list(one.curves) == ["A"]
     assert one.sparsity == pytest.approx(0.5, abs=0.01)
-    dense = compare(nets.mlp, *data(), Recipe(4, 32, 0.02), variants="D")
+    dense = compare(nets.mlp, *data(), TrainingRecipe(4, 32, 0.02), variants="D")
     assert dense.curves["D"] == found.curves["D"]
 
 
 def test_rates_are_never_negative() -> None:
     for kind in ("constant", "cosine", "quarter"):
         for epochs in (1, 7, 160):
-            recipe = Recipe(epochs=epochs, lr=1.0, rates=kind)
+            recipe = TrainingRecipe(epochs=epochs, lr=1.0, rates=kind)
             curve = [recipe.rate(epoch) for epoch in range(1, epochs + 1)]
             assert min(curve) > 0
             assert curve == sorted(curve, reverse=True)
-    quarter = Recipe(epochs=160, lr=1.0, rates="quarter")
+    quarter = TrainingRecipe(epochs=160, lr=1.0, rates="quarter")
     assert quarter.rate(160) == pytest.approx(0.0888, abs=1e-4)
-    assert Recipe(epochs=160, lr=1.0, rates="cosine", delta=0.02).rate(160) == pytest.approx(0.0009, abs=1e-4)
+    assert TrainingRecipe(epochs=160, lr=1.0, rates="cosine", delta=0.02).rate(160) == pytest.approx(
+        0.0009, abs=1e-4
+    )
 
 
 def test_accuracy_leaves_the_mode_alone() -> None:
@@ -67,9 +69,9 @@ def test_accuracy_leaves_the_mode_alone() -> None:
 def test_refusals() -> None:
     for change in ({"epochs": 0}, {"batch": 0}, {"lr": 0.0}, {"optimizer": "lion"}, {"rates": "step"}):
         with pytest.raises(ValueError, match=next(iter(change))):
-            Recipe(**change)  # type: ignore[arg-type]
+            TrainingRecipe(**change)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="variants='DX'"):
-        compare(nets.mlp, *data(), Recipe(), variants="DX")
+        compare(nets.mlp, *data(), TrainingRecipe(), variants="DX")
 
 
 @pytest.mark.parametrize(

@@ -259,7 +259,7 @@ def paths_of(x: Dual) -> Tensor:
     return torch.zeros_like(x.value) if x.paths is None else x.paths
 
 
-def settle(setting: Setting, value: Tensor, paths: Tensor | None) -> Dual:
+def finished(setting: Setting, value: Tensor, paths: Tensor | None) -> Dual:
     """Round the value, and the paths unless they are counted; only a weight's value keeps its gradient."""
     if paths is not None or not value.requires_grad:
         value = (value.detach() > 0.5).to(setting.dtype)
@@ -273,7 +273,7 @@ def settle(setting: Setting, value: Tensor, paths: Tensor | None) -> Dual:
 def linear_map(setting: Setting, x: Any, function: Callable[[Tensor], Tensor]) -> Dual:
     """A map whose coefficients are non-negative integers."""
     x = dual(setting, x)
-    return settle(setting, function(x.value), None if x.paths is None else function(x.paths))
+    return finished(setting, function(x.value), None if x.paths is None else function(x.paths))
 
 
 def total(setting: Setting, *terms: Any) -> Dual:
@@ -282,7 +282,7 @@ def total(setting: Setting, *terms: Any) -> Dual:
     value = sum((term.value for term in duals[1:]), duals[0].value)
     live = [term.paths for term in duals if term.paths is not None]
     paths = sum(live, torch.zeros_like(value)) if live else None
-    return settle(setting, value, paths)
+    return finished(setting, value, paths)
 
 
 def product(setting: Setting, function: Callable[..., Tensor], *factors: Any) -> Dual:
@@ -296,12 +296,12 @@ def product(setting: Setting, function: Callable[..., Tensor], *factors: Any) ->
             term = function(*values[:place], factor.paths, *values[place + 1 :])
             paths = term if paths is None else paths + term
     value = function(*(values if derived else [value.detach() for value in values]))
-    return settle(setting, value, paths)
+    return finished(setting, value, paths)
 
 
 def scaled(setting: Setting, x: Any, y: Any) -> Dual:
     """Elementwise product. A weight keeps its gradient under a scale."""
     x, y = dual(setting, x), dual(setting, y)
     if x.paths is None and y.paths is None:
-        return settle(setting, x.value * y.value, None)
+        return finished(setting, x.value * y.value, None)
     return product(setting, torch.mul, x, y)

@@ -16,12 +16,12 @@ from oracle_rules.duals import (
     UnknownOpError,
     constant,
     dual,
+    finished,
     linear_map,
     never_zero,
     paths_of,
     rule,
     scaled,
-    settle,
     total,
 )
 from oracle_rules.moves import move
@@ -222,7 +222,7 @@ def _where(setting: Setting, condition: Tensor, input: Any, other: Any) -> Dual:
     x, y = dual(setting, input), dual(setting, other)
     live = x.paths is not None or y.paths is not None
     paths = torch.where(condition, paths_of(x), paths_of(y)) if live else None
-    return settle(setting, torch.where(condition, x.value, y.value), paths)
+    return finished(setting, torch.where(condition, x.value, y.value), paths)
 
 
 @rule("zeros_like", "empty_like", "new_zeros", "new_empty")

@@ -3,7 +3,7 @@
 In: a model and its inputs. Out: a graph that does what the model does in either mode. The model is traced in
 evaluation, and once more in training, with a larger batch and in another precision. Where the two traces
 agree, they hold for all of that. Where they do not, each change is tried alone, and the place that
-depends on it is settled: a constant is chosen by a :class:`ModeSwitch`, a module stays whole, two
+depends on it is resolved: a constant is chosen by a :class:`ModeSwitch`, a module stays whole, two
 branches of the model itself are merged.
 """
 
@@ -30,7 +30,7 @@ from fxprune.capture.tracer.meta_values import Shadows, map_structure
 from fxprune.capture.tracer.tape import DtypeOf
 from fxprune.capture.tracer.trace import Trace, remove_dead_code, trace
 
-__all__ = ["Faithful", "faithful_graph", "settle_types"]
+__all__ = ["Faithful", "faithful_graph", "resolve_types"]
 
 OTHER_TYPE = {
     torch.float32: torch.float64,
@@ -94,13 +94,13 @@ class _Search:
             probe = self.attempt(training=True, batch=True, types=True)
             found = compare(base, probe) if probe else Differences({""})
             if not found:
-                settle_types(base, found)
+                resolve_types(base, found)
                 return self.finish(base, Switches(self.model), found)
-            result = self.settle(base, found)
+            result = self.resolve(base, found)
             if result is not None:
                 return result
 
-    def settle(self, base: Trace, together: Differences) -> Faithful | None:
+    def resolve(self, base: Trace, together: Differences) -> Faithful | None:
         """Each change alone; None if another module has to stay whole and all starts again."""
         training = self.attempt(training=True)
         if training:
@@ -117,7 +117,7 @@ class _Search:
             return None
         if not modes.modules and modes.constants == together.constants and not together.modules:
             # The mode alone explains all of it: the other changes changed nothing.
-            settle_types(base, together)
+            resolve_types(base, together)
         else:
             together = self.fixed_batch(base)
             if self.keep_whole(dict.fromkeys(together.places - {""}, COUNTS_BATCH)):
@@ -128,7 +128,7 @@ class _Search:
                 return None
             if "" in types.modules:
                 self.notes.setdefault("", "it does something else in other types; the graph holds for these")
-            settle_types(base, types)
+            resolve_types(base, types)
         switches = Switches(self.model)
         if training and modes.modules:
             merge(self.model, base, training, switches)
@@ -298,7 +298,7 @@ def _batch_size(inputs: Any) -> int | None:
     return sizes[0] if sizes else None
 
 
-def settle_types(base: Trace, found: Differences) -> None:
+def resolve_types(base: Trace, found: Differences) -> None:
     """Types among the arguments become nodes where they follow the inputs' precision, constants elsewhere.
 
     ``found`` compares ``base`` with a trace in another precision: what is a constant there is one here.
@@ -316,7 +316,7 @@ def settle_types(base: Trace, found: Differences) -> None:
             continue
         follows = iter(followers.get(node, ()))
 
-        def settled(item: Any, node: fx.Node = node, follows: Any = follows) -> Any:
+        def resolved(item: Any, node: fx.Node = node, follows: Any = follows) -> Any:
             follow = next(follows, False) if isinstance(item, DtypeOf | torch.dtype) else False
             if not isinstance(item, DtypeOf):
                 return item
@@ -327,7 +327,7 @@ def settle_types(base: Trace, found: Differences) -> None:
             made.meta["val"] = item.dtype
             return made
 
-        node.args, node.kwargs = map_aggregate(node.args, settled), map_aggregate(node.kwargs, settled)
+        node.args, node.kwargs = map_aggregate(node.args, resolved), map_aggregate(node.kwargs, resolved)
 
 
 def _types(node: fx.Node) -> list[Any]:

@@ -24,11 +24,11 @@ from fxprune.capture.tracer.patches import replaced
 from fxprune.capture.tracer.recorder import Recorder
 from fxprune.capture.tracer.sample_values import needs_numbers
 
-__all__ = ["Caller", "Setting"]
+__all__ = ["CallSettings", "Caller"]
 
 
 @dataclass(frozen=True)
-class Setting:
+class CallSettings:
     """Hold the settings of the calls of one trace.
 
     ``whole`` names the modules not to enter; ``left_out`` are hooks that are not run; ``reasons`` gets the
@@ -44,7 +44,7 @@ class Setting:
 class Caller:
     """Calls the modules of ``root``."""
 
-    def __init__(self, recorder: Recorder, root: nn.Module, setting: Setting) -> None:
+    def __init__(self, recorder: Recorder, root: nn.Module, setting: CallSettings) -> None:
         self.recorder, self.root, self.setting = recorder, root, setting
         self.hooks = HookCalls(recorder, root, setting.left_out)
         self.paths: dict[int, str] = {}

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from fxprune.capture.hooks import Hook
 from fxprune.capture.tracer.isolation import Changes, ModelState, rng_state
 from fxprune.capture.tracer.meta_values import Shadows
-from fxprune.capture.tracer.module_calls import Caller, Setting
+from fxprune.capture.tracer.module_calls import Caller, CallSettings
 from fxprune.capture.tracer.patches import patched_functions, replaced
 from fxprune.capture.tracer.recorder import Recorder
 from fxprune.capture.tracer.spelling import is_pure
@@ -70,17 +70,17 @@ def trace(
     changes = Changes()
     state = state or ModelState(model)
 
-    def run(setting: Setting) -> Trace:
+    def run(setting: CallSettings) -> Trace:
         return copy_context().run(_run, model, args, kwargs, setting, shadows, state)
 
     with state.restored(changes, shadows.written):
         _set_training(model, training)
         if rehearsed:
-            run(Setting(whole, left_out))
+            run(CallSettings(whole, left_out))
         before = rng_state()
-        result = run(Setting(whole, left_out))
+        result = run(CallSettings(whole, left_out))
         if rng_state() != before:
-            result = run(Setting(whole, left_out, watching=True))
+            result = run(CallSettings(whole, left_out, watching=True))
     leaves = {str(node.target) for node in result.graph.nodes if node.op == "call_module"}
     result.hook_writes = changes.hooks
     for path, name in changes.attributes.items():
@@ -94,7 +94,7 @@ def _run(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    setting: Setting,
+    setting: CallSettings,
     shadows: Shadows,
     state: ModelState,
 ) -> Trace:
@@ -115,7 +115,7 @@ def _run(
 def shapes_only(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Evaluate the model in shapes, unrecorded: raises what it says itself to these inputs."""
     recorder, state = _recorder(model, Shadows(model)), ModelState(model)
-    caller = Caller(recorder, model, Setting())
+    caller = Caller(recorder, model, CallSettings())
     with ExitStack() as stack:
         stack.enter_context(state.restored(Changes()))
         _set_training(model, False)

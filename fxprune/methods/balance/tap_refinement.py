@@ -28,7 +28,7 @@ STAY_BONUS, COVER_BONUS = 1e-9, 1e9
 
 
 @dataclass
-class _Evaluation:
+class _Candidate:
     """Masks with their figures and d ln R / d weight, at spatial resolution."""
 
     masks: Masks
@@ -67,7 +67,7 @@ class TapRefinement:
                 break
         return state.masks
 
-    def _evaluate(self, masks: Masks) -> _Evaluation:
+    def _evaluate(self, masks: Masks) -> _Candidate:
         edges = {name: mask.double() for name, mask in {**self.fixed, **masks}.items()}
         found = flow(self.graph, edges, dtype=torch.float64)
         nodes = kernels = 0
@@ -75,16 +75,16 @@ class TapRefinement:
             effective = count_per_kernel(mask & (found.gradients[name] > 0)) > 0
             nodes += int(count_nodes(self.graph.kernels[name], effective))
             kernels += int(effective.sum())
-        return _Evaluation(masks, Figures(found.log_total, nodes, kernels), found.gradients)
+        return _Candidate(masks, Figures(found.log_total, nodes, kernels), found.gradients)
 
-    def _better_of(self, state: _Evaluation, change: Masks) -> _Evaluation:
+    def _better_of(self, state: _Candidate, change: Masks) -> _Candidate:
         """Return the state with some masks changed, if that is better by the target, else the state."""
         if all(torch.equal(state.masks[name], mask) for name, mask in change.items()):
             return state
         trial = self._evaluate({**state.masks, **change})
         return trial if self.target.value(trial.figures) > self.target.value(state.figures) else state
 
-    def _move_taps(self, state: _Evaluation) -> Masks:
+    def _move_taps(self, state: _Candidate) -> Masks:
         """Return masks of as many weights in every kernel, on the taps of the highest gradient."""
         return {
             name: take_best_taps(state.gradients[name], count_per_kernel(mask), self.usable[name])
@@ -92,7 +92,7 @@ class TapRefinement:
             if mask.dim() > 2
         }
 
-    def _rewrite_layer(self, state: _Evaluation, name: str) -> Tensor:
+    def _rewrite_layer(self, state: _Candidate, name: str) -> Tensor:
         """Return the mask of the highest gradients that keeps the layer's effective channels in use.
 
         R is linear in the layer's weights, so that this is the mask of most paths, but for the cover.

@@ -9,7 +9,7 @@ from torch import Size, Tensor
 
 from fxprune.methods.dpai.outer_factors import OuterFactors
 
-__all__ = ["Block", "BlockPart", "allocate_block", "split_units"]
+__all__ = ["BlockPart", "KernelBlock", "allocate_block", "split_units"]
 
 
 class BlockPart(NamedTuple):
@@ -29,7 +29,7 @@ class BlockPart(NamedTuple):
     node_factor: Tensor | None = None
 
 
-class Block(NamedTuple):
+class KernelBlock(NamedTuple):
     """Some consecutive units of a group, and the layers' parts of them."""
 
     units: slice
@@ -70,7 +70,7 @@ def allocate_block(
     units_of_row: Mapping[str, int],
     buffers: tuple[Tensor, Tensor],
     factors: OuterFactors,
-) -> Block:
+) -> KernelBlock:
     """Take the views of ``buffers`` (gradient, factor) and ``factors`` that the parts of a block need."""
     parts, start = [], 0
     for name, rows in layers:
@@ -88,4 +88,4 @@ def allocate_block(
             )
         parts.append(part)
         start += size
-    return Block(units, parts)
+    return KernelBlock(units, parts)

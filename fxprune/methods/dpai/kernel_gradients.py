@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.methods.dpai.kernel_blocks import Block, BlockPart, allocate_block, split_units
+from fxprune.methods.dpai.kernel_blocks import BlockPart, KernelBlock, allocate_block, split_units
 from fxprune.methods.dpai.objective import (
     BLOCK,
     PRUNED_COUNT,
@@ -115,7 +115,7 @@ class KernelGradients:
         most = max(units.stop - units.start for blocks in split for units, _ in blocks)
         self._gradient, self._factor = (torch.empty(most, device=self.device) for _ in range(2))
         buffers = self._gradient, self._factor
-        self._blocks: list[list[Block]] = [
+        self._blocks: list[list[KernelBlock]] = [
             [allocate_block(units, layers, units_of_row, buffers, self._factors) for units, layers in blocks]
             for blocks in split
         ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxprune.paths.circuit.linear_maps import coefficients
-from fxprune.paths.circuit.parts import Entries
+from fxprune.paths.circuit.parts import SparseMatrix
 
 __all__ = ["CoefficientTransition", "Draw", "Members", "RowSampler", "Transition", "transition_of"]
 
@@ -71,7 +71,7 @@ class RowSampler:
 class CoefficientTransition:
     """The transition of an op without weights: proportional to the op's own coefficients."""
 
-    def __init__(self, entries: Entries, inputs: int, outputs: int) -> None:
+    def __init__(self, entries: SparseMatrix, inputs: int, outputs: int) -> None:
         self.entries, self.inputs, self.outputs = entries, inputs, outputs
         self._index()
 
@@ -103,7 +103,7 @@ class CoefficientTransition:
     def restrict(self, inputs: Tensor, outputs: Tensor) -> None:
         used = inputs[self.entries.into] & outputs[self.entries.out]
         if not bool(used.all()):
-            self.entries = Entries(*(part[used] for part in self.entries))
+            self.entries = SparseMatrix(*(part[used] for part in self.entries))
             self._index()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fxprune.paths.circuit.parts import Entries, Function
+from fxprune.paths.circuit.parts import Function, SparseMatrix
 
 __all__ = ["coefficients", "matrices", "picked"]
 
@@ -35,7 +35,7 @@ def picked(probe: Tensor, result: Tensor) -> tuple[Tensor | None, float] | None:
 
 def matrices(
     sizes: Sequence[int], function: Function, dtype: torch.dtype
-) -> tuple[tuple[Entries, ...], int] | None:
+) -> tuple[tuple[SparseMatrix, ...], int] | None:
     """The matrix of a linear function for each of its inputs, and their common height.
 
     None where some matrix has more than ``PROBED`` rows and columns.
@@ -44,7 +44,7 @@ def matrices(
     height = function(zeros).numel()
     if any(min(size, height) > PROBED for size in sizes):
         return None
-    found: list[Entries] = []
+    found: list[SparseMatrix] = []
     for place, size in enumerate(sizes):
 
         def of_one(x: Tensor, place: int = place) -> Tensor:
@@ -52,11 +52,11 @@ def matrices(
 
         matrix = _columns(of_one, size) if size <= height else _rows(*_recorded(of_one, (size,)), 0, height)
         out, into = matrix.nonzero(as_tuple=True)
-        found.append(Entries(out, into, matrix[out, into].to(dtype)))
+        found.append(SparseMatrix(out, into, matrix[out, into].to(dtype)))
     return tuple(found), height
 
 
-def coefficients(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> tuple[Entries, int]:
+def coefficients(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> tuple[SparseMatrix, int]:
     """The non-zero coefficients of a linear function of a tensor of ``shape``, and the size of its result.
 
     Most ops move entries: each output has one input (a gather, a broadcast), or each input one output (a
@@ -81,11 +81,11 @@ def coefficients(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -
     counts, partner = _only_partner(run, inputs, generator)
     if partner is not None:
         used = counts > 0
-        return Entries(used.nonzero().flatten(), partner[used], counts[used]), outputs
+        return SparseMatrix(used.nonzero().flatten(), partner[used], counts[used]), outputs
     counts, partner = _only_partner(transposed, outputs, generator)
     if partner is not None:
         used = counts > 0
-        return Entries(partner[used], used.nonzero().flatten(), counts[used]), outputs
+        return SparseMatrix(partner[used], used.nonzero().flatten(), counts[used]), outputs
     if inputs * outputs > DENSE_LIMIT:
         raise ValueError(f"an op has {inputs} x {outputs} channels and positions: too many for walks")
     parts = []
@@ -94,7 +94,7 @@ def coefficients(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -
         rows = _rows(x, y, start, min(start + step, outputs))
         row, column = rows.nonzero(as_tuple=True)
         parts.append((row + start, column, rows[row, column]))
-    return Entries(*(torch.cat(column) for column in zip(*parts, strict=True))), outputs
+    return SparseMatrix(*(torch.cat(column) for column in zip(*parts, strict=True))), outputs
 
 
 def _only_partner(

@@ -16,13 +16,13 @@ from torch import Tensor
 __all__ = [
     "Closure",
     "Contraction",
-    "Entries",
     "Function",
     "Kept",
     "Part",
     "Presence",
     "PresenceFunction",
     "Sparse",
+    "SparseMatrix",
     "Wire",
 ]
 
@@ -67,7 +67,7 @@ class Wire:
         return found
 
 
-class Entries(NamedTuple):
+class SparseMatrix(NamedTuple):
     """A sparse matrix: ``value[k]`` at row ``out[k]`` and column ``into[k]``."""
 
     out: Tensor
@@ -81,13 +81,13 @@ class Sparse:
 
     output: int
     inputs: tuple[int, ...]
-    matrices: tuple[Entries, ...]
+    matrices: tuple[SparseMatrix, ...]
     size: int
     gains: tuple[float, ...] = ()
 
     def move(self, device: torch.device) -> None:
         """Move to another device, in place."""
-        self.matrices = tuple(Entries(*(x.to(device) for x in entries)) for entries in self.matrices)
+        self.matrices = tuple(SparseMatrix(*(x.to(device) for x in entries)) for entries in self.matrices)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """The output."""
