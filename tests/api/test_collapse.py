@@ -173,3 +173,19 @@ def test_repair_is_deterministic_and_leaves_sound_masks_alone() -> None:
         fxprune.apply(conv_net(), "synflow", 0.5, example_inputs=X, rounds=3, on_collapse="repair")
     )
     assert all(torch.equal(mask, asked[name]) for name, mask in plain.items())
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+
+
+def test_repair_takes_as_little_as_one_path() -> None:
+    def first_layer_alone(problem: Problem) -> dict[str, torch.Tensor]:
+        masks = {name: torch.zeros_like(mask) for name, mask in problem.masks.items()}
+        masks["0.weight"][0] = True
+        return masks
+
+    method = fxprune.Method("first_layer_alone", first_layer_alone, scored=False)
+    pruned = fxprune.apply(two_layers(), method, 0.75, example_inputs=torch.ones(1, 2), on_collapse="repair")
+    assert [int(mask.sum()) for mask in fxprune.masks(pruned).values()] == [1, 1]
+    assert fxprune.analyze(pruned).effective_params == 2

@@ -168,3 +168,10 @@ def test_a_number_written_into_a_tensor_copies_no_entry() -> None:
         "x0[o0, o1 - 1] for o1 in 1:5; constant elsewhere",
         "x0[o0, o1] for o1 in 0:5; constant elsewhere",
     ]
+
+
+def test_zeros_and_constants_side_by_side_are_told_apart() -> None:
+    move = of(F.pad, PREVIOUS, [1, 0]).then(F.pad, PREVIOUS, [0, 1], value=1.0)
+    found = index_map(move, (2, 3))
+    x = torch.randn(2, 3)
+    assert torch.equal(found.apply(x), move(x))

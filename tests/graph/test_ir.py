@@ -160,3 +160,9 @@ def test_every_node_that_yields_a_tensor_has_a_value(name: str) -> None:
 def fx_leaves(val: Any) -> list[Any]:
     leaves: list[Any] = pytree.tree_leaves(val)
     return leaves
+
+
+def test_a_node_that_is_not_there_is_named() -> None:
+    _, graph = lowered(nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2))
+    with pytest.raises(KeyError, match=r"'nothing' is not in the graph or yields no tensor"):
+        graph.value_of("nothing")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.rewrite.files.tickets import masked, neutralise
+from fxprune.rewrite.files.tickets import kept_values, masked, neutralise
 
 
 def test_biases_and_vectors_become_neutral_and_all_else_stays() -> None:
@@ -37,3 +37,8 @@ def test_a_tied_parameter_is_listed_once() -> None:
     net[1].weight = net[0].weight
     fxprune.set_masks(net, {"0.weight": torch.eye(3, dtype=torch.bool)})
     assert [name for name, _, _ in masked(net)] == ["0.weight"]
+
+
+def test_values_are_read_under_the_mask_and_not_from_the_storage() -> None:
+    weight, mask = torch.tensor([[1.0, -2.0], [3.0, -4.0]]), torch.tensor([[True, False], [False, True]])
+    assert kept_values(weight, mask).tolist() == [[1.0, 0.0], [0.0, -4.0]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.rewrite.masking.operand_probe import UnfollowableError, moves_zeros, private_twin
+from fxprune.rewrite.masking.operand_probe import UnfollowableError, example_input, moves_zeros, private_twin
 
 SHAPE = torch.Size((4, 6))
 
@@ -27,3 +27,10 @@ def test_a_twin_of_a_module_without_values_has_ones() -> None:
     twin = private_twin(nn.BatchNorm1d(3, device="meta"), torch.float64)
     for name, tensor in twin.state_dict().items():
         assert bool((tensor == 1).all()), name
+
+
+def test_an_input_of_a_convolution_is_longer_than_its_kernel_reaches() -> None:
+    layer = nn.Conv2d(2, 3, (5, 1), dilation=(2, 1))
+    (x,) = example_input(layer, layer.weight, margin=2)
+    assert x.shape == (2, 2, 11, 3)
+    assert layer(x).shape[2:] == (3, 3)
