@@ -255,7 +255,9 @@ def run(count: int = 300, seed: int = 0) -> None:
         site = sites(ast.parse((ROOT / file).read_text(encoding="utf-8")))[number]
         before, after = put(site)
         tests = tests_for(file, site[0], notes)
-        result, by = verdict(file, number, tests) if tests else ("survived", "no test runs the line")
+        result, by = (
+            verdict(file, number, tests) if tests else ("survived", "no test in the map runs the line")
+        )
         entry = {"mutant": mutant, "file": file, "line": site[0], "before": before, "after": after,
                  "verdict": result, "by": by, "tests": len(tests), "commit": commit}  # fmt: skip
         print(json.dumps(entry), flush=True)
@@ -281,7 +283,9 @@ def table() -> None:
     page = [
         "# Mutants\n",
         "`benchmarks/mutants.py` changes one place at a time and runs the tests that run the line.",
-        f"{len(entries)} mutants, drawn by seed at {commits}. A test that was added for a mutant is named.\n",
+        f"{len(entries)} mutants, drawn by seed at {commits}. The map of tests to lines is not of the whole",
+        "suite, and a mutant gets the quickest tests that run its line, for some seconds: what survived was",
+        "not killed by those.\n",
         "| room | killed | equivalent | survived |",
         "|---|---|---|---|",
         *rows,
