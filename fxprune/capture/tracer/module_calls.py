@@ -112,7 +112,7 @@ class Caller:
 
     def inside(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tape = self.recorder.tape
-        mark, before = tape.checkpoint(), self.rng_state()
+        start, before = tape.checkpoint(), self.rng_state()
         try:
             with ExitStack() as stack:
                 if module is not self.root:
@@ -123,7 +123,7 @@ class Caller:
                 raise CaptureError("its forward draws random numbers outside PyTorch, which a graph cannot")
             return result
         except TRACE_ERRORS:
-            tape.rollback(mark)
+            tape.rollback(start)
             raise
 
     def without_methods(

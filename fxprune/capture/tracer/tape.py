@@ -354,18 +354,18 @@ class Tape:
         last = next(iter(reversed(self.graph.nodes)), None)
         return last, len(self._undo), len(self.scope.entries), len(self.decisions)
 
-    def rollback(self, mark: tuple[fx.Node | None, int, int, int]) -> None:
-        """Forget what was recorded since ``checkpoint`` returned ``mark``."""
+    def rollback(self, start: tuple[fx.Node | None, int, int, int]) -> None:
+        """Forget what was recorded since ``checkpoint`` returned ``start``."""
         for node in list(reversed(self.graph.nodes)):
-            if node is mark[0]:
+            if node is start[0]:
                 break
             self.graph.erase_node(node)
-        for key, before in reversed(self._undo[mark[1] :]):
+        for key, before in reversed(self._undo[start[1] :]):
             if before is None:
                 del self._nodes[key]
             else:
                 self._nodes[key] = before
-        del self._undo[mark[1] :], self.scope.entries[mark[2] :], self.decisions[mark[3] :]
+        del self._undo[start[1] :], self.scope.entries[start[2] :], self.decisions[start[3] :]
         self._sizes.clear()
 
 

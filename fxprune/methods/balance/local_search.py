@@ -161,10 +161,10 @@ class LocalSearch:
         counts = {**self.fixed, **self.counts}
         run = self.circuit.run(counts)
         # In float32, branches with far fewer paths than others may have no slopes left.
-        marks = self.circuit.on_paths(counts) if self.circuit.dtype == torch.float32 else run
-        nodes, kernels = self._count_simple(marks)
+        on_paths = self.circuit.on_paths(counts) if self.circuit.dtype == torch.float32 else run
+        nodes, kernels = self._count_simple(on_paths)
         for name in self._uses.keys() - self._simple.keys():
-            effective = (self._gain(marks, name) > 0) & (self.counts[name] > 0)
+            effective = (self._gain(on_paths, name) > 0) & (self.counts[name] > 0)
             nodes[name] = int(count_nodes(self.circuit.kernels[name], effective))
             kernels[name] = int(effective.sum())
         return _Evaluation(
@@ -174,7 +174,7 @@ class LocalSearch:
             spare_weights={name: self._weights[name] - kernels[name] for name in self.counts},
         )
 
-    def _count_simple(self, marks: Pass) -> tuple[dict[str, int], dict[str, int]]:
+    def _count_simple(self, on_paths: Pass) -> tuple[dict[str, int], dict[str, int]]:
         """Count effective nodes and kernels of the simple layers.
 
         The kernel (o, i) is effective if slope[o] > 0, count[o, i] > 0 and x[i] > 0; so the effective kernels
@@ -182,8 +182,8 @@ class LocalSearch:
         """
         if not self._simple:
             return {}, {}
-        is_reached = torch.cat([marks.x[place] for place in self._simple.values()]).gt(0).float().numpy()
-        is_passed = torch.cat([marks.slope[place] for place in self._simple.values()]).gt(0).numpy()
+        is_reached = torch.cat([on_paths.x[place] for place in self._simple.values()]).gt(0).float().numpy()
+        is_passed = torch.cat([on_paths.slope[place] for place in self._simple.values()]).gt(0).numpy()
         into_output = np.empty(len(is_passed), dtype=np.float32)
         for name, (start, end), (first, last) in zip(self._simple, self._inputs, self._outputs, strict=True):
             count = self.counts[name]

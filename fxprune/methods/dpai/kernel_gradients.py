@@ -267,28 +267,28 @@ class KernelGradients:
         if self._log_paths == -math.inf:
             return Figures(-math.inf, 0, 0)
         # Ones and zeros for paths: numbers of branches with far fewer paths than others may underflow.
-        marks = self.circuit.on_paths({**self.counts, **self.kept_lists})
-        totals = [self._count_indexed(marks, name) for name in self.kept_lists]
+        on_paths = self.circuit.on_paths({**self.counts, **self.kept_lists})
+        totals = [self._count_indexed(on_paths, name) for name in self.kept_lists]
         parts = (part for blocks in self._blocks for block in blocks for part in block.parts)
-        totals += [self._count_part(marks, part) for part in parts if part.name not in self.kept_lists]
+        totals += [self._count_part(on_paths, part) for part in parts if part.name not in self.kept_lists]
         nodes, kernels = torch.stack([torch.stack(pair) for pair in totals]).sum(0).tolist()
         return Figures(self._log_paths, nodes, kernels)
 
-    def _count_indexed(self, marks: Pass, name: str) -> tuple[Tensor, Tensor]:
+    def _count_indexed(self, on_paths: Pass, name: str) -> tuple[Tensor, Tensor]:
         """Count the effective nodes and kernels of a layer whose mask is a list of indices."""
         listed = self.kept_lists[name]
-        slope, x = self._factors.by_position(marks, name)
+        slope, x = self._factors.by_position(on_paths, name)
         effective = (slope[:, listed.out] * x[:, listed.into]).amax(0) > 0
         nodes = torch.zeros(listed.shape[0]).index_fill_(0, listed.out[effective], 1.0).sum().long()
         return nodes, effective.sum()
 
-    def _count_part(self, marks: Pass, part: BlockPart) -> tuple[Tensor, Tensor]:
+    def _count_part(self, on_paths: Pass, part: BlockPart) -> tuple[Tensor, Tensor]:
         """Count the effective nodes and kernels of one layer in a block."""
         counts = self.counts[part.name]
         if part.slope is None:
-            effective = (self._path_gradient(marks, part.name) > 0) & (counts > 0)
+            effective = (self._path_gradient(on_paths, part.name) > 0) & (counts > 0)
             return count_nodes(self.kernels[part.name], effective), effective.sum()
-        slope, x = self._factors.by_position(marks, part.name)
+        slope, x = self._factors.by_position(on_paths, part.name)
         effective = torch.mm(slope[:, part.rows].t(), x) > 0
         effective &= counts[part.rows] > 0
         return effective.any(1).sum(), effective.sum()
