@@ -4,8 +4,12 @@ module."""
 import copy
 import functools
 import pickle
+from collections import UserDict, UserList, defaultdict, deque
 from collections.abc import Callable
+from queue import Queue
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import timm
@@ -228,6 +232,39 @@ def test_an_observer_that_the_graph_cannot_run_is_named() -> None:
         gm = capture(model, EXAMPLE)
     gm(torch.randn(2, 3, 8, 8))
     assert not log.seen
+
+
+GLOBAL: list[Any] = []
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        [], {}, set(), deque(), defaultdict(list), UserList(), UserDict(), WeakKeyDictionary(), Queue(),
+        SimpleNamespace(seen=None), GLOBAL,
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:capture")
+def test_nothing_of_a_trace_is_left_in_a_store(store: Any) -> None:
+    def keep(module: nn.Module, args: Any, out: Any) -> None:
+        for method in ("append", "add", "put"):
+            if hasattr(store, method):
+                getattr(store, method)(out)
+        if isinstance(store, SimpleNamespace):
+            store.seen = out
+        elif hasattr(store, "items"):
+            store[module] = out
+
+    def count() -> int:
+        return len(store.queue) if isinstance(store, Queue) else len(store)
+
+    model = Net()
+    model.stem.register_forward_hook(keep)
+    model.body.register_forward_hook(keep)
+    capture(model, EXAMPLE)
+    assert store.seen is None if isinstance(store, SimpleNamespace) else count() == 0
+    model(torch.randn(2, 3, 8, 8))
+    assert store.seen is not None if isinstance(store, SimpleNamespace) else count() == 2
 
 
 def test_a_hook_that_keeps_nothing_gives_no_warning() -> None:

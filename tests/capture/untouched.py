@@ -4,7 +4,7 @@ import gc
 import random
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy
@@ -89,18 +89,41 @@ def assert_untouched(
             assert all(torch.equal(a, b) or (a != a).any() for a, b in zip(got, want, strict=True))
 
 
-def assert_captured_untouched(model: nn.Module, inputs: dict[str, Any] | tuple[Any, ...]) -> None:
-    """State, modes and random numbers are as before, and nothing shape-only is left."""
+def assert_untouched_before_and_after_a_run(
+    build: Callable[[], nn.Module], inputs: dict[str, Any] | tuple[Any, ...]
+) -> None:
+    """A model captured when fresh computes what one does that was never captured; a run changes no graph."""
+    seed()
+    twin = build()
+    wanted = [outputs(twin, inputs, training=training) for training in (False, True)]
+    seed()
+    model = build()
+    fresh = assert_captured_untouched(model, inputs)
+    for training, want in zip((False, True), wanted, strict=True):
+        got = outputs(model, inputs, training=training)
+        assert len(got) == len(want)
+        assert all(torch.equal(a, b) or (a != a).any() for a, b in zip(got, want, strict=True))
+    assert assert_captured_untouched(model, inputs) == fresh
+
+
+def assert_captured_untouched(model: nn.Module, inputs: dict[str, Any] | tuple[Any, ...]) -> str:
+    """State, modes and random numbers are as before, and nothing shape-only is left.
+
+    Returns the code of the graph, or the error of a model that is refused.
+    """
     seed()
     modes = [module.training for module in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
     draws = random_states()
     with warnings.catch_warnings(), nothing_shape_only_left():
         warnings.simplefilter("ignore")
-        with suppress(CaptureError):
-            capture(model, inputs)
+        try:
+            code = capture(model, inputs).code
+        except CaptureError as error:
+            code = str(error)
     assert random_states() == draws
     assert [module.training for module in model.modules()] == modes
     now = model.state_dict()
     assert list(now) == list(state)
     assert all(torch.equal(now[name], value) for name, value in state.items())
+    return code

@@ -25,6 +25,8 @@ from fxprune.capture.tracer.snapshots import Globals, plain_dict
 __all__ = ["ATOMS", "CACHED", "TABLES", "Place", "Reachable"]
 
 LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "fxprune", "functorch", "triton"}
+WRAPPERS = ("collections", "queue", "weakref")
+"""The modules of the standard library whose classes hold a collection of Python's own in an attribute."""
 TABLES = ("_parameters", "_buffers", "_modules")
 CACHED = functools._lru_cache_wrapper
 SPECIAL = (CACHED, torch.jit.ScriptFunction)
@@ -229,7 +231,8 @@ def _has_attributes(value: Any) -> bool:
     kind = type(value)
     if not isinstance(getattr(value, "__dict__", None), dict):
         return False
-    return _is_users(kind.__module__) or kind.__module__.startswith("torch.") or kind is SimpleNamespace
+    own = kind.__module__ in WRAPPERS or kind is SimpleNamespace
+    return own or _is_users(kind.__module__) or kind.__module__.startswith("torch.")
 
 
 def _is_numpy_generator(kind: type) -> bool:
