@@ -161,7 +161,7 @@ def mask2former() -> nn.Module:
             **{**SWIN, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]}, image_size=64,
             out_features=["stage1", "stage2", "stage3", "stage4"],
         ),
-        feature_size=16, mask_feature_size=16, hidden_dim=16, encoder_feedforward_dim=32, encoder_layers=1,
+        feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=32, encoder_layers=1,
         decoder_layers=2, num_attention_heads=2, dim_feedforward=32, num_queries=5,
     )  # fmt: skip
     return transformers.Mask2FormerForUniversalSegmentation(config)
