@@ -1,5 +1,6 @@
 """Check that capture leaves a model as it was: its results, its state, and all that its code can reach."""
 
+import copy
 import gc
 import random
 import warnings
@@ -91,25 +92,27 @@ def assert_untouched(
 
 def assert_untouched_before_and_after_a_run(
     build: Callable[[], nn.Module], inputs: dict[str, Any] | tuple[Any, ...]
-) -> None:
-    """A model captured when fresh computes what one does that was never captured; a run changes no graph."""
-    seed()
-    twin = build()
-    wanted = [outputs(twin, inputs, training=training) for training in (False, True)]
+) -> tuple[list[str], list[str]]:
+    """A model captured when fresh computes what one does that was never captured.
+
+    Returns the modules that the graph calls, of a model that was fresh and of one that has run.
+    """
     seed()
     model = build()
+    twin = copy.deepcopy(model)
+    wanted = [outputs(twin, inputs, training=training) for training in (False, True)]
     fresh = assert_captured_untouched(model, inputs)
     for training, want in zip((False, True), wanted, strict=True):
         got = outputs(model, inputs, training=training)
         assert len(got) == len(want)
         assert all(torch.equal(a, b) or (a != a).any() for a, b in zip(got, want, strict=True))
-    assert assert_captured_untouched(model, inputs) == fresh
+    return fresh, assert_captured_untouched(model, inputs)
 
 
-def assert_captured_untouched(model: nn.Module, inputs: dict[str, Any] | tuple[Any, ...]) -> str:
+def assert_captured_untouched(model: nn.Module, inputs: dict[str, Any] | tuple[Any, ...]) -> list[str]:
     """State, modes and random numbers are as before, and nothing shape-only is left.
 
-    Returns the code of the graph, or the error of a model that is refused.
+    Returns the modules that the graph calls, or the error of a model that is refused.
     """
     seed()
     modes = [module.training for module in model.modules()]
@@ -118,12 +121,14 @@ def assert_captured_untouched(model: nn.Module, inputs: dict[str, Any] | tuple[A
     with warnings.catch_warnings(), nothing_shape_only_left():
         warnings.simplefilter("ignore")
         try:
-            code = capture(model, inputs).code
+            graph = capture(model, inputs).graph
+            called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+            del graph
         except CaptureError as error:
-            code = str(error)
+            called = [str(error)]
     assert random_states() == draws
     assert [module.training for module in model.modules()] == modes
     now = model.state_dict()
     assert list(now) == list(state)
     assert all(torch.equal(now[name], value) for name, value in state.items())
-    return code
+    return called
