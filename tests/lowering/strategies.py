@@ -8,7 +8,7 @@ any list is a network, hypothesis shrinks it by leaving numbers out, and its rep
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -388,14 +388,14 @@ class Architecture:
     start: str
     blocks: tuple[int, ...]
 
-    def build(self) -> tuple[nn.Sequential, Tensor]:
-        """The network, in evaluation mode, and its example input (batch 2)."""
+    def build(self, menu: Mapping[int, tuple[type[Block], ...]] = MENU) -> tuple[nn.Sequential, Tensor]:
+        """The network, of blocks of ``menu``, in evaluation mode, and its example input (batch 2)."""
         torch.manual_seed(len(self.blocks))
         shape = STARTS[self.start]
         layers: list[nn.Module] = []
         for number in self.blocks:
             dice = random.Random(number)
-            block = dice.choice(MENU[len(shape)])(dice, shape).eval()
+            block = dice.choice(menu[len(shape)])(dice, shape).eval()
             with torch.no_grad():
                 after = tuple(block(torch.zeros(2, *shape)).shape[1:])
             if (len(after) == 3 and (after[0] > 12 or max(after[1:]) > 8)) or after[-1] > 16:
