@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fxprune.plot import plot_history
     from fxprune.rewrite import finalize, load_masks, save, set_masks, verify
     from fxprune.rewrite import read as masks
-    from fxprune.rewrite.compact import compact
+    from fxprune.rewrite.compact import compact, remap_optimizer
     from fxprune.rewrite.files.export import export
     from fxprune.rewrite.files.network import load
     from fxprune.training import Pruner, load_ticket, lottery
@@ -47,6 +47,7 @@ __all__ = [
     "lower",
     "masks",
     "plot_history",
+    "remap_optimizer",
     "save",
     "set_masks",
     "verify",
@@ -73,6 +74,7 @@ _HOMES = {
     "lower": "fxprune.lowering.lower",
     "masks": "fxprune.rewrite.read",
     "plot_history": "fxprune.plot.plot_history",
+    "remap_optimizer": "fxprune.rewrite.compact.remap_optimizer",
     "save": "fxprune.rewrite.save",
     "set_masks": "fxprune.rewrite.set_masks",
     "verify": "fxprune.rewrite.verify",

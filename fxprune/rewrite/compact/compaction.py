@@ -128,7 +128,7 @@ def _compact(
         gm, source, small, slices, opened=opened, masked=list(known), parameters=parameters
     )
     recipes = [*notes.get("recipes", ()), recipe]
-    table = tabulate(graph, cut, gm, small, found)
+    table = tabulate(graph, cut, gm, small, found, slices)
     small.meta["fxprune"] = {**notes, "compaction": table, "recipes": recipes}
     for name, module in small.named_modules():
         module.train(modes.get(name, modes[""]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -37,12 +37,14 @@ class Compaction:
     """Hold what :func:`fxprune.compact` did; ``print`` shows it as a table.
 
     ``parameters``: before and after, of the whole network. ``difference``: the largest difference of outputs,
-    over the largest output; ``None`` if it was not verified.
+    over the largest output; ``None`` if it was not verified. ``index_map``: by parameter or buffer that got
+    smaller, the flat places in the old tensor of the entries that are left, in the new shape.
     """
 
     layers: tuple[CompactedLayer, ...]
     parameters: tuple[int, int]
     difference: float | None = None
+    index_map: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def macs(self) -> tuple[int, int]:
@@ -78,7 +80,12 @@ class Compaction:
 
 
 def tabulate(
-    graph: ChannelGraph, cut: Cut, old: nn.Module, new: nn.Module, difference: float | None
+    graph: ChannelGraph,
+    cut: Cut,
+    old: nn.Module,
+    new: nn.Module,
+    difference: float | None,
+    index_map: dict[str, torch.Tensor],
 ) -> Compaction:
     """Return the table of what was cut."""
     sizes: Mapping[str, torch.Tensor] = dict(new.named_parameters(remove_duplicate=False))
@@ -103,7 +110,7 @@ def tabulate(
                 int((stayed & ~back).sum()),
             )
         )
-    return Compaction(tuple(layers), (_count(old), _count(new)), difference)
+    return Compaction(tuple(layers), (_count(old), _count(new)), difference, index_map)
 
 
 def _count(model: nn.Module) -> int:

@@ -1,0 +1,84 @@
+"""Carry the state of an optimizer over to the parameters of a smaller network."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.rewrite.compact.table import Compaction
+
+__all__ = ["remap_optimizer"]
+
+
+def remap_optimizer(
+    optimizer: torch.optim.Optimizer, before: nn.Module, after: nn.Module
+) -> torch.optim.Optimizer:
+    """Return an optimizer of the parameters of ``after`` with what is left of the state of ``optimizer``.
+
+    Args:
+        optimizer: over parameters of ``before``; it is not changed.
+        before: the network that was compacted, by the names that its parameters have.
+        after: what :func:`fxprune.compact` made of it.
+
+    Returns:
+        An optimizer of the same class, with the same groups and options. State of a parameter's shape
+        (momenta) is sliced as the parameter was; biases that are new join the group of their weight.
+
+    Raises:
+        ValueError: ``after`` was not made by ``compact``, or the optimizer has a parameter that ``before``
+            lacks.
+
+    Example:
+        >>> import torch, fxprune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight[:5].zero_(), net[0].bias[:5].zero_()
+        >>> adam = torch.optim.Adam(net.parameters())
+        >>> net(torch.ones(1, 4)).sum().backward()
+        >>> adam.step()
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight[:5].zero_(), net[0].bias[:5].zero_()
+        >>> small = fxprune.compact(net, torch.ones(2, 4))
+        >>> smaller = fxprune.remap_optimizer(adam, net, small)
+        >>> smaller.state[small.get_parameter("0.weight")]["exp_avg"].shape
+        torch.Size([3, 4])
+    """
+    table = getattr(after, "meta", {}).get("fxprune", {}).get("compaction")
+    if not isinstance(table, Compaction):
+        raise ValueError("after: expected what fxprune.compact returned; it has no table of a compaction")
+    names = {id(parameter): name for name, parameter in before.named_parameters()}
+    new = dict(after.named_parameters(remove_duplicate=False))
+    groups, state = [], defaultdict[Tensor, Any](dict)
+    for number, group in enumerate(optimizer.param_groups):
+        parameters = []
+        for parameter in group["params"]:
+            if id(parameter) not in names:
+                raise ValueError(f"before: it lacks a parameter of the optimizer's group {number}")
+            name = names[id(parameter)]
+            if name not in new:
+                continue
+            parameters.append(new[name])
+            if parameter in optimizer.state:
+                places = table.index_map.get(name)
+                known = optimizer.state[parameter]
+                state[new[name]] = {key: _sliced(value, parameter, places) for key, value in known.items()}
+            bias = f"{name.rpartition('.')[0]}.bias" if "." in name else "bias"
+            if name.rpartition(".")[2] == "weight" and bias in new and bias not in names.values():
+                parameters.append(new[bias])
+        groups.append({**group, "params": parameters})
+    made = object.__new__(type(optimizer))
+    made.__dict__.update(optimizer.__dict__)
+    made.param_groups, made.state = groups, state
+    return made
+
+
+def _sliced(value: Any, parameter: Tensor, places: Tensor | None) -> Any:
+    """A copy of one entry of an optimizer's state, without what the parameter has lost."""
+    if not isinstance(value, Tensor):
+        return value
+    if places is None or value.shape != parameter.shape:
+        return value.clone()
+    return value.flatten()[places.to(value.device)].clone()

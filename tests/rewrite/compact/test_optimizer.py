@@ -1,0 +1,51 @@
+"""An optimizer goes on in the compact network as it would have in the masked one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+
+
+def masked() -> tuple[Any, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(72, 4))
+    x = torch.randn(6, 3, 5, 5)
+    pruned = fxprune.apply(model, "magnitude", 0.5, granularity="channel", example_inputs=x, progress=False)
+    return pruned.train(), x
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}), (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1})],
+)
+def test_steps_after_compaction_are_those_of_the_masked_network(kind: Any, options: dict[str, Any]) -> None:
+    pruned, x = masked()
+    optimizer = kind(pruned.parameters(), **options)
+
+    def step(model: nn.Module, own: torch.optim.Optimizer) -> None:
+        own.zero_grad()
+        model(x).square().mean().backward()
+        own.step()
+
+    for _ in range(3):
+        step(pruned, optimizer)
+    small = fxprune.compact(pruned)
+    smaller = fxprune.remap_optimizer(optimizer, pruned, small)
+    assert type(smaller) is kind
+    assert smaller.param_groups[0]["lr"] == options["lr"]
+    for _ in range(3):
+        step(pruned, optimizer)
+        step(small, smaller)
+    assert torch.allclose(pruned.eval()(x), small.eval()(x), atol=1e-5)
+
+
+def test_bad_input() -> None:
+    pruned, _ = masked()
+    optimizer = torch.optim.SGD(pruned.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"after: expected what fxprune.compact returned"):
+        fxprune.remap_optimizer(optimizer, pruned, pruned)
+    with pytest.raises(ValueError, match=r"before: it lacks a parameter of the optimizer's group 0"):
+        fxprune.remap_optimizer(optimizer, nn.Linear(2, 2), fxprune.compact(pruned))
