@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
-    "README.md", "docs/tour.md", "docs/channels.md", "docs/compaction.md", "docs/add_a_method.md",
+    "README.md", "docs/tour.md", "docs/channels.md", "docs/compaction.md", "docs/files.md", "docs/add_a_method.md",
     "docs/add_an_op.md", "docs/write_a_pass.md",
 ]  # fmt: skip
 SMALL = {"resnet50": "test_resnet", "resnet18": "test_resnet", "224": "64"}
@@ -44,7 +44,7 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_two_commands() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = "uv run fxprune prune timm:resnet50 --method synflow --sparsity 0.9 --out pruned/"
+    command = "uv run fxprune prune timm:resnet50 --method synflow --sparsity 0.9 --compact --out pruned/"
     assert f"pip install uv && {command}" in text
     assert "\nuv run pytest\n" in text
     assert "uv run pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

@@ -20,6 +20,10 @@ COMMANDS = {
         "Report on a network, dense or pruned: density, effective paths, nodes, kernels, multiply-adds.",
     ),
     "methods": ("fxprune.cli.methods", "List the methods, what they need and their options."),
+    "bench": (
+        "fxprune.cli.bench",
+        "Measure a network dense, masked and compact: milliseconds, sizes, memory.",
+    ),
     "graph": ("fxprune.cli.pruning", "Show the channel and kernel graph that a network is lowered to."),
     "groups": ("fxprune.cli.groups", "List the channels that can only be removed together."),
     "train": (
@@ -45,10 +49,13 @@ def run(arguments: Sequence[str]) -> int:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
         try:
-            code = _app(words[0])(words, standalone_mode=False)
+            app = _app(words[0])
+            if words[0] == "bench":
+                words = importlib.import_module("fxprune.cli.bench").spread(words)
+            code = app(words, standalone_mode=False)
         except UsageError as error:
             return _fail(error.format_message(), 2)
-        except (OSError, TypeError, ValueError) as error:
+        except (OSError, TypeError, ValueError, ModuleNotFoundError) as error:
             return _fail(error, 2)
         except RuntimeError as error:
             return _fail(error, 2 if _is_capture_error(error) else 1)

@@ -17,6 +17,15 @@ from rich.markup import escape
 
 import fxprune
 from fxprune.cli.channel_flags import channel_flags, split
+from fxprune.cli.folder import (
+    COMPACT,
+    MASKED,
+    REPORT,
+    check_export,
+    dense_bytes,
+    read_folder,
+    write_networks,
+)
 from fxprune.cli.methods import FOLDER, read_entries
 from fxprune.cli.sources import load_data, load_network
 from fxprune.progress import Display
@@ -27,12 +36,33 @@ if TYPE_CHECKING:
     from fxprune.methods import Option
     from fxprune.metrics import Report
 
-MASKS, REPORT, WEIGHTS = "masks.safetensors", "report.json", "model.safetensors"
-
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, or path/to/file.py:factory.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Budget = Annotated[
+    str, typer.Option(help="global, uniform, erk, or sparsities by layer: 'fc=0.5,layer1.*=0.8'.")
+]
+Granularity = Annotated[str, typer.Option(help="weight, kernel, channel, head, nm(2,4) or block(16,16).")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="path/to/file.py:factory of (x, y) or of batches."),
+]
+Out = Annotated[
+    Path | None, typer.Option(help=f"Folder for {REPORT}, {MASKED} and, with --compact, {COMPACT}.")
+]
+Compact = Annotated[
+    bool, typer.Option("--compact", help="Remove channels on no path, and measure what that brings.")
+]
+Exports = Annotated[
+    list[Path] | None, typer.Option(help="File to export to, .onnx or .pt2; may be repeated.")
+]
+Excluded = Annotated[
+    list[str] | None, typer.Option(help="Module or pattern that is not pruned; may be repeated.")
+]
+Sparsity = Annotated[
+    float, typer.Option("--sparsity", "-s", help="Fraction of the prunable weights to remove, in [0, 1).")
+]
 Rounds = Annotated[str | None, typer.Option(help="oneshot, linear, exponential, cubic, sigmoid.")]
 Resolution = Annotated[str, typer.Option(help="spatial (exact) or channel (faster, an upper bound).")]
 
@@ -40,29 +70,18 @@ Resolution = Annotated[str, typer.Option(help="spatial (exact) or channel (faste
 def prune(
     model: Model,
     method: Annotated[str, typer.Option("--method", "-m", help="See `fxprune methods`.")] = "synflow",
-    sparsity: Annotated[
-        float, typer.Option("--sparsity", "-s", help="Fraction of the prunable weights to remove, in [0, 1).")
-    ] = 0.9,
-    budget: Annotated[
-        str, typer.Option(help="global, uniform, erk, or sparsities by layer: 'fc=0.5,layer1.*=0.8'.")
-    ] = "global",
-    granularity: Annotated[
-        str, typer.Option(help="weight, kernel, channel, head, nm(2,4) or block(16,16).")
-    ] = "weight",
+    sparsity: Sparsity = 0.9,
+    budget: Budget = "global",
+    granularity: Granularity = "weight",
     schedule: Rounds = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Module or pattern that is not pruned; may be repeated.")
-    ] = None,
+    exclude: Excluded = None,
     seed: Annotated[int, typer.Option(help="Decides the model's initial weights and the masks.")] = 0,
-    data: Annotated[
-        str | None,
-        typer.Option(help="path/to/file.py:factory of (x, y) or of batches."),
-    ] = None,
+    data: Data = None,
     device: Annotated[str | None, typer.Option(help="Where to score: cpu, cuda, cuda:1.")] = None,
     on_collapse: Annotated[str, typer.Option(help="warn, raise or repair.")] = "warn",
-    out: Annotated[
-        Path | None, typer.Option(help=f"Folder for {MASKS}, {REPORT} and the weights, {WEIGHTS}.")
-    ] = None,
+    out: Out = None,
+    compact: Compact = False,
+    export: Exports = None,
     json_: AsJson = False,
     **options: Any,
 ) -> None:
@@ -72,6 +91,8 @@ def prune(
     chosen = fxprune.methods.resolve(method, **_values(method, given))
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: there is a file of that name; expected a folder, or a new name")
+    for path in export or ():
+        check_export(path)
     display = Display()
     with display.step(f"load {model}"):
         network, inputs = load_network(model, seed)
@@ -93,10 +114,52 @@ def prune(
     with display.step("analyze"):
         report = fxprune.analyze(pruned)
     facts = {"model": model, "method": method, "options": given, "seed": seed}
+    measured, lines = _results(
+        network, pruned, inputs, out=out, compact=compact, export=export or [], display=display,
+        facts={**facts, "sparsity": sparsity},
+    )  # fmt: skip
+    text = _json(report, {**facts, **measured})
+    if out is not None:
+        (out / REPORT).write_text(text + "\n", encoding="utf-8")
+    typer.echo(text if json_ else "\n".join([str(report), *lines]))
+
+
+def _results(
+    network: nn.Module,
+    pruned: nn.Module,
+    inputs: Any,
+    *,
+    out: Path | None,
+    compact: bool,
+    export: list[Path],
+    display: Display,
+    facts: dict[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """Write and measure what was asked for; return it by name, and as lines to print."""
+    found: dict[str, Any] = {}
+    lines: list[str] = []
+    small = None
+    if compact:
+        with display.step("compact"):
+            small = fxprune.compact(pruned)
+        with display.step("measure"):
+            timings = fxprune.latency.measure({"dense": network, "compact": small}, inputs)
+        found["milliseconds"] = {one.network: one.median for one in timings}
+        table = small.meta["fxprune"]["compaction"]
+        lines.append(f"compact: {table.parameters[1]:,} of {table.parameters[0]:,} parameters")
+        lines.append(fxprune.latency.sentence(timings))
     if out is not None:
         with display.step(f"write {out}"):
-            _write(out, pruned, {**facts, "sparsity": sparsity}, _json(report, facts))
-    typer.echo(_json(report, facts) if json_ else report)
+            files = write_networks(out, pruned, small, facts)
+        whole = dense_bytes(network)
+        found["bytes"] = {"dense": whole, **files}
+        size = fxprune.latency.size
+        lines += [f"file: {size(whole)} dense -> {size(n)}, {out / name}" for name, n in files.items()]
+    for path in export:
+        with display.step(f"export {path}"):
+            fxprune.export(pruned if small is None else small, path)
+        lines.append(f"file: {fxprune.latency.size(path.stat().st_size)}, {path}")
+    return found, lines
 
 
 def analyze(
@@ -112,7 +175,11 @@ def analyze(
         raise ValueError(f"--resolution {resolution}: expected spatial or channel")
     display = Display()
     with display.step(f"load {model}"):
-        network, facts = _restored(Path(model)) if Path(model).is_dir() else _captured(model)
+        if Path(model).is_dir():
+            networks, _, facts = read_folder(Path(model))
+            network = networks["masked"]
+        else:
+            network, facts = _captured(model)
     with display.step("analyze"):
         report = fxprune.analyze(network, resolution)  # type: ignore[arg-type]  # checked above
     typer.echo(_json(report, facts) if json_ else report)
@@ -131,26 +198,6 @@ def graph(model: Model) -> None:
 def _captured(source: str) -> tuple[Any, dict[str, Any]]:
     network, inputs = load_network(source, 0)
     return fxprune.capture(network, inputs), {"model": source}
-
-
-def _restored(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The captured network that a folder of ``prune --out`` is about, with its masks."""
-    facts = fxprune.rewrite.read_header(folder / MASKS)
-    masks = fxprune.load_masks(folder / MASKS)
-    if "model" not in facts:
-        raise ValueError(f"{folder / MASKS}: does not say of which model; expected a folder of prune --out")
-    network, _ = _captured(facts["model"])
-    fxprune.set_masks(network, masks)
-    return network, {key: facts[key] for key in ("model", "method", "seed")}
-
-
-def _write(folder: Path, pruned: nn.Module, facts: dict[str, Any], report: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    from safetensors.torch import save_model
-
-    fxprune.save(pruned, folder / MASKS, **facts)
-    (folder / REPORT).write_text(report + "\n", encoding="utf-8")
-    save_model(fxprune.finalize(pruned), str(folder / WEIGHTS))
 
 
 def _json(report: Report, facts: dict[str, Any]) -> str:

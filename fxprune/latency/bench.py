@@ -24,7 +24,7 @@ from fxprune.rewrite.files.export import numbers
 from fxprune.rewrite.masking.finalize import plain
 from fxprune.rewrite.masking.parameters import unwrap
 
-__all__ = ["bench"]
+__all__ = ["bench", "measure"]
 
 WARM_UPS = 2
 LEAST, MOST = 7, 300
@@ -67,25 +67,47 @@ def bench(
     threads = threads or torch.get_num_threads()
     first = unwrap(next(iter(models.values())))
     given = example_inputs_for(first, example_inputs)
-    device = next((p.device for p in first.parameters()), torch.device("cpu"))
     skipped: dict[str, str] = {}
     for runtime in runtimes:
         package = missing_package(runtime)
         if package is not None:
             skipped[runtime] = f"not measured, as {package} is not installed; pip install {package}"
     calls = {size: numbers(given, first, size) for size in batch}
-    timings: list[Timing] = []
     with _evaluating(models.values(), threads), tempfile.TemporaryDirectory() as folder:
         networks = {name: _described(model, given, calls, Path(folder)) for name, model in models.items()}
-        for runtime in (runtime for runtime in runtimes if runtime not in skipped):
-            for size, call in calls.items():
+    present = [runtime for runtime in runtimes if runtime not in skipped]
+    timings = measure(models, example_inputs, batch=batch, runtimes=present, threads=threads, seconds=seconds)
+    device = next((p.device for p in first.parameters()), torch.device("cpu"))
+    return Bench(networks, timings, str(device), threads, skipped)
+
+
+def measure(
+    models: Mapping[str, nn.Module],
+    example_inputs: Any = None,
+    *,
+    batch: Sequence[int] = (1,),
+    runtimes: Sequence[str] = ("eager",),
+    threads: int | None = None,
+    seconds: float = 1.0,
+) -> list[Timing]:
+    """Measure times alone, in milliseconds; arguments as for :func:`bench`."""
+    _check(models, batch, runtimes, threads, seconds)
+    threads = threads or torch.get_num_threads()
+    first = unwrap(next(iter(models.values())))
+    given = example_inputs_for(first, example_inputs)
+    device = next((p.device for p in first.parameters()), torch.device("cpu"))
+    timings: list[Timing] = []
+    with _evaluating(models.values(), threads), tempfile.TemporaryDirectory() as folder:
+        for runtime in runtimes:
+            for size in batch:
+                call = numbers(given, first, size)
                 runs = {
                     name: prepare(runtime, model, example_inputs, call, threads, Path(folder))
                     for name, model in models.items()
                 }
                 times = _in_turn(runs, seconds, device)
                 timings += [Timing(name, runtime, size, found) for name, found in times.items()]
-    return Bench(networks, timings, str(device), threads, skipped)
+    return timings
 
 
 def _check(

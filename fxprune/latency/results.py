@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-__all__ = ["Bench", "Network", "Timing"]
+__all__ = ["Bench", "Network", "Timing", "sentence", "size"]
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,17 @@ class Bench:
             ]
         lines += [f"{runtime}: {reason}" for runtime, reason in self.skipped.items()]
         return "\n".join(lines)
+
+
+def sentence(timings: Sequence[Timing]) -> str:
+    """Write times of one runtime and batch size in one line.
+
+    >>> sentence([Timing("dense", "eager", 1, [4.0]), Timing("compact", "eager", 1, [2.0])])
+    'time: 4.00 ms dense, 2.00 ms compact (eager, batch 1, medians of 1 runs in turn)'
+    """
+    parts = ", ".join(f"{one.median:.2f} ms {one.network}" for one in timings)
+    runs = min(len(one.milliseconds) for one in timings)
+    return f"time: {parts} ({timings[0].runtime}, batch {timings[0].batch}, medians of {runs} runs in turn)"
 
 
 def size(number: int) -> str:

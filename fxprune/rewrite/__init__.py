@@ -1,6 +1,7 @@
 """Masks go into a model and come out again: masked modules, their checks, their files."""
 
 from fxprune.rewrite.files.archive import load_masks, provenance, read_header, read_ticket, save, stamp
+from fxprune.rewrite.files.export import check_path
 from fxprune.rewrite.masking.finalize import bare, finalize, plain
 from fxprune.rewrite.masking.graph_reads import direct_reads
 from fxprune.rewrite.masking.install import install, put_masks, set_masks
@@ -9,6 +10,7 @@ from fxprune.rewrite.masking.verify import verify
 
 __all__ = [
     "bare",
+    "check_path",
     "direct_reads",
     "finalize",
     "install",

@@ -1,6 +1,7 @@
 """The command line: what it prints, writes and answers."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_model
 
 import fxprune
 from fxprune import methods
@@ -48,19 +48,17 @@ def test_prune_prints_writes_and_can_be_read_back(file: str, tmp_path: Path, cap
     printed = capsys.readouterr()
     assert "sparsity 50.0000%" in printed.out
     assert printed.err == ""
-    assert sorted(path.name for path in out.iterdir()) == [
-        "masks.safetensors",
-        "model.safetensors",
-        "report.json",
-    ]
+    assert sorted(path.name for path in out.iterdir()) == ["model.safetensors", "report.json"]
+    assert f"file: 720 B dense -> {(out / 'model.safetensors').stat().st_size / 1e3:.1f} kB" in printed.out
 
     report = json.loads((out / "report.json").read_text())
     assert (report["method"], report["seed"], report["sparsity"]) == ("synflow", 3, 0.5)
-    masks = fxprune.load_masks(out / "masks.safetensors")
+    masks = fxprune.load_masks(out / "model.safetensors")
     assert sum(int(mask.sum()) for mask in masks.values()) == report["kept_params"] == 80
     weights = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
-    load_model(weights, out / "model.safetensors")
-    assert all(not bool(weights.get_parameter(name)[~mask].any()) for name, mask in masks.items())
+    again = fxprune.load(out / "model.safetensors", weights)
+    assert all(not bool(again.get_parameter(name)[~mask].any()) for name, mask in masks.items())
+    assert fxprune.rewrite.read_header(out / "model.safetensors")["form"] == "sparse"
 
     assert run(["analyze", str(out), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
@@ -74,7 +72,7 @@ def test_the_weights_are_those_of_the_seed(file: str, tmp_path: Path, capsys: An
         words = ["prune", f"{file}:small", "-m", "magnitude", "-s", "0.5", "--seed", seed]
         assert run([*words, "--out", str(tmp_path / name)]) == 0
     one, same, other = (
-        fxprune.load_masks(tmp_path / name / "masks.safetensors") for name in ("one", "same", "other")
+        fxprune.load_masks(tmp_path / name / "model.safetensors") for name in ("one", "same", "other")
     )
     assert all(torch.equal(mask, same[name]) for name, mask in one.items())
     assert any(not torch.equal(mask, other[name]) for name, mask in one.items())
@@ -159,7 +157,12 @@ BAD = [
     (["prune", "FILE:small", "--device", "gpu"], "device='gpu'"),
     (["prune", "FILE:small", "--out", "FILE"], "there is a file of that name"),
     (["analyze", "FILE:small", "--resolution", "pixel"], "--resolution pixel"),
-    (["analyze", "FOLDER"], "no such mask file"),
+    (["analyze", "FOLDER"], "no such fxprune file"),
+    (["prune", "FILE:small", "--export", "net.bin"], "expected a name that ends in .onnx or .pt2"),
+    (["prune", "FILE:small", "--export", "nowhere/net.pt2"], "there is no folder nowhere"),
+    (["bench", "FILE:small", "--runtime", "tpu"], "runtimes: 'tpu' is unknown"),
+    (["bench", "FILE:small", "--batch", "0"], "batch: 0 is no batch size"),
+    (["bench", "FOLDER"], "no such fxprune file"),
     (["graph", "timm:nothing_like_it"], "timm has no model of that name"),
 ]
 
@@ -194,3 +197,66 @@ def test_timm_models_are_those_of_timm(capsys: Any) -> None:
     names = dict(timm.create_model("resnet18").named_parameters())
     assert all(name in names for name in ("layer4.0.downsample.0.weight", "fc.weight"))
     assert "layer4.0.downsample.0" in capsys.readouterr().out
+
+
+def test_prune_compact_measures_writes_and_exports(
+    file: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [
+        "prune",
+        f"{file}:small",
+        "-m",
+        "magnitude",
+        "-s",
+        "0.5",
+        "--granularity",
+        "channel",
+        "--compact",
+    ]
+    assert run([*words, "--out", "out", "--export", "net.pt2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(Path("out/report.json").read_text())
+    assert report["milliseconds"].keys() == {"dense", "compact"}
+    names = ["compact.safetensors", "model.safetensors", "report.json"]
+    assert sorted(path.name for path in Path("out").iterdir()) == names
+    assert {name: Path("out", name).stat().st_size for name in names[:2]} == {
+        name: size for name, size in report["bytes"].items() if name != "dense"
+    }
+    fresh = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    small, masked = (fxprune.load(Path("out", name), fresh).eval() for name in names[:2])
+    assert small.get_parameter("0.weight").shape[0] < 16
+    x = torch.randn(5, 6)
+    with torch.no_grad():
+        assert torch.allclose(small(x), masked(x), atol=1e-6)
+        assert torch.allclose(small(x), torch.export.load("net.pt2").module()(x), atol=1e-6)
+    assert run(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("compact: ")
+    assert re.fullmatch(
+        r"time: [\d.]+ ms dense, [\d.]+ ms compact \(eager, batch 1, medians of \d+ runs in turn\)", lines[-1]
+    )
+
+
+def test_bench_of_a_model_and_of_a_folder(file: str, tmp_path: Path, capsys: Any) -> None:
+    short = ["--seconds", "0.001", "--threads", "1"]
+    assert run(["bench", f"{file}:small", "--batch", "1", "3", "--runtime", "eager", *short, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert list(rows["networks"]) == ["dense", "masked", "compact"]
+    assert [row["batch"] for row in rows["timings"]] == [1, 1, 1, 3, 3, 3]
+    out = str(tmp_path / "out")
+    assert run(["prune", f"{file}:small", "-m", "magnitude", "-s", "0.5", "--out", out]) == 0
+    capsys.readouterr()
+    assert run(["bench", out, *short]) == 0
+    printed = capsys.readouterr().out
+    assert "x as fast as dense" in printed
+    assert [line.split()[0] for line in printed.splitlines()[1:4]] == ["dense", "masked", "compact"]
+
+
+def test_folders_with_masks_alone_can_still_be_read(file: str, tmp_path: Path, capsys: Any) -> None:
+    net = fxprune.apply(torch.nn.Linear(6, 4), "magnitude", 0.5, example_inputs=torch.ones(1, 6))
+    shape = {"model": f"{file}:one", "method": "magnitude", "seed": 0}
+    Path(file).write_text(FACTORIES + "\ndef one():\n    return nn.Linear(6, 4), torch.ones(2, 6)\n")
+    fxprune.save(net, tmp_path / "masks.safetensors", form="masks", **shape)
+    assert run(["analyze", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kept_params"] == 12

@@ -165,4 +165,4 @@ def _masks(path: str | os.PathLike[str], header: dict[str, str], tensors: dict[s
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, str]:
     """Return the header of a file that :func:`save` wrote: form, method, sparsity, seed, versions."""
-    return read_container(path, "mask")[0]
+    return read_container(path, "fxprune")[0]

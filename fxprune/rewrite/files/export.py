@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import os
 import shutil
 import tempfile
@@ -21,7 +22,7 @@ from fxprune.rewrite.compact.trial import RUN_ERRORS, difference
 from fxprune.rewrite.masking.finalize import finalize
 from fxprune.rewrite.masking.parameters import unwrap
 
-__all__ = ["ONNX_PACKAGES", "export", "numbers", "require", "run_onnx", "write_onnx"]
+__all__ = ["ONNX_PACKAGES", "check_path", "export", "numbers", "require", "run_onnx", "write_onnx"]
 
 ONNX_PACKAGES = ("onnx", "onnxscript")
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -41,7 +42,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
         model: a masked, compact or plain network; it is not changed.
         path: the file to write; its ending, ``.onnx`` or ``.pt2``, says the format.
         example_inputs: as in :func:`fxprune.apply`; not needed for what ``apply``, ``compact`` or ``load``
-            returned as a graph.
+            returned as a graph; what is exported takes their inputs in order then.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -60,12 +61,11 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
+    check_path(path)
     ending = Path(path).suffix
-    if ending not in (".onnx", ".pt2"):
-        raise ValueError(f"path={os.fspath(path)!r}: expected a name that ends in .onnx or .pt2")
-    if ending == ".onnx":
-        require(ONNX_PACKAGES, "export to .onnx", "onnx")
     given = example_inputs_for(unwrap(model), example_inputs)
+    if example_inputs is None:
+        given = _in_order(unwrap(model), given)
     network = finalize(model).eval()
     hollow = next((name for name, parameter in network.named_parameters() if parameter.is_meta), None)
     if hollow is not None:
@@ -87,6 +87,15 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
         _check(network, part, calls)
         for written in folder.iterdir():  # large networks have their weights in a file of their own
             os.replace(written, Path(path).parent / written.name)
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise as :func:`export` does where the ending of ``path`` is unknown, or a package is missing."""
+    ending = Path(path).suffix
+    if ending not in (".onnx", ".pt2"):
+        raise ValueError(f"path={os.fspath(path)!r}: expected a name that ends in .onnx or .pt2")
+    if ending == ".onnx":
+        require(ONNX_PACKAGES, "export to .onnx", "onnx")
 
 
 def require(packages: Sequence[str], purpose: str, extra: str) -> None:
@@ -126,6 +135,16 @@ def numbers(given: _Call, network: nn.Module, batch: int | None = None) -> _Call
     return args, kwargs
 
 
+def _in_order(network: nn.Module, given: _Call) -> _Call:
+    """Turn keyword arguments into positional ones, as far as the signature has them in order."""
+    args, kwargs = list(given[0]), dict(given[1])
+    for name, parameter in list(inspect.signature(network.forward).parameters.items())[len(args) :]:
+        if name not in kwargs or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            break
+        args.append(kwargs.pop(name))
+    return tuple(args), kwargs
+
+
 def _runs(network: nn.Module, call: _Call) -> bool:
     """Whether a network accepts these arguments."""
     try:
@@ -145,9 +164,10 @@ def _program(network: nn.Module, call: _Call, *, free: bool) -> torch.export.Exp
         return {0: torch.export.Dim.AUTO} if dynamic else None
 
     shapes = pytree.tree_map(sizes, (args, kwargs))
-    whole = (*shapes[0], *shapes[1].values()) if not kwargs else None
-    if kwargs and not args:
-        whole = shapes[1]
+    whole: Any = shapes[0]
+    if kwargs:  # by name, in the order of the signature
+        names = list(inspect.signature(network.forward).parameters)
+        whole = {**dict(zip(names, shapes[0], strict=False)), **shapes[1]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(network, args, kwargs, dynamic_shapes=whole)

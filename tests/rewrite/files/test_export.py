@@ -60,7 +60,29 @@ def test_pt2(kind: str, tmp_path: Path) -> None:
     given = dict(zip(names, given.values(), strict=True))
     wider = {name: torch.cat([x, x, x[:1]]) for name, x in given.items()}
     with torch.no_grad():
-        assert torch.allclose(small(**wider), loaded(**wider), atol=1e-5)
+        assert torch.allclose(small(**wider), loaded(*wider.values()), atol=1e-5)
+
+
+class Keywords(nn.Module):
+    """A network with two inputs, of which one may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0, y: Tensor | None = None) -> Tensor:
+        out: Tensor = self.layer(x if y is None else x + y) * scale
+        return out
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_keyword_arguments(captured: bool, tmp_path: Path) -> None:
+    given = {"x": torch.randn(2, 4), "y": torch.randn(2, 4)}
+    net = fxprune.capture(Keywords(), given) if captured else Keywords()
+    fxprune.export(net, tmp_path / "net.pt2", given)
+    loaded = torch.export.load(tmp_path / "net.pt2").module()
+    wider = {name: torch.randn(5, 4) for name in given}
+    assert torch.allclose(net(**wider), loaded(**wider), atol=1e-5)
 
 
 def test_masks_are_baked_in_and_the_model_stays(tmp_path: Path) -> None:

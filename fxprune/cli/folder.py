@@ -1,0 +1,63 @@
+"""Write the folder of ``prune --out``, and read it back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fxprune
+from fxprune.cli.sources import load_network
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["COMPACT", "MASKED", "REPORT", "check_export", "dense_bytes", "read_folder", "write_networks"]
+
+MASKED, COMPACT, REPORT = "model.safetensors", "compact.safetensors", "report.json"
+_OLD_MASKS = "masks.safetensors"
+
+
+def check_export(path: Path) -> None:
+    """Refuse a file that could not be exported to, before any work is done."""
+    fxprune.rewrite.check_path(path)
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--export {path}: there is no folder {path.parent}")
+
+
+def write_networks(
+    folder: Path, masked: nn.Module, compact: nn.Module | None, facts: dict[str, Any]
+) -> dict[str, int]:
+    """Write the masked network and, if there is one, the compact one; return bytes by file name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fxprune.save(masked, folder / MASKED, **facts)
+    if compact is not None:
+        fxprune.save(compact, folder / COMPACT, **facts)
+    names = [MASKED] if compact is None else [MASKED, COMPACT]
+    return {name: (folder / name).stat().st_size for name in names}
+
+
+def read_folder(folder: Path) -> tuple[dict[str, nn.Module], Any, dict[str, Any]]:
+    """Return the networks of a folder ("dense", "masked", perhaps "compact"), their inputs, and its facts.
+
+    The dense one has the weights that the model begins with under the seed of the folder.
+    """
+    file = folder / (_OLD_MASKS if (folder / _OLD_MASKS).is_file() else MASKED)
+    facts = fxprune.rewrite.read_header(file)
+    if "model" not in facts:
+        raise ValueError(f"{file}: does not say of which model; expected a folder of prune --out")
+    dense, inputs = load_network(facts["model"], int(facts["seed"]))
+    networks = {"dense": dense}
+    if file.name == _OLD_MASKS:
+        networks["masked"] = fxprune.capture(dense, inputs)
+        fxprune.set_masks(networks["masked"], fxprune.load_masks(file))
+    else:
+        networks["masked"] = fxprune.load(file, dense)
+    if (folder / COMPACT).is_file():
+        networks["compact"] = fxprune.load(folder / COMPACT, dense)
+    return networks, inputs, {key: facts[key] for key in ("model", "method", "seed")}
+
+
+def dense_bytes(network: nn.Module) -> int:
+    """The bytes of a network's weights and buffers, tied ones once."""
+    tensors = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
