@@ -10,8 +10,8 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
-    "README.md", "docs/tour.md", "docs/channels.md", "docs/compaction.md", "docs/files.md", "docs/add_a_method.md",
-    "docs/add_an_op.md", "docs/write_a_pass.md",
+    "README.md", "docs/tour.md", "docs/channels.md", "docs/compaction.md", "docs/files.md",
+    "docs/add_a_method.md", "docs/add_an_op.md", "docs/write_a_pass.md",
 ]  # fmt: skip
 SMALL = {"resnet50": "test_resnet", "resnet18": "test_resnet", "224": "64"}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.capture.inputs import example_inputs_for
@@ -42,7 +42,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
         model: a masked, compact or plain network; it is not changed.
         path: the file to write; its ending, ``.onnx`` or ``.pt2``, says the format.
         example_inputs: as in :func:`fxprune.apply`; not needed for what ``apply``, ``compact`` or ``load``
-            returned as a graph; what is exported takes their inputs in order then.
+            returned as a graph. A graph's inputs become positional.
 
     Raises:
         TypeError: ``model`` is no module.
@@ -64,7 +64,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
     check_path(path)
     ending = Path(path).suffix
     given = example_inputs_for(unwrap(model), example_inputs)
-    if example_inputs is None:
+    if isinstance(unwrap(model), fx.GraphModule):
         given = _in_order(unwrap(model), given)
     network = finalize(model).eval()
     hollow = next((name for name, parameter in network.named_parameters() if parameter.is_meta), None)
@@ -136,12 +136,13 @@ def numbers(given: _Call, network: nn.Module, batch: int | None = None) -> _Call
 
 
 def _in_order(network: nn.Module, given: _Call) -> _Call:
-    """Turn keyword arguments into positional ones, as far as the signature has them in order."""
+    """Turn keyword arguments into positional ones; those left out in between have their defaults."""
     args, kwargs = list(given[0]), dict(given[1])
     for name, parameter in list(inspect.signature(network.forward).parameters.items())[len(args) :]:
-        if name not in kwargs or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+        known = name in kwargs or parameter.default is not parameter.empty
+        if not kwargs or not known or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
             break
-        args.append(kwargs.pop(name))
+        args.append(kwargs.pop(name, parameter.default))
     return tuple(args), kwargs
 
 
