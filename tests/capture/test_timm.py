@@ -37,7 +37,16 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Two to four seconds each; others of their kind stay in the default run.
+LONG = {
+    "densenet121", "maxvit_pico_rw_256", "res2net50_26w_4s", "sequencer2d_s", "tf_efficientnet_b0",
+    "vit_tiny_patch16_dinov3_qkvb",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in FAMILIES]
+)
 def test_family(name: str) -> None:
     options, size = FAMILIES[name]
     torch.manual_seed(0)

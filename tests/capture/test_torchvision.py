@@ -34,7 +34,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", SMALLEST)
+# Two to three seconds each; others of their kind stay in the default run.
+LONG = {"densenet121", "googlenet", "swin_v2_t"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in SMALLEST]
+)
 def test_smallest_of_family(name: str) -> None:
     torch.manual_seed(0)
     options = {"num_classes": 10, **OPTIONS.get(name, {})}

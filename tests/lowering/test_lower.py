@@ -13,6 +13,7 @@ import torchvision
 from net_blocks import Tied
 from nets import NETS
 from oracle import prunable
+from thinning import one_in
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -332,14 +333,14 @@ def assert_known(model: nn.Module, size: int) -> None:
     }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", one_in(3, FAMILIES))
 def test_timm(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     assert_known(model, FAMILIES[name])
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", one_in(3, TORCHVISION))
 def test_torchvision(name: str) -> None:
     """The smallest of each family (all of them: ``benchmarks/coverage.py``)."""
     device = "cpu" if name.startswith("regnet") else "meta"  # its constructor reads numbers off its weights
