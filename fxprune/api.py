@@ -16,15 +16,17 @@ from torch import fx, nn
 from fxprune import sharding
 from fxprune.capture import capture
 from fxprune.graph import ChannelGraph
-from fxprune.lowering import Rules, lower
+from fxprune.lowering import Rules, lower, matrices_outside
 from fxprune.methods import Method, Problem
 from fxprune.methods import resolve as resolve_method
 from fxprune.metrics import Report, measure
+from fxprune.metrics import listed as listed_sizes
 from fxprune.network import Network, build_problem, inside, rewrite
 from fxprune.paths.count import reach
 from fxprune.progress import Display
 from fxprune.request import Exclusion, Request, listed
 from fxprune.rewrite import plain, read, stamp
+from fxprune.rewrite.masking.computed import settled
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.collapse import dead_layers, repair
 from fxprune.sparsity.granularity import CHANNEL_OPTIONS, WEIGHT, Granularity
@@ -39,6 +41,9 @@ OnCollapse = Literal["warn", "raise", "repair"]
 
 GENERAL = ("reinit", "micro_batch")
 """Options that every method takes and that ``apply`` itself implements."""
+
+OUTSIDE = 0.1
+"""The share of the matrix weights that may be out of reach before ``apply`` says so."""
 
 LISTED = 20
 """Collapsed layers that a message names; the report names them all."""
@@ -142,17 +147,19 @@ def analyze(
         raise TypeError(f"gm: expected a torch.nn.Module, got a {type(gm).__name__}")
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         masks = read(gm)
-        source = plain(gm)
+        source = settled(plain(gm))
         if example_inputs is None and _has_shapes(source):
-            graph = lower(cast(fx.GraphModule, source), rules=rules)
+            network = cast(fx.GraphModule, source)
         else:
-            graph = lower(capture(source, example_inputs), rules=rules)
+            network = capture(source, example_inputs)
+        graph = lower(network, rules=rules)
         zeros = {
             name: mask
             for name, mask in nonzeros(source, graph.kernels).items()
             if name not in masks and not mask.all()
         }
-        return measure(graph, _known(graph, {**masks, **zeros}), resolution)
+        known = _known(graph, {**masks, **zeros})
+        return measure(graph, known, resolution, matrices_outside(network, graph))
 
 
 def _taken(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -167,11 +174,15 @@ def _has_shapes(model: nn.Module) -> bool:
 def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Display) -> fx.GraphModule:
     model = inside(given)
     before, source = read(model), plain(model)
+    flat = settled(source)  # computed weights are scored as they are, like any other
     with display.step("capture"):
-        gm = capture(source, example_inputs)
+        gm = capture(flat, example_inputs)
+        again = flat is not source and wish.returns == "graph"
+        form = capture(source, example_inputs) if again else None
     with display.step("lower"):
         graph = lower(gm, rules=wish.rules)
-    network = Network(given, source, gm, graph, before)
+    _warn_of_rest(gm, graph)
+    network = Network(given, source, gm, graph, before, flat, form)
     # A method scores and selects.
     with sharding.asked(build_problem(network, wish, display, _everybody()), model, wish.method) as question:
         problem = question.problem
@@ -184,6 +195,18 @@ def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Displa
         pruned.meta["fxprune"] = {**pruned.meta.get("fxprune", {}), "history": problem.history}
     # Also the caller's own class is typed as a graph, for that is what apply gives unless asked for this.
     return cast(fx.GraphModule, pruned)
+
+
+def _warn_of_rest(gm: fx.GraphModule, graph: ChannelGraph) -> None:
+    """Name the matrix weights that no method can prune here, if they are many."""
+    outside = matrices_outside(gm, graph)
+    rest = sum(outside.values())
+    if rest > OUTSIDE * (whole := rest + graph.prunable):
+        warnings.warn(
+            f"{rest / whole:.0%} of the {whole:,} matrix weights cannot be pruned, sparsity is of the"
+            f" others: {listed_sizes(outside)}; fxprune.lower(graph).opaque lists ops to write rules for",
+            stacklevel=4,  # the line that called apply
+        )
 
 
 def _everybody() -> dist.ProcessGroup | None:

@@ -29,7 +29,9 @@ class Network:
     """Hold a model in the forms that pruning needs.
 
     ``given``: as the caller passed it. ``source``: without masks. ``captured`` and ``graph``: ``source``
-    captured, and lowered. ``before``: the masks that ``given`` has.
+    captured, and lowered. ``before``: the masks that ``given`` has. ``settled``: ``source`` with computed
+    weights (``weight_norm``) as plain parameters, where it was captured so; then ``form`` is the graph of
+    ``source`` as it is, if a graph is asked for.
     """
 
     given: nn.Module
@@ -37,6 +39,15 @@ class Network:
     captured: fx.GraphModule
     graph: ChannelGraph
     before: Masks
+    settled: nn.Module | None = None
+    form: fx.GraphModule | None = None
+
+    @property
+    def scored(self) -> nn.Module:
+        """The model whose parameters are the weights of ``graph``, with their values."""
+        if self.settled is None or self.settled is self.source:
+            return unwrap(inside(self.given))
+        return self.settled
 
 
 def inside(model: nn.Module) -> nn.Module:
@@ -53,11 +64,11 @@ def build_problem(
     ``group``: the processes that score together. Raises ``ValueError`` for weights without values, a budget
     that no masks can meet, and parameters that cannot be masked.
     """
-    _demand_values(unwrap(inside(network.given)), network.graph)
+    _demand_values(network.scored, network.graph)
     prunable = {
         name: kernels
         for name, kernels in network.graph.kernels.items()
-        if not wish.excludes(network.source, (name, *kernels.aliases))
+        if not wish.excludes(network.scored, (name, *kernels.aliases))
     }
     parameters = {name: network.captured.get_parameter(name) for name in prunable}
     # What fully_shard has split is on the meta device here.
@@ -108,7 +119,8 @@ def rewrite(network: Network, problem: Problem, masks: Masks, wish: Request) -> 
     Under ``reinit`` weights are drawn anew first: the masks were found for weights that are then forgotten.
     """
     if wish.returns == "graph":
-        form: nn.Module = problem.model if wish.device is None else duplicate(network.captured)
+        graph = problem.model if wish.device is None else duplicate(network.captured)
+        form: nn.Module = graph if network.form is None else network.form
     else:
         form = network.given if wish.returns == "inplace" else duplicate(network.source)
     if wish.reinit:

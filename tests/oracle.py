@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -39,9 +39,13 @@ Known = dict[int, tuple[Tensor, Dual]]  # by id; the tensor is kept, so that no 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Weights of every linear, convolution and `nn.MultiheadAttention`; a shared one under its first name."""
-    wanted: set[int] = set()
+def prunable(model: nn.Module, named: Iterable[str] = ()) -> dict[str, nn.Parameter]:
+    """Weights of every linear, convolution and `nn.MultiheadAttention`, and the parameters that are `named`.
+
+    A shared one goes under its first name.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    wanted = {id(parameters[name]) for name in named if name in parameters}
     for module in model.modules():
         if isinstance(module, nn.Linear | _ConvNd):
             wanted.add(id(module.weight))
@@ -50,11 +54,11 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in wanted}
 
 
-def random_masks(model: nn.Module, density: float, seed: int) -> dict[str, Tensor]:
-    """Independent coin flips: every prunable weight is kept with probability `density`."""
+def random_masks(model: nn.Module, density: float, seed: int, named: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Independent coin flips: every prunable (or `named`) weight is kept with probability `density`."""
     generator = torch.Generator().manual_seed(seed)
     masks = {}
-    for name, weight in prunable(model).items():
+    for name, weight in prunable(model, named).items():
         masks[name] = torch.rand(weight.shape, generator=generator, device="cpu") < density
     return masks
 
@@ -141,9 +145,9 @@ def _run(
 
 def _parameters(model: nn.Module, masks: Masks, setting: Setting) -> tuple[Known, dict[str, Tensor]]:
     """Every parameter and float buffer by identity: its mask if it is prunable, else positive throughout."""
-    weights = prunable(model)
+    weights = prunable(model, masks)
     for name in set(masks) - set(weights):
-        raise ValueError(f"no prunable parameter is named {name!r}")
+        raise ValueError(f"no parameter is named {name!r}")
     leaves: dict[str, Tensor] = {}
     known: Known = {}
     for name, parameter in model.named_parameters():

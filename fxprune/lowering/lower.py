@@ -311,7 +311,7 @@ class _Walk:
             return Constant(result.shape, result.dtype, new, reads=reads if reads.names else None)
 
         def constant(val: Tensor, read: Callable[[], Any], view: TensorFunction | None) -> Constant:
-            ref = simplified(provenance(operands, val, view), self.build.parameters)
+            ref = simplified(provenance(kind, operands, val, view), self.build.parameters)
             return Constant(
                 tuple(val.shape),
                 val.dtype,

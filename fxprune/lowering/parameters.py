@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fxprune.graph import ir
 
@@ -19,7 +19,8 @@ class Parameters:
     """Names of the network's parameters: tied ones share the first name; ``owners`` maps a name to its
     module.
 
-    ``prunable`` holds the names of the weights of convolutions, linear layers and ``nn.MultiheadAttention``.
+    ``prunable`` holds the names of the real parameters of two or more axes, whatever module owns them: those
+    that a contraction meets become kernels.
     """
 
     names: dict[int, str] = field(default_factory=dict)
@@ -49,7 +50,8 @@ class Parameters:
                     table.tensors[name] = tensor
                 elif name not in table.aliases[first]:
                     table.aliases[first].append(name)
-                if _is_kernel(module, leaf):
+                is_whole = not isinstance(module, ParametrizationList)  # else something is computed from it
+                if tensor.dim() > 1 and tensor.is_floating_point() and is_whole:
                     table.prunable.add(first)
         return table
 
@@ -61,10 +63,3 @@ class Parameters:
         if name is None or name not in self.prunable:
             return None
         return ir.WeightRef(name, tuple(tensor.shape), direct=self.owners[name][1] is not reader)
-
-
-def _is_kernel(module: nn.Module, leaf: str) -> bool:
-    if isinstance(module, nn.MultiheadAttention):
-        return leaf in PROJECTIONS
-    # A network that is one layer has lost its class to the graph that it became.
-    return leaf == "weight" and isinstance(module, (nn.Linear, _ConvNd, fx.GraphModule))

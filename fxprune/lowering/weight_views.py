@@ -13,6 +13,7 @@ from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.rules.movement import MOVES, SHAPED_LIKE, function_of
+from fxprune.lowering.rules.pointwise import MOVES_TYPE
 
 __all__ = ["provenance", "simplified", "view_of"]
 
@@ -32,8 +33,13 @@ def view_of(
     return function_of(target, module, args, kwargs, lambda x: PREVIOUS)
 
 
-def provenance(operands: list[Any], val: Tensor, view: TensorFunction | None) -> ir.WeightRef | None:
-    """The parameter that a constant is a view of, or a re-parameterisation of in its own shape."""
+def provenance(
+    kind: Any, operands: list[Any], val: Tensor, view: TensorFunction | None
+) -> ir.WeightRef | None:
+    """The parameter that a constant is a view of, or a re-parameterisation of in its own shape.
+
+    ``kind`` is the function that made the constant: a change of type or device leaves the parameter as it is.
+    """
     refs = [x for x in operands if isinstance(x, Constant) and x.weight is not None]
     shape = tuple(val.shape)
     old = operands[0].weight if view is not None else None
@@ -41,7 +47,9 @@ def provenance(operands: list[Any], val: Tensor, view: TensorFunction | None) ->
         whole = (old.view or TensorFunction()).followed_by(view)
         return ir.WeightRef(old.name, shape, whole, old.direct, old.computed)
     same = [x.weight for x in refs if x.shape == shape and x.weight is not None]
-    return replace(same[0], computed=True) if len(same) == 1 else None
+    if len(same) != 1 or not val.is_floating_point():
+        return None
+    return same[0] if kind in MOVES_TYPE else replace(same[0], computed=True)
 
 
 def simplified(ref: ir.WeightRef | None, parameters: Parameters) -> ir.WeightRef | None:

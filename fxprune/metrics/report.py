@@ -73,6 +73,7 @@ class Report:
     ``log_paths``: natural logarithm of the number of effective paths (DPaI, appendix I), ``-inf`` for none.
     ``dead_layers``: parameters on some path of the dense network and on none of this one. ``opaque``: number
     of operations that no rule knew; where it is not 0, effective means "perhaps effective" behind them.
+    ``outside``: the matrix weights that cannot be pruned, by name with their sizes, largest first.
     ``resolution``: ``"spatial"`` tells positions apart, ``"channel"`` does not.
     Nodes, kernels and multiply-adds are counted as :mod:`fxprune.channels.counts` says.
     """
@@ -85,6 +86,17 @@ class Report:
     opaque: int
     products: dict[str, ProductReport]
     effective: Masks = field(repr=False, compare=False)
+    outside: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def matrix_params(self) -> int:
+        """Number of matrix weights: the prunable ones and those in ``outside``."""
+        return self.params + sum(self.outside.values())
+
+    @property
+    def matrix_sparsity(self) -> float:
+        """Fraction of all matrix weights that is removed."""
+        return (self.params - self.kept_params) / self.matrix_params if self.matrix_params else 0.0
 
     @property
     def params(self) -> int:
@@ -156,7 +168,8 @@ class Report:
         """Return the numbers as dicts, lists and plain values; ``log_paths`` is None without a path."""
         totals = (
             "density", "sparsity", "params", "kept_params", "effective_params", "kernels",
-            "effective_kernels", "nodes", "effective_nodes", "macs", "masked_macs",
+            "effective_kernels", "nodes", "effective_nodes", "macs", "masked_macs", "matrix_params",
+            "matrix_sparsity",
         )  # fmt: skip
         return {
             "network": self.network,
@@ -165,6 +178,7 @@ class Report:
             "log_paths": self.log_paths if math.isfinite(self.log_paths) else None,
             "dead_layers": list(self.dead_layers),
             "opaque": self.opaque,
+            "outside": self.outside,
             "layers": {
                 name: {**asdict(layer), "shape": list(layer.shape), "density": layer.density}
                 for name, layer in self.layers.items()
@@ -187,10 +201,14 @@ class Report:
 
 
 def measure(
-    graph: ChannelGraph, masks: Mapping[str, torch.Tensor], resolution: Resolution = "spatial"
+    graph: ChannelGraph,
+    masks: Mapping[str, torch.Tensor],
+    resolution: Resolution = "spatial",
+    outside: Mapping[str, int] | None = None,
 ) -> Report:
     """The report on a lowered network under ``masks`` (parameters without a mask count as dense).
 
+    ``outside``: sizes of the matrix weights that are no kernels of the graph.
     Raises ``ValueError`` for a resolution that is neither ``"spatial"`` nor ``"channel"``.
     """
     if resolution not in ("spatial", "channel"):
@@ -217,6 +235,7 @@ def measure(
         opaque=len(graph.opaque),
         products=_products(graph, whole, resolution),
         effective=effective,
+        outside=dict(outside or {}),
     )
 
 
@@ -298,11 +317,27 @@ def _remarks(report: Report) -> list[str]:
         f"kept {report.kept_params:,} of {report.params:,} weights: sparsity {report.sparsity:.4%}",
         f"effective paths: {count}; effective weights: {report.effective_params:,}",
     ]
+    if report.outside:
+        lines.insert(
+            1,
+            f"of all {report.matrix_params:,} matrix weights: sparsity {report.matrix_sparsity:.4%};"
+            f" not prunable: {listed(report.outside)}",
+        )
     if report.dead_layers:
         lines.append(f"dead layers: {', '.join(report.dead_layers)}")
     if report.opaque:
         lines.append(f"opaque operations: {report.opaque}; behind them, effective is an upper bound")
     return lines
+
+
+def listed(sizes: Mapping[str, int], limit: int = 4) -> str:
+    """The first few names with their sizes.
+
+    >>> listed({"a": 2000, "b": 3}, limit=1)
+    'a (2,000) and 1 more'
+    """
+    first = ", ".join(f"{name} ({size:,})" for name, size in list(sizes.items())[:limit])
+    return first if len(sizes) <= limit else f"{first} and {len(sizes) - limit} more"
 
 
 def _short(number: float) -> str:

@@ -42,10 +42,16 @@ def assert_same_masks(got: Masks, want: Masks, what: str) -> None:
         assert wrong == [], f"{what}: {name} at {wrong[:5]}, {len(wrong)} of {got[name].numel()}"
 
 
+def _whole(graph: ChannelGraph) -> dict[str, Tensor]:
+    """Masks that keep everything, so that the oracle knows which parameters are meant."""
+    return {name: torch.ones(kernels.shape, dtype=torch.bool) for name, kernels in graph.kernels.items()}
+
+
 def assert_reach(
     graph: ChannelGraph, model: nn.Module, inputs: Any, masks: Masks, *, periodic: bool = True
 ) -> None:
     """Effective weights: spatial as the oracle, channel a superset and as the oracle on periodic images."""
+    masks = _whole(graph) | dict(masks)
     spatial = reach(graph, masks)
     assert_same_masks(spatial, effective_parameters(model, inputs, masks), "spatial")
     channel = reach(graph, masks, resolution="channel")
@@ -61,6 +67,7 @@ def assert_flow(
     graph: ChannelGraph, model: nn.Module, inputs: Any, masks: Masks, *, derivatives: bool = True
 ) -> None:
     """ln R and its derivatives, to nine digits."""
+    masks = _whole(graph) | dict(masks)
     result = flow(graph, masks, dtype=torch.float64)
     want = log_paths(model, inputs, masks) - math.log(graph.samples)
     if want == -math.inf:

@@ -37,4 +37,4 @@ def test_nothing_is_opaque(name: str) -> None:
         warnings.simplefilter("ignore", UserWarning)  # modules kept whole are looked into all the same
         graph = lower(capture(model))
     assert not [(op.layer, op.reason) for op in graph.opaque]
-    assert set(graph.kernels) == set(prunable(model))
+    assert set(graph.kernels) >= set(prunable(model))

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from fxprune.lowering.rules import attention, contraction, movement, norm, pointwise, pool, weighted
+from fxprune.lowering.rules import (
+    attention,
+    choices,
+    contraction,
+    movement,
+    norm,
+    pointwise,
+    pool,
+    recurrent,
+    weighted,
+)
 from fxprune.lowering.rules.table import Rule, merge
 
 __all__ = ["KERNEL_TARGETS", "RULES"]
@@ -18,6 +28,8 @@ RULES: dict[Any, Rule] = merge(
         movement.table,
         contraction.table,
         attention.table,
+        recurrent.table,
+        choices.table,
     ]
 )
 

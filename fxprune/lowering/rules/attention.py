@@ -1,8 +1,8 @@
-"""Attention and recurrence: layers that are small networks of their own, written out in ops."""
+"""Attention: layers that are small networks of their own, written out in ops."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import getitem
 from typing import Any
 
@@ -15,7 +15,6 @@ from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.parameters import PROJECTIONS
 from fxprune.lowering.rules.pointwise import plus_constant
-from fxprune.lowering.rules.pool import accumulate
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 from fxprune.lowering.rules.weighted import module_weight, operand
 
@@ -42,7 +41,7 @@ def scaled_dot_product_attention(
     q, k, v = (context.build.materialise(x) for x in (query, key, value))
     if enable_gqa and q.shape[-3] != k.shape[-3]:
         k, v = (_repeated(context, x, q.shape[-3]) for x in (k, v))
-    mixed, _ = attend(context, q, k, v, attn_mask, is_causal=is_causal)
+    mixed, _ = attend(context, q, k, v, (attn_mask,), is_causal=is_causal)
     return mixed
 
 
@@ -53,7 +52,7 @@ def _repeated(context: Context, x: ir.Value, heads: int) -> ir.Value:
 
 
 def attend(
-    context: Context, q: ir.Value, k: ir.Value, v: ir.Value, mask: Any, *, is_causal: bool
+    context: Context, q: ir.Value, k: ir.Value, v: ir.Value, masks: Sequence[Any], *, is_causal: bool
 ) -> tuple[ir.Value, ir.Value]:
     """The mixed values and the attention that mixed them. A bool mask says which pairs may meet."""
     build = context.build
@@ -61,21 +60,21 @@ def attend(
     outer = tuple(max(a, b) for a, b in zip(q.shape[:-2], k.shape[:-2], strict=True))
     shape = (*outer, q.shape[-2], k.shape[-2])
     scores = build.mix(f"{batch}qc,{batch}kc->{batch}qk", q, k, shape)
-    allowed = torch.ones(shape[-2:], dtype=torch.bool).tril() if is_causal else None
-    if isinstance(mask, ir.Value):
-        scores = build.sum([scores, mask], shape)
-    elif isinstance(mask, Constant) and mask.dtype == torch.bool:
-        allowed = mask.numbers()
-        if allowed is None:
-            raise Unknown("an attention mask whose numbers are not known")
-    elif isinstance(mask, Constant):
-        scores = plus_constant(_of_shape(context, shape), scores, mask)
+    allowed = [torch.ones(shape[-2:], dtype=torch.bool).tril()] if is_causal else []
+    for mask in masks:
+        if isinstance(mask, ir.Value):
+            scores = build.sum([scores, mask], shape) if mask.live else scores
+        elif isinstance(mask, Constant) and mask.dtype == torch.bool:
+            numbers = mask.numbers()
+            if numbers is None:
+                raise Unknown("an attention mask whose numbers are not known")
+            allowed.append(numbers)
+        elif isinstance(mask, Constant):
+            scores = plus_constant(_of_shape(context, shape), scores, mask)
     blocked = build.blocked.get(scores.index)
     weights = build.map(scores, floor=True, axes=(-1,))
-    if blocked is not None:
-        weights = build.select(weights, ~blocked, shape)
-    if allowed is not None:
-        weights = build.select(weights, allowed, shape)
+    for pairs in ([] if blocked is None else [~blocked]) + allowed:
+        weights = build.select(weights, pairs, shape)
     mixed = build.mix(f"{batch}qk,{batch}kv->{batch}qv", weights, v, (*outer, q.shape[-2], v.shape[-1]))
     return mixed, weights
 
@@ -100,8 +99,6 @@ def multihead_module(
 ) -> tuple[Any, Any]:
     """Projections, attention per head, output projection; weights are read from the module, not called."""
     m: Any = context.module
-    if key_padding_mask is not None or m.bias_k is not None or m.add_zero_attn:
-        raise Unknown("nn.MultiheadAttention with padded or added keys")
     if m.in_proj_weight is not None:
         refs = [module_weight(context, PROJECTIONS[0])]
     else:
@@ -116,7 +113,8 @@ def multihead_module(
         biases,
         heads=m.num_heads,
         first=m.batch_first,
-        mask=attn_mask,
+        masks=(attn_mask, key_padding_mask),
+        added=(m.bias_k, m.bias_v, m.add_zero_attn),
         is_causal=is_causal,
     )
 
@@ -130,9 +128,8 @@ def multihead(
     out_proj_weight out_proj_bias training key_padding_mask need_weights attn_mask
     use_separate_proj_weight""".split()
     given = dict(zip(names, args, strict=False)) | kwargs
-    for name in ("bias_k", "bias_v", "static_k", "static_v", "key_padding_mask"):
-        if given.get(name) is not None or given["add_zero_attn"]:
-            raise Unknown("multi_head_attention_forward with padded or added keys")
+    if given.get("static_k") is not None or given.get("static_v") is not None:
+        raise Unknown("multi_head_attention_forward with keys or values given as they are")
     separate = given.get("use_separate_proj_weight")
     read = PROJECTIONS[1:] if separate else PROJECTIONS[:1]
     refs = [operand(given[name]) for name in (*read, "out_proj_weight")]
@@ -144,7 +141,8 @@ def multihead(
         biases,
         heads=given["num_heads"],
         first=False,
-        mask=given.get("attn_mask"),
+        masks=(given.get("attn_mask"), given.get("key_padding_mask")),
+        added=(given.get("bias_k"), given.get("bias_v"), given.get("add_zero_attn", False)),
         is_causal=given.get("is_causal", False),
     )
 
@@ -157,7 +155,8 @@ def _multihead(
     *,
     heads: int,
     first: bool,
-    mask: Any,
+    masks: tuple[Any, Any],
+    added: tuple[Any, Any, bool],
     is_causal: bool,
 ) -> tuple[Any, Any]:
     build = context.build
@@ -166,12 +165,13 @@ def _multihead(
         value.index: _batched(context, value, first) for value in {v.index: v for v in values}.values()
     }
     q, k, v = (batched[value.index] for value in values)
-    q, k, v = (_heads(context, x, heads) for x in _projected(context, (q, k, v), refs[:-1], biases[0]))
-    if isinstance(mask, Constant) and mask.dtype == torch.bool:
-        mask = _negated(mask)  # here True means "may not attend"
-    if isinstance(mask, Constant) and len(mask.shape) == 3:
-        raise Unknown("nn.MultiheadAttention with a mask per head")
-    mixed, weights = attend(context, q, k, v, mask, is_causal=mask is None and is_causal)
+    q, k, v = _projected(context, (q, k, v), refs[:-1], biases[0])
+    more = (added[0] is not None) + bool(added[2])
+    k, v = (_longer(context, x, own, bool(added[2])) for x, own in ((k, added[0]), (v, added[1])))
+    q, k, v = (_heads(context, x, heads) for x in (q, k, v))
+    sides = q.shape[0], heads, q.shape[-2], k.shape[-2]
+    found = [_mask(context, mask, sides, more, i == 1) for i, mask in enumerate(masks)]
+    mixed, weights = attend(context, q, k, v, found, is_causal=masks[0] is None and is_causal)
     batch, _, length, width = mixed.shape
     join = TensorFunction.of("transpose", PREVIOUS, 1, 2).then("flatten", PREVIOUS, 2)
     joined = build.gather(join, [mixed], (batch, length, heads * width))
@@ -187,12 +187,41 @@ def _multihead(
     return result, build.gather(reshape, [weights], attention.shape)
 
 
-def _negated(mask: Constant) -> Constant:
-    def evaluate() -> Tensor:
-        allowed: Tensor = ~mask.evaluate()
-        return allowed
+def _mask(
+    context: Context, mask: Any, sides: tuple[int, int, int, int], more: int, is_padding: bool
+) -> ir.Value | Constant | None:
+    """A mask over (batch, heads, queries, keys) as SDPA takes it, open for keys that were added."""
+    if not isinstance(mask, (ir.Value, Constant)):
+        return None
+    batch, heads, queries, keys = sides
+    own = (batch, 1, 1, keys - more) if is_padding else (batch, heads, queries, keys - more)
+    if not is_padding and len(mask.shape) == 2:
+        own = (1, 1, queries, keys - more)
+    arrange = TensorFunction.of("reshape", PREVIOUS, own).then(F.pad, PREVIOUS, [0, more])
+    shape = (*own[:-1], keys)
+    if isinstance(mask, ir.Value):
+        return context.build.gather(arrange, [mask], shape)
 
-    return Constant(mask.shape, mask.dtype, evaluate)
+    def evaluate() -> Tensor:
+        moved: Tensor = arrange(mask.evaluate())
+        return ~moved if mask.dtype == torch.bool else moved  # here True means "may not attend"
+
+    return Constant(shape, mask.dtype, evaluate, is_learnt=mask.is_learnt)
+
+
+def _longer(context: Context, x: ir.Value, row: Any, has_zeros: bool) -> ir.Value:
+    """Keys or values (batch, length, width) with a learnt row and a row of zeros at the end."""
+    build, (batch, length, width) = context.build, x.shape
+    if row is not None:
+        if not isinstance(row, Constant):
+            row = build.part(row, lambda whole: whole, row.shape)
+        own = TensorFunction.of("expand", Operand(1), batch, 1, width)
+        join = own.then(torch.cat, [Operand(0), PREVIOUS], 1)
+        x = build.gather(join, [x, build.materialise(row)], (batch, length + 1, width))
+    if has_zeros:
+        shape = (batch, x.shape[1] + 1, width)
+        x = build.gather(TensorFunction.of(F.pad, PREVIOUS, [0, 0, 0, 1]), [x], shape)
+    return x
 
 
 def _batched(context: Context, x: ir.Value, first: bool) -> ir.Value:
@@ -250,43 +279,3 @@ def _heads(context: Context, x: ir.Value, heads: int) -> ir.Value:
     shape = (batch, heads, length, width // heads)
     split = TensorFunction.of("reshape", PREVIOUS, batch, length, heads, width // heads)
     return context.build.gather(split.then("transpose", PREVIOUS, 1, 2), [x], shape)
-
-
-# -- recurrence ----------------------------------------------------------------------------------
-@table.rule(nn.LSTM, nn.GRU, nn.RNN)
-def recurrent(context: Context, x: Any, state: Any = None) -> Any:
-    """Every step reaches every unit of its own and all later steps; the weights are dense (they are not
-    pruned).
-    """
-    m: Any = context.module
-    build = context.build
-    value = build.materialise(x)
-    if state is not None or m.proj_size or len(value.shape) != 3:
-        raise Unknown("a recurrent layer with an initial state, projections or a single sample")
-    time = 1 if m.batch_first else 0
-    for layer in range(m.num_layers):
-        outputs = []
-        for direction in range(2 if m.bidirectional else 1):
-            ref = ir.WeightRef(None, (m.hidden_size, value.shape[-1]))
-            suffix = f"l{layer}{'_reverse' if direction else ''}"
-            matrices = [getattr(m, name + suffix) for name in ("weight_ih_", "weight_hh_")]
-            weights = sum(matrix.numel() for matrix in matrices)
-            units = build.linear(value, ref, bias=True if m.bias else None, weights=weights)
-            width = [(value.index, len(value.shape) - 1), (units.index, len(units.shape) - 1)]
-            for matrix, place in zip(matrices, width, strict=True):
-                build.read(units, matrix, [None, place])
-            for name in ("bias_ih_", "bias_hh_") if m.bias else ():
-                build.read(units, getattr(m, name + suffix), [None])
-            outputs.append(accumulate(context, units, time, backwards=direction == 1))
-        shape = (*value.shape[:-1], m.hidden_size * len(outputs))
-        join = TensorFunction.of(torch.cat, [Operand(i) for i in range(len(outputs))], -1)
-        value = build.gather(join, outputs, shape)
-
-    def final(result: Any) -> Any:
-        if not isinstance(result, Tensor):
-            return tuple(final(item) for item in result)
-        return build.opaque([value], result.shape, "the final state of a recurrent layer")
-
-    wanted = any(user.args[1] != 0 for user in context.node.users if len(user.args) > 1)
-    states = final(context.result[1]) if wanted else None
-    return value, states

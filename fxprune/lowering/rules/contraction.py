@@ -9,6 +9,7 @@ from operator import getitem
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.graph import ir
@@ -30,8 +31,30 @@ def contract(context: Context, equation: str, a: Operand, b: Operand, shape: Seq
     left, right, out = equation.replace("->", ",").split(",")
     for x, w, x_letters, w_letters in ((a, b, left, right), (b, a, right, left)):
         if isinstance(w, Constant) and w.weight is not None and isinstance(x, ir.Value):
-            return _with_weight(context, x, w.weight, (x_letters, w_letters, out), shape)
+            letters = x_letters, w_letters, out
+            if _is_linear(x, w.weight, letters):
+                return _with_weight(context, x, w.weight, letters, shape)
     return build.mix(equation, build.materialise(a, exact=True), build.materialise(b, exact=True), shape)
+
+
+def _roles(letters: tuple[str, str, str]) -> tuple[list[str], list[str], list[str], list[str]]:
+    """The letters that both operands and the result have, that are summed over, that the weight brings, and
+    that the value keeps."""
+    x_letters, w_letters, out = letters
+    shared = [c for c in w_letters if c in x_letters and c in out]
+    gone = [c for c in w_letters if c in x_letters and c not in out]
+    made = [c for c in w_letters if c not in x_letters and c in out]
+    return shared, gone, made, [c for c in x_letters if c not in gone + shared]
+
+
+def _is_linear(x: ir.Value, ref: ir.WeightRef, letters: tuple[str, str, str]) -> bool:
+    """Whether the product is a linear layer: nothing broadcasts, and a zero of the parameter is one here."""
+    x_letters, w_letters, out = letters
+    shared, gone, made, kept = _roles(letters)
+    sizes = dict(zip(x_letters, x.shape, strict=True))
+    known = all(sizes.get(c, size) == size for c, size in zip(w_letters, ref.shape, strict=True))
+    whole = len(shared + gone + made) == len(w_letters) and sorted(kept + shared + made) == sorted(out)
+    return known and whole and not ref.computed
 
 
 def _with_weight(
@@ -39,19 +62,8 @@ def _with_weight(
 ) -> ir.Value:
     """A linear layer in other words: move the summed axes last, contract, move the new axes into place."""
     x_letters, w_letters, out = letters
-    shared = [c for c in w_letters if c in x_letters and c in out]  # a matrix each: blocks of one matrix
-    gone = [c for c in w_letters if c in x_letters and c not in out]
-    made = [c for c in w_letters if c not in x_letters and c in out]
-    kept = [c for c in x_letters if c not in gone + shared]
-    sizes = dict(zip(x_letters, x.shape, strict=True))
-    known = all(sizes.get(c, size) == size for c, size in zip(w_letters, ref.shape, strict=True))
-    sizes |= dict(zip(w_letters, ref.shape, strict=True))
-    if (
-        len(shared + gone + made) != len(w_letters)
-        or sorted(kept + shared + made) != sorted(out)
-        or not known
-    ):
-        raise Unknown(f"a parameter contracted as {','.join(letters[:2])}->{out}")
+    shared, gone, made, kept = _roles(letters)  # shared: a matrix each, blocks of one matrix
+    sizes = dict(zip(x_letters, x.shape, strict=True)) | dict(zip(w_letters, ref.shape, strict=True))
     blocks = math.prod(sizes[c] for c in shared)
     rows, columns = math.prod(sizes[c] for c in made), math.prod(sizes[c] for c in gone)
     view = ref.view or TensorFunction()
@@ -69,7 +81,7 @@ def _with_weight(
     build = context.build
     last = build.gather(arrange, [x], [*(sizes[c] for c in kept), blocks * columns])
     whole = ir.WeightRef(ref.name, (blocks * rows, blocks * columns), view, ref.direct, ref.computed)
-    made_last = build.linear(last, whole, bias=None)
+    made_last = build.linear(last, whole, bias=None, weights=blocks * rows * columns)
     return build.gather(place, [made_last], shape)
 
 
@@ -128,6 +140,23 @@ def add_matmul(
     if not beta:
         return result
     return build.sum([x, result], shape) if isinstance(x, ir.Value) else plus_constant(context, result, x)
+
+
+_GROUPED = {
+    getattr(room, name): None
+    for room, name in ((torch, "_grouped_mm"), (F, "grouped_mm"))
+    if hasattr(room, name)
+}
+
+
+@table.rule(*_GROUPED)
+def grouped(context: Context, a: Operand, b: Operand, offs: Any = None, bias: Any = None, **_: Any) -> Any:
+    """Rows of ``a`` in groups, each multiplied with its own matrix: with any, for the ends are unknown."""
+    if len(a.shape) != 2 or len(b.shape) != 3 or bias is not None:
+        raise Unknown("a grouped product of other than rows with a matrix for each group")
+    shape = context.shape
+    each = contract(context, "nk,ekm->nem", a, b, (shape[0], b.shape[0], shape[1]))
+    return context.build.reduce(each, "max", (1,), False, shape)
 
 
 @table.rule(torch.outer, "outer", torch.ger)

@@ -19,6 +19,8 @@ from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.literals import literals_of
+from fxprune.lowering.rules.choices import any_along, any_of
+from fxprune.lowering.rules.choices import written as written_anywhere
 from fxprune.lowering.rules.pointwise import present
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 
@@ -92,6 +94,11 @@ MOVES: set[Any] = {
 }
 REARRANGES = MOVES - {"expand", "expand_as", "broadcast_to", torch.broadcast_to}
 """These do not repeat one entry along an axis as broadcasting does."""
+INDEXED = {
+    operator.getitem, "gather", torch.gather, "index_select", torch.index_select, "take_along_dim",
+    torch.take_along_dim,
+}  # fmt: skip
+"""Their first tensor is moved, any other is an index."""
 SHAPED_LIKE = {"reshape_as": "reshape", "view_as": "view", "expand_as": "expand"}
 """Methods whose second tensor gives its shape alone, and the method that takes that shape."""
 
@@ -219,7 +226,7 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
         return build.affine(build.materialise(args[0]))
     operands = [x for x in tensors_in((args, kwargs)) if is_data(x)]
     if any(isinstance(x, ir.Value) and not _is_moved(context, x, args) for x in operands):
-        raise Unknown("an index tensor depends on the input")
+        return _chosen(context, args, kwargs)
     values = [build.materialise(x) for x in operands]
     if not any(value.live for value in values) and _has_unknown_index(args, kwargs):
         # Entries of a table, picked by numbers that are not known (the meta device): no path, and perhaps
@@ -238,9 +245,28 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
     return moved
 
 
+def _chosen(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ir.Value:
+    """Data movement by an index that depends on the input."""
+    if context.target is operator.setitem:
+        return written_anywhere(context, *args)
+    if context.target is operator.getitem:
+        return any_of(context, *args)
+    rest = [a for a in args[1:] if type(a) is int]
+    dim = kwargs.get("dim", kwargs.get("axis", rest[0] if rest else None))
+    if dim is None:
+        raise Unknown("an index tensor depends on the input")
+    x = context.build.materialise(args[0])
+    shape = list(context.shape)
+    cut = [slice(None) if d == dim % len(shape) else slice(size) for d, size in enumerate(shape)]
+    own = [x.shape[d] if d == dim % len(shape) else size for d, size in enumerate(shape)]
+    if own != list(x.shape):
+        x = context.build.gather(TensorFunction.of(operator.getitem, PREVIOUS, tuple(cut)), [x], own)
+    return any_along(context, x, (dim,), shape)
+
+
 def _is_moved(context: Context, x: ir.Value, args: tuple[Any, ...]) -> bool:
     """False for a value that serves as an index."""
-    if context.target in (operator.getitem, "gather", torch.gather, "index_select", torch.index_select):
+    if context.target in INDEXED:
         return x is args[0]
     if context.target is operator.setitem:
         return x is args[0] or x is args[2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 
-__all__ = ["table"]
+__all__ = ["MOVES_TYPE", "table"]
 
 table = RuleTable()
 
@@ -75,7 +74,7 @@ def _has_floor(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return bool((result != 0).any()) if isinstance(result, Tensor) else False
 
 
-_MOVES_TYPE = {
+MOVES_TYPE = {
     "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu",
     "cuda", "requires_grad_", "alias", torch.clone, torch.detach,
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
@@ -95,7 +94,7 @@ def elementwise(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value
     shape = context.shape
     if len(shape) != len(value.shape):
         raise Unknown(f"{context.node.name} changes the rank of its input")
-    if context.target in _MOVES_TYPE:
+    if context.target in MOVES_TYPE:
         return context.build.affine(value, shape)
     if any(isinstance(a, ir.Value) for a in tensors_in((args, kwargs))):
         others = [a for a in tensors_in((args, kwargs)) if isinstance(a, ir.Value)]
@@ -374,24 +373,6 @@ def gumbel_softmax(
 ) -> ir.Value:
     """A softmax of noisy numbers; entries that are Zero are seldom chosen."""
     return context.build.map(context.build.materialise(logits), axes=(dim,))
-
-
-@table.rule("masked_fill", "masked_fill_", torch.masked_fill)
-def masked_fill(context: Context, x: Any, mask: Any, value: Any) -> ir.Value:
-    """Minus infinity blocks attention pairs; any other number is a constant."""
-    build, shape = context.build, context.shape
-    filled = mask.numbers() if isinstance(mask, Constant) else None
-    if filled is None:
-        raise Unknown("the mask of masked_fill is not known when the network is lowered")
-    result, pattern = build.materialise(x), filled.bool()
-    if isinstance(value, (int, float)) and value == -math.inf:
-        result = build.map_anew(result)
-        build.blocked[result.index] = pattern.expand(shape)
-        return result
-    result = build.select(result, ~pattern, shape)
-    if isinstance(value, (int, float)) and value == 0:
-        return result
-    return build.sum([result, build.source(pattern.shape, live=False, pattern=pattern)], shape)
 
 
 @table.rule("normal_", "uniform_", "bernoulli_", "random_", torch.bernoulli, "bernoulli")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.constant import Constant
+from fxprune.lowering.rules.choices import numbers
 from fxprune.lowering.rules.pointwise import statistic
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 from fxprune.lowering.window_sums import (
@@ -105,7 +106,7 @@ def moments(context: Context, x: Any, *args: Any, **kwargs: Any) -> tuple[Consta
 
 @table.rule(torch.max, "max", torch.min, "min", torch.median, "median")
 def extreme(context: Context, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    """Largest entry along an axis (values; indices are constants), or of two tensors."""
+    """Largest entry along an axis (the places carry no path), or of two tensors."""
     if isinstance(dim, (ir.Value, Constant)):
         values = [v for v in (x, dim) if isinstance(v, ir.Value)]
         return context.build.sum(values, context.shape)
@@ -113,7 +114,7 @@ def extreme(context: Context, x: Any, dim: Any = None, keepdim: bool = False) ->
         return _reduce(context, x, "max", dim, keepdim)
     value, shape = context.build.materialise(x), tuple(context.result[0].shape)
     top = context.build.reduce(value, "max", _dims(value, dim), keepdim, shape)
-    return (top, Constant(shape, torch.int64, lambda: torch.zeros(shape, dtype=torch.int64)))
+    return top, numbers(context, context.result[1])
 
 
 @table.rule(torch.cumsum, "cumsum")

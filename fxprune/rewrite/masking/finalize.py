@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxprune.rewrite.masking.averages import IDENTITY
+from fxprune.rewrite.masking.computed import computed_weights, masks_of_computed, settle, unmask_computed
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.graph_reads import (
     attribute_at,
@@ -40,7 +41,8 @@ BAKED = "has_baked_kernel"
 def finalize(model: Model) -> Model:
     """A copy of a masked model with its zeros baked in: plain modules, no masks, the same outputs to the bit.
 
-    Every module gets back the class it had. One kind cannot: where a layer computes its kernel from its
+    Every module gets back the class it had; weights that were computed and masked become plain parameters.
+    One kind cannot: where a layer computes its kernel from its
     weight so that zeros do not stay zeros (weight standardisation), the *standardised and masked* kernel
     becomes the weight of a plain convolution, of torch's class above the layer's own; if that class does not
     compute the same (dynamic "same" padding), the layer keeps its own forward with the kernel fixed.
@@ -74,6 +76,8 @@ def finalize(model: Model) -> Model:
             _bake_module(module, form.operands[0])
         if isinstance(module, GraphModule):
             _bake_graph(module)
+    for name in masks_of_computed(final):
+        settle(*computed_weights(final)[name])
     _strip(final)
     return final  # type: ignore[return-value]
 
@@ -105,7 +109,8 @@ def bare(model: Model) -> Model:
 
 def plain(model: nn.Module) -> nn.Module:
     """Return a model without masks, in one piece: itself where it is so, else :func:`bare` of it."""
-    has_masks = next(masked_places(unwrap(model)), None) is not None
+    inside = unwrap(model)
+    has_masks = next(masked_places(inside), None) is not None or bool(masks_of_computed(inside))
     return bare(model) if has_masks or is_sharded(model) else model
 
 
@@ -124,6 +129,7 @@ def _cleaned(parameter: nn.Parameter, mask: torch.Tensor) -> nn.Parameter:
 
 def _strip(model: nn.Module) -> None:
     """Takes classes, masks and multiplications out again, in place."""
+    unmask_computed(model)
     for module in model.modules():
         if isinstance(module, GraphModule):
             unmask_reads(module)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.rewrite.masking.averages import follow, identify, note
+from fxprune.rewrite.masking.computed import check_computed, computed_weights, put_computed
 from fxprune.rewrite.masking.graph_reads import check_reads, mask_reads
 from fxprune.rewrite.masking.masked_module import (
     Form,
@@ -56,9 +57,12 @@ def install(module: nn.Module, masks: Mapping[str, torch.Tensor], direct: Iterab
             ``F.linear(x, self.qkv.weight)``. (``nn.MultiheadAttention`` and graphs need no telling.)
 
     Raises:
-        TypeError, ValueError: a mask of wrong name, shape or dtype; tied masks that differ; a weight that is
-            re-parametrised. Nothing is changed then.
+        TypeError, ValueError: a mask of wrong name, shape or dtype; tied masks that differ. Nothing is
+            changed then.
         RuntimeError: the parameter is split over processes, and not by ``fully_shard``.
+
+    A weight that is computed (``parametrize``, ``weight_norm``, ``spectral_norm``) takes its mask after it is
+    computed, under its own name; the parameters it is computed from stay as they are.
 
     A model that ``fully_shard`` has split takes whole masks, the same in all processes, before or after it is
     split.
@@ -69,7 +73,11 @@ def install(module: nn.Module, masks: Mapping[str, torch.Tensor], direct: Iterab
     (True, True)
     """
     reshard(module)
-    chosen = check(module, masks)
+    computed = computed_weights(module)
+    later = {name: masks[name] for name in computed if isinstance(masks, Mapping) and name in masks}
+    check_computed(later, computed)
+    chosen = check(module, {name: masks[name] for name in masks if name not in later} if later else masks)
+    direct = [name for name in direct if name not in computed]
     everywhere = tied(module)
     targets = [(place, chosen[key]) for key in chosen for place in everywhere[key]]
     names = {join(path, attribute) for (path, _, attribute), _ in targets}
@@ -90,6 +98,8 @@ def install(module: nn.Module, masks: Mapping[str, torch.Tensor], direct: Iterab
     for owner in owners:
         note(owner)
     follow(owners)
+    for name, mask in later.items():
+        put_computed(*computed[name], mask)
 
 
 def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, direct: Iterable[str] = ()) -> None:

@@ -10,10 +10,10 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from fxprune.capture.leaves import is_compiled
+from fxprune.rewrite.masking.computed import masks_of_computed
 from fxprune.rewrite.masking.masked_module import form_of
 from fxprune.rewrite.masking.storage import SUFFIX
 from fxprune.sharded_types import is_dtensor, is_fsdp_module
@@ -139,20 +139,10 @@ def _explain_missing(model: nn.Module, name: Any) -> None:
         module = model.get_submodule(path)
     except AttributeError:
         return
-    if parametrize.is_parametrized(module, attribute):
-        raise ValueError(
-            f"masks[{name!r}]: the weight is re-parametrised; remove that first with"
-            f" torch.nn.utils.parametrize.remove_parametrizations(module, {attribute!r})"
-        )
     if attribute + "_orig" in module._parameters:
         raise ValueError(
             f"masks[{name!r}]: the weight is computed from {attribute}_orig; remove that first with"
             f" torch.nn.utils.prune.remove(module, {attribute!r})"
-        )
-    if attribute + "_g" in module._parameters or attribute + "_v" in module._parameters:
-        raise ValueError(
-            f"masks[{name!r}]: the weight is computed from {attribute}_g and {attribute}_v; remove that first"
-            " with torch.nn.utils.remove_weight_norm(module)"
         )
 
 
@@ -175,4 +165,4 @@ def read(model: nn.Module) -> Masks:
         if id(parameter_at(place)) not in seen:
             seen.add(id(parameter_at(place)))
             found[join(place[0], place[2])] = mask_at(place).detach() != 0
-    return found
+    return found | {name: mask.detach() != 0 for name, mask in masks_of_computed(unwrap(model)).items()}

@@ -7,6 +7,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.rewrite.masking.averages import foreign_masks
+from fxprune.rewrite.masking.computed import masks_of_computed, settled
 from fxprune.rewrite.masking.graph_reads import (
     attribute_at,
     constant_region,
@@ -49,8 +50,12 @@ def verify(model: nn.Module) -> None:
     reshard(model)
     _check_bypass(model)
     found = list(masked_places(model))
-    if not found:
+    computed = masks_of_computed(model)
+    if not found and not computed:
         raise ValueError("model: it has no masks, so there is nothing to verify; set masks first")
+    plain = settled(model) if computed else model
+    for name, mask in computed.items():
+        _demand_zeros(name, "in the weight that is computed", plain.get_parameter(name).detach(), mask)
     everywhere = tied(model)
     for place in found:
         _check_storage(place, everywhere[id(parameter_at(place))])

@@ -11,8 +11,6 @@ from oracle import prunable, random_masks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.capture import capture
-from fxprune.lowering import lower
 from fxprune.paths.count import flow, reach
 from lowering.agreement import assert_flow, assert_reach, lowered
 from lowering.wrapped import Entries, check
@@ -204,62 +202,76 @@ def test_decoder_layer(norm_first: bool) -> None:
     )
 
 
-def test_padded_keys_are_opaque_not_wrong() -> None:
-    """A form that the rule does not read is opaque, with the reason, and lets everything through."""
+class ByHand(nn.MultiheadAttention):
+    """The same layer, batch first, written out with a learnt row and a row of zeros after the keys."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, padding: Any = None) -> Tensor:
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((q, k, v), weights, biases, strict=True))
+        for row in (self.bias_k,) if self.bias_k is not None else ():
+            k = torch.cat([k, row.expand(k.shape[0], 1, -1)], 1)
+            v = torch.cat([v, self.bias_v.expand(v.shape[0], 1, -1)], 1)
+        if self.add_zero_attn:
+            k, v = (torch.cat([x, torch.zeros(x.shape[0], 1, x.shape[2])], 1) for x in (k, v))
+        more = k.shape[1] - 5
+        allowed = torch.ones(q.shape[0], 2, q.shape[1], k.shape[1], dtype=torch.bool)
+        if attn_mask is not None:
+            heads = (2, 2) if attn_mask.dim() == 3 else (1, 1)
+            allowed = allowed & ~F.pad(attn_mask, (0, more)).reshape(*heads, q.shape[1], k.shape[1])
+        if padding is not None:
+            allowed = allowed & ~F.pad(padding, (0, more))[:, None, None]
+        q, k, v = (x.unflatten(-1, (2, -1)).transpose(1, 2) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+        return F.linear(y.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+
+
+PADDING = torch.tensor([[False] * 5, [False, False, True, False, True]])
+PER_HEAD = torch.stack([BLOCKED, BLOCKED.T, BLOCKED, torch.zeros_like(BLOCKED)])
+ADDED: dict[str, tuple[dict[str, Any], Any, Any]] = {
+    "padded keys": ({}, None, PADDING),
+    "padded keys and causal": ({}, BLOCKED, PADDING),
+    "a mask per head": ({"bias": False}, PER_HEAD, None),
+    "learnt row": ({"add_bias_kv": True}, None, None),
+    "learnt row, masked": ({"add_bias_kv": True, "bias": False}, BLOCKED, PADDING),
+    "row of zeros": ({"add_zero_attn": True, "bias": False}, BLOCKED, None),
+    "both rows": ({"add_zero_attn": True, "add_bias_kv": True, "bias": False}, BLOCKED, PADDING),
+    "both rows, other keys": ({"kdim": 4, "vdim": 6, "add_bias_kv": True, "bias": False}, None, PADDING),
+}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_padded_and_added_keys(name: str) -> None:
+    """The oracle runs the layer written out by hand."""
+    options, mask, padding = ADDED[name]
+    options = {"batch_first": True, **options}
+
+    def inputs(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return (x, x[..., :4], x[..., 2:]) if "kdim" in options else (x, x.flip(1), x.roll(1, 1))
+
     torch.manual_seed(0)
-    inner, x = (
-        nn.MultiheadAttention(8, 2, bias=False, batch_first=True, add_zero_attn=True),
-        torch.randn(2, 5, 8),
+    model = Called(
+        nn.MultiheadAttention(8, 2, **options),
+        lambda m, x: m(*inputs(x), attn_mask=mask, key_padding_mask=padding)[0],
     )
-    graph = lower(capture(Called(inner, lambda m, x: m(x, x, x)[0]), x), strict=True)
-    assert "added keys" in graph.opaque[0].reason
-    assert bool(reach(graph, {})["before.weight"].all())
-
-
-# ---------------------------------------------------------------- recurrence
-def scan(model: nn.Module, example: Tensor) -> Tensor:
-    """Find the input steps that the second output step sees."""
+    by_hand = Called(ByHand(8, 2, **options), lambda m, x: m(*inputs(x), attn_mask=mask, padding=padding))
+    example = torch.randn(2, 5, 8)
     graph = lowered(model, example)
-    return reach(graph, {})["mix.weight"].any(1)
+    for seed, density in enumerate((0.8, 0.3)):
+        masks = random_masks(model, density, seed)
+        assert_reach(graph, by_hand, example, masks)
+        assert_flow(graph, by_hand, example, masks)
 
 
-class Second(nn.Module):
-    """One weight per pair of steps, a recurrence, its second step."""
-
-    def __init__(self, inner: nn.Module, time: int = 1) -> None:
-        super().__init__()
-        self.mix, self.inner, self.time = nn.Linear(3, 3, bias=False), inner, time
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.mix(x.transpose(1, 2)).transpose(1, 2)
-        y, _ = self.inner(x if self.time == 1 else x.transpose(0, 1))
-        return y.select(self.time, 1)
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-@pytest.mark.parametrize("time", [0, 1])
-def test_recurrence_reaches_forward_in_time(kind: Any, time: int) -> None:
-    model = Second(kind(2, 4, batch_first=time == 1), time)
-    assert scan(model, torch.ones(1, 3, 2)).tolist() == [True, True, False]
-    both = Second(kind(2, 4, batch_first=time == 1, bidirectional=True), time)
-    assert scan(both, torch.ones(1, 3, 2)).tolist() == [True, True, True]
-    deep = Second(kind(2, 4, num_layers=2, batch_first=time == 1, bias=False), time)
-    assert scan(deep, torch.ones(1, 3, 2)).tolist() == [True, True, False]
-
-
-def test_lstm() -> None:
+def test_padding_that_is_an_input_says_nothing_of_paths() -> None:
+    """Which keys are padding is known in use only: every key may be met."""
     torch.manual_seed(0)
-    layer = nn.LSTM(8, 4, batch_first=True, bidirectional=True)
-    compare(Called(layer, lambda m, x: m(x)[0]), torch.randn(2, 5, 8), counts=False)
-
-
-def test_final_state_is_opaque() -> None:
-    """Asked for, it is said not to be known; every step and channel reaches it."""
-    torch.manual_seed(0)
-    model = Called(nn.GRU(8, 4, batch_first=True), lambda m, x: m(x)[1].transpose(0, 1), width=4)
-    graph = lower(capture(model, torch.randn(2, 5, 8)), strict=True)
-    assert [op.reason for op in graph.opaque] == ["the final state of a recurrent layer"]
-    assert bool(reach(graph, {})["before.weight"].all())
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    graph = lowered(layer, (torch.randn(2, 5, 8), None, PADDING))
+    assert all(bool(mask.all()) for mask in reach(graph, {}).values())
 
 
 def test_dead_heads_by_hand() -> None:
@@ -269,31 +281,3 @@ def test_dead_heads_by_hand() -> None:
     assert flow(graph, {}, dtype=torch.float64).log_total > 0
     masks = {"before.weight": torch.zeros(40, 4, dtype=torch.bool)}
     assert not any(bool(mask.any()) for mask in reach(graph, masks).values())
-
-
-def test_grouped_queries_are_keys_and_values_repeated() -> None:
-    class Grouped(nn.Module):
-        """Six heads of queries share three of keys and values; no two sizes are equal."""
-
-        def __init__(self, repeats: bool) -> None:
-            super().__init__()
-            self.repeats = repeats
-            self.q, self.k, self.v = nn.Linear(7, 24), nn.Linear(7, 12), nn.Linear(7, 12)
-            self.out = nn.Linear(24, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            q = self.q(x).view(-1, 8, 6, 4).transpose(1, 2)
-            k, v = (layer(x).view(-1, 8, 3, 4).transpose(1, 2) for layer in (self.k, self.v))
-            if self.repeats:
-                k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=not self.repeats)
-            z: Tensor = self.out(y.transpose(1, 2).flatten(2))
-            return z
-
-    torch.manual_seed(0)
-    x = torch.ones(2, 8, 7)
-    short, long = lowered(Grouped(repeats=False), x), lowered(Grouped(repeats=True), x)
-    masks = random_masks(Grouped(repeats=False), 0.3, 0)
-    one, two = flow(short, masks), flow(long, masks)
-    assert one.log_total == pytest.approx(two.log_total)
-    assert all(torch.allclose(one.gradients[name], two.gradients[name]) for name in masks)

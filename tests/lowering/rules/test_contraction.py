@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fxprune.capture import capture
+from fxprune.lowering import lower, matrices_outside
+from lowering.agreement import lowered
 from lowering.wrapped import check
 
 TOKENS = (5, 8)
@@ -120,6 +123,62 @@ def test_weight_read_by_hand(name: str) -> None:
     """A contraction with a prunable parameter is a kernel set, not a mix."""
     function, out, inputs = READS[name]
     check(lambda: Reads(function, out, inputs), TOKENS)
+
+
+class Own(nn.Module):
+    """A parameter of nobody but this module, read by ``function(x, weight)``."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], *shape: int) -> None:
+        super().__init__()
+        self.own, self.function = nn.Parameter(torch.randn(shape)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.own)
+
+
+OWN: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
+    "F.linear": (lambda x, w: F.linear(x, w), (6, 8)),
+    "Conv1D of GPT-2": (
+        lambda x, w: torch.addmm(torch.ones(6), x.reshape(-1, 8), w).view(*x.shape[:-1], 6), (8, 6)),
+    "CLIP's projection": (lambda x, w: x @ w, (8, 6)),
+    "matmul in another type": (lambda x, w: torch.matmul(x, w.to(x.dtype)), (8, 6)),
+    "XLNet": (lambda x, w: torch.einsum("ibh,hnd->ibnd", x, w).flatten(2), (8, 2, 3)),
+    "XLNet, output": (lambda x, w: torch.einsum("ibnd,hnd->ibh", x.unflatten(-1, (2, 4)), w), (6, 2, 4)),
+    "LoRA": (lambda x, w: x @ w.T @ w, (2, 8)),
+    "one matrix per head": (
+        lambda x, w: torch.einsum("bnhc,hcd->bnhd", x.unflatten(-1, (2, 4)), w).flatten(2), (2, 4, 3)),
+    "experts side by side": (
+        lambda x, w: torch.bmm(x.transpose(0, 1), w).transpose(0, 1), (5, 8, 6)),
+    "experts, one after the other": (
+        lambda x, w: torch.stack([F.linear(x[:, i], w[i]) for i in range(3)], 1), (3, 6, 8)),
+    "one product for all experts": (lambda x, w: torch.einsum("bnc,eco->bneo", x, w).sum(2), (3, 8, 6)),
+    "baddbmm": (
+        lambda x, w: torch.baddbmm(torch.ones(5, 1, 6), x.transpose(0, 1), w).transpose(0, 1), (5, 8, 6)),
+    "tensordot": (lambda x, w: torch.tensordot(x, w, dims=1), (8, 6)),
+    "mv": (lambda x, w: torch.mv(w, x[0, 0])[None].expand(x.shape[0], -1), (6, 8)),
+    "convolution": (lambda x, w: F.conv1d(x.transpose(1, 2), w, padding=1), (6, 8, 3)),
+    "transposed convolution": (lambda x, w: F.conv_transpose1d(x.transpose(1, 2), w), (8, 6, 3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_parameter(name: str) -> None:
+    """A parameter that a contraction meets is a kernel set, whatever module owns it."""
+    function, shape = OWN[name]
+    model = Own(function, *shape)
+    assert set(lowered(model, torch.randn(2, *TOKENS)).kernels) == {"own"}
+    check(lambda: Own(function, *shape), TOKENS, counts=name not in ("mv",), periodic="conv" not in name)
+
+
+def test_what_is_no_linear_layer_of_the_parameter() -> None:
+    """Zeros of a parameter that is changed first are none in the product; it is named as not prunable."""
+    torch.manual_seed(0)
+    for function in (lambda x, w: x @ w.exp(), lambda x, w: x @ (w @ w.T)):
+        gm = capture(Own(function, 8, 8), torch.randn(2, *TOKENS))
+        graph = lower(gm, strict=True)
+        assert not graph.kernels
+        assert not graph.opaque
+        assert matrices_outside(gm, graph) == {"own": 64}
 
 
 class Conditional(nn.Module):

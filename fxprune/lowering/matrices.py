@@ -1,0 +1,61 @@
+"""Find the matrix weights of a network: what one expects to be pruned when a share of the weights goes."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from fxprune.graph import ir
+from fxprune.lowering.parameters import Parameters
+
+__all__ = ["matrices_outside"]
+
+TABLES = (nn.Embedding, nn.EmbeddingBag)
+NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
+
+def matrices_outside(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, int]:
+    """Name the matrix weights that are no kernels of the graph, with their sizes, largest first.
+
+    A matrix weight is a parameter of two or more axes that are longer than one, which the network multiplies
+    with its data in a contraction, or of which it is not known what becomes of it. Tables that are looked up
+    or added (embeddings, position tables), scales and shifts, and parameters of norms are none.
+
+    Args:
+        gm: the captured network.
+        graph: what :func:`lower` made of it.
+
+    >>> from fxprune.capture import capture
+    >>> from fxprune.lowering import lower
+    >>> import torch
+    >>> gm = capture(nn.Linear(4, 3), torch.ones(1, 4))
+    >>> matrices_outside(gm, lower(gm))
+    {}
+    """
+    parameters = Parameters.of(gm)
+    sizes = {
+        name: tensor.numel()
+        for name, tensor in parameters.tensors.items()
+        if sum(size > 1 for size in tensor.shape) > 1
+        and name not in graph.kernels
+        and not isinstance(parameters.owners[name][1], (*TABLES, *NORMS))
+    }
+    met = _met(graph) if sizes else set()
+    return {name: sizes[name] for name in sorted(sizes, key=lambda name: -sizes[name]) if name in met}
+
+
+def _met(graph: ir.ChannelGraph) -> set[str]:
+    """Parameters that a contraction meets, also by way of what is computed from them, or an unknown op."""
+    carried: dict[int, frozenset[str]] = {}
+    met: set[str] = set()
+    for op in graph.ops:
+        own = frozenset(use.name for use in op.params)
+        inside = frozenset().union(*(carried.get(value.index, frozenset()) for value in op.inputs))
+        match op:
+            case ir.Mix() | ir.Opaque():
+                met |= own | inside
+            case ir.Kernel():
+                met |= own
+            case _ if not op.output.live:
+                carried[op.output.index] = own | inside
+    return met

@@ -1,0 +1,221 @@
+"""Weights that a module computes from other parameters: ``parametrize``, and torch's older hooks.
+
+The computed weight is what data meets, so it is what is scored and masked, under its own name. The mask
+stands behind the computation: as the last parametrization, or as a hook after the one that computes.
+Parameters that the weight is computed from are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fxprune.rewrite.masking.copying import duplicate
+from fxprune.rewrite.masking.storage import SUFFIX
+
+Model = TypeVar("Model", bound=nn.Module)
+Computed = tuple[nn.Module, str]
+"""(the module, the name of the weight in it)."""
+
+
+class WeightMask(nn.Module):
+    """The last step of a computed weight: zeros where the mask has them."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        masked: Tensor = weight * self.mask
+        return masked
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Whatever is assigned to the weight is masked when it is read."""
+        return weight
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.setdefault(prefix + "mask", self.mask)  # a dense checkpoint: the model keeps its mask
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+
+
+class MaskHook:
+    """Multiply a weight that an earlier hook has computed, before the module runs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        setattr(module, self.name, getattr(module, self.name) * module._buffers[self.name + SUFFIX])
+
+
+def computed_weights(model: nn.Module) -> dict[str, Computed]:
+    """The computed weights of a model that are matrices, by name.
+
+    >>> layer = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    >>> list(computed_weights(nn.Sequential(layer)))
+    ['0.weight']
+    """
+    found: dict[str, Computed] = {}
+    for path, module in model.named_modules():
+        for name in _names(module):
+            weight = value_of(module, name)
+            if weight.dim() > 1 and weight.is_floating_point():
+                found[f"{path}.{name}" if path else name] = (module, name)
+    return found
+
+
+def _names(module: nn.Module) -> Iterator[str]:
+    if parametrize.is_parametrized(module):
+        yield from module.parametrizations  # type: ignore[misc]
+    for hook in module._forward_pre_hooks.values():
+        name = getattr(hook, "name", None)
+        known = name is not None and {f"{name}_v", f"{name}_orig"} & module._parameters.keys()
+        if known and not isinstance(hook, MaskHook) and isinstance(module.__dict__.get(name), Tensor):
+            yield name
+
+
+def value_of(module: nn.Module, name: str) -> Tensor:
+    """The computed weight as it is now; a spectral norm takes no step for it."""
+    if not parametrize.is_parametrized(module, name):
+        value: Tensor = module.__dict__[name]
+        return value.detach()
+    steps: Any = module.parametrizations[name]  # type: ignore[index]
+    modes = {step: step.training for step in steps.modules()}
+    steps.eval()
+    try:
+        with torch.no_grad():
+            value = getattr(module, name)
+    finally:
+        for step, training in modes.items():
+            step.training = training
+    return value.detach()
+
+
+def mask_of_computed(module: nn.Module, name: str) -> Tensor | None:
+    """The mask of a computed weight, if it has one."""
+    if parametrize.is_parametrized(module, name):
+        last = list(module.parametrizations[name])[-1]  # type: ignore[index]
+        return last.mask if isinstance(last, WeightMask) else None
+    hooked = any(isinstance(hook, MaskHook) and hook.name == name for hook in _hooks(module))
+    return module._buffers.get(name + SUFFIX) if hooked else None
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    return list(module._forward_pre_hooks.values())
+
+
+def put_computed(module: nn.Module, name: str, mask: Tensor) -> None:
+    """Mask a computed weight, or change its mask in place."""
+    present = mask_of_computed(module, name)
+    if present is not None:
+        present.copy_(mask)
+        return
+    own = mask.detach().to(value_of(module, name).device, copy=True)
+    if parametrize.is_parametrized(module, name):
+        module.parametrizations[name].append(WeightMask(own))  # type: ignore[index,union-attr]
+        return
+    module.register_buffer(name + SUFFIX, own)
+    module.register_forward_pre_hook(MaskHook(name))
+    setattr(module, name, value_of(module, name) * own)
+
+
+def masks_of_computed(model: nn.Module) -> dict[str, Tensor]:
+    """The masks of all computed weights that have one, by name."""
+    found = {name: mask_of_computed(*place) for name, place in computed_weights(model).items()}
+    return {name: mask for name, mask in found.items() if mask is not None}
+
+
+def check_computed(masks: Mapping[str, Tensor], places: Mapping[str, Computed]) -> None:
+    """Raise for masks of computed weights that do not fit them."""
+    for name in masks.keys() & places.keys():
+        module, attribute = places[name]
+        mask, shape = masks[name], tuple(value_of(module, attribute).shape)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"masks[{name!r}]: expected a bool tensor (True = kept), got {mask!r:.60}")
+        if tuple(mask.shape) != shape:
+            raise ValueError(f"masks[{name!r}] has shape {tuple(mask.shape)}, the weight has {shape}")
+
+
+def unmask_computed(model: nn.Module) -> None:
+    """Take the masks of computed weights out again, in place."""
+    for module, attribute in computed_weights(model).values():
+        if mask_of_computed(module, attribute) is None:
+            continue
+        if parametrize.is_parametrized(module, attribute):
+            module.parametrizations[attribute].pop(-1)  # type: ignore[index,union-attr]
+            continue
+        module._buffers.pop(attribute + SUFFIX)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, MaskHook) and hook.name == attribute:
+                del module._forward_pre_hooks[key]
+
+
+def settle(module: nn.Module, name: str) -> None:
+    """Make a computed weight a plain parameter of its present value, in place."""
+    training = module.training
+    module.eval()  # a spectral norm takes a step in training
+    try:
+        with torch.no_grad():
+            if parametrize.is_parametrized(module, name):
+                _settle_parametrized(module, name)
+            else:
+                _settle_hooked(module, name)
+    finally:
+        module.train(training)
+
+
+def _settle_parametrized(module: nn.Module, name: str) -> None:
+    # torch's own removal changes the class, which copies of the module share.
+    value = value_of(module, name).clone()
+    steps: Any = module.parametrizations
+    learns = any(parameter.requires_grad for parameter in steps[name].parameters())
+    del steps[name]
+    cls = type(module)
+    if len(steps):
+        rest = {
+            key: found for key, found in vars(cls).items() if key not in (name, "__dict__", "__weakref__")
+        }
+        module.__class__ = type(cls.__name__, cls.__bases__, rest)
+    else:
+        del module.parametrizations
+        module.__class__ = cls.__bases__[0]
+    module.register_parameter(name, nn.Parameter(value, requires_grad=learns))
+
+
+def _settle_hooked(module: nn.Module, name: str) -> None:
+    hooks = [hook for hook in _hooks(module) if getattr(hook, "name", None) == name]
+    for hook in hooks:
+        hook(module, None)
+    value = getattr(module, name).detach().clone()
+    for table in (module._forward_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key, hook in list(table.items()):
+            inner = getattr(hook, "hook", hook)
+            if hook in hooks or getattr(getattr(inner, "fn", None), "name", None) == name:
+                del table[key]
+    for part in ("_g", "_v", "_orig"):
+        module._parameters.pop(name + part, None)
+    for part in ("_u", "_v", SUFFIX):
+        module._buffers.pop(name + part, None)
+    delattr(module, name)
+    module.register_parameter(name, nn.Parameter(value))
+
+
+def settled(model: Model) -> Model:
+    """The model itself if it computes no weight, else a copy in which those weights are plain parameters.
+
+    The copy shares with the model all parameters and buffers that have nothing to do with those weights.
+
+    >>> model = nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    >>> [name for name, _ in settled(model).named_parameters()]
+    ['bias', 'weight']
+    """
+    if not computed_weights(model):
+        return model
+    copy = duplicate(model, [*model.parameters(), *model.buffers()])
+    for module, name in computed_weights(copy).values():
+        settle(module, name)
+    return copy

@@ -1,0 +1,127 @@
+"""How much of the network the asked sparsity is of: the report's two numbers, and the one warning."""
+
+import copy
+import json
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxprune
+
+
+class Tagger(nn.Module):
+    """Embeddings, a recurrent layer, a projection of its own and a matrix that no rule can prune."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(11, 6), nn.Parameter(torch.randn(1, 4, 6))
+        self.memory, self.out = nn.LSTM(6, hidden, batch_first=True), nn.Parameter(torch.randn(hidden, 3))
+        self.powers = nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.memory(self.words(x) + self.places)[0] @ self.out
+        return y @ self.powers.exp()
+
+
+def pruned(model: nn.Module, sparsity: float = 0.5) -> tuple[Any, list[str]]:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        words = torch.zeros(2, 4, dtype=torch.int64)
+        result = fxprune.apply(model, "random", sparsity, example_inputs=words)
+    return result, [str(one.message) for one in said]
+
+
+def test_the_report_tells_two_numbers_and_names_what_is_outside() -> None:
+    torch.manual_seed(0)
+    result, said = pruned(Tagger(8))
+    inside = 32 * 6 + 32 * 8 + 24
+    report = fxprune.analyze(result)
+    assert report.params == inside
+    assert report.sparsity == 0.5
+    assert report.outside == {"powers": 9}
+    assert report.matrix_params == inside + 9
+    assert report.matrix_sparsity == inside / 2 / (inside + 9)
+    share = f"{inside / 2 / (inside + 9):.4%}"
+    assert f"of all {inside + 9} matrix weights: sparsity {share}; not prunable: powers (9)" in str(report)
+    assert json.loads(report.to_json())["outside"] == {"powers": 9}
+    assert said == []
+
+
+def test_more_than_a_tenth_outside_is_said_once_in_one_line() -> None:
+    torch.manual_seed(0)
+    _, said = pruned(Tagger(2), 0.1)
+    assert len(said) == 1
+    assert said[0].startswith("11% of the 79 matrix weights cannot be pruned")
+    assert "powers (9)" in said[0]
+    assert "fxprune.lower(graph).opaque" in said[0]
+    assert "\n" not in said[0]
+
+
+class OwnWeights(nn.Module):
+    """Convolutions and products with parameters that no layer owns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = nn.ParameterList([nn.Parameter(torch.randn(6, 3, 3, 3) * 0.2)])
+        self.experts = nn.Parameter(torch.randn(2, 6, 5) * 0.3)
+        self.table = nn.ParameterDict({"out": nn.Parameter(torch.randn(5, 2))})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for kernel in self.kernels:
+            x = F.conv2d(x, kernel, padding=1).relu()
+        x = x.flatten(2).transpose(1, 2)
+        x = F.linear(x, self.experts[0].T) + torch.einsum("bnc,co->bno", x, self.experts[1])
+        return torch.matmul(x.mean(1), self.table["out"])
+
+
+@pytest.mark.parametrize("returns", ["graph", "module"])
+def test_own_parameters_are_masked_train_copy_save_and_finalize(returns: Any) -> None:
+    torch.manual_seed(0)
+    model, x = OwnWeights(), torch.randn(3, 3, 6, 6)
+    result = fxprune.apply(model, "magnitude", 0.6, example_inputs=x, returns=returns)
+    masks = fxprune.masks(result)
+    assert set(masks) == {"kernels.0", "experts", "table.out"}
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            zeroed.get_parameter(name).mul_(mask)
+    torch.testing.assert_close(result(x), zeroed(x))
+    again = copy.deepcopy(result)
+    optimizer = torch.optim.SGD(again.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        again(x).square().mean().backward()
+        optimizer.step()
+    fxprune.verify(again)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            zeroed.get_parameter(name).copy_(again.get_parameter(name) * mask)
+            assert not bool(again.get_parameter(name)[~mask].any())
+    torch.testing.assert_close(again(x), zeroed(x))
+    result.load_state_dict(again.state_dict())
+    torch.testing.assert_close(result(x), again(x))
+    plain = fxprune.finalize(again)
+    assert not fxprune.masks(plain)
+    torch.testing.assert_close(plain(x), zeroed(x))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("returns", ["graph", "module"])
+def test_recurrent_layers_compute_with_masked_weights(kind: Any, returns: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(kind(3, 4, num_layers=2, bidirectional=True))
+    x = torch.randn(5, 2, 3)
+    result = fxprune.apply(model, "random", 0.5, example_inputs=x, returns=returns)
+    masks = fxprune.masks(result)
+    assert len(masks) == 8
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            zeroed.get_parameter(name).mul_(mask)
+    torch.testing.assert_close(result(x), zeroed(x))
+    torch.testing.assert_close(fxprune.finalize(result)(x), zeroed(x))
+    fxprune.verify(result)
