@@ -6,7 +6,7 @@ All arguments are checked before the first step.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from fxprune import sharding
-from fxprune.capture import capture
+from fxprune.capture import CaptureError, capture
+from fxprune.capture.inputs import example_inputs_for
 from fxprune.graph import ChannelGraph
-from fxprune.lowering import Rules, lower, matrices_outside
+from fxprune.lowering import Rules, graph_of_run, hidden_layers, lower, matrices_outside
 from fxprune.methods import Method, Problem
 from fxprune.methods import resolve as resolve_method
 from fxprune.metrics import Report, measure
@@ -27,9 +28,10 @@ from fxprune.progress import Display
 from fxprune.request import Exclusion, Request, listed
 from fxprune.rewrite import plain, read, stamp
 from fxprune.rewrite.masking.computed import settled
+from fxprune.rewrite.masking.copying import duplicate
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.collapse import dead_layers, repair
-from fxprune.sparsity.granularity import CHANNEL_OPTIONS, WEIGHT, Granularity
+from fxprune.sparsity.granularity import CHANNEL_OPTIONS, WEIGHT, Channel, Granularity
 from fxprune.sparsity.granularity import resolve as resolve_granularity
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks, is_subset, nonzeros, validate
@@ -89,7 +91,11 @@ def apply(
 
     Raises:
         TypeError, ValueError: an argument that does not fit, named, before anything is scored.
+        CaptureError: the model cannot be captured, and what was asked for needs its graph.
         RuntimeError: layers collapsed under ``on_collapse="raise"``, or could not be repaired.
+
+    A model that cannot be captured is pruned all the same, with a warning, where ``returns`` is not "graph"
+    and method and granularity do not ask about paths: magnitude, random, snip, force, grasp, ntk-sap.
 
     The caller's model (unless "inplace"), its modes and the global random state are left alone.
 
@@ -159,7 +165,9 @@ def analyze(
             if name not in masks and not mask.all()
         }
         known = _known(graph, {**masks, **zeros})
-        return measure(graph, known, resolution, matrices_outside(network, graph))
+        outside = matrices_outside(network, graph)
+        removed = sum(int((~masks[name]).sum()) for name in outside if name in masks)
+        return measure(graph, known, resolution, outside, removed)
 
 
 def _taken(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -173,22 +181,16 @@ def _has_shapes(model: nn.Module) -> bool:
 
 def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Display) -> fx.GraphModule:
     model = inside(given)
-    before, source = read(model), plain(model)
-    flat = settled(source)  # computed weights are scored as they are, like any other
-    with display.step("capture"):
-        gm = capture(flat, example_inputs)
-        again = flat is not source and wish.returns == "graph"
-        form = capture(source, example_inputs) if again else None
-    with display.step("lower"):
-        graph = lower(gm, rules=wish.rules)
-    _warn_of_rest(gm, graph)
-    network = Network(given, source, gm, graph, before, flat, form)
+    network = _network(given, example_inputs, wish, display)
+    before = network.before
     # A method scores and selects.
     with sharding.asked(build_problem(network, wish, display, _everybody()), model, wish.method) as question:
         problem = question.problem
         question.masks = _checked(wish.method, wish.method.find(problem), problem)
     with display.step(f"look for layers without a path (on_collapse={wish.on_collapse!r})"):
-        masks = _without_collapse(problem, question.masks, before, wish)
+        masks = question.masks
+        if isinstance(network.captured, fx.GraphModule):
+            masks = _without_collapse(problem, masks, before, wish)
     pruned = rewrite(network, problem, masks, wish)
     stamp(pruned, method=wish.method.name, sparsity=wish.sparsity, seed=wish.seed)
     if problem.history and isinstance(pruned, fx.GraphModule):
@@ -197,15 +199,57 @@ def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Displa
     return cast(fx.GraphModule, pruned)
 
 
-def _warn_of_rest(gm: fx.GraphModule, graph: ChannelGraph) -> None:
-    """Name the matrix weights that no method can prune here, if they are many."""
-    outside = matrices_outside(gm, graph)
-    rest = sum(outside.values())
-    if rest > OUTSIDE * (whole := rest + graph.prunable):
+def _network(given: nn.Module, example_inputs: Any, wish: Request, display: Display) -> Network:
+    """Capture and lower a model; one that cannot be captured is looked at in a run."""
+    model = inside(given)
+    before, source = read(model), plain(model)
+    flat = settled(source)  # computed weights are scored as they are, like any other
+    with display.step("capture"):
+        try:
+            gm = capture(flat, example_inputs)
+            again = flat is not source and wish.returns == "graph"
+            form = capture(source, example_inputs) if again else None
+        except CaptureError as error:
+            graph = _uncaptured(flat, example_inputs, wish, error)
+            return Network(given, source, duplicate(flat), graph, before, flat)
+    with display.step("lower"):
+        graph = lower(gm, rules=wish.rules)
+    alone = "graph" not in wish.method.needs and not isinstance(wish.granularity, Channel)
+    hidden = hidden_layers(gm, graph) if alone and wish.on_collapse != "repair" else {}
+    _warn_of_rest(gm, graph, hidden)
+    return Network(given, source, gm, graph, before, flat, form, hidden)
+
+
+def _uncaptured(flat: nn.Module, example_inputs: Any, wish: Request, error: CaptureError) -> ChannelGraph:
+    """Find the weights of a model that has no graph, or say why that is of no use here."""
+    if wish.returns == "graph":
+        raise CaptureError(f"{error}; or returns='module', which prunes without a graph") from error
+    if "graph" in wish.method.needs:
+        raise CaptureError(
+            f"{error}; method {wish.method.name!r} asks about paths, which need the graph; magnitude, random,"
+            " snip, force, grasp and ntk-sap do without"
+        ) from error
+    if isinstance(wish.granularity, Channel):
+        raise CaptureError(f"{error}; channels need the graph, granularity='weight' does not") from error
+    args, kwargs = example_inputs_for(flat, example_inputs)
+    graph = graph_of_run(duplicate(flat), args, kwargs, str(error))
+    warnings.warn(
+        f"{error}; pruned without a graph: no paths, no channels, no look for collapsed layers",
+        stacklevel=5,  # the line that called apply
+    )
+    return graph
+
+
+def _warn_of_rest(gm: fx.GraphModule, graph: ChannelGraph, hidden: Collection[str]) -> None:
+    """Name the matrix weights that the method cannot prune here, if they are many."""
+    every = matrices_outside(gm, graph)
+    outside = {name: size for name, size in every.items() if name not in hidden}
+    rest, whole = sum(outside.values()), sum(every.values()) + graph.prunable
+    if rest > OUTSIDE * whole:
         warnings.warn(
             f"{rest / whole:.0%} of the {whole:,} matrix weights cannot be pruned, sparsity is of the"
             f" others: {listed_sizes(outside)}; fxprune.lower(graph).opaque lists ops to write rules for",
-            stacklevel=4,  # the line that called apply
+            stacklevel=5,  # the line that called apply
         )
 
 

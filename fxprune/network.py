@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
@@ -31,16 +32,26 @@ class Network:
     ``given``: as the caller passed it. ``source``: without masks. ``captured`` and ``graph``: ``source``
     captured, and lowered. ``before``: the masks that ``given`` has. ``settled``: ``source`` with computed
     weights (``weight_norm``) as plain parameters, where it was captured so; then ``form`` is the graph of
-    ``source`` as it is, if a graph is asked for.
+    ``source`` as it is, if a graph is asked for. ``hidden``: weights that may be pruned although the graph
+    has no kernels of them, with their other names. Where the model cannot be captured, ``captured`` is the
+    model, and ``graph`` has kernels alone.
     """
 
     given: nn.Module
     source: nn.Module
-    captured: fx.GraphModule
+    captured: nn.Module
     graph: ChannelGraph
     before: Masks
     settled: nn.Module | None = None
     form: fx.GraphModule | None = None
+    hidden: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def direct(self) -> list[str]:
+        """The parameters that are read without a call of their owner."""
+        if isinstance(self.captured, fx.GraphModule):
+            return [*direct_reads(self.captured), *self.hidden]  # who reads the hidden ones is not known
+        return [name for name, kernels in self.graph.kernels.items() if kernels.direct]
 
     @property
     def scored(self) -> nn.Module:
@@ -65,11 +76,8 @@ def build_problem(
     that no masks can meet, and parameters that cannot be masked.
     """
     _demand_values(network.scored, network.graph)
-    prunable = {
-        name: kernels
-        for name, kernels in network.graph.kernels.items()
-        if not wish.excludes(network.scored, (name, *kernels.aliases))
-    }
+    names = {name: kernels.aliases for name, kernels in network.graph.kernels.items()} | dict(network.hidden)
+    prunable = [name for name, others in names.items() if not wish.excludes(network.scored, (name, *others))]
     parameters = {name: network.captured.get_parameter(name) for name in prunable}
     # What fully_shard has split is on the meta device here.
     present = [parameter.device for parameter in parameters.values() if not parameter.is_meta]
@@ -80,7 +88,7 @@ def build_problem(
         where = home if parameter.is_meta else parameter.device
         whole = torch.ones(parameter.shape, dtype=torch.bool, device=where)
         masks[name] = network.before.get(name, whole)
-    shapes = {name: tuple(kernels.shape) for name, kernels in prunable.items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     budget = plan(wish.budget, wish.sparsity, shapes, kept(masks))
     check(network.captured, masks)
     copy = duplicate(network.captured)
@@ -126,7 +134,7 @@ def rewrite(network: Network, problem: Problem, masks: Masks, wish: Request) -> 
     if wish.reinit:
         redraw(inside(form), torch.Generator().manual_seed(wish.seed), network.before)
     every = {**network.before, **masks, **_entries(network, problem, masks)}
-    put_masks(form, every, direct=[name for name in direct_reads(network.captured) if name in every])
+    put_masks(form, every, direct=[name for name in network.direct if name in every])
     return form
 
 

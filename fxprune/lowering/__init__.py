@@ -1,7 +1,17 @@
 """Lower a captured network to its channel/kernel dataflow graph."""
 
+from fxprune.lowering.eager import graph_of_run
 from fxprune.lowering.lower import lower
-from fxprune.lowering.matrices import matrices_outside
+from fxprune.lowering.matrices import hidden_layers, matrices_outside
 from fxprune.lowering.rules.table import Context, Rules, RuleTable, Unknown
 
-__all__ = ["Context", "RuleTable", "Rules", "Unknown", "lower", "matrices_outside"]
+__all__ = [
+    "Context",
+    "RuleTable",
+    "Rules",
+    "Unknown",
+    "graph_of_run",
+    "hidden_layers",
+    "lower",
+    "matrices_outside",
+]

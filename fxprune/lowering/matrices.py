@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 from fxprune.graph import ir
 from fxprune.lowering.parameters import Parameters
 
-__all__ = ["matrices_outside"]
+__all__ = ["hidden_layers", "matrices_outside"]
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
+LAYERS = (nn.Linear, nn.Bilinear, _ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
@@ -42,6 +44,23 @@ def matrices_outside(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, in
     }
     met = _met(graph) if sizes else set()
     return {name: sizes[name] for name in sorted(sizes, key=lambda name: -sizes[name]) if name in met}
+
+
+def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple[str, ...]]:
+    """Name the weights of layers inside of what no rule knows, with their other names.
+
+    No path through them is known, but a layer multiplies its input with its weight wherever it stands.
+    """
+    parameters = Parameters.of(gm)
+    read = {use.name for op in graph.opaque for use in op.params}
+    return {
+        name: tuple(parameters.aliases[name])
+        for name, tensor in parameters.tensors.items()
+        if name in read
+        and name in parameters.prunable
+        and name not in graph.kernels
+        and isinstance(parameters.owners[name][1], LAYERS)
+    }
 
 
 def _met(graph: ir.ChannelGraph) -> set[str]:

@@ -36,6 +36,7 @@ def logsynflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] =
     return Method(
         name="logsynflow",
         find=in_rounds(Synapse(gain=_log_gain), rounds=rounds, resolution=resolution, name="logsynflow"),
+        needs=frozenset({"graph"}),
         summary="SynFlow with the logarithm of the gradient; no data",
         paper="Cavagnero et al. 2022, FreeREA, arXiv 2207.05135",
     )

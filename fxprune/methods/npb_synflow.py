@@ -45,6 +45,7 @@ def npb_synflow(
     return Method(
         name="npb-synflow",
         find=lambda problem: _find(problem, Exponential(rounds), refresh_every, refresh_until, resolution),
+        needs=frozenset({"graph"}),
         summary="SynFlow with random masks in early rounds, for nodes as well as paths; no data",
         paper="Understanding pruning at initialization: an effective node-path balancing perspective, 2023",
     )

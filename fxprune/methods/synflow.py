@@ -27,6 +27,7 @@ def synflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] = "s
     return Method(
         name="synflow",
         find=in_rounds(Synapse(), rounds=rounds, resolution=resolution, name="synflow"),
+        needs=frozenset({"graph"}),
         summary="keeps the weights that carry the most synaptic flow; no data",
         paper="Tanaka et al. 2020, arXiv 2006.05467",
     )

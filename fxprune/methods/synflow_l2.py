@@ -36,6 +36,7 @@ def synflow_l2(
     return Method(
         name="synflow-l2",
         find=in_rounds(synapse, rounds=rounds, resolution=resolution, name="synflow-l2"),
+        needs=frozenset({"graph"}),
         summary="keeps the weights that carry the most flow of squared weights; no data",
         paper="Gebhart et al. 2021, arXiv 2101.10552",
     )

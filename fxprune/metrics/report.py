@@ -73,7 +73,8 @@ class Report:
     ``log_paths``: natural logarithm of the number of effective paths (DPaI, appendix I), ``-inf`` for none.
     ``dead_layers``: parameters on some path of the dense network and on none of this one. ``opaque``: number
     of operations that no rule knew; where it is not 0, effective means "perhaps effective" behind them.
-    ``outside``: the matrix weights that cannot be pruned, by name with their sizes, largest first.
+    ``outside``: the matrix weights on no known path, by name with their sizes, largest first;
+    ``outside_removed`` of them are masked.
     ``resolution``: ``"spatial"`` tells positions apart, ``"channel"`` does not.
     Nodes, kernels and multiply-adds are counted as :mod:`fxprune.channels.counts` says.
     """
@@ -87,6 +88,7 @@ class Report:
     products: dict[str, ProductReport]
     effective: Masks = field(repr=False, compare=False)
     outside: dict[str, int] = field(default_factory=dict)
+    outside_removed: int = 0
 
     @property
     def matrix_params(self) -> int:
@@ -96,7 +98,8 @@ class Report:
     @property
     def matrix_sparsity(self) -> float:
         """Fraction of all matrix weights that is removed."""
-        return (self.params - self.kept_params) / self.matrix_params if self.matrix_params else 0.0
+        removed = self.params - self.kept_params + self.outside_removed
+        return removed / self.matrix_params if self.matrix_params else 0.0
 
     @property
     def params(self) -> int:
@@ -205,10 +208,12 @@ def measure(
     masks: Mapping[str, torch.Tensor],
     resolution: Resolution = "spatial",
     outside: Mapping[str, int] | None = None,
+    outside_removed: int = 0,
 ) -> Report:
     """The report on a lowered network under ``masks`` (parameters without a mask count as dense).
 
-    ``outside``: sizes of the matrix weights that are no kernels of the graph.
+    ``outside``: sizes of the matrix weights that are no kernels of the graph; ``outside_removed`` of them are
+    masked.
     Raises ``ValueError`` for a resolution that is neither ``"spatial"`` nor ``"channel"``.
     """
     if resolution not in ("spatial", "channel"):
@@ -236,6 +241,7 @@ def measure(
         products=_products(graph, whole, resolution),
         effective=effective,
         outside=dict(outside or {}),
+        outside_removed=outside_removed,
     )
 
 
@@ -321,7 +327,7 @@ def _remarks(report: Report) -> list[str]:
         lines.insert(
             1,
             f"of all {report.matrix_params:,} matrix weights: sparsity {report.matrix_sparsity:.4%};"
-            f" not prunable: {listed(report.outside)}",
+            f" on no known path: {listed(report.outside)}",
         )
     if report.dead_layers:
         lines.append(f"dead layers: {', '.join(report.dead_layers)}")

@@ -92,8 +92,9 @@ class Problem:
 class Method:
     """A pruning method: ``find`` is all it must have.
 
-    ``needs``: ``{"data"}`` for a method that cannot run without. ``scored``: whether it ranks scores by
-    ``from_scores`` or ``prune_in_rounds``; False where it builds masks directly. ``shards``: what ``find``
+    ``needs``: what a method cannot run without: "data"; "graph", if it asks about paths. ``scored``: whether
+    it ranks scores by ``from_scores`` or ``prune_in_rounds``; False where it builds masks directly.
+    ``shards``: what ``find``
     takes where parameters are split over processes: "rows", those of its process, as ``Problem.shards`` says;
     "shapes", whole parameters on the meta device, for it needs no values, and finds the same masks in every
     process; "no", nothing: it needs whole parameters. ``summary``: one line.

@@ -46,7 +46,9 @@ def test_the_report_tells_two_numbers_and_names_what_is_outside() -> None:
     assert report.matrix_params == inside + 9
     assert report.matrix_sparsity == inside / 2 / (inside + 9)
     share = f"{inside / 2 / (inside + 9):.4%}"
-    assert f"of all {inside + 9} matrix weights: sparsity {share}; not prunable: powers (9)" in str(report)
+    assert f"of all {inside + 9} matrix weights: sparsity {share}; on no known path: powers (9)" in str(
+        report
+    )
     assert json.loads(report.to_json())["outside"] == {"powers": 9}
     assert said == []
 
@@ -125,3 +127,99 @@ def test_recurrent_layers_compute_with_masked_weights(kind: Any, returns: Any) -
     torch.testing.assert_close(result(x), zeroed(x))
     torch.testing.assert_close(fxprune.finalize(result)(x), zeroed(x))
     fxprune.verify(result)
+
+
+class Steered(nn.Module):
+    """A forward that numbers steer, with layers, a parameter of its own and one that another module reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.own = nn.Linear(6, 8), nn.Parameter(torch.randn(8, 5) * 0.3)
+        self.lent, self.memory = nn.Linear(5, 5, bias=False), nn.GRU(5, 4, batch_first=True)
+        self.words, self.table = nn.Embedding(3, 6), nn.Parameter(torch.randn(1, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x + self.table)
+        while float(x.detach().abs().max()) > 1:
+            x = x / 2
+        return self.memory(F.linear((x @ self.own).relu(), self.lent.weight)[:, None])[1][0]
+
+
+class Around(nn.Module):
+    """A steered part between layers that are captured."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.out = Steered(), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.part(x))
+
+
+MATRICES = {"first.weight", "own", "lent.weight", "memory.weight_ih_l0", "memory.weight_hh_l0"}
+LABELLED = (torch.randn(6, 6), torch.tensor([0, 1, 2, 3, 0, 1]))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "random", "snip", "force", "grasp", "ntk-sap"])
+def test_a_model_without_a_graph_is_pruned_all_the_same(method: str) -> None:
+    torch.manual_seed(0)
+    model, x = Steered(), torch.randn(4, 6)
+    with pytest.warns(UserWarning, match="pruned without a graph: no paths") as said:
+        result: Any = fxprune.apply(
+            model, method, 0.6, example_inputs=x, returns="module", data=LABELLED, progress=False
+        )
+    assert len(said) == 1
+    assert type(model) is Steered
+    assert isinstance(result, Steered)
+    masks = fxprune.masks(result)
+    assert set(masks) == MATRICES
+    size = sum(mask.numel() for mask in masks.values())
+    assert sum(int(mask.sum()) for mask in masks.values()) == round(0.4 * size)
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            zeroed.get_parameter(name).mul_(mask)
+    torch.testing.assert_close(result(x), zeroed(x))
+    optimizer = torch.optim.SGD(result.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        result(x).square().mean().backward()
+        optimizer.step()
+    assert not any(bool(result.get_parameter(name)[~mask].any()) for name, mask in masks.items())
+    fxprune.verify(result)
+
+
+def test_what_needs_a_graph_says_so() -> None:
+    model, x = Steered(), torch.randn(4, 6)
+    for options, text in (
+        ({}, "or returns='module', which prunes without a graph"),
+        (
+            {"method": "synflow", "returns": "module"},
+            "'synflow' asks about paths, which need the graph",
+        ),
+        ({"granularity": "channel", "returns": "module"}, "channels need the graph"),
+    ):
+        with pytest.raises(RuntimeError, match=text):
+            fxprune.apply(model, **{"method": "random", "example_inputs": x, **options})
+
+
+def test_layers_inside_of_what_stays_whole_are_pruned_by_weights() -> None:
+    torch.manual_seed(0)
+    model, x = Around(), torch.randn(4, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the part is kept whole; its own parameter is not prunable
+        result = fxprune.apply(model, "magnitude", 0.5, example_inputs=x)
+        paths = fxprune.apply(model, "synflow", 0.5, example_inputs=x)
+    masks = fxprune.masks(result)
+    layers = {"part.first.weight", "part.lent.weight", "part.memory.weight_ih_l0", "part.memory.weight_hh_l0"}
+    assert set(masks) == {"out.weight", *layers}
+    assert set(fxprune.masks(paths)) == {"out.weight"}
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            zeroed.get_parameter(name).mul_(mask)
+    torch.testing.assert_close(result(x), zeroed(x))
+    report = fxprune.analyze(result)
+    assert set(report.outside) == {*layers, "part.own"}
+    everything = sum(mask.numel() for mask in masks.values())
+    assert report.matrix_sparsity == sum(int((~m).sum()) for m in masks.values()) / (everything + 40)

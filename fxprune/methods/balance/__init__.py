@@ -85,6 +85,7 @@ def balance(
     return Method(
         name="balance",
         find=search.find,
+        needs=frozenset({"graph"}),
         summary="paths, nodes and kernels balanced by an exact search; no data, no weights",
         paper="this library; the objective is that of Xiang et al. 2025, ICLR (DPaI)",
         scored=False,

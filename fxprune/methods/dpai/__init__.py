@@ -79,6 +79,7 @@ def dpai(
     return Method(
         name="dpai",
         find=search.find,
+        needs=frozenset({"graph"}),
         summary="masks that climb towards many paths, nodes and kernels; no data, no weights",
         paper="Xiang, Nguyen-Tri et al. 2025, DPaI, ICLR",
         scored=False,

@@ -67,6 +67,7 @@ def npb(
     return Method(
         name="npb",
         find=lambda problem: _find(problem, options),
+        needs=frozenset({"graph"}),
         summary="balances nodes and paths in every layer, by an exact programme; no data",
         paper="Pham et al. 2023, NeurIPS (Towards data-agnostic pruning at initialization)",
         scored=False,

@@ -58,6 +58,7 @@ def phew(*, kernel: bool = False) -> Method:
     return Method(
         name="phew",
         find=find,
+        needs=frozenset({"graph"}),
         summary="keeps the weights passed by random walks that prefer large weights; no data",
         paper="Patil and Dovrolis 2021, arXiv 2010.11354",
         scored=False,

@@ -62,7 +62,7 @@ def px(
     return Method(
         name="px",
         find=find,
-        needs=frozenset({"data"}),
+        needs=frozenset({"data", "graph"}),
         summary="keeps the weights on paths that are active on the data, in many rounds",
         paper="Iurada et al. 2024, arXiv 2406.01820",
     )

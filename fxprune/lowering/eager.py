@@ -1,0 +1,123 @@
+"""Find the weights of a model that cannot be captured: run it, and see which parameters its products meet.
+
+A model and its inputs come in. A :class:`ChannelGraph` goes out that has the kernels of those parameters, and
+one opaque op for all that happens between input and output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fxprune.graph import ir
+from fxprune.lowering.parameters import Parameters
+
+__all__ = ["graph_of_run"]
+
+CONTRACTIONS = frozenset(
+    """linear bilinear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d matmul
+    __matmul__ __rmatmul__ mm bmm mv addmm addmv baddbmm addbmm einsum tensordot _grouped_mm grouped_mm
+    lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell multi_head_attention_forward
+    deform_conv2d""".split()
+)
+"""Names of the functions that multiply data with weights."""
+
+
+class Meeting(TorchFunctionMode):
+    """Note the parameters that products are given, whole, in part or transposed."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        super().__init__()
+        self.parameters = parameters
+        self.stack: list[nn.Module] = []
+        self.met: dict[str, bool] = {}  # whether another module than its owner read it
+        self.homes = {_storage(tensor): name for name, tensor in parameters.tensors.items()}
+
+    def __torch_function__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in CONTRACTIONS:
+            for leaf in pytree.tree_leaves((args, kwargs or {})):
+                name = self.homes.get(_storage(leaf)) if isinstance(leaf, Tensor) else None
+                if name is not None and name in self.parameters.prunable:
+                    own = bool(self.stack) and self.stack[-1] is self.parameters.owners[name][1]
+                    self.met[name] = self.met.get(name, False) or not own
+        return func(*args, **(kwargs or {}))
+
+    def enter(self, module: nn.Module, inputs: Any) -> None:
+        self.stack.append(module)
+
+    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self.stack.pop()
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def graph_of_run(model: nn.Module, args: Any, kwargs: Any, reason: str) -> ir.ChannelGraph:
+    """Run ``model`` once in evaluation mode, without gradients, and list the weights that it multiplies with.
+
+    Args:
+        model: a private copy, for buffers may change.
+        args, kwargs: of its ``forward``, with real numbers.
+        reason: why there is no graph, for the opaque op.
+
+    Example:
+        >>> graph = graph_of_run(nn.Linear(4, 3), (torch.ones(2, 4),), {}, "for the example")
+        >>> list(graph.kernels), [op.kind for op in graph.ops]
+        (['weight'], ['Source', 'Opaque', 'Sink'])
+    """
+    parameters = Parameters.of(model)
+    meeting = Meeting(parameters)
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in (
+            module.register_forward_pre_hook(meeting.enter, prepend=True),
+            module.register_forward_hook(meeting.leave),
+        )
+    ]
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad(), meeting:
+            model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    source = ir.Source(ir.Value(0, (), True), (), "input", "")
+    opaque = ir.Opaque(ir.Value(1, (), True), (source.output,), "model", "", reason=reason)
+    sink = ir.Sink(ir.Value(2, (), True), (opaque.output,), "output", "")
+    kernels = {kernel.name: kernel for kernel in _kernels(parameters, meeting.met)}
+    return ir.ChannelGraph((source, opaque, sink), kernels, 1, type(model).__name__)
+
+
+def _kernels(parameters: Parameters, met: dict[str, bool]) -> Iterator[ir.KernelSet]:
+    for name in (name for name in parameters.tensors if name in met):
+        path, owner = parameters.owners[name]
+        shape, layer = parameters.tensors[name].shape, name.rpartition(".")[0] or name
+        transposed = isinstance(owner, _ConvTransposeNd)
+        groups: Any = getattr(owner, "groups", 1)
+        groups = groups if isinstance(groups, int) else 1
+        into, out = (0, 1) if transposed else (1, 0)
+        yield ir.KernelSet(
+            name=name,
+            shape=shape,
+            in_space=ir.Space(f"{layer} in", shape[into] * (1 if transposed else groups)),
+            out_space=ir.Space(layer, shape[out] * (groups if transposed else 1)),
+            live_taps=torch.ones(shape[2:], dtype=torch.bool),
+            groups=groups,
+            owner=path,
+            uses=1,
+            macs=0,
+            transposed=transposed,
+            direct=met[name],
+            aliases=tuple(parameters.aliases[name]),
+        )
