@@ -27,7 +27,7 @@ from fxprune.paths.count import reach
 from fxprune.progress import Display
 from fxprune.request import Exclusion, Request, listed
 from fxprune.rewrite import plain, read, stamp
-from fxprune.rewrite.masking.computed import settled
+from fxprune.rewrite.masking.computed import computed_weights, settled
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.collapse import dead_layers, repair
@@ -91,16 +91,12 @@ def apply(
 
     Raises:
         TypeError, ValueError: an argument that does not fit, named, before anything is scored.
-        CaptureError: the model cannot be captured, and what was asked for needs its graph.
-        RuntimeError: layers collapsed under ``on_collapse="raise"``, or could not be repaired.
-
-    A model that cannot be captured is pruned all the same, with a warning, where ``returns`` is not "graph"
-    and method and granularity do not ask about paths: magnitude, random, snip, force, grasp, ntk-sap.
-
+        RuntimeError: layers collapsed under ``on_collapse="raise"``, or could not be repaired; the model
+            has no graph, and ``returns``, the method or the granularity needs one (else a warning says so).
     The caller's model (unless "inplace"), its modes and the global random state are left alone.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> pruned = apply(net, "synflow", 0.75, example_inputs=torch.ones(2, 4))
+    >>> pruned = apply(net, sparsity=0.75, example_inputs=torch.ones(2, 4))
     >>> sum(int(mask.sum()) for mask in read(pruned).values())
     12
     """
@@ -204,11 +200,14 @@ def _network(given: nn.Module, example_inputs: Any, wish: Request, display: Disp
     model = inside(given)
     before, source = read(model), plain(model)
     flat = settled(source)  # computed weights are scored as they are, like any other
+    own = next((name for name in computed_weights(source) if "." not in name), None)
+    if own is not None and wish.returns == "graph":
+        raise ValueError(f"model: its own {own!r} is computed by a parametrization; take returns='module'")
     with display.step("capture"):
         try:
             gm = capture(flat, example_inputs)
             again = flat is not source and wish.returns == "graph"
-            form = capture(source, example_inputs) if again else None
+            form = duplicate(capture(source, example_inputs)) if again else None
         except CaptureError as error:
             graph = _uncaptured(flat, example_inputs, wish, error)
             return Network(given, source, duplicate(flat), graph, before, flat)

@@ -56,7 +56,8 @@ class Meeting(TorchFunctionMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    home: int = tensor.untyped_storage()._cdata
+    return home
 
 
 def graph_of_run(model: nn.Module, args: Any, kwargs: Any, reason: str) -> ir.ChannelGraph:

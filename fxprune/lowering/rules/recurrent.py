@@ -144,7 +144,8 @@ def _scan(cell: _Cell, x: ir.Value, first: States | None, time: int, backwards: 
     shapes = [(*x.shape[:-1], size) for size in cell.sizes]
     states: States = tuple(_zeros(context, shape) for shape in shapes)
     is_exact = length <= PASSES
-    for number in range(min(length, PASSES)):
+    last = min(length, PASSES) - 1
+    for number in range(last + 1):
         before = tuple(
             _shifted(context, state, None if first is None else first[i], time, backwards)
             for i, state in enumerate(states)
@@ -153,7 +154,7 @@ def _scan(cell: _Cell, x: ir.Value, first: States | None, time: int, backwards: 
             before = tuple(
                 accumulate(_shaped(context, state), state, time, backwards=backwards) for state in before
             )
-        states = cell.step(taken, before, counts=number == 0)  # every pass goes over all steps
+        states = cell.step(taken, before, counts=number == last)  # every pass goes over all steps
     return states
 
 

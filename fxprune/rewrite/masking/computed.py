@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fxprune.rewrite.masking.copying import duplicate
+from fxprune.rewrite.masking.masked_module import form_of, masked_class, original_class
 from fxprune.rewrite.masking.storage import SUFFIX
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -25,13 +26,14 @@ Computed = tuple[nn.Module, str]
 class WeightMask(nn.Module):
     """The last step of a computed weight: zeros where the mask has them."""
 
+    mask: Tensor
+
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
-        masked: Tensor = weight * self.mask
-        return masked
+        return weight * self.mask
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Whatever is assigned to the weight is masked when it is read."""
@@ -39,7 +41,7 @@ class WeightMask(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         state_dict.setdefault(prefix + "mask", self.mask)  # a dense checkpoint: the model keeps its mask
-        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class MaskHook:
@@ -70,10 +72,11 @@ def computed_weights(model: nn.Module) -> dict[str, Computed]:
 
 def _names(module: nn.Module) -> Iterator[str]:
     if parametrize.is_parametrized(module):
-        yield from module.parametrizations  # type: ignore[misc]
+        steps: Any = module.parametrizations
+        yield from (name for name in steps if isinstance(getattr(type(module), name, None), property))
     for hook in module._forward_pre_hooks.values():
-        name = getattr(hook, "name", None)
-        known = name is not None and {f"{name}_v", f"{name}_orig"} & module._parameters.keys()
+        name = str(getattr(hook, "name", ""))
+        known = {f"{name}_v", f"{name}_orig"} & module._parameters.keys()
         if known and not isinstance(hook, MaskHook) and isinstance(module.__dict__.get(name), Tensor):
             yield name
 
@@ -173,16 +176,17 @@ def _settle_parametrized(module: nn.Module, name: str) -> None:
     value = value_of(module, name).clone()
     steps: Any = module.parametrizations
     learns = any(parameter.requires_grad for parameter in steps[name].parameters())
-    del steps[name]
-    cls = type(module)
-    if len(steps):
-        rest = {
-            key: found for key, found in vars(cls).items() if key not in (name, "__dict__", "__weakref__")
-        }
-        module.__class__ = type(cls.__name__, cls.__bases__, rest)
+    base, form = original_class(module), form_of(module)
+    if len(steps) > 1:
+        left_out = (name, "__dict__", "__weakref__")
+        rest = {key: found for key, found in vars(base).items() if key not in left_out}
+        plain: type[nn.Module] = type(base.__name__, base.__bases__, rest)
     else:
+        plain = base.__bases__[0]
+    module.__class__ = plain if form is None else masked_class(plain, form)
+    del steps[name]
+    if not len(steps):
         del module.parametrizations
-        module.__class__ = cls.__bases__[0]
     module.register_parameter(name, nn.Parameter(value, requires_grad=learns))
 
 

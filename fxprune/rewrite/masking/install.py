@@ -11,7 +11,13 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.rewrite.masking.averages import follow, identify, note
-from fxprune.rewrite.masking.computed import check_computed, computed_weights, put_computed
+from fxprune.rewrite.masking.computed import (
+    check_computed,
+    computed_weights,
+    masks_of_computed,
+    put_computed,
+    settled,
+)
 from fxprune.rewrite.masking.graph_reads import check_reads, mask_reads
 from fxprune.rewrite.masking.masked_module import (
     Form,
@@ -140,10 +146,11 @@ def put_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, direct: It
 def _warn_of_gaps(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
     """Warn if much of the model has no mask; embeddings have none as a rule and do not count."""
     matrices: dict[int, tuple[str, nn.Parameter, bool]] = {}
-    for path, module, attribute in places(model):
+    computed = masks_of_computed(model)
+    for path, module, attribute in places(settled(model)):
         parameter = parameter_at((path, module, attribute))
         if parameter.dim() > 1 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            has_mask = attribute + SUFFIX in module._buffers
+            has_mask = attribute + SUFFIX in module._buffers or join(path, attribute) in computed
             matrices.setdefault(id(parameter), (join(path, attribute), parameter, has_mask))
     bare = {name: parameter.numel() for name, parameter, has_mask in matrices.values() if not has_mask}
     size = sum(parameter.numel() for _, parameter, _ in matrices.values())

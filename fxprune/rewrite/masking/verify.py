@@ -7,7 +7,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.rewrite.masking.averages import foreign_masks
-from fxprune.rewrite.masking.computed import masks_of_computed, settled
+from fxprune.rewrite.masking.computed import mask_of_computed, masks_of_computed, settled
 from fxprune.rewrite.masking.graph_reads import (
     attribute_at,
     constant_region,
@@ -74,7 +74,9 @@ def _check_bypass(model: nn.Module) -> None:
     """Masks whose parameter is gone: something recomputes the weight."""
     for path, module in model.named_modules():
         for name in module._buffers if form_of(module) is not None else ():
-            if name.endswith(SUFFIX) and name[: -len(SUFFIX)] not in module._parameters:
+            attribute = name.removesuffix(SUFFIX)
+            is_computed = mask_of_computed(module, attribute) is not None
+            if name.endswith(SUFFIX) and attribute not in module._parameters and not is_computed:
                 raise RuntimeError(
                     f"{join(path, name[: -len(SUFFIX)])} was re-parametrised after it was masked: what is"
                     " stored and what is computed may differ; remove the re-parametrisation"

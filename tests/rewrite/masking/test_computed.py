@@ -117,14 +117,60 @@ def test_a_spectral_norm_takes_no_step_while_it_is_looked_at() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_layer_with_two_computed_weights_settles_both() -> None:
-    """One recurrent layer, two of its matrices computed: all four are pruned."""
+def test_a_recurrent_layer_whose_weights_are_computed() -> None:
+    """Two of its matrices are computed by hooks: all four are pruned."""
     torch.manual_seed(0)
     layer = nn.LSTM(3, 4, num_layers=2, batch_first=True)
     for name in ("weight_hh_l0", "weight_ih_l1"):
-        parametrizations.weight_norm(layer, name)
+        nn.utils.weight_norm(layer, name)
     model, x = nn.Sequential(layer), torch.randn(2, 5, 3)
     result = fxprune.apply(model, "random", 0.5, example_inputs=x)
-    assert len(fxprune.masks(result)) == 4
+    masks = fxprune.masks(result)
+    assert len(masks) == 4
     fxprune.verify(result)
+    plain = nn.LSTM(3, 4, num_layers=2, batch_first=True)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(getattr(layer, name) * masks.get(f"0.{name}", torch.ones(())))
+    torch.testing.assert_close(result(x)[0], plain(x)[0])
     torch.testing.assert_close(fxprune.finalize(result)(x)[0], result(x)[0])
+
+
+class Pair(nn.Module):
+    """A module of one's own with a plain and two computed weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("one", "two", "three"):
+            setattr(self, name, nn.Parameter(torch.randn(4, 4)))
+        for name in ("one", "three"):
+            parametrizations.spectral_norm(self, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.one @ self.two @ self.three
+
+
+@pytest.mark.parametrize("returns", ["graph", "module"])
+def test_a_module_with_two_computed_weights_and_a_plain_one(returns: Any) -> None:
+    torch.manual_seed(0)
+    pair = Pair().eval()
+    model, x = nn.Sequential(pair), torch.randn(2, 4)
+    result = fxprune.apply(model, "random", 0.5, example_inputs=x, returns=returns)
+    masks = fxprune.masks(result)
+    assert set(masks) == {"0.one", "0.two", "0.three"}
+    want = x
+    for name in ("one", "two", "three"):
+        want = want @ (getattr(pair, name) * masks[f"0.{name}"])
+    torch.testing.assert_close(result(x), want)
+    fxprune.verify(result)
+    final = fxprune.finalize(result)
+    torch.testing.assert_close(final(x), want)
+    assert set(dict(final.named_parameters())) == {"0.one", "0.two", "0.three"}
+
+
+def test_a_graph_cannot_compute_weights_of_the_model_itself() -> None:
+    x = torch.randn(2, 4)
+    with pytest.raises(ValueError, match="its own 'one' is computed by a parametrization; take returns='mod"):
+        fxprune.apply(Pair(), "random", 0.5, example_inputs=x)
+    result = fxprune.apply(Pair(), "random", 0.5, example_inputs=x, returns="module")
+    assert set(fxprune.masks(result)) == {"one", "two", "three"}

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrize, prune
 
 from fxprune.rewrite import install, set_masks, verify
 from rewrite import nets
@@ -47,12 +47,8 @@ def test_wrong_masks():
 def test_weights_that_are_computed_already():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     good = {"0.weight": ~kept(3, 2)}
-    parametrize.register_parametrization(model[1], "weight", nn.Identity())
-    refused(model, {**good, "1.weight": kept(1, 3)}, ValueError, "1.weight", "remove_parametrizations")
     model[1] = prune.l1_unstructured(nn.Linear(3, 1), "weight", 1)
     refused(model, {**good, "1.weight": kept(1, 3)}, ValueError, "1.weight", "prune.remove")
-    model[1] = parametrizations.weight_norm(nn.Linear(3, 1))
-    refused(model, {**good, "1.weight": kept(1, 3)}, ValueError, "1.weight", "remove_parametrizations")
     model[1] = nn.LazyLinear(1)
     with pytest.raises(ValueError, match=r"1\.weight.*lazy"):
         set_masks(model, {"1.weight": kept(1, 3)})
