@@ -1,4 +1,4 @@
-"""How much of the network the asked sparsity is of: the report's two numbers, and the one warning."""
+"""Tell how much of a network was pruned: two numbers, one warning, and levels where there is no graph."""
 
 import copy
 import json

@@ -61,7 +61,7 @@ def any_along(context: Context, x: Any, dims: Sequence[int], shape: Sequence[int
 @table.rule(torch.bincount, "bincount", torch.nonzero, "nonzero", torch.searchsorted, torch.bucketize)
 @table.rule(F.one_hot, torch.multinomial, "multinomial", torch.count_nonzero, "count_nonzero")
 def selection(context: Context, *args: Any, **kwargs: Any) -> ir.Value:
-    """Which entries are the largest, or how many: it selects, and carries no path of its own."""
+    """Select entries, or count them: the numbers say which, and carry no path of their own."""
     return numbers(context, context.result)
 
 

@@ -36,7 +36,7 @@ class WeightMask(nn.Module):
         return weight * self.mask
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Whatever is assigned to the weight is masked when it is read."""
+        """Take an assigned weight as it is; it is masked when it is read."""
         return weight
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -267,7 +267,7 @@ def test_padded_and_added_keys(name: str) -> None:
 
 
 def test_padding_that_is_an_input_says_nothing_of_paths() -> None:
-    """Which keys are padding is known in use only: every key may be met."""
+    """Any key may be met, for it is known in use only which are padding."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
     graph = lowered(layer, (torch.randn(2, 5, 8), None, PADDING))

@@ -15,7 +15,7 @@ from lowering.agreement import assert_flow, assert_reach, lowered
 
 
 def scan(model: nn.Module, example: Tensor) -> Tensor:
-    """Which input steps the second output step sees."""
+    """Find the input steps that the second output step sees."""
     graph = lowered(model, example)
     return reach(graph, {})["mix.weight"].any(1)
 
