@@ -131,7 +131,7 @@ def thin(labels: Tensor) -> Factor | None:
     """
     axes = []
     for axis, size in enumerate(labels.shape):
-        if size == 1:
+        if size == 1 or not labels.numel():
             continue
         top = labels.amax(axis, keepdim=True)
         if bool(((labels == top) | (labels == FILLED)).all()):

@@ -162,3 +162,19 @@ def test_tokens_and_features_are_told_apart_by_axis() -> None:
     assert found(net, torch.randn(2, 4, 6), "first", "mix", "mix.in", "last.in") == [
         [0, 1, 2, 3], [-1] * 4, [-1] * 4, [0, 1, 2, 3]
     ]  # fmt: skip
+
+
+def test_an_empty_part_of_a_split_has_no_channels() -> None:
+    # What compaction leaves of a split whose second part is gone altogether.
+    class Split(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, rest = self.one(x).split([4, 0], dim=1)
+            return self.two(first) + rest.sum()
+
+    groups = groups_of(Split(), torch.ones(2, 3))
+    assert groups.rows["one.weight"].tolist() == groups.columns["two.weight"].tolist()
+    assert -1 not in groups.rows["one.weight"]
