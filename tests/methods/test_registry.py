@@ -26,7 +26,7 @@ def test_every_method_introduces_itself(name: str) -> None:
     assert method.summary
     assert "\n" not in method.summary
     assert method.paper
-    assert method.needs <= {"data"}
+    assert method.needs <= {"data", "graph"}
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -113,7 +113,7 @@ def any_of(context: Context, x: Any, index: Any) -> ir.Value:
 
 
 def _rank(part: Any) -> int:
-    """How many axes an element of an index takes."""
+    """Count the axes that an element of an index takes."""
     if isinstance(part, (Tensor, Constant)) and part.dtype == torch.bool:
         return len(part.shape)
     return 1
@@ -133,7 +133,7 @@ def _is_bool(context: Context, part: ir.Value) -> bool:
 def scattered(
     context: Context, x: Any, dim: int, index: Any, source: Any = None, *args: Any, **kwargs: Any
 ) -> ir.Value:
-    """What was there, and any entry of the source along the axis: which one goes where is not followed."""
+    """Add any entry of the source along the axis to what was there: which one goes where is not followed."""
     build, shape = context.build, context.shape
     source = next((kwargs[name] for name in ("src", "source", "value") if name in kwargs), source)
     value = build.materialise(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -20,16 +20,15 @@ from fxprune.rewrite.compact.leaves import leaf_of, open_leaf
 from fxprune.rewrite.compact.literals import Rewriter
 from fxprune.rewrite.compact.modules import Slices, is_sizeable, slice_parameters, slices_of
 from fxprune.rewrite.compact.norms import kind_of
+from fxprune.rewrite.compact.products import keep_what_counts, operand_nodes
 from fxprune.rewrite.compact.recipe import record_recipe
 from fxprune.rewrite.compact.table import tabulate
 from fxprune.rewrite.compact.trial import (
     NodeFailure,
-    difference,
-    differing_node,
     in_double,
-    outputs_of,
     set_shapes,
     trial_inputs,
+    verified,
 )
 from fxprune.rewrite.masking.finalize import finalize
 from fxprune.rewrite.masking.parameters import read, unwrap
@@ -120,7 +119,12 @@ def _compact(
                 whole.add(held.path)
     found = None
     if verify and exact:
-        found = _verified(gm, small, runs)
+
+        def in_float64() -> fx.GraphModule:
+            wide, both = copy.deepcopy(source).double(), (in_double(runs[0]), in_double(runs[1]))
+            return _smallest(wide, graph, cut, both, whole, exact=exact, fold_constants=fold_constants)[0]
+
+        found = verified(gm, small, runs, in_float64)
     small.meta = {**gm.meta}
     notes = dict(small.meta.get("fxprune", {}))
     parameters = {name: list(parameter.shape) for name, parameter in unwrap(model).named_parameters()}
@@ -233,13 +237,14 @@ def _constants(
         before = cut.gone.clone()
         sums = _removed_sums(graph, nodes, cut, recorded) if exact else {}
         biases = fold(graph, gm, cut, recorded, fold_constants=fold_constants)
+        keep_what_counts(graph, cut, recorded)
         if torch.equal(before, cut.gone):
             return sums, biases
 
 
 def _sources(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> set[str]:
     """The nodes whose numbers are asked for: what layers and norms read of channels that may go."""
-    wanted = set()
+    wanted = operand_nodes(graph, cut)
     for op in graph.ops:
         if isinstance(op, (ir.Kernel, ir.Norm)) and op.node in nodes and cut.touches(op.inputs[0]):
             source = nodes[op.node].args[0] if nodes[op.node].args else None
@@ -327,10 +332,21 @@ def _give_back_users(graph: ChannelGraph, cut: Cut, name: str, reason: str) -> N
 
 
 def _give_back_node(graph: ChannelGraph, cut: Cut, nodes: dict[str, fx.Node], error: NodeFailure) -> bool:
-    """Give back what a node that failed reads and makes, or else what the nodes before it read."""
+    """Give back what a node that failed reads and makes, or else what the nodes before or behind it do."""
     name = error.node.removeprefix("narrowed_")
+    if name not in nodes:
+        return False
     reason = f"{error.node}: {str(error.__cause__)[:80]}"
-    near = [nodes[name]] if name in nodes else []
+    return _give_back_near(graph, cut, nodes[name], reason, lambda node: node.all_input_nodes) or (
+        _give_back_near(graph, cut, nodes[name], reason, lambda node: list(node.users))
+    )
+
+
+def _give_back_near(
+    graph: ChannelGraph, cut: Cut, start: fx.Node, reason: str, step: Callable[[fx.Node], list[fx.Node]]
+) -> bool:
+    """Give back the channels of the first nodes, ``step`` by ``step`` from ``start``, that have any."""
+    near = [start]
     seen = set(near)
     while near:
         found = False
@@ -349,30 +365,6 @@ def _give_back_node(graph: ChannelGraph, cut: Cut, nodes: dict[str, fx.Node], er
                 found |= cut.give_back(cut.labels_of(value), reason)
         if found:
             return True
-        near = [source for node in near for source in node.all_input_nodes if source not in seen]
+        near = list(dict.fromkeys(new for node in near for new in step(node) if new not in seen))
         seen |= set(near)
     return False
-
-
-def _verified(gm: fx.GraphModule, small: fx.GraphModule, runs: tuple[Any, Any]) -> float:
-    """Return the largest relative difference; an error that names the first node if it is too large.
-
-    What is over the tolerance in float32 is computed again in float64, which tells rounding from error.
-    """
-    double = all(p.dtype == torch.float64 for p in gm.parameters() if p.is_floating_point())
-    worst = 0.0
-    for inputs in runs:
-        found = difference(outputs_of(gm, inputs), outputs_of(small, inputs))
-        if found <= (1e-10 if double else 1e-5):
-            worst = max(worst, found)
-            continue
-        twice, half, wide = copy.deepcopy(gm).double(), copy.deepcopy(small).double(), in_double(inputs)
-        exact = difference(outputs_of(twice, wide), outputs_of(half, wide))
-        if not exact <= 1e-10:
-            node = differing_node(twice, half, wide, 1e-10)
-            raise RuntimeError(
-                f"compact: outputs differ by {found:.2e} of the largest, first at node {node!r}; "
-                "please report the network, or pass verify=False"
-            )
-        worst = max(worst, exact)
-    return worst

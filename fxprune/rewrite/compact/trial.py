@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "outputs_of",
     "set_shapes",
     "trial_inputs",
+    "verified",
 ]
 
 RUN_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
@@ -145,3 +147,33 @@ def differing_node(old: fx.GraphModule, new: fx.GraphModule, inputs: Sequence[An
             if value.is_floating_point() and difference(value, other) > tolerance:
                 return name
     return "output"
+
+
+def verified(
+    gm: fx.GraphModule,
+    small: fx.GraphModule,
+    runs: tuple[Any, Any],
+    in_float64: Callable[[], fx.GraphModule],
+) -> float:
+    """Return the largest relative difference; an error that names the first node if it is too large.
+
+    What is over the tolerance in float32 is compacted and computed again in float64, which tells rounding,
+    also that of constants which moved into biases, from error.
+    """
+    double = all(p.dtype == torch.float64 for p in gm.parameters() if p.is_floating_point())
+    worst = 0.0
+    for inputs in runs:
+        found = difference(outputs_of(gm, inputs), outputs_of(small, inputs))
+        if found <= (1e-10 if double else 1e-5):
+            worst = max(worst, found)
+            continue
+        twice, half, wide = copy.deepcopy(gm).double(), in_float64(), in_double(inputs)
+        exact = difference(outputs_of(twice, wide), outputs_of(half, wide))
+        if not exact <= 1e-10:
+            node = differing_node(twice, half, wide, 1e-10)
+            raise RuntimeError(
+                f"compact: outputs differ by {found:.2e} of the largest, first at node {node!r}; "
+                "please report the network, or pass verify=False"
+            )
+        worst = max(worst, exact)
+    return worst

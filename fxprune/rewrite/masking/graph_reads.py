@@ -51,9 +51,19 @@ def _only_writes(node: Node, operand: Node) -> bool:
 
     The product with the mask is another tensor: what is written there would be lost.
     """
-    if changes_input(node):
-        return node.args[:1] == (operand,) and not node.users
-    return bool(node.users) and all(_only_writes(user, node) for user in node.users)
+    open_, seen = [(node, operand)], {node}
+    while open_:
+        reader, value = open_.pop()
+        if changes_input(reader):
+            if reader.args[:1] != (value,) or reader.users:
+                return False
+        elif not reader.users:
+            return False
+        else:
+            new = [user for user in reader.users if user not in seen]
+            seen.update(new)
+            open_ += [(user, reader) for user in new]
+    return True
 
 
 def _recompile(gm: GraphModule) -> None:

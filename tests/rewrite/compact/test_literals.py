@@ -65,3 +65,29 @@ def test_bounds_and_sizes_shrink(spelling: str) -> None:
         assert torch.allclose(small(x), expected, atol=1e-6)
     assert small.get_parameter("first.weight").shape[0] <= 8 - len(GONE)
     assert small.meta["fxprune"]["compaction"].given_back == 0
+
+
+class Scaled(nn.Module):
+    """A vector of scales that is viewed as an image of one pixel, by its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.scale, self.two = (
+            nn.Conv2d(3, 6, 1),
+            nn.Parameter(torch.rand(6) + 1),
+            nn.Conv2d(6, 2, 1),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.two(self.one(x) * self.scale.view((6, 1, 1)))
+
+
+def test_a_vector_that_is_viewed_by_its_size_is_cut() -> None:
+    torch.manual_seed(0)
+    model, x = Scaled(), torch.randn(2, 3, 4, 4)
+    pruned = fxprune.apply(model, "magnitude", 0.5, granularity="channel", example_inputs=x, progress=False)
+    small = fxprune.compact(pruned, x)
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+    assert dict(small.named_parameters())["scale"].shape[0] < 6
+    with torch.no_grad():
+        assert torch.allclose(small(x), pruned(x), atol=1e-6)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, symbolic_trace
 
+import fxprune
 from fxprune.capture import capture
 from fxprune.rewrite import bare, direct_reads, finalize, install, read, set_masks, verify
 from fxprune.rewrite.masking.graph_reads import is_mask_product
@@ -320,3 +321,23 @@ def test_a_masked_plain_module_is_captured_with_its_masks(name):
         str(node.target) for node in original.graph.nodes
     )
     assert torch.equal(finalize(gm)(x), gm(x))
+
+
+class Deep(nn.Module):
+    """A parameter of its own, read before a long chain of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.inner, self.last = nn.Parameter(torch.ones(4)), nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.inner(x) + self.bias
+        for _ in range(1200):
+            y = torch.relu(y)
+        return self.last(y)
+
+
+def test_a_long_chain_behind_a_parameter_is_no_matter() -> None:
+    x = torch.randn(2, 3)
+    pruned = fxprune.apply(Deep(), "magnitude", 0.5, granularity="channel", example_inputs=x, progress=False)
+    assert "bias" in fxprune.masks(pruned) or pruned(x).shape == (2, 2)

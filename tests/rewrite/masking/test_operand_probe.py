@@ -34,3 +34,13 @@ def test_an_input_of_a_convolution_is_longer_than_its_kernel_reaches() -> None:
     (x,) = example_input(layer, layer.weight, margin=2)
     assert x.shape == (2, 2, 11, 3)
     assert layer(x).shape[2:] == (3, 3)
+
+
+def test_small_filters_may_be_standardised() -> None:
+    # With few weights in a filter one far from their mean moves all others more than itself.
+    def standardised(weight: torch.Tensor) -> torch.Tensor:
+        flat = weight.flatten(1)
+        return ((flat - flat.mean(1, keepdim=True)) / flat.std(1, keepdim=True)).view_as(weight)
+
+    for shape in ((16, 4, 1, 1), (8, 3, 1, 1), (64, 16, 1, 1)):
+        assert moves_zeros(standardised, torch.Size(shape))

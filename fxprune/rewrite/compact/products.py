@@ -1,0 +1,112 @@
+"""Keep removed channels that still count where no bias can take what they contribute.
+
+A product of two values, such as queries and keys, and a sum over channels add up what all channels hold. A
+channel on no path may hold numbers all the same: a norm before it makes of a constant what depends on others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxprune.graph import ChannelGraph, ir
+from fxprune.rewrite.compact.constants import Recorded
+from fxprune.rewrite.compact.cut import Cut
+
+__all__ = ["keep_what_counts", "operand_nodes"]
+
+
+def operand_nodes(graph: ChannelGraph, cut: Cut) -> set[str]:
+    """Return the nodes whose numbers `keep_what_counts` asks for."""
+    found = set()
+    for op in graph.ops:
+        for value, _ in _summed(op):
+            if cut.touches(value):
+                found.add(_node_of(graph, value))
+    return found - {""}
+
+
+def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded) -> None:
+    """Give back the channels whose terms in a product or sum are not zero.
+
+    Terms that are one constant may go where a softmax follows: it does not see a constant shift.
+    """
+    for op in graph.ops:
+        summed = [(value, axes) for value, axes in _summed(op) if axes]
+        gone = [_gone_roots(cut, value, axes) for value, axes in summed]
+        if not gone or not any(len(roots) for roots in gone):
+            continue
+        zero = torch.zeros(cut.labels.count, dtype=torch.bool)
+        even = torch.ones_like(zero)
+        for value, axes in summed:
+            own_zero, own_even = _numbers(graph, cut, value, axes, recorded)
+            zero |= own_zero
+            even &= own_even
+        harmless = zero | even if _reaches_softmax(graph, op.output) else zero
+        roots = torch.cat(gone)
+        cut.give_back(
+            roots[~harmless[roots]], f"{op.layer or op.node}: adds it to others, and it is not zero"
+        )
+
+
+def _summed(op: ir.AnyOp) -> list[tuple[ir.Value, tuple[int, ...]]]:
+    """The operands whose entries are added up, each with the axes of the sum."""
+    match op:
+        case ir.Mix() if op.equation:
+            inputs, _, out = op.equation.partition("->")
+            letters = inputs.split(",")
+            shared = (set(letters[0]) & set(letters[1])) - set(out)
+            return [
+                (value, tuple(axis for axis, letter in enumerate(own) if letter in shared))
+                for value, own in zip(op.inputs, letters, strict=True)
+            ]
+        case ir.Pool() if op.how == "sum" and op.window is None:
+            return [(op.inputs[0], op.dims)]
+        case _:
+            return []
+
+
+def _node_of(graph: ChannelGraph, value: ir.Value) -> str:
+    return next((output.node for output in graph.nodes_of(value) if not output.path), "")
+
+
+def _gone_roots(cut: Cut, value: ir.Value, axes: tuple[int, ...]) -> Tensor:
+    """The groups that go of the labels along ``axes``."""
+    labels = [f.labels.flatten() for f in cut.labels.values.get(value.index, ()) if set(f.axes) & set(axes)]
+    if not labels:
+        return torch.zeros(0, dtype=torch.int64)
+    roots = torch.unique(cut.labels.root[torch.cat(labels)])
+    return roots[cut.gone[roots]]
+
+
+def _numbers(
+    graph: ChannelGraph, cut: Cut, value: ir.Value, axes: tuple[int, ...], recorded: Recorded
+) -> tuple[Tensor, Tensor]:
+    """Mark the groups whose entries in ``value`` are zero in both runs, and those with one number each."""
+    zero = torch.zeros(cut.labels.count, dtype=torch.bool)
+    runs = recorded.get(_node_of(graph, value))
+    if runs is None or runs[0].shape != torch.Size(value.shape):
+        return zero, zero.clone()
+    even = zero.clone()
+    both = torch.stack(runs)
+    for factor in cut.labels.values.get(value.index, ()):
+        if not set(factor.axes) & set(axes):
+            continue
+        others = [0, *(axis + 1 for axis in range(len(value.shape)) if axis not in factor.axes)]
+        low, high = both.amin(others), both.amax(others)
+        roots = cut.labels.root[factor.labels].flatten()
+        is_zero, is_even = ((low == 0) & (high == 0)).flatten(), (low == high).flatten()
+        for marks, own in ((zero, is_zero), (even, is_even)):
+            marks[roots] = True
+            marks[roots[~own]] = False
+    return zero, even
+
+
+def _reaches_softmax(graph: ChannelGraph, value: ir.Value) -> bool:
+    """Whether a value is read by a softmax alone, perhaps scaled and with something added first."""
+    readers = [op for op in graph.ops if value in op.inputs]
+    return bool(readers) and all(
+        (isinstance(op, ir.Map) and bool(op.axes))
+        or (isinstance(op, ir.Affine | ir.Sum) and _reaches_softmax(graph, op.output))
+        for op in readers
+    )
