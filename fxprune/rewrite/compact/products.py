@@ -76,7 +76,8 @@ def _gone_roots(cut: Cut, value: ir.Value, axes: tuple[int, ...]) -> Tensor:
     if not labels:
         return torch.zeros(0, dtype=torch.int64)
     roots = torch.unique(cut.labels.root[torch.cat(labels)])
-    return roots[cut.gone[roots]]
+    gone: Tensor = roots[cut.gone[roots]]
+    return gone
 
 
 def _numbers(
