@@ -198,6 +198,7 @@ def test_transformers(name: str) -> None:
 
 
 @pytest.mark.timeout(1200)  # the largest have 400 million weights
+@pytest.mark.zoo
 @pytest.mark.parametrize("name", IMAGE_SIZES)
 def test_every_class_of_timm(name: str) -> None:
     size = IMAGE_SIZES[name]
