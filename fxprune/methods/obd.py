@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.scoring.data import Batch, samples_of
@@ -30,10 +31,11 @@ def obd(*, batches: int = 1, samples: int = 64, mode: Mode = "eval") -> Method:
     def score(problem: Problem, masks: Masks) -> Scores:
         single = list(_first(read_batches(problem, batches, "obd"), samples))
         weights = masked(problem, masks)
+        alone = replace(problem, group=None)  # squares are averaged over processes, not gradients
         scores: Scores = {}
         with scoring(problem, mode):
             for sample in single:
-                for name, gradient in mean_gradients(problem, weights, [sample], "obd").items():
+                for name, gradient in mean_gradients(alone, weights, [sample], "obd").items():
                     square = gradient.mul_(problem.weights[name]).square_().div_(2 * len(single))
                     scores[name] = scores[name].add_(square) if name in scores else square
         average_over(scores.values(), problem.group)

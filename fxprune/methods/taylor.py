@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.scoring.data import batches as read_batches
 from fxprune.scoring.distributed import average as average_over
@@ -25,10 +27,11 @@ def taylor(*, batches: int = 1, mode: Mode = "eval") -> Method:
     def score(problem: Problem, masks: Masks) -> Scores:
         some = read_batches(problem, batches, "taylor")
         weights = masked(problem, masks)
+        alone = replace(problem, group=None)  # squares are averaged over processes, not gradients
         scores: Scores = {}
         with scoring(problem, mode):
             for batch in some:
-                for name, gradient in mean_gradients(problem, weights, [batch], "taylor").items():
+                for name, gradient in mean_gradients(alone, weights, [batch], "taylor").items():
                     change = gradient.mul_(problem.weights[name]).square_().div_(len(some))
                     scores[name] = scores[name].add_(change) if name in scores else change
         average_over(scores.values(), problem.group)

@@ -36,7 +36,7 @@ def wanda(*, batches: int = 1, compare: Literal["output", "layer", "model"] = "o
         weights = masked(problem, masks)
         with scoring(problem, "eval"):
             norms = input_norms(problem, weights, some, "wanda")
-        scores = {name: weight.detach().abs() * norms[name] for name, weight in weights.items()}
+        scores = {name: problem.weights[name].abs() * masks[name] * norm for name, norm in norms.items()}
         if compare == "model" or isinstance(problem.granularity, ChannelGroups):
             return scores
         return {name: _ranks(problem, name, score, compare) for name, score in scores.items()}

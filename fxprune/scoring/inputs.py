@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.scoring.contract import Problem
 from fxprune.scoring.data import Batch, pieces
+from fxprune.scoring.distributed import average
 from fxprune.scoring.gradients import run_at
 
 __all__ = ["input_norms"]
@@ -37,8 +38,9 @@ def input_norms(
         method: what warnings call the method.
 
     Returns:
-        Name -> a tensor of the weight's shape, of ones for weights whose inputs no product showed (their
-        operand is computed from them); a warning names the first of those.
+        Name -> a tensor of the weight's shape on the device of ``problem.weights``, of ones for weights whose
+        inputs no product showed (their operand is computed from them); a warning names the first of those.
+        With a ``problem.group``, over the batches of all its processes, up to one factor.
     """
     watch = _Watch(weights)
     for batch in some:
@@ -53,10 +55,11 @@ def input_norms(
             "they are ranked by magnitude",
             stacklevel=2,
         )
+    average((watch.squares[name] for name in weights if name in watch.squares), problem.group)
     return {
-        name: watch.squares[name].sqrt().to(weight.device)
-        if name in watch.squares
-        else torch.ones_like(weight)
+        name: (watch.squares[name].sqrt() if name in watch.squares else torch.ones_like(weight)).to(
+            problem.weights[name].device
+        )
         for name, weight in weights.items()
     }
 
@@ -84,7 +87,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _sum_for(self, name: str) -> Tensor:
         if name not in self.squares:
-            self.squares[name] = torch.zeros_like(self.weights[name], requires_grad=False)
+            # In half precision squares overflow, and sums of many lose the small ones.
+            weight = self.weights[name]
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            self.squares[name] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
         return self.squares[name]
 
     def _convolution(self, result: Tensor, x: Tensor, weight: Tensor, bias: Any, *geometry: Any) -> None:
@@ -93,9 +99,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name is None:
             return
         sizes = None if bias is None else [len(bias)]
-        ones, mask = torch.ones_like(result), [False, True, False]
-        squares = aten.convolution_backward(ones, x.square(), weight, sizes, *geometry, mask)[1]
-        self._sum_for(name).add_(squares.view_as(self.weights[name]))
+        total, mask = self._sum_for(name), [False, True, False]
+        ones, wide = torch.ones_like(result, dtype=total.dtype), x.to(total.dtype).square()
+        squares = aten.convolution_backward(ones, wide, weight.to(total.dtype), sizes, *geometry, mask)[1]
+        total.add_(squares.view_as(total))
 
     def _product(self, left: Tensor, right: Tensor) -> None:
         """The weight is the right factor, read as it is or transposed, or the left one."""
@@ -104,14 +111,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if name is None:
                 continue
             # A matrix of sums with the operand's geometry lies where the operand lies in the parameter.
-            place = self._sum_for(name).as_strided(
-                operand.shape, operand.stride(), operand.storage_offset() - self._offset(name)
-            )
-            squares = other.square().sum(-2 if contracted == -2 else -1)
+            total = self._sum_for(name)
+            offset = operand.storage_offset() - self.weights[name].storage_offset()
+            place = total.as_strided(operand.shape, operand.stride(), offset)
+            squares = other.to(total.dtype).square().sum(-2 if contracted == -2 else -1)
             line = squares.unsqueeze(-1) if contracted == -2 else squares.unsqueeze(-2)
             if operand.dim() > 2 and operand.stride(0) == 0:  # one matrix for all of a batch
                 place, line = place[0], line.sum(0)
             place.add_(line)
-
-    def _offset(self, name: str) -> int:
-        return int(self.weights[name].storage_offset())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -164,13 +165,14 @@ class ChannelGroups:
 
     def cost(self, within: Mapping[str, Tensor]) -> Cost:
         """Count what the network costs, in the unit that ``options.of`` names."""
-        match self.options.of:
-            case "weights":
-                return count_weights(self.groups, within)
-            case "params":
-                return count_parameters(self.groups, self.shapes)
-            case _:
-                return count_macs(self.groups)
+        return count_weights(self.groups, within) if self.options.of == "weights" else self._dense_cost
+
+    @cached_property
+    def _dense_cost(self) -> Cost:
+        """The cost that no mask changes; every round asks for it."""
+        if self.options.of == "params":
+            return count_parameters(self.groups, self.shapes)
+        return count_macs(self.groups)
 
     def check(self, masks: Mapping[str, Tensor], budget: Budget, method: str) -> None:
         """``ValueError`` if ``masks`` cost more than ``budget`` allows."""
@@ -203,8 +205,7 @@ class ChannelGroups:
         """The cost that a budget allows."""
         if self.options.of == "weights":
             return budget.total
-        whole = self.cost({}).whole
-        return whole * (budget.density if budget.asked is None else budget.asked)
+        return self._dense_cost.whole * (budget.density if budget.asked is None else budget.asked)
 
     @staticmethod
     def _staying(alive: Tensor, removed: Tensor, rank: Tensor, rounded: Rounding | None) -> Tensor:

@@ -120,3 +120,11 @@ def test_weights_whose_inputs_are_hidden_are_named() -> None:
         fxprune.apply(
             nn.Sequential(Standardised(3, 4, 1)), "wanda", 0.5, example_inputs=x, data=(x, torch.zeros(2))
         )
+
+
+def test_norms_of_half_precision_do_not_overflow() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).to(torch.float16)
+    x = 300 * torch.ones(400, 4, dtype=torch.float16)  # 300^2 is beyond float16
+    pruned = fxprune.apply(model, "wanda", 0.5, example_inputs=x, data=(x, torch.zeros(400)), progress=False)
+    assert torch.equal(fxprune.masks(pruned)["0.weight"].sum(1), torch.full((6,), 2))

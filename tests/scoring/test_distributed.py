@@ -34,6 +34,9 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("grasp-it", {"rounds": 2}),
     ("prospr", {"steps": 2, "lr": 0.5}),
     ("ntk-sap", {"rounds": 2}),
+    ("taylor", {}),
+    ("obd", {}),
+    ("wanda", {}),
     ("random", {}),
     ("magnitude", {}),
 ]
