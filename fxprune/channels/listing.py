@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fxprune.channels.cost import count_macs, count_parameters
 from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import ChannelSlice, Groups, held_groups
 
@@ -85,21 +86,17 @@ def list_groups(
             if len(numbers) and bool((numbers == numbers[0]).all()) and int(numbers[0]) >= 0:
                 reasons.setdefault(int(numbers[0]), f"it is all {word} of {name}")
     members: list[list[ChannelSlice]] = [[] for _ in range(every.count)]
-    sizes, macs = (torch.zeros(every.count, dtype=torch.float64) for _ in range(2))
+    everything = torch.ones(every.count, dtype=torch.bool)
+    own_shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    sizes = count_parameters(every, own_shapes).saved(everything)
+    macs = count_macs(every).saved(everything)
     for axis, by_name in (("out", every.rows), ("in", every.columns)):
         for name, numbers in by_name.items():
             _append(members, name, axis, numbers)
-    for name, kernels in every.graph.kernels.items():
-        weights = _weights(every, name) * kernels.shape[2:].numel()
-        sizes += weights
-        macs += weights * (kernels.macs / kernels.shape.numel())
     shapes = {name: tensor.shape for name, tensor in (*parameters.items(), *buffers.items())}
     for name, axes in entry_groups(every, shapes).items():
         for dimension, numbers in axes.items():
             _append(members, name, dimension, numbers)
-            if name in parameters:
-                share = torch.bincount(numbers[numbers >= 0], minlength=every.count)
-                sizes += share * (shapes[name].numel() / len(numbers))
     return GroupTable(
         tuple(
             ChannelGroup(number, tuple(own), round(float(count)), round(float(cost)), reasons.get(number, ""))
@@ -115,16 +112,6 @@ def _append(members: list[list[ChannelSlice]], name: str, axis: str | int, numbe
     for group, indices in zip(found.tolist(), torch.split(order, counts.tolist()), strict=True):
         if group >= 0:
             members[group].append(ChannelSlice(name, axis, tuple(indices.tolist())))
-
-
-def _weights(groups: Groups, name: str) -> Tensor:
-    """The number of kernels of a parameter in the rows or columns of every group."""
-    by_row, by_column = groups.by_weight(name)
-    shape = groups.graph.kernels[name].shape[:2]
-    rows, columns = (x.flatten(1).reshape(x.shape[:2]).expand(shape).flatten() for x in (by_row, by_column))
-    total = torch.bincount(rows[rows >= 0], minlength=groups.count)
-    other = columns[(columns >= 0) & (columns != rows)]
-    return (total + torch.bincount(other, minlength=groups.count)).double()
 
 
 def _words(member: ChannelSlice) -> str:
