@@ -13,7 +13,8 @@ import torch
 
 import fxprune
 from fxprune import methods
-from fxprune.cli import run
+from fxprune.cli import channel_flags, run
+from fxprune.sparsity.granularity import CHANNEL_OPTIONS
 
 FACTORIES = """
 import torch
@@ -260,3 +261,7 @@ def test_folders_with_masks_alone_can_still_be_read(file: str, tmp_path: Path, c
     fxprune.save(net, tmp_path / "masks.safetensors", form="masks", **shape)
     assert run(["analyze", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kept_params"] == 12
+
+
+def test_every_option_of_channels_has_a_flag() -> None:
+    assert tuple(channel_flags.HELP) == CHANNEL_OPTIONS
