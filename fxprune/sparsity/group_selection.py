@@ -17,6 +17,7 @@ from torch import Tensor
 from fxprune.channels.cost import Cost, count_macs, count_parameters, count_weights
 from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import Groups
+from fxprune.channels.sums import added_up
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import NEVER, Bundle, Channel
 from fxprune.sparsity.group_order import by_class, by_worth, kinds, round_up
@@ -184,20 +185,23 @@ class ChannelGroups:
             raise ValueError(f"method {method!r} keeps {left:.0f} {of} in the model, not {limit:.0f}")
 
     def entries(self, masks: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> Masks:
-        """Return masks of biases, norms and tables: what belongs to groups that ``masks`` leave nothing of.
+        """Return masks of biases, norms and tables of groups that ``masks`` leave nothing of.
 
-        ``shapes``: of the parameters that may be masked. Those of which nothing goes have no mask.
+        Only for parameters where it matters: no layer reads what a removed channel's bias still gives, but a
+        norm over channels, a product of two values or a sum adds it to the others. ``shapes``: of the
+        parameters that may be masked. Those of which nothing goes have no mask.
         """
         ones = {name: mask.double() for name, mask in masks.items()}
         present = self.pool(ones, masks)[1]
         stays = torch.cat([present, present.new_ones(1)])  # -1: what belongs to no group
+        counts = torch.cat([added_up(self.groups), present.new_zeros(1)]) & ~stays
         found: Masks = {}
         for name, axes in entry_groups(self.groups, shapes).items():
             shape = tuple(shapes[name])
             left = torch.ones(shape, dtype=torch.bool)
             for axis, numbers in axes.items():
                 left &= stays[numbers].view([-1 if other == axis else 1 for other in range(len(shape))])
-            if not bool(left.all()):
+            if any(bool(counts[numbers].any()) for numbers in axes.values()):
                 found[name] = left
         return found
 

@@ -136,10 +136,18 @@ def _contribution(
 
 
 def _is_read(op: ir.Kernel, sides: Sides, cut: Cut, gone: Tensor) -> Tensor:
-    """Mark the columns that go and have a weight in a row that stays (all, where no mask is known)."""
+    """Mark the columns that go and have a weight in a row that stays (all, where no mask is known).
+
+    A view of a parameter, such as the part of a packed projection, is read as the layer reads it.
+    """
     name = op.weight.name
-    if name is None or name not in cut.nonzero or op.weight.view is not None:
+    if name is None or name not in cut.nonzero:
         return torch.ones(int(gone.sum()), dtype=torch.bool)
+    if op.weight.view is not None:
+        operand = op.weight.operand(lambda name: cut.nonzero[name].float()) != 0
+        if operand.shape != (len(sides.rows), len(sides.columns)):
+            return torch.ones(int(gone.sum()), dtype=torch.bool)
+        return operand[~cut.is_gone(sides.rows)].any(0)[gone]
     kernels = cut.graph.kernels[name]
     by_row, by_column = labels_by_weight(sides.rows, sides.columns, kernels)
     used = cut.nonzero[name] & ~cut.is_gone(by_row)

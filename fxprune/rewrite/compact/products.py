@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fxprune.channels.sums import summed_axes
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.constants import Recorded
 from fxprune.rewrite.compact.cut import Cut
@@ -20,7 +21,7 @@ def operand_nodes(graph: ChannelGraph, cut: Cut) -> set[str]:
     """Return the nodes whose numbers `keep_what_counts` asks for."""
     found = set()
     for op in graph.ops:
-        for value, _ in _summed(op):
+        for value, _ in summed_axes(op):
             if cut.touches(value):
                 found.add(_node_of(graph, value))
     return found - {""}
@@ -32,7 +33,7 @@ def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded) -> None:
     Terms that are one constant may go where a softmax follows: it does not see a constant shift.
     """
     for op in graph.ops:
-        summed = [(value, axes) for value, axes in _summed(op) if axes]
+        summed = [(value, axes) for value, axes in summed_axes(op) if axes]
         gone = [_gone_roots(cut, value, axes) for value, axes in summed]
         if not gone or not any(len(roots) for roots in gone):
             continue
@@ -47,23 +48,6 @@ def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded) -> None:
         cut.give_back(
             roots[~harmless[roots]], f"{op.layer or op.node}: adds it to others, and it is not zero"
         )
-
-
-def _summed(op: ir.AnyOp) -> list[tuple[ir.Value, tuple[int, ...]]]:
-    """The operands whose entries are added up, each with the axes of the sum."""
-    match op:
-        case ir.Mix() if op.equation:
-            inputs, _, out = op.equation.partition("->")
-            letters = inputs.split(",")
-            shared = (set(letters[0]) & set(letters[1])) - set(out)
-            return [
-                (value, tuple(axis for axis, letter in enumerate(own) if letter in shared))
-                for value, own in zip(op.inputs, letters, strict=True)
-            ]
-        case ir.Pool() if op.how == "sum" and op.window is None:
-            return [(op.inputs[0], op.dims)]
-        case _:
-            return []
 
 
 def _node_of(graph: ChannelGraph, value: ir.Value) -> str:
