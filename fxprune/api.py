@@ -6,7 +6,7 @@ All arguments are checked before the first step.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -21,8 +21,7 @@ from fxprune.lowering import Rules, graph_of_run, hidden_layers, lower, matrices
 from fxprune.methods import Method, Problem
 from fxprune.methods import resolve as resolve_method
 from fxprune.metrics import Report, measure
-from fxprune.metrics import listed as listed_sizes
-from fxprune.network import Network, build_problem, inside, rewrite
+from fxprune.network import Network, build_problem, inside, rewrite, warn_of_rest
 from fxprune.paths.count import reach
 from fxprune.progress import Display
 from fxprune.request import Exclusion, Request, listed
@@ -43,9 +42,6 @@ OnCollapse = Literal["warn", "raise", "repair"]
 
 GENERAL = ("reinit", "micro_batch")
 """Options that every method takes and that ``apply`` itself implements."""
-
-OUTSIDE = 0.1
-"""The share of the matrix weights that may be out of reach before ``apply`` says so."""
 
 LISTED = 20
 """Collapsed layers that a message names; the report names them all."""
@@ -215,7 +211,7 @@ def _network(given: nn.Module, example_inputs: Any, wish: Request, display: Disp
         graph = lower(gm, rules=wish.rules)
     alone = "graph" not in wish.method.needs and not isinstance(wish.granularity, Channel)
     hidden = hidden_layers(gm, graph) if alone and wish.on_collapse != "repair" else {}
-    _warn_of_rest(gm, graph, hidden)
+    warn_of_rest(gm, graph, hidden, stacklevel=5)
     return Network(given, source, gm, graph, before, flat, form, hidden)
 
 
@@ -237,19 +233,6 @@ def _uncaptured(flat: nn.Module, example_inputs: Any, wish: Request, error: Capt
         stacklevel=5,  # the line that called apply
     )
     return graph
-
-
-def _warn_of_rest(gm: fx.GraphModule, graph: ChannelGraph, hidden: Collection[str]) -> None:
-    """Name the matrix weights that the method cannot prune here, if they are many."""
-    every = matrices_outside(gm, graph)
-    outside = {name: size for name, size in every.items() if name not in hidden}
-    rest, whole = sum(outside.values()), sum(every.values()) + graph.prunable
-    if rest > OUTSIDE * whole:
-        warnings.warn(
-            f"{rest / whole:.0%} of the {whole:,} matrix weights cannot be pruned, sparsity is of the"
-            f" others: {listed_sizes(outside)}; fxprune.lower(graph).opaque lists ops to write rules for",
-            stacklevel=5,  # the line that called apply
-        )
 
 
 def _everybody() -> dist.ProcessGroup | None:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +15,9 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from fxprune.graph import ChannelGraph
+from fxprune.lowering import matrices_outside
 from fxprune.methods import Problem, redraw
+from fxprune.metrics import listed as listed_sizes
 from fxprune.request import Request, resolve_device
 from fxprune.rewrite import direct_reads, put_masks
 from fxprune.rewrite.masking.copying import duplicate
@@ -23,6 +26,9 @@ from fxprune.scoring.contract import Progress
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks, kept
+
+OUTSIDE = 0.1
+"""The share of matrix weights that may stay out of reach without a warning."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,23 @@ def build_problem(
         micro_batch=wish.micro_batch,
         group=group,
     )
+
+
+def warn_of_rest(gm: fx.GraphModule, graph: ChannelGraph, hidden: Collection[str], stacklevel: int) -> None:
+    """Name the matrix weights of a captured model that cannot be pruned, if they are many.
+
+    ``hidden``: those that are pruned although the graph has no kernels of them. ``stacklevel``: as in
+    `warnings.warn`, seen from the caller of this function.
+    """
+    every = matrices_outside(gm, graph)
+    outside = {name: size for name, size in every.items() if name not in hidden}
+    rest, whole = sum(outside.values()), sum(every.values()) + graph.prunable
+    if rest > OUTSIDE * whole:
+        warnings.warn(
+            f"{rest / whole:.0%} of the {whole:,} matrix weights cannot be pruned, sparsity is of the"
+            f" others: {listed_sizes(outside)}; fxprune.lower(graph).opaque lists ops to write rules for",
+            stacklevel=stacklevel,
+        )
 
 
 def _demand_values(model: nn.Module, graph: ChannelGraph) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from fxprune.graph import KernelSet
+
 __all__ = ["swap_orientation"]
 
 
@@ -17,3 +19,13 @@ def swap_orientation(x: torch.Tensor, groups: int) -> torch.Tensor:
     """
     apart = x.reshape(groups, -1, *x.shape[1:])
     return apart.transpose(1, 2).flatten(0, 1)
+
+
+def output_first(tensor: torch.Tensor, kernels: KernelSet | None) -> torch.Tensor:
+    """Turn a tensor of a parameter's shape to (out, in / groups, *taps), and back again; most are so already.
+
+    ``kernels``: those of the parameter, ``None`` where none are known.
+    """
+    if kernels is None or not kernels.transposed:
+        return tensor
+    return swap_orientation(tensor, kernels.groups)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxprune.channels.orientation import swap_orientation
+from fxprune.channels.orientation import output_first
 from fxprune.scoring.contract import Method, Problem, Scores, by_rows, from_scores
 from fxprune.sparsity.masks import Masks
 
@@ -31,12 +31,10 @@ def _distances(problem: Problem, masks: Masks) -> Scores:
     scores = {}
     for name, weight in problem.weights.items():
         kernels = problem.graph.kernels.get(name)
-        transposed = kernels is not None and kernels.transposed
-        groups = kernels.groups if kernels is not None else 1
-        own = swap_orientation(weight * masks[name], groups) if transposed else weight * masks[name]
+        own = output_first(weight * masks[name], kernels)
         filters = own.flatten(1).double()
         distances = torch.cdist(filters, filters).sum(1)
         relative = distances / distances.mean() if bool(distances.any()) else torch.ones_like(distances)
         score = relative.view(-1, *[1] * (own.dim() - 1)).expand(own.shape)
-        scores[name] = swap_orientation(score.contiguous(), groups) if transposed else score.contiguous()
+        scores[name] = output_first(score.contiguous(), kernels)
     return scores

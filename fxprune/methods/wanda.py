@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from fxprune.channels.orientation import swap_orientation
+from fxprune.channels.orientation import output_first
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.scoring.data import batches as read_batches
 from fxprune.scoring.gradients import count_of, masked, scoring
@@ -53,11 +53,8 @@ def wanda(*, batches: int = 1, compare: Literal["output", "layer", "model"] = "o
 def _ranks(problem: Problem, name: str, score: torch.Tensor, compare: str) -> torch.Tensor:
     """The rank of every weight among those it competes with, in (0, 1): a threshold keeps equal shares."""
     kernels = problem.graph.kernels.get(name)
-    transposed = kernels is not None and kernels.transposed
-    groups = kernels.groups if kernels is not None else 1
-    own = swap_orientation(score, groups) if transposed else score
+    own = output_first(score, kernels)
     lines = own.flatten(1) if compare == "output" else own.reshape(1, -1)
     order = lines.argsort(dim=1, stable=True, descending=True).argsort(dim=1)
     ranks = 1 - (order.double() + 0.5) / lines.shape[1]
-    ranks = ranks.view(own.shape)
-    return swap_orientation(ranks, groups) if transposed else ranks
+    return output_first(ranks.view(own.shape), kernels)

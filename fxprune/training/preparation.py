@@ -11,7 +11,7 @@ from torch import nn
 from fxprune.capture import capture
 from fxprune.lowering import lower
 from fxprune.methods import Problem
-from fxprune.network import Network, build_problem, rewrite
+from fxprune.network import Network, build_problem, rewrite, warn_of_rest
 from fxprune.request import Request
 from fxprune.rewrite import bare, read
 from fxprune.scoring.contract import silent
@@ -31,7 +31,9 @@ def prepare(model: nn.Module, example_inputs: Any, wish: Request) -> Problem:
         # Not `plain`: capture refuses a model that fully_shard has split, as it should here.
         source = bare(model) if before else model
         gm = capture(source, example_inputs)
-        network = Network(model, source, gm, lower(gm, rules=wish.rules), before)
+        graph = lower(gm, rules=wish.rules)
+        warn_of_rest(gm, graph, (), stacklevel=4)  # the line that made the Pruner
+        network = Network(model, source, gm, graph, before)
         problem = build_problem(network, wish, silent)
         masked = rewrite(network, problem, problem.masks, wish)
         weights = {name: masked.get_parameter(name).detach() for name in problem.weights}

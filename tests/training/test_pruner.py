@@ -439,3 +439,23 @@ def test_nothing_is_written_without_a_folder(tmp_path: Path, monkeypatch: pytest
         assert pruner.resume(generator=torch.Generator()) == 0
         pruner.step(1)
     assert not list(tmp_path.iterdir())
+
+
+class Outside(nn.Module):
+    """A layer, and a table of weights that no rule can prune: it is raised to a power first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.powers = nn.Parameter(torch.rand(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) @ torch.linalg.matrix_power(self.powers, 2)
+
+
+def test_weights_out_of_reach_are_named_where_the_pruner_is_made() -> None:
+    torch.manual_seed(0)
+    text = r"50% of the 32 matrix weights cannot be pruned.*powers \(16\)"
+    with pytest.warns(UserWarning, match=text) as said:
+        Pruner(Outside(), "gmp", 0.5, total=1, example_inputs=torch.ones(2, 4))
+    assert said[0].filename == __file__

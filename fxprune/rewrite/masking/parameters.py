@@ -153,7 +153,8 @@ def read(model: nn.Module) -> Masks:
         model: a graph module or plain module in which masks were set.
 
     Returns:
-        Copies of the masks (bool, ``True`` = kept), in the order of the model's parameters.
+        Copies of the masks (bool, ``True`` = kept), in the order of the model's parameters. Where channels
+        were pruned, biases, norms and tables have masks too, if the rest would see what they hold.
 
     >>> layer = nn.Linear(2, 1)
     >>> read(layer)
