@@ -168,6 +168,13 @@ class ChannelGroups:
         """Count what the network costs, in the unit that ``options.of`` names."""
         return count_weights(self.groups, within) if self.options.of == "weights" else self._dense_cost
 
+    @property
+    def whole(self) -> float:
+        """Give the cost of the network with all its groups, in the unit that ``options.of`` names."""
+        if self.options.of == "weights":
+            return sum(math.prod(self.shapes[name]) for name in self.prunable)
+        return self._dense_cost.whole
+
     @cached_property
     def _dense_cost(self) -> Cost:
         """The cost that no mask changes; every round asks for it."""

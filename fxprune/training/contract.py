@@ -23,7 +23,9 @@ class Moment:
     ``at``: the step or epoch of the update, as the method's ``due`` said. ``start``: weights in each
     parameter when training began. ``final``: the budget that is reached in the end. ``problem``: the question
     for a pruning method, within the masks of now. ``gradients``: asks the training loop for the derivative of
-    the loss with respect to every prunable weight, pruned ones included.
+    the loss with respect to every prunable weight, pruned ones included. ``whole``: the prunable weights of
+    the network that training began with; 0 for those of ``final``. ``shrunk``: what that network cost, over
+    what this one costs without masks, in the unit of the granularity.
     """
 
     at: int
@@ -31,6 +33,8 @@ class Moment:
     final: Budget
     problem: Problem
     gradients: Callable[[], dict[str, torch.Tensor]]
+    whole: int = 0
+    shrunk: float = 1.0
 
     @property
     def masks(self) -> Masks:
@@ -43,10 +47,12 @@ class Moment:
         Where layers have budgets of their own, each is as far on its way as the whole is.
         """
         final, present = self.final, kept(self.masks)
+        whole = self.whole or sum(final.sizes.values())
         if final.layers is None:
-            budget = Budget(count(sum(final.sizes.values()), density), final.sizes)
+            budget = Budget(count(whole, density), final.sizes, asked=density * self.shrunk)
         else:
-            progress = 1.0 if final.density == 1 else (1 - density) / (1 - final.density)
+            target = final.total / whole
+            progress = 1.0 if target == 1 else (1 - density) / (1 - target)
             budget = final.towards(lambda target: 1 - min(progress, 1.0) * (1 - target), self.start)
         return budget.capped(present).capped(self.problem.granularity.room(self.masks))
 

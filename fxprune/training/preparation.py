@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxprune.capture import capture
 from fxprune.lowering import lower
@@ -26,13 +26,35 @@ def prepare(model: nn.Module, example_inputs: Any, wish: Request) -> Problem:
     Raises what :func:`fxprune.apply` raises for models and arguments that do not fit.
     """
     wish.check(model)
+    return _prepared(model, example_inputs, wish, warn=True)
+
+
+def prepare_smaller(model: fx.GraphModule, before: Problem, wish: Request) -> Problem:
+    """Prepare the smaller network that compaction has made of the model of ``before``, masked as it was.
+
+    What was prunable is so still, if it is there. The budget is that of ``before``, of the parameters left.
+    """
+    free = {id(parameter) for name, parameter in model.named_parameters() if name in before.weights}
+    rest = tuple(name for name, parameter in model.named_parameters() if id(parameter) not in free)
+    problem = _prepared(model, None, replace(wish, budget="global", returns="graph", exclude=rest))
+    sizes, old = problem.budget.sizes, before.budget
+    layers = None
+    if old.layers is not None:
+        layers = {name: min(old.layers[name], size) for name, size in sizes.items()}
+    total = old.total if layers is None else sum(layers.values())
+    cast(fx.GraphModule, problem.model).meta["fxprune"] = model.meta["fxprune"]
+    return replace(problem, budget=replace(old, total=total, sizes=sizes, layers=layers))
+
+
+def _prepared(model: nn.Module, example_inputs: Any, wish: Request, *, warn: bool = False) -> Problem:
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         before = read(model)
         # Not `plain`: capture refuses a model that fully_shard has split, as it should here.
         source = bare(model) if before else model
         gm = capture(source, example_inputs)
         graph = lower(gm, rules=wish.rules)
-        warn_of_rest(gm, graph, (), stacklevel=4)  # the line that made the Pruner
+        if warn:
+            warn_of_rest(gm, graph, (), stacklevel=5)  # the line that made the Pruner
         network = Network(model, source, gm, graph, before)
         problem = build_problem(network, wish, silent)
         masked = rewrite(network, problem, problem.masks, wish)

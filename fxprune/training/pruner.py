@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fxprune.lowering import Rules
-from fxprune.methods import agree, get
+from fxprune.methods import Problem, agree, get
 from fxprune.request import Exclusion, Request, listed
 from fxprune.rewrite import bare, put_masks, read, stamp
 from fxprune.rewrite.files.tickets import centroids, fill, negative_signs, neutralise, whole
@@ -21,14 +21,16 @@ from fxprune.sharded_types import is_dtensor
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.granularity import WEIGHT, Granularity
 from fxprune.sparsity.granularity import resolve as resolve_granularity
+from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks, kept
 from fxprune.training.checkpoints import Checkpoints
 from fxprune.training.contract import Moment, TrainingMethod
 from fxprune.training.methods import resolve
 from fxprune.training.numbers import integer
 from fxprune.training.open_masks import dense_gradients
-from fxprune.training.preparation import Returns, prepare
+from fxprune.training.preparation import Returns, prepare, prepare_smaller
 from fxprune.training.saving import Saving
+from fxprune.training.smaller import check_shrinks, compacted, followed, move
 from fxprune.training.values import Values, put_back, values_of
 
 Loss = Callable[[], torch.Tensor]
@@ -110,18 +112,19 @@ class Pruner:
         steps = (rewind,) if isinstance(rewind, int) else tuple(rewind)
         self._rewind_steps = {integer("rewind", step, 0) for step in steps}
         allocation = self.method.budget if budget is None else budget
-        wish = Request(
+        self._inputs, self._recipes = example_inputs, list[dict[str, Any]]()
+        self._wish = Request(
             get("magnitude"), self.method.target, data, loss_fn, allocation, self.granularity, None,
             listed(exclude), seed, None, returns, "warn", rules=rules,
         )  # fmt: skip
-        self._problem = prepare(model, example_inputs, wish)
-        self.model, self.graph = self._problem.model, self._problem.graph
-        self._final, self._generator = self._problem.budget, self._problem.generator
+        self._take(prepare(model, example_inputs, self._wish))
+        self._whole, self._generator = sum(self._final.sizes.values()), self._problem.generator
+        self._cost = _cost(self._problem)
         self._kept: dict[int, Values] = {0: values_of(self.model)}
         self._handled = -1
         self.history: list[Event] = []
         facts = {"method": self.method.name, "total": total, "seed": seed, "budget": self._final.total,
-                 "weights": sum(self._final.sizes.values())}  # fmt: skip
+                 "weights": self._whole}  # fmt: skip
         store = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, rank=_rank())
         self._saving = Saving(store, integer("checkpoint_every", checkpoint_every, 1), facts)
         self._dense = self._weights() if self.method.grown == "dense" else {}
@@ -140,7 +143,7 @@ class Pruner:
     @property
     def sparsity(self) -> float:
         """The fraction of the prunable weights that is gone now."""
-        return 1 - sum(kept(self.masks).values()) / sum(self._final.sizes.values())
+        return 1 - sum(kept(self.masks).values()) / self._whole
 
     def step(self, at: int, loss: Loss | None = None) -> None:
         """Tells that step or epoch ``at`` (1..``total``) of the training is done; call it last in each.
@@ -184,7 +187,48 @@ class Pruner:
             TypeError: an object without a state.
             ValueError: no checkpoint can be read, or the last is of another run.
         """
-        return self._saving.resume(objects, self.model, self.load_state_dict)
+
+        def fit(state: Mapping[str, Any]) -> nn.Module:
+            before = self.model
+            if self._follow(state):
+                move(objects.values(), before, self.model)
+            return self.model
+
+        return self._saving.resume(objects, fit, self.load_state_dict)
+
+    def compact(self, *optimizers: torch.optim.Optimizer) -> nn.Module:
+        """Makes the model smaller, and goes on from the same function: what no path uses any more is gone.
+
+        Args:
+            optimizers: those of the training, which become optimizers of what is left, in place; momenta and
+                averages go along. The optimizers that :meth:`resume` was given need not be named.
+
+        Returns:
+            The new :attr:`model`, as from :func:`fxprune.compact`, masked where it has zeros still: put it
+            into the loop, compiled and wrapped anew. ``sparsity`` remains that of the network that the
+            pruner was made with; :meth:`reinitialize` knows the weights from here on only.
+
+        Raises:
+            ValueError: the method lets weights come back, or ``returns="inplace"``: the model cannot change
+                its class.
+
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> pruner = Pruner(net, "gmp", 0.5, total=2, example_inputs=torch.ones(2, 4), granularity="channel")
+        >>> sgd = torch.optim.SGD(pruner.model.parameters(), lr=0.1, momentum=0.9)
+        >>> pruner.step(2)
+        >>> pruner.compact(sgd).get_submodule("0").weight.shape
+        torch.Size([4, 4])
+        """
+        check_shrinks(self.method, self._wish.returns, self.model)
+        before = self.model
+        small, places = compacted(before, self._inputs)
+        self._take(prepare_smaller(small, self._problem, self._wish))
+        self._kept.clear()
+        known = {id(thing): thing for thing in (*optimizers, *self._saving.objects.values())}
+        move(known.values(), before, self.model, places)
+        self._recipes = [one.to_json() for one in small.meta["fxprune"]["recipes"]]
+        return self.model
 
     def without_saving(self, **facts: Any) -> Saving:
         """The pruner's checkpoints, handed over to a loop around it that writes them itself."""
@@ -224,6 +268,10 @@ class Pruner:
         if start != "original" and (word != "rewind" or not number.isdecimal()):
             raise ValueError(f"start={start!r}: expected 'centroids', 'original' or 'rewind:k'")
         step = int(number) if number else 0
+        if step not in self._kept and self._recipes:
+            raise ValueError(
+                f"start={start!r}: compact() made a smaller network, which has no weights of that step"
+            )
         if step not in self._kept:
             raise ValueError(
                 f"start={start!r}: the weights of that step were not kept, only those of"
@@ -244,6 +292,7 @@ class Pruner:
             "start": self._start,
             "kept": self._kept,
             "dense": self._dense,
+            "recipes": self._recipes,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -254,6 +303,7 @@ class Pruner:
         if "facts" not in state:
             raise ValueError("state: not the state of a Pruner")
         self._saving.check_facts(state["facts"], "state")
+        self._follow(state)
         self._handled = state["handled"]
         self.history = [Event(**event) for event in state["history"]]
         self._generator.set_state(state["generator"])
@@ -262,6 +312,26 @@ class Pruner:
         device = next(iter(self._weights().values())).device
         self._dense = {name: weight.to(device) for name, weight in state["dense"].items()}
         put_masks(self.model, state["masks"])
+
+    def _take(self, problem: Problem) -> None:
+        """Goes on with the model of ``problem``."""
+        self._problem, self.model, self.graph = problem, problem.model, problem.graph
+        self._final = problem.budget
+
+    def _follow(self, state: Mapping[str, Any]) -> bool:
+        """Makes the model as small as that of ``state``, if it is not; returns whether it was not."""
+        recipes = state["recipes"]
+        if recipes == self._recipes:
+            return False
+        if recipes[: len(self._recipes)] != self._recipes:
+            raise ValueError("state: this pruner's model was compacted, and otherwise than that of the state")
+        small = followed(self.model, self._inputs, recipes[len(self._recipes) :])
+        names = dict(small.named_parameters())
+        put_masks(small, {name: mask for name, mask in state["masks"].items() if name in names})
+        self._take(prepare_smaller(small, self._problem, self._wish))
+        self._kept.clear()
+        self._recipes = list(recipes)
+        return True
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: whole(self.model.get_parameter(name)) for name in self._final.sizes}
@@ -291,7 +361,8 @@ class Pruner:
                 device=device,
                 history={},
             )
-        return Moment(at, self._start, self._final, problem, gradients)
+        shrunk = self._cost / _cost(self._problem)
+        return Moment(at, self._start, self._final, problem, gradients, self._whole, shrunk)
 
     def _change(self, at: int, masks: Masks) -> None:
         """Puts masks into the model, with the values of weights that come back, and notes it."""
@@ -313,7 +384,12 @@ class Pruner:
                 warnings.warn(f"layer collapse: at step {at} no weight of {name!r} is left", stacklevel=3)
         total = sum(numbers.values())
         moved = [sum(kept(some).values()) for some in (gone, back)]
-        self.history.append(Event(at, 1 - total / sum(self._final.sizes.values()), total, *moved))
+        self.history.append(Event(at, 1 - total / self._whole, total, *moved))
+
+
+def _cost(problem: Problem) -> float:
+    """Give the cost of the network without masks, in the unit of its channel granularity; 1 for any other."""
+    return problem.granularity.whole if isinstance(problem.granularity, ChannelGroups) else 1.0
 
 
 def _world() -> int:

@@ -72,9 +72,15 @@ class Saving:
         )
 
     def resume(
-        self, objects: dict[str, Any], model: nn.Module, load: Callable[[Mapping[str, Any]], None]
+        self,
+        objects: dict[str, Any],
+        fit: Callable[[Mapping[str, Any]], nn.Module],
+        load: Callable[[Mapping[str, Any]], None],
     ) -> int:
-        """Restores the last checkpoint into ``model``, ``objects`` and through ``load``; the steps done."""
+        """Restores the last checkpoint into the model, ``objects`` and through ``load``; the steps done.
+
+        ``fit`` takes the pruner's state and returns the model, of the shapes that it had then.
+        """
         check_attachable(objects)
         self.objects, self.resumed = objects, True
         found = self.latest()
@@ -83,7 +89,8 @@ class Saving:
         number, state = found
         assert self.store is not None
         where = str(self.store.path(number))
-        restore_states_into(model, state, load)
+        unwrap(fit(state["pruner"])).load_state_dict(state["model"])
+        load(state["pruner"])
         restore_states(objects, state["objects"], where)
         set_random_state(state["random"])
         self.done = int(state["done"])
@@ -106,11 +113,3 @@ class Saving:
                 raise ValueError(f"{where}: a checkpoint, but not of a training run")
             self.check_facts(found[1]["facts"], where)
         return found
-
-
-def restore_states_into(
-    model: nn.Module, state: Mapping[str, Any], load: Callable[[Mapping[str, Any]], None]
-) -> None:
-    """Sets the model and, through ``load``, the pruner to the state in a checkpoint."""
-    unwrap(model).load_state_dict(state["model"])
-    load(state["pruner"])

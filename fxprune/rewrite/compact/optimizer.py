@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fxprune.rewrite.compact.table import Compaction
 
-__all__ = ["remap_optimizer"]
+__all__ = ["move_optimizer", "remap_optimizer"]
 
 
 def remap_optimizer(
@@ -49,6 +50,26 @@ def remap_optimizer(
     table = getattr(after, "meta", {}).get("fxprune", {}).get("compaction")
     if not isinstance(table, Compaction):
         raise ValueError("after: expected what fxprune.compact returned; it has no table of a compaction")
+    made = object.__new__(type(optimizer))
+    made.__dict__.update(optimizer.__dict__)
+    made.param_groups, made.state = _carried(optimizer, before, after, table.index_map)
+    return made
+
+
+def move_optimizer(
+    optimizer: torch.optim.Optimizer, before: nn.Module, after: nn.Module, index_map: Mapping[str, Tensor]
+) -> None:
+    """Make an optimizer one of the parameters of ``after``, in place, as :func:`remap_optimizer` does.
+
+    ``index_map``: by parameter that got smaller, the flat places of what is left.
+    """
+    optimizer.param_groups, optimizer.state = _carried(optimizer, before, after, index_map)
+
+
+def _carried(
+    optimizer: torch.optim.Optimizer, before: nn.Module, after: nn.Module, index_map: Mapping[str, Tensor]
+) -> tuple[list[dict[str, Any]], defaultdict[Tensor, Any]]:
+    """The groups and the state of an optimizer, of the parameters of ``after`` instead of ``before``."""
     names = {id(parameter): name for name, parameter in before.named_parameters()}
     new = dict(after.named_parameters(remove_duplicate=False))
     groups, state = [], defaultdict[Tensor, Any](dict)
@@ -62,17 +83,14 @@ def remap_optimizer(
                 continue
             parameters.append(new[name])
             if parameter in optimizer.state:
-                places = table.index_map.get(name)
+                places = index_map.get(name)
                 known = optimizer.state[parameter]
                 state[new[name]] = {key: _sliced(value, parameter, places) for key, value in known.items()}
             bias = f"{name.rpartition('.')[0]}.bias" if "." in name else "bias"
             if name.rpartition(".")[2] == "weight" and bias in new and bias not in names.values():
                 parameters.append(new[bias])
         groups.append({**group, "params": parameters})
-    made = object.__new__(type(optimizer))
-    made.__dict__.update(optimizer.__dict__)
-    made.param_groups, made.state = groups, state
-    return made
+    return groups, state
 
 
 def _sliced(value: Any, parameter: Tensor, places: Tensor | None) -> Any:

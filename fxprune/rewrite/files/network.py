@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from fxprune.rewrite.masking.masked_module import form_of, original_class
 from fxprune.rewrite.masking.parameters import join, read, unwrap
 from fxprune.sharded_types import is_dtensor
 
-__all__ = ["NETWORK_VERSION", "is_network", "load", "network_file"]
+__all__ = ["NETWORK_VERSION", "follow_recipes", "is_network", "load", "network_file"]
 
 NETWORK_VERSION = "2"
 DAMAGE = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError, NodeFailure)
@@ -240,8 +240,15 @@ def _rebuilt(
         cast(original, values, manifest.tied, manifest.transient)
     if manifest.kind == "module":
         return original
-    network: nn.Module = capture(original, inputs)
-    for recipe in manifest.recipes:
+    return follow_recipes(capture(original, inputs), manifest.recipes, original)
+
+
+def follow_recipes(network: fx.GraphModule, recipes: Iterable[Recipe], original: nn.Module) -> fx.GraphModule:
+    """Cut a captured network as compactions did, one after the other; the values of tensors mean nothing.
+
+    ``original``: the model that was captured. Raises ``ValueError`` where a recipe is of another network.
+    """
+    for recipe in recipes:
         network = _followed(network, recipe, original)
     return network
 

@@ -1,0 +1,72 @@
+"""Go on with a smaller network: a masked model that trains comes in, its compact form, masked, goes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.optim import Optimizer
+
+from fxprune.capture import capture
+from fxprune.rewrite import bare, put_masks, read
+from fxprune.rewrite.compact import compact
+from fxprune.rewrite.compact.optimizer import move_optimizer
+from fxprune.rewrite.compact.recipe import Recipe
+from fxprune.rewrite.files.network import follow_recipes
+from fxprune.sharded_types import is_dtensor
+from fxprune.training.contract import TrainingMethod
+
+
+def check_shrinks(method: TrainingMethod, returns: str, model: nn.Module) -> None:
+    """Raise ``ValueError`` for a model that cannot get smaller while ``method`` goes on."""
+    if method.begin is not None or method.grown == "dense":
+        raise ValueError(
+            f"method {method.name!r}: its weights come back; compact when it is done, with"
+            " fxprune.compact(pruner.model)"
+        )
+    if returns == "inplace":
+        raise ValueError("returns='inplace': compact() makes another network; expected 'graph' or 'module'")
+    if any(is_dtensor(parameter) for parameter in model.parameters()):
+        raise ValueError("model: it is split over processes; compact it before fully_shard")
+
+
+def compacted(model: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+    """Compact a masked model, and mask what is left of it.
+
+    Returns the network, and by parameter that got smaller the flat places of what is left of it.
+    """
+    masks = read(model)
+    small = compact(model, example_inputs)
+    places: dict[str, torch.Tensor] = small.meta["fxprune"]["compaction"].index_map
+    values = dict(small.named_parameters())
+    left = {}
+    for name, mask in masks.items():
+        if name in values:
+            mask = mask.flatten()[places[name].to(mask.device)] if name in places else mask
+            left[name] = mask | (values[name] != 0)  # a masked bias may have taken a constant in
+    put_masks(small, left)
+    return small, places
+
+
+def followed(model: nn.Module, example_inputs: Any, recipes: Iterable[Mapping[str, Any]]) -> fx.GraphModule:
+    """Cut a dense or masked model as a run before did; the values of its tensors mean nothing.
+
+    Raises ``ValueError`` where a recipe is of another network.
+    """
+    original = bare(model)
+    given = original if isinstance(original, fx.GraphModule) else capture(original, example_inputs)
+    return follow_recipes(given, [Recipe(**recipe) for recipe in recipes], original)
+
+
+def move(
+    things: Iterable[Any],
+    before: nn.Module,
+    after: nn.Module,
+    places: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Make the optimizers among ``things`` those of ``after``, in place; their state goes along."""
+    for thing in things:
+        if isinstance(thing, Optimizer):
+            move_optimizer(thing, before, after, places or {})
