@@ -23,7 +23,8 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["90.0%", "True"]
     after, of, before = lines[2].split()
-    assert of == "of" and int(after) <= 0.3 * int(before)
+    assert of == "of"
+    assert int(after) <= 0.3 * int(before)
     assert lines[3] == "89.5%"
     assert lines[4].startswith("['0.0%: ")
 
