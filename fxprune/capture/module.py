@@ -27,6 +27,7 @@ from fxprune.capture.hooks import (
     traced_hooks,
     without_hooks,
 )
+from fxprune.capture.recompute import keep_regions
 
 __all__ = ["CapturedModule", "assemble", "leaf_attributes"]
 
@@ -87,6 +88,7 @@ def assemble(
     loose = {key: value for key, value in vars(model).items() if isinstance(value, Tensor)}
     vars(root).update(loose)
     root.training = model.training
+    keep_regions(graph)
     result = CapturedModule(root, graph, type(model).__name__)
     vars(result).update(vars(root))
     if any(getattr(model, table) for table in (*KINDS, *BACKWARD_TABLES)):
@@ -136,6 +138,7 @@ def leaf_attributes(gm: fx.GraphModule, node: fx.Node) -> dict[str, Attributes]:
 def _fill(result: CapturedModule, name: str, state: dict[str, Any], graph: fx.Graph) -> CapturedModule:
     vars(result).update(state)
     type(result).__name__ = name
+    keep_regions(graph)
     result.graph = graph
     return result
 
@@ -164,7 +167,14 @@ def _written(graph: fx.Graph) -> list[tuple[Any, ...]]:
         return map_arg(args, replace)
 
     return [
-        (n.op, _name(n.target), refer(n.args), refer(n.kwargs), n.name, n.meta.get("val"))
+        (
+            n.op,
+            _name(n.target),
+            refer(n.args),
+            refer(n.kwargs),
+            n.name,
+            {key: n.meta[key] for key in ("val", "checkpoint") if key in n.meta},
+        )
         for n in graph.nodes
     ]
 
@@ -194,10 +204,10 @@ def _find(name: _Name) -> Any:
 def _restore(name: str, written: list[tuple[Any, ...]]) -> CapturedModule:
     graph = fx.Graph()
     nodes: list[fx.Node] = []
-    for op, target, args, kwargs, label, val in written:
+    for op, target, args, kwargs, label, meta in written:
         function: str | Callable[..., Any] = _find(target) if isinstance(target, _Name) else target
         node = graph.create_node(op, function, _resolved(args, nodes), _resolved(kwargs, nodes), label)
-        node.meta["val"] = val
+        node.meta.update(meta)
         nodes.append(node)
     result = CapturedModule.__new__(CapturedModule)
     type(result).__name__ = name

@@ -82,6 +82,17 @@ def computes_same(first: Trace, second: Trace) -> bool:
     return not comparison.found
 
 
+def computes_same_apart_from_order(first: Trace, second: Trace) -> bool:
+    """Whether two traces do the same, though what has no effect but its result may stand elsewhere."""
+    comparison = _Comparison(first, second)
+    mine, other = ([node for node in trace.graph.nodes if not is_pure(node)] for trace in (first, second))
+    if len(mine) != len(other) or not all(map(comparison.pair, mine, other)):
+        return False
+    for b, a in list(comparison.found.pairs.items()):
+        comparison.nodes(comparison.scope_of.get(a, first.scope), a, b)
+    return not comparison.found
+
+
 def aligned(a: Scope, b: Scope) -> Iterator[tuple[list[Any], list[Any]]]:
     """The entries of two scopes in order: runs of equal ones pairwise, and what only one of them has."""
     mine, other = [_key(entry) for entry in a.entries], [_key(entry) for entry in b.entries]
@@ -151,6 +162,19 @@ class _Comparison:
         known = self.found.pairs.get(b)
         # A node without a partner stands in a module that is already known to differ.
         return known is a or (known is None and bool(self.found.modules))
+
+    def pair(self, first: fx.Node, second: fx.Node) -> bool:
+        """Pair two nodes, and all that they are computed from; False if these are not the same calls."""
+        pending = [(first, second)]
+        while pending:
+            a, b = pending.pop()
+            mine, other = a.all_input_nodes, b.all_input_nodes
+            if _key(a) != _key(b) and not a.op == b.op == "get_attr":
+                return False
+            if len(mine) != len(other) or self.found.pairs.setdefault(b, a) is not a:
+                return False
+            pending += [(x, y) for x, y in zip(mine, other, strict=True) if y not in self.found.pairs]
+        return True
 
     def meeting(self, *nodes: fx.Node) -> str:
         """The innermost module that contains all of these nodes: there the wrong operand was chosen."""

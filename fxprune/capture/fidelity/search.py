@@ -10,7 +10,7 @@ branches of the model itself are merged.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,12 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from fxprune.capture.errors import TRACE_ERRORS, HookError, first_line, where
-from fxprune.capture.fidelity.compare import Differences, compare, computes_same
+from fxprune.capture.fidelity.compare import (
+    Differences,
+    compare,
+    computes_same,
+    computes_same_apart_from_order,
+)
 from fxprune.capture.fidelity.guards import guard_constants, guard_decisions, guard_sizes, guarded_sizes
 from fxprune.capture.fidelity.merge import merge
 from fxprune.capture.hooks import Hook, keeps_hooks, similar_hooks
@@ -26,6 +31,7 @@ from fxprune.capture.leaves import is_leaf
 from fxprune.capture.modes import Switches
 from fxprune.capture.module import CapturedModule
 from fxprune.capture.tracer.isolation import ModelState
+from fxprune.capture.tracer.memos import Cache, find_caches
 from fxprune.capture.tracer.meta_values import Shadows, map_structure
 from fxprune.capture.tracer.tape import DtypeOf
 from fxprune.capture.tracer.trace import Trace, remove_dead_code, trace
@@ -77,12 +83,17 @@ class _Search:
     one_batch_size: bool = False
     observers: dict[Hook, nn.Module] = field(default_factory=dict)
     records: dict[str, str] = field(default_factory=dict)
+    caches: list[Cache] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.state = ModelState(self.model)
         self.paths = {id(module): path for path, module in self.model.named_modules()}
 
     def run(self) -> Faithful:
+        self.caches = find_caches(self.model)
+        emptied = self.attempt() if self.caches else None
+        if emptied is None or not emptied.refilled:
+            self.caches = []  # not computed by this run, or otherwise by now than what was kept
         self.find_observers()
         while True:
             base = self.attempt(strict=True)
@@ -93,6 +104,7 @@ class _Search:
             self.one_image_size = self.fixed_images(base)
             probe = self.attempt(training=True, batch=True, types=True)
             found = compare(base, probe) if probe else Differences({""})
+            take_regions(found)
             if not found:
                 resolve_types(base, found)
                 return self.finish(base, Switches(self.model), found)
@@ -106,6 +118,7 @@ class _Search:
         if training:
             self.forget_memos(training, training=True)
         modes = compare(base, training) if training else Differences()
+        take_regions(modes)
         if training is None:
             self.notes[""] = (
                 f"its forward fails in training mode with these inputs ({self.refusal}); "
@@ -165,6 +178,9 @@ class _Search:
         if not base.changed and not own_writes:
             return
         again = self.attempt(training=training, rehearsed=True)
+        if again and not again.reasons and computes_same_apart_from_order(base, again):
+            base.changed.clear()
+            return
         places = compare(base, again).places | again.reasons.keys() if again else {""}
         others = [place for place in places if not any(_related(place, path) for path in base.changed)]
         for path in own_writes if others else ():
@@ -242,7 +258,7 @@ class _Search:
             result = trace(
                 self.model, args, kwargs, training=training, whole=frozenset(self.whole),
                 shadows=Shadows(self.model, dtypes, self.known), state=self.state, rehearsed=rehearsed,
-                left_out=self.left_out() if left_out is None else left_out,
+                left_out=self.left_out() if left_out is None else left_out, caches=self.caches,
             )  # fmt: skip
         except TRACE_ERRORS as error:
             if strict or (isinstance(error, HookError) and not other and left_out is None):
@@ -269,6 +285,13 @@ class _Search:
             self.notes.setdefault(path, f"its hook {self.records[path]} {NOT_RUN}")
         notes = {path: reason for path, reason in self.notes.items() if not _inside(path, called)}
         return Faithful(base.graph, {**switches.modules, **constants}, notes, self.left_out())
+
+
+def take_regions(found: Differences) -> None:
+    """Note which nodes are checkpointed in training; ``found`` compares a trace in training with another."""
+    for other, mine in found.pairs.items():
+        if "checkpoint" in other.meta and "checkpoint" not in mine.meta:
+            mine.meta["checkpoint"] = replace(other.meta["checkpoint"], training=True)
 
 
 def _related(a: str, b: str) -> bool:

@@ -16,6 +16,7 @@ from types import CellType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch.amp.autocast_mode import _exit_autocast
 
 from fxprune.capture.errors import TRACE_ERRORS
@@ -49,6 +50,9 @@ def patched_functions(recorder: Recorder, places: Iterable[Place]) -> Iterator[N
         stack.enter_context(replaced(torch.autograd.Function, "apply", _apply(recorder)))
         stack.enter_context(replaced(torch.autocast, "__enter__", _enter(recorder)))
         stack.enter_context(replaced(torch.autocast, "__exit__", _exit(recorder)))
+        for name in ("__enter__", "__exit__"):
+            hooks = torch.autograd.graph.saved_tensors_hooks
+            stack.enter_context(replaced(hooks, name, _checkpointing(recorder, name)))
         for place in places:
             if isinstance(place.function, torch.jit.ScriptFunction):
                 home = _home(place.holder)
@@ -72,6 +76,11 @@ def _apply(recorder: Recorder) -> Any:
         target = original.__get__(None, cls)
         if not recorder.recording:
             return target(*args, **kwargs)
+        if cls is torch.utils.checkpoint.CheckpointFunction:
+            recorder.tape.begin_checkpoint()
+            out = args[0](*args[2:], **kwargs)
+            recorder.tape.end_checkpoint()
+            return out
         with recorder.paused(), torch.no_grad():
             out = target(*args, **kwargs)
         with torch._C.DisableTorchFunction():
@@ -97,6 +106,22 @@ def _scripted(recorder: Recorder, home: str, place: Place) -> Callable[..., Any]
                 if recorder.recording
                 else out
             )
+
+    return call
+
+
+def _checkpointing(recorder: Recorder, name: str) -> Callable[..., Any]:
+    """``__enter__`` or ``__exit__`` of hooks on saved tensors, of which checkpointing makes one kind."""
+    original = vars(torch.autograd.graph.saved_tensors_hooks)[name]
+
+    def call(hooks: Any, *error: Any) -> Any:
+        if type(hooks).__module__ != torch.utils.checkpoint.__name__:
+            return original(hooks, *error)
+        if name == "__enter__":
+            recorder.tape.begin_checkpoint()
+        else:
+            recorder.tape.end_checkpoint()
+        return None
 
     return call
 

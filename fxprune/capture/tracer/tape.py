@@ -13,14 +13,16 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxprune.capture.errors import CaptureError
+from fxprune.capture.recompute import Region
 from fxprune.capture.tracer.call_targets import ObjectOf
+from fxprune.capture.tracer.contents import has_content, has_tensor, is_record
+from fxprune.capture.tracer.memos import Memos
 from fxprune.capture.tracer.meta_values import Shadows, map_structure
 from fxprune.capture.tracer.spelling import changes_input
 from fxprune.capture.tracer.traced_numbers import TracedFloat, TracedInt, plain
@@ -74,11 +76,14 @@ class Decision:
 
 
 class Tape:
-    """``names`` maps the ``id`` of the model's tensors to their qualified names."""
+    """``names`` maps the ``id`` of the model's tensors to their qualified names; ``memos`` may have more."""
 
-    def __init__(self, names: dict[int, str], root: type, shadows: Shadows) -> None:
+    def __init__(
+        self, names: dict[int, str], root: type, shadows: Shadows, memos: Memos | None = None
+    ) -> None:
         self.names = names
         self.shadows = shadows
+        self.memos = memos or Memos()
         self.graph = fx.Graph()
         self.scope = Scope("", root)
         self.running = True
@@ -93,6 +98,7 @@ class Tape:
         self._alive: list[Any] = []
         self._live: set[fx.Node] = set()
         self._sizes: dict[tuple[Scope, fx.Node], torch.Size] = {}
+        self._checkpoints, self._depth = 0, 0
 
     # -- what happened --------------------------------------------------------------------------------------
     def record(
@@ -107,7 +113,7 @@ class Tape:
         unsized: bool = False,
     ) -> Any:
         """A node for a call that gave ``out``; the result as the traced code is to see it."""
-        if op != "call_module" and target is not operator.setitem and not _has_content(out):
+        if op != "call_module" and target is not operator.setitem and not has_content(out):
             return out
         node = self.node(op, target, args, kwargs)
         writes = changes_input(node) if writes is None else writes
@@ -190,7 +196,18 @@ class Tape:
 
     def place(self, node: fx.Node) -> None:
         node.meta["nn_module_stack"] = self.scope.stack
+        if self._depth:
+            node.meta["checkpoint"] = Region(self._checkpoints)
         self.scope.entries.append(node)
+
+    def begin_checkpoint(self) -> None:
+        """Nodes from here on are in a region of ``torch.utils.checkpoint``; inner regions are part of it."""
+        self._depth += 1
+        self._checkpoints += self._depth == 1
+
+    def end_checkpoint(self) -> None:
+        """The innermost region ends."""
+        self._depth -= 1
 
     def arg(self, value: Any) -> Any:
         """Return what stands for ``value`` in a node's arguments."""
@@ -228,7 +245,7 @@ class Tape:
             return list(value)
         if hasattr(value, "__index__"):
             return operator.index(value)
-        if _is_record(value):
+        if is_record(value):
             return self._construct(ObjectOf(type(value)), (), vars(value), value)
         raise CaptureError(f"an argument of type {type(value).__qualname__} has no place in a graph")
 
@@ -250,7 +267,11 @@ class Tape:
         name = self.names.get(id(tensor))
         if name is None:
             if tensor.is_meta:
-                raise CaptureError("a tensor was made by something that cannot be recorded")
+                node = self.memos.recomputed(tensor, self.graph, self._source, self.place)
+                if node is None:
+                    raise CaptureError("a tensor was made by something that cannot be recorded")
+                self._register(tensor, node)
+                return node
             taken = {*self.names.values(), *self.constants}
             name = next(n for i in range(len(taken) + 1) if (n := f"_tensor_constant{i}") not in taken)
             self.constants[name] = tensor
@@ -297,14 +318,14 @@ class Tape:
         if isinstance(value, dict):
             parts = {key: self._part(operator.getitem, node, key, item) for key, item in value.items()}
             return type(value)(parts) if isinstance(value, OrderedDict) else parts
-        if _is_record(value):
+        if is_record(value):
             return ObjectOf(type(value))(
                 **{k: self._part(getattr, node, k, v) for k, v in vars(value).items()}
             )
         return value
 
     def _part(self, function: Callable[..., Any], owner: fx.Node, key: Any, item: Any) -> Any:
-        if not _has_content(item) or (isinstance(item, int | float) and owner not in self._live):
+        if not has_content(item) or (isinstance(item, int | float) and owner not in self._live):
             return item
         part = self.node("call_function", function, (owner, key), {})
         if owner in self.unsized:
@@ -325,7 +346,7 @@ class Tape:
         node = self.graph.create_node("placeholder", name, default)
         self.place(node)
         node.meta["val"] = value
-        if not _has_tensor(value):
+        if not has_tensor(value):
             return value
         self._live.add(node)
         result = self.wrap(value, node, False)
@@ -337,6 +358,11 @@ class Tape:
         self.place(node)
         node.meta["val"] = map_structure(plain, value)
         self.running = False
+
+    def finished(self) -> Memos:
+        """Give what was computed from the model's own tensors alone, for a later run that finds it."""
+        fixed = {key: node for key, node in self._nodes.items() if node not in self._live}
+        return Memos(fixed, self._alive, self.constants)
 
     # -- where ----------------------------------------------------------------------------------------------
     @contextmanager
@@ -371,29 +397,3 @@ class Tape:
 
 def _length(value: Any) -> int | None:
     return value.shape[0] if isinstance(value, Tensor) and value.dim() else None
-
-
-def _is_record(value: Any) -> bool:
-    """Whether a value is an object that merely holds others, as an image list does."""
-    reduces: Any = type(value).__reduce_ex__
-    plain_object = reduces is object.__reduce_ex__ and hasattr(value, "__dict__")
-    return plain_object and not callable(value) and not isinstance(value, ModuleType)
-
-
-def _has_content(value: Any) -> bool:
-    """Whether there is a tensor or a number in a result."""
-    if isinstance(value, int | float):
-        return not isinstance(value, bool)
-    if isinstance(value, tuple | list):
-        return any(_has_content(item) for item in value)
-    if isinstance(value, dict):
-        return any(_has_content(item) for item in value.values())
-    return isinstance(value, Tensor) or _is_record(value)
-
-
-def _has_tensor(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return any(_has_tensor(item) for item in value)
-    if isinstance(value, dict):
-        return any(_has_tensor(item) for item in value.values())
-    return isinstance(value, Tensor)

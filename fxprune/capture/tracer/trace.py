@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.capture.hooks import Hook
 from fxprune.capture.tracer.isolation import Changes, ModelState, rng_state
+from fxprune.capture.tracer.memos import Cache, Memos
 from fxprune.capture.tracer.meta_values import Shadows
 from fxprune.capture.tracer.module_calls import Caller, CallSettings
 from fxprune.capture.tracer.patches import patched_functions, replaced
@@ -37,7 +38,8 @@ class Trace:
     ``constants`` are tensors that belong to no module, ``scope`` says which module call made which node,
     ``decisions`` what the code made depend on sizes,
     ``reasons`` why a module had to stay whole, ``changed`` which entered modules wrote which attribute
-    of themselves, ``hook_writes`` which hooks of which module wrote something of their own.
+    of themselves, ``hook_writes`` which hooks of which module wrote something of their own. ``memos`` is what
+    depends on no input. ``refilled``: the caches that were emptied hold what they held.
     """
 
     graph: fx.Graph
@@ -47,6 +49,8 @@ class Trace:
     reasons: dict[str, str] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
     hook_writes: dict[str, str] = field(default_factory=dict)
+    memos: Memos = field(default_factory=Memos)
+    refilled: bool = True
 
 
 def trace(
@@ -60,27 +64,30 @@ def trace(
     state: ModelState | None = None,
     rehearsed: bool = False,
     left_out: frozenset[Hook] = frozenset(),
+    caches: Sequence[Cache] = (),
 ) -> Trace:
     """Record ``model(*args, **kwargs)``; ``whole`` names modules that are not entered.
 
     ``rehearsed``: a run before this one has left its traces in the model's attributes. ``left_out`` are hooks
-    that are not run.
+    that are not run. ``caches`` are empty when the run begins; the trace says whether it filled them again.
     """
     shadows = shadows or Shadows(model)
     changes = Changes()
     state = state or ModelState(model)
 
-    def run(setting: CallSettings) -> Trace:
-        return copy_context().run(_run, model, args, kwargs, setting, shadows, state)
+    def run(setting: CallSettings, memos: Memos | None = None) -> Trace:
+        return copy_context().run(_run, model, args, kwargs, setting, shadows, state, memos)
 
     with state.restored(changes, shadows.written):
         _set_training(model, training)
-        if rehearsed:
-            run(CallSettings(whole, left_out))
+        for cache in caches:
+            cache.entries.pop(cache.key, None)
+        memos = run(CallSettings(whole, left_out)).memos if rehearsed else None
         before = rng_state()
-        result = run(CallSettings(whole, left_out))
+        result = run(CallSettings(whole, left_out), memos)
         if rng_state() != before:
-            result = run(CallSettings(whole, left_out, watching=True))
+            result = run(CallSettings(whole, left_out, watching=True), memos and result.memos)
+        result.refilled = training or result.memos.explain(caches, model)
     leaves = {str(node.target) for node in result.graph.nodes if node.op == "call_module"}
     result.hook_writes = changes.hooks
     for path, name in changes.attributes.items():
@@ -97,8 +104,9 @@ def _run(
     setting: CallSettings,
     shadows: Shadows,
     state: ModelState,
+    memos: Memos | None = None,
 ) -> Trace:
-    recorder = _recorder(model, shadows)
+    recorder = _recorder(model, shadows, memos)
     tape = recorder.tape
     result = Trace(tape.graph, tape.constants, tape.scope, tape.decisions, setting.reasons)
     arguments, options = _inputs(tape, model, args, kwargs)
@@ -109,6 +117,7 @@ def _run(
         with recorder:
             out = caller.hooks.around(model, arguments, options, caller.call)
         tape.output(out)
+    result.memos = tape.finished()
     return result
 
 
@@ -142,8 +151,8 @@ def _set_training(model: nn.Module, training: bool) -> None:
         module.training = training
 
 
-def _recorder(model: nn.Module, shadows: Shadows) -> Recorder:
-    tape = Tape(_tensor_names(model), type(model), shadows)
+def _recorder(model: nn.Module, shadows: Shadows, memos: Memos | None = None) -> Recorder:
+    tape = Tape(_tensor_names(model), type(model), shadows, memos)
     return Recorder(tape, _device_of(model))
 
 

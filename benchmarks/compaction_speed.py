@@ -1,0 +1,242 @@
+"""Measure what compaction costs and what it gives: seconds, memory, latency beside MACs, and the peers.
+
+Parts, all or those named; each prints its rows and writes them to a file next to this script, from which
+docs/compaction_speed.md is made:
+
+    OMP_NUM_THREADS=1 python benchmarks/compaction_speed.py
+    OMP_NUM_THREADS=1 python benchmarks/compaction_speed.py latency synflow cost depth groups memory
+    python benchmarks/compaction_speed.py --table
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.latency import bench
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "compaction_speed.jsonl"
+TABLE = HERE.parent / "docs" / "compaction_speed.md"
+HALVED = (
+    "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small_patch16_224", "swin_tiny_patch4_window7_224"
+)  # fmt: skip
+GROUPED = ("resnet50", "convnext_tiny", "efficientnet_b0", "swin_tiny_patch4_window7_224")
+X = torch.zeros(1, 3, 224, 224)
+
+
+def made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name).eval()
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def compared(dense: nn.Module, small: nn.Module, runtimes: tuple[str, ...]) -> dict[str, Any]:
+    """Medians in turn, and the ratios to the dense network."""
+    result = bench({"dense": dense, "compact": small}, X, runtimes=runtimes, threads=1, seconds=12)
+    row: dict[str, Any] = {}
+    for runtime in runtimes:
+        times = {name: median(list(result.timing(name, runtime).times)) for name in ("dense", "compact")}
+        row[runtime] = {
+            **{k: round(v, 2) for k, v in times.items()},
+            "ratio": times["compact"] / times["dense"],
+        }
+    macs = {name: result.networks[name].macs for name in ("dense", "compact")}
+    parameters = {name: result.networks[name].parameters for name in ("dense", "compact")}
+    return {**row, "macs": macs["compact"] / macs["dense"], "parameters": list(parameters.values())}
+
+
+def latency(rows: Callable[..., None]) -> None:
+    """Half of the MACs as channels, by magnitude: the latency that is left, plain and with round_to=8."""
+    for name in HALVED:
+        for rounding in (1, 8):
+            dense = made(name)
+            pruned = fxprune.apply(
+                dense, "magnitude", 0.5, example_inputs=X, granularity="channel", of="macs",
+                round_to=rounding, progress=False,
+            )  # fmt: skip
+            found = compared(dense, fxprune.compact(pruned), ("eager", "onnxruntime"))
+            rows(model=name, round_to=rounding, **found)
+
+
+def synflow(rows: Callable[..., None]) -> None:
+    """resnet50 under unstructured SynFlow masks."""
+    for sparsity in (0.9, 0.98):
+        dense = made("resnet50")
+        pruned = fxprune.apply(dense, "synflow", sparsity, example_inputs=X, progress=False)
+        rows(model="resnet50", sparsity=sparsity, **compared(dense, fxprune.compact(pruned), ("eager",)))
+
+
+def cost(rows: Callable[..., None]) -> None:
+    """CPU seconds of compact."""
+    for name in ("resnet50", "vit_large_patch16_224"):
+        pruned = fxprune.apply(
+            made(name), "magnitude", 0.5, example_inputs=X, granularity="channel", progress=False
+        )
+        for verify in (True, False):
+            start = time.process_time()
+            fxprune.compact(pruned, verify=verify)
+            rows(model=name, verify=verify, seconds=round(time.process_time() - start, 2))
+
+
+def memory(rows: Callable[..., None]) -> None:
+    """Peak memory of compact over the weights, in a process of its own, against one without compact."""
+    for name in ("resnet50", "vit_large_patch16_224"):
+        peaks = []
+        for call in ("", "fxprune.compact(pruned, verify=False)", "fxprune.compact(pruned)"):
+            text = (
+                "import resource, timm, torch, fxprune\n"
+                f"pruned = fxprune.apply(timm.create_model({name!r}).eval(), 'magnitude', 0.5,"
+                " example_inputs=torch.zeros(1, 3, 224, 224), granularity='channel', progress=False)\n"
+                "import gc; gc.collect()\n"
+                "open('/proc/self/clear_refs', 'w').write('5')\n"
+                f"{call}\n"
+                "peak = [l for l in open('/proc/self/status') if l.startswith('VmHWM')][0].split()[1]\n"
+                "print(int(peak) * 1024)"
+            )
+            out = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+            peaks.append(int(out.stdout.split()[-1]))
+        weights = sum(p.numel() * p.element_size() for p in made(name).parameters())
+        rows(
+            model=name, weights=weights, unverified=(peaks[1] - peaks[0]) / weights,
+            verified=(peaks[2] - peaks[0]) / weights,
+        )  # fmt: skip
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.two(self.norm(self.one(x)).relu())
+
+
+def depth(rows: Callable[..., None]) -> None:
+    """CPU seconds of compact for residual networks of growing depth, and the exponent of a power law."""
+    points = []
+    for blocks in (16, 32, 64, 128, 256):
+        torch.manual_seed(0)
+        x = torch.zeros(1, 8, 8, 8)
+        net = nn.Sequential(*[Block() for _ in range(blocks)]).eval()
+        pruned = fxprune.apply(net, "magnitude", 0.5, example_inputs=x, granularity="channel", progress=False)
+        start = time.process_time()
+        fxprune.compact(pruned)
+        points.append((5 * blocks, time.process_time() - start))
+        rows(nodes=points[-1][0], seconds=round(points[-1][1], 3))
+    logs = [(math.log(n), math.log(s)) for n, s in points]
+    mean = [sum(part) / len(logs) for part in zip(*logs, strict=True)]
+    slope = sum((a - mean[0]) * (b - mean[1]) for a, b in logs) / sum((a - mean[0]) ** 2 for a, _ in logs)
+    rows(exponent=round(slope, 3))
+
+
+def groups(rows: Callable[..., None]) -> None:
+    """Finding and masking channels by magnitude beside torch-pruning: CPU seconds in turn, medians of 3."""
+    import torch_pruning
+
+    for name in GROUPED:
+        ours, theirs = [], []
+        for _ in range(3):
+            model = made(name)
+            start = time.process_time()
+            fxprune.apply(
+                model, "magnitude", 0.5, example_inputs=X, granularity="channel", on_collapse="warn",
+                progress=False,
+            )  # fmt: skip
+            ours.append(time.process_time() - start)
+            model = made(name)
+            heads = {
+                m.qkv: m.num_heads for m in model.modules() if hasattr(m, "qkv") and hasattr(m, "num_heads")
+            }
+            last = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1000]
+            start = time.process_time()
+            try:
+                pruner = torch_pruning.pruner.BasePruner(
+                    model, X, importance=torch_pruning.importance.GroupMagnitudeImportance(),
+                    pruning_ratio=0.3, global_pruning=True, num_heads=heads,
+                    ignored_layers=last,
+                )  # fmt: skip
+                pruner.step()
+                theirs.append(time.process_time() - start)
+            except (RuntimeError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+                rows(model=name, peer_error=f"{type(error).__name__}: {error}"[:120])
+                theirs.append(math.nan)
+        rows(model=name, ours=round(median(ours), 2), torch_pruning=round(median(theirs), 2),
+             ratio=round(median(ours) / median(theirs), 2))  # fmt: skip
+
+
+PARTS = {
+    "latency": latency,
+    "synflow": synflow,
+    "cost": cost,
+    "memory": memory,
+    "depth": depth,
+    "groups": groups,
+}
+
+
+def write_table(rows: list[dict[str, Any]]) -> None:
+    """Write docs/compaction_speed.md from the last run of each part."""
+    lines = [
+        "# Compaction: its cost and its gain",
+        "",
+        "`OMP_NUM_THREADS=1 python benchmarks/compaction_speed.py`",
+    ]
+    for part, function in PARTS.items():
+        own = [row for row in rows if row["part"] == part]
+        if not own:
+            continue
+        keys = list(
+            dict.fromkeys(key for row in own for key in row if key not in ("part", "torch", "threads"))
+        )
+        lines += ["", f"## {part}", "", (function.__doc__ or "").strip(), ""]
+        lines += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+        lines += ["| " + " | ".join(_cell(row.get(key, "")) for key in keys) + " |" for row in own]
+    TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['dense']} -> {value['compact']} ms ({1 / value['ratio']:.2f}x)"
+    if isinstance(value, list):
+        return " -> ".join(f"{item:,}" for item in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def add(rows: list[dict[str, Any]], part: str, **row: Any) -> None:
+    """Keep a row, and print it."""
+    rows.append({"part": part, **row})
+    print(json.dumps(rows[-1]), flush=True)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    for part in [] if "--table" in sys.argv else words or PARTS:
+        rows = [row for row in rows if row["part"] != part]
+
+        PARTS[part](partial(add, rows, part))
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Compute again what an earlier run of a model left in its attributes.
+
+A module may keep what it computes from its parameters (a table of position biases, for evaluation), and take
+it from there the next time. In a graph it is computed each time: the same, or newer than what was kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.capture.tracer.spelling import is_pure
+
+__all__ = ["Cache", "Memos", "find_caches"]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """An entry of a dictionary that a module holds, and the tensor that was kept there."""
+
+    entries: dict[Any, Any]
+    key: Any
+    kept: Tensor
+
+
+def find_caches(model: nn.Module) -> list[Cache]:
+    """Find tensors in dictionaries of the modules' own, which may have been kept by runs before."""
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    tables = [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) is dict and not name.startswith("_")
+    ]
+    return [
+        Cache(table, key, item)
+        for table in tables
+        for key, item in table.items()
+        if isinstance(item, Tensor) and id(item) not in own
+    ]
+
+
+class Memos:
+    """``nodes``: by ``id`` of a tensor of an earlier run, the node there, which depends on no input.
+
+    ``alive`` keeps these tensors, so that no other gets their ``id``; ``constants`` are those of that run's
+    tape, by name.
+    """
+
+    def __init__(
+        self,
+        nodes: Mapping[int, fx.Node] | None = None,
+        alive: Sequence[Any] = (),
+        constants: Mapping[Any, Any] | None = None,
+    ) -> None:
+        self._nodes, self._constants = dict(nodes or {}), dict(constants or {})
+        self._alive = list(alive)
+        self._copies: dict[fx.Node, fx.Node] = {}
+
+    def recomputed(
+        self,
+        tensor: Tensor,
+        graph: fx.Graph,
+        read: Callable[[Tensor], fx.Node],
+        place: Callable[[fx.Node], None],
+    ) -> fx.Node | None:
+        """A node of ``graph`` that computes ``tensor`` as the earlier run did; None if that is not known.
+
+        ``read`` makes the node of a constant; ``place`` is told of each node that computes.
+        """
+        last = self._nodes.get(id(tensor))
+        if last is None:
+            return None
+        chain = _ancestors(last)
+        if not all(is_pure(node) for node in chain):
+            return None
+        for node in chain:
+            if node in self._copies:
+                continue
+            if node.op == "get_attr" and node.target in self._constants:
+                self._copies[node] = read(self._constants[node.target])
+                continue
+            self._copies[node] = graph.node_copy(node, self._copies.__getitem__)
+            if node.op != "get_attr":
+                place(self._copies[node])
+        return self._copies[last]
+
+    def explain(self, caches: Sequence[Cache], model: nn.Module) -> bool:
+        """Whether the run has filled all ``caches`` again, with the numbers that they had."""
+        return all(self._explains(cache, model) for cache in caches)
+
+    @torch.no_grad()
+    def _explains(self, cache: Cache, model: nn.Module) -> bool:
+        last = self._nodes.get(id(cache.entries.get(cache.key)))
+        chain = [] if last is None else _ancestors(last)
+        if last is None or not all(is_pure(node) for node in chain):
+            return False
+        values: dict[fx.Node, Any] = {}
+        with torch._C.DisableTorchFunction():
+            for node in chain:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                if node.op == "get_attr":
+                    name = str(node.target)
+                    known = self._constants.get(name)
+                    values[node] = attrgetter(name)(model) if known is None else known
+                elif node.op == "call_method":
+                    values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return isinstance(values[last], Tensor) and torch.equal(values[last], cache.kept.detach())
+
+
+def _ancestors(last: fx.Node) -> list[fx.Node]:
+    """A node and all that it is computed from, in the order of the graph."""
+    found, pending = {last}, [last]
+    while pending:
+        fresh = [node for node in pending.pop().all_input_nodes if node not in found]
+        found.update(fresh)
+        pending += fresh
+    return [node for node in last.graph.nodes if node in found]
