@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,16 @@ from fxprune.channels.groups import Groups
 from fxprune.channels.labels import Factor
 from fxprune.graph import ir
 
-__all__ = ["Cost", "Entries", "Matrix", "Term", "count_macs", "count_parameters", "count_weights"]
+__all__ = [
+    "Cost",
+    "CostModel",
+    "Entries",
+    "Matrix",
+    "Term",
+    "count_macs",
+    "count_parameters",
+    "count_weights",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +110,22 @@ class Term:
         return saved
 
 
+class CostModel(Protocol):
+    """Describe what a choice of groups asks of a cost; ``groups`` is their number."""
+
+    groups: int
+
+    def left(self, staying: Tensor) -> float:
+        """The cost of the network in which only the groups marked in ``staying`` (bool) are left."""
+
+    def towards(self, staying: Tensor, level: float) -> Tensor:
+        """Return what each group takes from the cost while it is above ``level`` (float64)."""
+
+    @property
+    def whole(self) -> float:
+        """The cost of the whole network."""
+
+
 @dataclass(frozen=True, eq=False)
 class Cost:
     """Hold what a network costs: ``fixed``, whatever goes, and the ``terms``; ``groups`` is their number."""
@@ -120,6 +146,10 @@ class Cost:
         for term in self.terms:
             saved += term.saved(stays)
         return saved[: self.groups]
+
+    def towards(self, staying: Tensor, level: float) -> Tensor:
+        """Return what each group takes from the cost on its way down to ``level``: what it saves."""
+        return self.saved(staying)
 
     @cached_property
     def whole(self) -> float:

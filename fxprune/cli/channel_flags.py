@@ -9,7 +9,7 @@ import typer
 
 HELP = {
     "pool": (str, "One score of those of a group's weights: mean, sum, l2 or max."),
-    "of": (str, "What the sparsity is a share of: weights (prunable ones), params (all) or macs."),
+    "of": (str, "What the sparsity is a share of: weights (prunable ones), params (all), macs or memory."),
     "scope": (
         str,
         "What competes: global, layer (each loses the same share) or isomorphic (each kind does).",

@@ -85,7 +85,8 @@ class Problem:
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch={self.micro_batch!r}: expected a number of samples, at least 1")
         shapes = {name: tuple(weight.shape) for name, weight in self.model.named_parameters()}
-        object.__setattr__(self, "granularity", fitted(self.granularity, self.graph, self.weights, shapes))
+        grain = fitted(self.granularity, self.graph, self.weights, shapes, self.model)
+        object.__setattr__(self, "granularity", grain)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch import fx, nn
 
 from fxprune.channels.groups import group_channels
+from fxprune.channels.memory import count_memory, live_ranges
 from fxprune.channels.orientation import swap_orientation
 from fxprune.graph import ChannelGraph
 from fxprune.sparsity.granularity import WEIGHT, Bundle, Channel, Granularity
@@ -21,16 +23,22 @@ def fitted(
     graph: ChannelGraph,
     prunable: Collection[str],
     shapes: Mapping[str, tuple[int, ...]] | None = None,
+    model: nn.Module | None = None,
 ) -> Granularity:
     """Return ``granularity`` as the parameters of ``graph`` need it; the same where nothing is transposed.
 
     ``prunable``: the parameters that may be pruned; the channels of all others stay. ``shapes``: those of all
-    parameters of the network.
+    parameters of the network. ``model``: the captured network, for ``of="memory"``.
     """
     if isinstance(granularity, Channel) and graph.kernels:
         excluded = [name for name in graph.kernels if name not in prunable]
         groups = group_channels(graph, fixed=excluded, whole_heads=granularity.whole_heads)
-        return ChannelGroups(groups, tuple(prunable), granularity, shapes or {})
+        counted = None
+        if granularity.of == "memory":
+            if not isinstance(model, fx.GraphModule):
+                raise ValueError("of='memory': the network has no graph, which says what is alive together")
+            counted = partial(count_memory, live_ranges(model, graph))
+        return ChannelGroups(groups, tuple(prunable), granularity, shapes or {}, counted)
     transposed = {name: kernels.groups for name, kernels in graph.kernels.items() if kernels.transposed}
     if granularity == WEIGHT or isinstance(granularity, (ChannelGroups, Oriented)) or not transposed:
         return granularity

@@ -8,7 +8,7 @@ from math import gcd, lcm
 import torch
 from torch import Tensor
 
-from fxprune.channels.cost import Cost
+from fxprune.channels.cost import CostModel
 from fxprune.channels.groups import Groups
 
 __all__ = ["by_class", "by_worth", "kinds", "round_up"]
@@ -17,7 +17,7 @@ STEP = 0.04
 """The share of what is to be saved that goes between two updates of what every group costs."""
 
 
-def by_worth(worth: Tensor, cost: Cost, alive: Tensor, open_: Tensor, limit: float) -> Tensor:
+def by_worth(worth: Tensor, cost: CostModel, alive: Tensor, open_: Tensor, limit: float) -> Tensor:
     """Return the groups that may go in the order of ``worth`` per cost, as many as meet ``limit``.
 
     What a group costs depends on which others are left, so costs are brought up to date after every few
@@ -28,8 +28,10 @@ def by_worth(worth: Tensor, cost: Cost, alive: Tensor, open_: Tensor, limit: flo
     step = max(left - limit, 0.0) * STEP
     order = []
     while left > limit and bool(open_.any()):
-        saved = cost.saved(staying)
-        indices = open_.nonzero().flatten().flip(0)
+        saved = cost.towards(staying, max(limit, left - step))
+        indices = (open_ & (saved > 0)).nonzero().flatten().flip(0)
+        if not len(indices):
+            break
         ratio = worth[indices] / saved[indices].clamp(min=1e-12)
         indices = indices[ratio.argsort(stable=True)]
         number = int(torch.searchsorted(saved[indices].cumsum(0), step)) + 1

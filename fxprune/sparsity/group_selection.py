@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from fxprune.channels.cost import Cost, count_macs, count_parameters, count_weights
+from fxprune.channels.cost import CostModel, count_macs, count_parameters, count_weights
 from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import Groups
 from fxprune.channels.sums import added_up
@@ -33,13 +33,15 @@ Rounding = Callable[[Tensor, Tensor], Tensor]
 class ChannelGroups:
     """Whole channel groups of the ``prunable`` parameters of a graph, with the options of a `Channel`.
 
-    ``shapes``: those of all parameters of the network, by name, for ``of="params"``.
+    ``shapes``: those of all parameters of the network, by name, for ``of="params"``. ``counted``: the cost of
+    a choice of groups, where ``options.of`` needs more than the graph says.
     """
 
     groups: Groups
     prunable: tuple[str, ...]
     options: Channel = field(default_factory=Channel)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    counted: Callable[[Groups], CostModel] | None = None
 
     def __str__(self) -> str:
         return str(self.options)
@@ -142,11 +144,7 @@ class ChannelGroups:
         open_ = alive & ~self._protected(pooled, alive)
         least = cost.left(self._staying(alive, open_, pooled, rounded))
         if least > limit:
-            raise ValueError(
-                f"granularity {self}: {limit:.0f} {self.options.of} are to be kept, but at least {least:.0f} "
-                "must stay: every layer keeps one channel, and outputs, excluded layers and what meets them "
-                "keep all; ask for a lower sparsity"
-            )
+            raise ValueError(self._out_of_reach(limit, least, cost.whole))
         if self._weighs_costs(budget):
             # What is rounded up stays above the limit; so the order must go on beyond it.
             order = by_worth(pooled * number, cost, alive, open_, limit if rounded is None else 0.0)
@@ -164,7 +162,7 @@ class ChannelGroups:
         staying = self._staying(alive, order[:low], rank, rounded)
         return {name: self.groups.kept(name, staying).to(mask.device) & mask for name, mask in within.items()}
 
-    def cost(self, within: Mapping[str, Tensor]) -> Cost:
+    def cost(self, within: Mapping[str, Tensor]) -> CostModel:
         """Count what the network costs, in the unit that ``options.of`` names."""
         return count_weights(self.groups, within) if self.options.of == "weights" else self._dense_cost
 
@@ -176,8 +174,10 @@ class ChannelGroups:
         return self._dense_cost.whole
 
     @cached_property
-    def _dense_cost(self) -> Cost:
+    def _dense_cost(self) -> CostModel:
         """The cost that no mask changes; every round asks for it."""
+        if self.counted is not None:
+            return self.counted(self.groups)
         if self.options.of == "params":
             return count_parameters(self.groups, self.shapes)
         return count_macs(self.groups)
@@ -217,6 +217,23 @@ class ChannelGroups:
         if self.options.of == "weights":
             return budget.total
         return self._dense_cost.whole * (budget.density if budget.asked is None else budget.asked)
+
+    def _out_of_reach(self, limit: float, least: float, whole: float) -> str:
+        """Say that a target cannot be met, which is the lowest that can, and what holds it."""
+        options = self.options
+        held = [name for name, numbers in self.groups.rows.items() if bool((numbers < 0).all())]
+        some = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
+        bounds = [
+            f"{name}={getattr(options, name)!r}"
+            for name, default in (("round_to", 1), ("min_channels", 1), ("max_sparsity", 1.0))
+            if getattr(options, name) != default
+        ]
+        reach = math.floor(1e4 * max(1 - least / whole, 0.0)) / 1e4
+        return (
+            f"granularity {self}: {limit:.0f} {options.of} are to be kept, but at least {least:.0f} must stay: "
+            f"every layer keeps one channel{''.join(f', or {bound}' for bound in bounds)}, and outputs, excluded "
+            f"layers and what meets them keep all ({some or 'none here'}); ask for a sparsity of at most {reach:g}"
+        )
 
     @staticmethod
     def _staying(alive: Tensor, removed: Tensor, rank: Tensor, rounded: Rounding | None) -> Tensor:
