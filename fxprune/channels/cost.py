@@ -111,9 +111,7 @@ class Term:
 
 
 class CostModel(Protocol):
-    """Describe what a choice of groups asks of a cost; ``groups`` is their number."""
-
-    groups: int
+    """Describe what a choice of groups asks of a cost."""
 
     def left(self, staying: Tensor) -> float:
         """The cost of the network in which only the groups marked in ``staying`` (bool) are left."""

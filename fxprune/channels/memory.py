@@ -1,8 +1,8 @@
 """Count the most bytes that activations take at one time, when some channel groups are gone.
 
-Nodes of the captured graph run in their order. A tensor is there from the node that makes it to the last node
-that reads it, or a view of it; what is written in place is no new tensor. So the bytes at every step are a sum
-over tensors, and the peak is the largest of these sums.
+Nodes of the captured graph run in their order. A tensor is there from the node that makes it to the last one
+that reads it or a view of it; what is written in place is no new tensor. So the bytes at every step are a
+sum over tensors, and the peak is the largest sum.
 """
 
 from __future__ import annotations
@@ -208,11 +208,11 @@ def _tensors(node: fx.Node) -> list[Tensor]:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _same_memory(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-    """Return the node whose memory a dropout hands on in evaluation, or a view that was captured as a copy."""
+    """Return the node whose memory a dropout hands on, or a view that was captured as a copy."""
     if node.op == "call_module":
         drops = isinstance(gm.get_submodule(str(node.target)), nn.modules.dropout._DropoutNd)
         return node.all_input_nodes[0] if drops else None
@@ -227,9 +227,11 @@ def _same_memory(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     ):
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), _stand_in)
-    call = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+    call: Any = node.target
+    if node.op == "call_method":
+        call, args = getattr(args[0], str(node.target)), args[1:]
     try:
-        again = call(*(args[1:] if node.op == "call_method" else args), **kwargs)
+        again = call(*args, **kwargs)
     except RuntimeError:  # no shape without values: then it is no view
         return None
     if not isinstance(again, Tensor):
@@ -238,5 +240,5 @@ def _same_memory(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
 
 
 def _stand_in(node: fx.Node) -> Any:
-    """The tensors that stand for a node's results, under other names: what is written to them is forgotten."""
+    """The tensors that stand for a node's results, under other names."""
     return pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, node.meta.get("val"))

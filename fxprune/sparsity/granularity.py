@@ -179,11 +179,12 @@ class Channel:
     graph is known a channel is a slice of the first dimension.
 
     ``of``: what the sparsity is a share of: "weights" (the prunable ones), "params" (all parameters of the
-    network), "macs" (multiply-adds) or "memory" (the most bytes of activations at one time). With ``pool="mean"`` groups then compete by the sum of their scores
-    per cost. ``scope``: "global"; "layer", every family of tied layers loses the same share of its groups;
-    "isomorphic", every kind of group does (Fang et al. 2024, arXiv 2407.04616). ``round_to``: layers keep a
-    multiple of so many channels, where they can; ``min_channels``, ``max_sparsity``: how many channels, and
-    which share of them, every layer loses at most.
+    network), "macs" (multiply-adds) or "memory" (the most bytes of activations at one time). With
+    ``pool="mean"`` groups then compete by the sum of their scores per cost. ``scope``: "global"; "layer",
+    every family of tied layers loses the same share of its groups; "isomorphic", every kind of group does
+    (Fang et al. 2024, arXiv 2407.04616). ``round_to``: layers keep a multiple of so many channels, where they
+    can; ``min_channels``, ``max_sparsity``: how many channels, and which share of them, every layer loses at
+    most.
     """
 
     pool: str = "mean"

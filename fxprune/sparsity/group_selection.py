@@ -224,15 +224,16 @@ class ChannelGroups:
         held = [name for name, numbers in self.groups.rows.items() if bool((numbers < 0).all())]
         some = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
         bounds = [
-            f"{name}={getattr(options, name)!r}"
+            f", or {name}={getattr(options, name)!r}"
             for name, default in (("round_to", 1), ("min_channels", 1), ("max_sparsity", 1.0))
             if getattr(options, name) != default
         ]
         reach = math.floor(1e4 * max(1 - least / whole, 0.0)) / 1e4
+        asked, must = (f"{cost:.0f}" if cost >= 100 else f"{cost:.4g}" for cost in (limit, least))
         return (
-            f"granularity {self}: {limit:.0f} {options.of} are to be kept, but at least {least:.0f} must stay: "
-            f"every layer keeps one channel{''.join(f', or {bound}' for bound in bounds)}, and outputs, excluded "
-            f"layers and what meets them keep all ({some or 'none here'}); ask for a sparsity of at most {reach:g}"
+            f"granularity {self}: {asked} {options.of} are to be kept, but at least {must} must stay: every "
+            f"layer keeps one channel{''.join(bounds)}, and outputs, excluded layers and what meets them keep "
+            f"all ({some or 'none here'}); ask for a sparsity of at most {reach:g}"
         )
 
     @staticmethod
