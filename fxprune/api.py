@@ -17,6 +17,7 @@ from fxprune import sharding
 from fxprune.capture import CaptureError, capture
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.graph import ChannelGraph
+from fxprune.latency import LatencyTarget, check_runtime
 from fxprune.lowering import Rules, graph_of_run, hidden_layers, lower, matrices_outside
 from fxprune.methods import Method, Problem
 from fxprune.methods import resolve as resolve_method
@@ -36,6 +37,7 @@ from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks, is_subset, nonzeros, validate
 from fxprune.sparsity.schedule import DensityFunction, Schedule
 from fxprune.sparsity.sharded import kept_overall
+from fxprune.timed import find_in_time, is_timed
 
 Returns = Literal["graph", "module", "inplace"]
 OnCollapse = Literal["warn", "raise", "repair"]
@@ -104,6 +106,8 @@ def apply(
         on_collapse, rules=rules, **general,
     )  # fmt: skip
     wish.check(network)
+    if isinstance(grain, Channel):
+        check_runtime(grain.runtime)
     sharding.check(network, wish)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         return _prune(model, example_inputs, wish, Display(enabled=progress))
@@ -178,17 +182,30 @@ def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Displa
     # A method scores and selects.
     with sharding.asked(build_problem(network, wish, display, _everybody()), model, wish.method) as question:
         problem = question.problem
-        question.masks = _checked(wish.method, wish.method.find(problem), problem)
+        question.masks, time = _masks(network, problem, wish)
     with display.step(f"look for layers without a path (on_collapse={wish.on_collapse!r})"):
         masks = question.masks
         if isinstance(network.captured, fx.GraphModule):
             masks = _without_collapse(problem, masks, before, wish)
     pruned = rewrite(network, problem, masks, wish)
     stamp(pruned, method=wish.method.name, sparsity=wish.sparsity, seed=wish.seed)
+    if time is not None and isinstance(pruned, fx.GraphModule):
+        pruned.meta["fxprune"] = {**pruned.meta.get("fxprune", {}), "latency": time}
     if problem.history and isinstance(pruned, fx.GraphModule):
         pruned.meta["fxprune"] = {**pruned.meta.get("fxprune", {}), "history": problem.history}
     # Also the caller's own class is typed as a graph, for that is what apply gives unless asked for this.
     return cast(fx.GraphModule, pruned)
+
+
+def _masks(network: Network, problem: Problem, wish: Request) -> tuple[Masks, LatencyTarget | None]:
+    """Find masks by the method; under ``of="latency"`` until the time is right, with the times."""
+
+    def find(problem: Problem) -> Masks:
+        return _checked(wish.method, wish.method.find(problem), problem)
+
+    if is_timed(problem):
+        return find_in_time(network, problem, wish, find)
+    return find(problem), None
 
 
 def _network(given: nn.Module, example_inputs: Any, wish: Request, display: Display) -> Network:

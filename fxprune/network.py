@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx, nn
@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
 from fxprune.graph import ChannelGraph
+from fxprune.latency.cost import latency_cost
 from fxprune.lowering import matrices_outside
 from fxprune.methods import Problem, redraw
 from fxprune.metrics import listed as listed_sizes
@@ -98,7 +99,7 @@ def build_problem(
     budget = plan(wish.budget, wish.sparsity, shapes, kept(masks))
     check(network.captured, masks)
     copy = duplicate(network.captured)
-    return Problem(
+    problem = Problem(
         model=copy if device == home else copy.to(device),
         graph=network.graph,
         weights={
@@ -117,6 +118,18 @@ def build_problem(
         micro_batch=wish.micro_batch,
         group=group,
     )
+    return _with_times(problem)
+
+
+def _with_times(problem: Problem) -> Problem:
+    """Give the granularity of a problem the time that groups take, if that is what is to be saved."""
+    grain = problem.granularity
+    if not isinstance(grain, ChannelGroups) or grain.options.of != "latency":
+        return problem
+    assert isinstance(problem.model, fx.GraphModule)
+    options = grain.options
+    cost = latency_cost(problem.model, grain.groups, options.runtime, options.threads)
+    return replace(problem, granularity=replace(grain, counted=lambda groups: cost))
 
 
 def warn_of_rest(gm: fx.GraphModule, graph: ChannelGraph, hidden: Collection[str], stacklevel: int) -> None:
@@ -156,9 +169,20 @@ def rewrite(network: Network, problem: Problem, masks: Masks, wish: Request) -> 
         form = network.given if wish.returns == "inplace" else duplicate(network.source)
     if wish.reinit:
         redraw(inside(form), torch.Generator().manual_seed(wish.seed), network.before)
+    _mask(form, network, problem, masks)
+    return form
+
+
+def masked_copy(network: Network, problem: Problem, masks: Masks) -> nn.Module:
+    """Return a copy of the captured network with ``masks``, on the device where the problem is."""
+    form = duplicate(network.captured).to(problem.device)
+    _mask(form, network, problem, masks)
+    return form
+
+
+def _mask(form: nn.Module, network: Network, problem: Problem, masks: Masks) -> None:
     every = {**network.before, **masks, **_entries(network, problem, masks)}
     put_masks(form, every, direct=[name for name in network.direct if name in every])
-    return form
 
 
 def _entries(network: Network, problem: Problem, masks: Masks) -> Masks:

@@ -17,10 +17,10 @@ RANKS = {
     "option_notes": -1, "sharded_types": -1,
     "capture": 0, "graph": 0, "progress": 0, "data": 0, "zoo": 0, "plot": 0, "lowering": 1, "paths": 2,
     "channels": 3, "sparsity": 4, "scoring": 5, "methods": 6, "rewrite": 6, "metrics": 6, "request": 7,
-    "latency": 7, "network": 8, "sharding": 8, "api": 9, "grouping": 9, "training": 10, "__init__": 11,
-    "cli": 12, "__main__": 13,
+    "latency": 7, "network": 8, "sharding": 8, "timed": 8.5, "api": 9, "grouping": 9, "training": 10,
+    "__init__": 11, "cli": 12, "__main__": 13,
 }  # fmt: skip
-OPTIONAL = {"matplotlib", "sklearn", "transformers", "lightning", "scipy", "onnxruntime", "openvino"}
+OPTIONAL = {"matplotlib", "sklearn", "transformers", "lightning", "scipy", "onnx", "onnxruntime", "openvino"}
 # Packages that are slow to import -> the rooms that are only imported when they are needed anyway.
 SLOW: dict[str, set[str]] = {
     "networkx": set(), "rich": {"cli"}, "timm": set(), "torch.distributed.fsdp": set(),

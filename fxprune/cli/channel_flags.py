@@ -9,7 +9,10 @@ import typer
 
 HELP = {
     "pool": (str, "One score of those of a group's weights: mean, sum, l2 or max."),
-    "of": (str, "What the sparsity is a share of: weights (prunable ones), params (all), macs or memory."),
+    "of": (
+        str,
+        "What the sparsity is a share of: weights (prunable ones), params (all), macs, memory or latency.",
+    ),
     "scope": (
         str,
         "What competes: global, layer (each loses the same share) or isomorphic (each kind does).",
@@ -18,6 +21,8 @@ HELP = {
     "min_channels": (int, "Layers keep at least so many channels."),
     "max_sparsity": (float, "Layers lose at most this share of their channels."),
     "sides": (str, "Weights that a channel group is scored by: both, or rows alone."),
+    "runtime": (str, "Of --of latency: eager, compile or onnxruntime."),
+    "threads": (int, "Of --of latency: threads; as many as PyTorch takes."),
     "normalize": (str, "Divide scores of groups by the mean over: none, or their family."),
 }
 

@@ -2,6 +2,18 @@
 
 from fxprune.latency.bench import bench, measure
 from fxprune.latency.results import Bench, Network, Timing, sentence, size
-from fxprune.latency.runtimes import RUNTIMES
+from fxprune.latency.runtimes import RUNTIMES, check_runtime
+from fxprune.latency.target import LatencyTarget
 
-__all__ = ["RUNTIMES", "Bench", "Network", "Timing", "bench", "measure", "sentence", "size"]
+__all__ = [
+    "RUNTIMES",
+    "Bench",
+    "LatencyTarget",
+    "Network",
+    "Timing",
+    "bench",
+    "check_runtime",
+    "measure",
+    "sentence",
+    "size",
+]

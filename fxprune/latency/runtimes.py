@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.rewrite.files.export import ONNX_PACKAGES, export
 
-__all__ = ["RUNTIMES", "missing_package", "prepare"]
+__all__ = ["RUNTIMES", "check_runtime", "missing_package", "onnx_session", "prepare"]
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
@@ -64,6 +64,32 @@ def _onnxruntime(path: Path, call: Call, threads: int) -> Callable[[], object]:
     names = [place.name for place in session.get_inputs()]
     feed = dict(zip(names, _arrays(call), strict=True))
     return lambda: session.run(None, feed)
+
+
+def onnx_session(threads: int) -> Callable[[Any, torch.Tensor], Callable[[], object]]:
+    """Return a function that makes a runnable of an ONNX model in memory and the input ``x``."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+
+    def session(model: Any, x: torch.Tensor) -> Callable[[], object]:
+        made = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        feed = {"x": x.numpy()}
+        return lambda: made.run(None, feed)
+
+    return session
+
+
+def check_runtime(runtime: str) -> None:
+    """``ModuleNotFoundError`` for a runtime that is not installed."""
+    package = missing_package(runtime)
+    if package is not None:
+        raise ModuleNotFoundError(
+            f"runtime={runtime!r}: {package} is not installed; pip install {package}, or runtime='eager'"
+        )
 
 
 def _openvino(path: Path, call: Call, threads: int) -> Callable[[], object]:

@@ -179,12 +179,12 @@ class Channel:
     graph is known a channel is a slice of the first dimension.
 
     ``of``: what the sparsity is a share of: "weights" (the prunable ones), "params" (all parameters of the
-    network), "macs" (multiply-adds) or "memory" (the most bytes of activations at one time). With
-    ``pool="mean"`` groups then compete by the sum of their scores per cost. ``scope``: "global"; "layer",
-    every family of tied layers loses the same share of its groups; "isomorphic", every kind of group does
-    (Fang et al. 2024, arXiv 2407.04616). ``round_to``: layers keep a multiple of so many channels, where they
-    can; ``min_channels``, ``max_sparsity``: how many channels, and which share of them, every layer loses at
-    most.
+    network), "macs" (multiply-adds), "memory" (the most bytes of activations at one time) or "latency" (the
+    time of ``runtime`` on so many ``threads``, as measured here). With ``pool="mean"`` groups then compete by
+    the sum of their scores per cost. ``scope``: "global"; "layer", every family of tied layers loses the same
+    share of its groups; "isomorphic", every kind of group does (Fang et al. 2024, arXiv 2407.04616).
+    ``round_to``: layers keep a multiple of so many channels, where they can; ``min_channels``,
+    ``max_sparsity``: how many channels, and which share of them, every layer loses at most.
     """
 
     pool: str = "mean"
@@ -196,6 +196,8 @@ class Channel:
     max_sparsity: float = 1.0
     sides: str = "both"
     normalize: str = "none"
+    runtime: str = "eager"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         for option, accepted in CHOICES.items():
@@ -206,6 +208,12 @@ class Channel:
             value = getattr(self, option)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{option}={value!r}: expected a number of channels, at least 1")
+        for option, usual in (("runtime", "eager"), ("threads", None)):
+            value = getattr(self, option)
+            if value != usual and self.of != "latency":
+                raise ValueError(f"{option}={value!r}: of={self.of!r} is not measured; take of='latency'")
+        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+            raise ValueError(f"threads={self.threads!r}: expected a number of threads, at least 1")
         if not 0 < self.max_sparsity <= 1:
             raise ValueError(f"max_sparsity={self.max_sparsity!r}: expected a share of channels in (0, 1]")
 
@@ -224,10 +232,13 @@ class Channel:
 POOLS = ("mean", "sum", "l2", "max")
 """How the scores of a group's weights become one."""
 
-CHANNEL_OPTIONS = ("pool", "of", "scope", "round_to", "min_channels", "max_sparsity", "sides", "normalize")
+CHANNEL_OPTIONS = (
+    "pool", "of", "scope", "round_to", "min_channels", "max_sparsity", "sides", "normalize",
+    "runtime", "threads",
+)  # fmt: skip
 """Options of a `Channel` that :func:`fxprune.apply` takes by name."""
 
-COSTS = ("weights", "params", "macs", "memory")
+COSTS = ("weights", "params", "macs", "memory", "latency")
 """What the sparsity of channels is a share of."""
 
 SCOPES = ("global", "layer", "isomorphic")
@@ -239,6 +250,7 @@ CHOICES = {
     "scope": SCOPES,
     "sides": ("both", "rows"),
     "normalize": ("none", "family"),
+    "runtime": ("eager", "compile", "onnxruntime"),
 }
 """What the options of a `Channel` that are words may be."""
 

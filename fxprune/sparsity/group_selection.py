@@ -178,6 +178,10 @@ class ChannelGroups:
         """The cost that no mask changes; every round asks for it."""
         if self.counted is not None:
             return self.counted(self.groups)
+        if self.options.of in ("memory", "latency"):
+            raise ValueError(
+                f"of={self.options.of!r}: the cost was not counted; use fxprune.apply or a Pruner"
+            )
         if self.options.of == "params":
             return count_parameters(self.groups, self.shapes)
         return count_macs(self.groups)
@@ -232,8 +236,8 @@ class ChannelGroups:
         asked, must = (f"{cost:.0f}" if cost >= 100 else f"{cost:.4g}" for cost in (limit, least))
         return (
             f"granularity {self}: {asked} {options.of} are to be kept, but at least {must} must stay: every "
-            f"layer keeps one channel{''.join(bounds)}, and outputs, excluded layers and what meets them keep "
-            f"all ({some or 'none here'}); ask for a sparsity of at most {reach:g}"
+            f"layer keeps one channel{''.join(bounds)}, and outputs, excluded layers and what meets them "
+            f"keep all ({some or 'none here'}); ask for a sparsity of at most {reach:g}"
         )
 
     @staticmethod
