@@ -106,8 +106,6 @@ def apply(
         on_collapse, rules=rules, **general,
     )  # fmt: skip
     wish.check(network)
-    if isinstance(grain, Channel):
-        check_runtime(grain.runtime)
     sharding.check(network, wish)
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         return _prune(model, example_inputs, wish, Display(enabled=progress))
@@ -177,6 +175,8 @@ def _has_shapes(model: nn.Module) -> bool:
 
 def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Display) -> fx.GraphModule:
     model = inside(given)
+    if isinstance(wish.granularity, Channel):
+        check_runtime(wish.granularity.runtime)
     network = _network(given, example_inputs, wish, display)
     before = network.before
     # A method scores and selects.

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from fxprune.latency.target import LatencyTarget, meet_latency, time_pair
+from fxprune.latency.target import LatencyTarget, meet_latency, stopwatch
 from fxprune.methods import Problem
 from fxprune.network import Network, masked_copy
 from fxprune.request import Request
@@ -42,12 +42,12 @@ def find_in_time(
         ones = {name: mask.double() for name, mask in masks.items()}
         return masks, grain.cost(masks).left(grain.pool(ones, masks)[1])
 
-    def timed(masks: Masks) -> tuple[float, float]:
-        small = compact(masked_copy(network, problem, masks).eval(), verify=False)
-        whole, left = time_pair(dense, small, runtime, threads, batch)
-        return whole.median, left.median
-
-    masks, times, rounds = meet_latency(prune, timed, share)
+    with stopwatch(dense, runtime, threads, batch) as measure:
+        masks, times, rounds = meet_latency(
+            prune,
+            lambda masks: measure(compact(masked_copy(network, problem, masks).eval(), verify=False)),
+            share,
+        )
     dense_time, predicted, measured = times
     return masks, LatencyTarget(
         dense_time,

@@ -21,9 +21,9 @@ HELP = {
     "min_channels": (int, "Layers keep at least so many channels."),
     "max_sparsity": (float, "Layers lose at most this share of their channels."),
     "sides": (str, "Weights that a channel group is scored by: both, or rows alone."),
+    "normalize": (str, "Divide scores of groups by the mean over: none, or their family."),
     "runtime": (str, "Of --of latency: eager, compile or onnxruntime."),
     "threads": (int, "Of --of latency: threads; as many as PyTorch takes."),
-    "normalize": (str, "Divide scores of groups by the mean over: none, or their family."),
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -118,6 +119,9 @@ def prune(
         network, pruned, inputs, out=out, compact=compact, export=export or [], display=display,
         facts={**facts, "sparsity": sparsity},
     )  # fmt: skip
+    time = pruned.meta["fxprune"].get("latency")
+    if time is not None:
+        measured["latency"], lines = asdict(time), [str(time), *lines]
     text = _json(report, {**facts, **measured})
     if out is not None:
         (out / REPORT).write_text(text + "\n", encoding="utf-8")

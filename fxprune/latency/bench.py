@@ -24,7 +24,7 @@ from fxprune.rewrite.files.export import numbers
 from fxprune.rewrite.masking.finalize import plain
 from fxprune.rewrite.masking.parameters import unwrap
 
-__all__ = ["bench", "measure"]
+__all__ = ["bench", "evaluating", "measure", "run_in_turn"]
 
 WARM_UPS = 2
 LEAST, MOST = 7, 300
@@ -73,7 +73,7 @@ def bench(
         if package is not None:
             skipped[runtime] = f"not measured, as {package} is not installed; pip install {package}"
     calls = {size: numbers(given, first, size) for size in batch}
-    with _evaluating(models.values(), threads), tempfile.TemporaryDirectory() as folder:
+    with evaluating(models.values(), threads), tempfile.TemporaryDirectory() as folder:
         networks = {name: _described(model, given, calls, Path(folder)) for name, model in models.items()}
     present = [runtime for runtime in runtimes if runtime not in skipped]
     timings = measure(models, example_inputs, batch=batch, runtimes=present, threads=threads, seconds=seconds)
@@ -97,7 +97,7 @@ def measure(
     given = example_inputs_for(first, example_inputs)
     device = next((p.device for p in first.parameters()), torch.device("cpu"))
     timings: list[Timing] = []
-    with _evaluating(models.values(), threads), tempfile.TemporaryDirectory() as folder:
+    with evaluating(models.values(), threads), tempfile.TemporaryDirectory() as folder:
         for runtime in runtimes:
             for size in batch:
                 call = numbers(given, first, size)
@@ -105,7 +105,7 @@ def measure(
                     name: prepare(runtime, model, example_inputs, call, threads, Path(folder))
                     for name, model in models.items()
                 }
-                times = _in_turn(runs, seconds, device)
+                times = run_in_turn(runs, seconds, device)
                 timings += [Timing(name, runtime, size, found) for name, found in times.items()]
     return timings
 
@@ -131,7 +131,7 @@ def _check(
 
 
 @contextmanager
-def _evaluating(models: Any, threads: int) -> Iterator[None]:
+def evaluating(models: Any, threads: int) -> Iterator[None]:
     """Evaluation mode without gradients, on so many threads; afterwards all is as it was."""
     before = torch.get_num_threads()
     modes = [(module, module.training) for model in models for module in model.modules()]
@@ -166,7 +166,7 @@ def _described(model: nn.Module, given: Any, calls: Mapping[int, Any], folder: P
     )
 
 
-def _in_turn(
+def run_in_turn(
     runs: Mapping[str, Callable[[], object]], seconds: float, device: torch.device
 ) -> dict[str, list[float]]:
     """Run each function in turn until every one has had its time; milliseconds by name."""

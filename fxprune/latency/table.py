@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,7 +99,7 @@ def open_table(facts: Mapping[str, str]) -> Table:
     return Table(dict(facts), path)
 
 
-def _read(path: Path) -> dict[str, dict[str, object]] | None:  # type: ignore[type-arg]
+def _read(path: Path) -> dict[str, dict[str, Any]] | None:
     """The content of a table's file; ``None`` where there is no table in it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import statistics
+import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import nn
 
-from fxprune.latency.bench import measure
-from fxprune.latency.results import Timing
+from fxprune.capture.inputs import example_inputs_for
+from fxprune.latency.bench import evaluating, run_in_turn
+from fxprune.latency.runtimes import prepare
+from fxprune.rewrite.files.export import numbers
 
-__all__ = ["LatencyTarget", "meet_latency", "time_pair"]
+__all__ = ["LatencyTarget", "meet_latency", "stopwatch"]
 
 TOLERANCE = 0.03
 """How far from the target a measured time may be."""
@@ -41,10 +48,10 @@ class LatencyTarget:
     rounds: int
 
     def __str__(self) -> str:
+        where = f"{self.runtime}, {self.threads} threads, batch {self.batch}, {self.device}"
         return (
-            f"latency: {self.dense:.3g} ms dense, target {self.target:.3g} ms, predicted "
-            f"{self.predicted:.3g} ms, measured {self.measured:.3g} ms ({self.runtime}, {self.threads} threads, batch {self.batch}, "
-            f"{self.device})"
+            f"latency: {self.dense:.3g} ms dense, target {self.target:.3g} ms, predicted {self.predicted:.3g}"
+            f" ms, measured {self.measured:.3g} ms ({where})"
         )
 
 
@@ -83,18 +90,39 @@ def meet_latency(
             asked = (low + high) / 2
     assert best is not None
     wrong, masks, times = best
+    target = share * times[0]
     if abs(wrong) > TOLERANCE:
         warnings.warn(
-            f"of='latency': measured {times[2]:.3g} ms, {wrong:+.1%} from the target of "
-            f"{share * times[0]:.3g} ms, after {rounds} rounds: channels are coarse, or other work disturbs the measurement",
-            stacklevel=5,  # the line that called apply
+            f"of='latency': measured {times[2]:.3g} ms, {wrong:+.1%} from the target of {target:.3g} ms, "
+            f"after {rounds} rounds: channels are coarse, or other work disturbs the measurement",
+            stacklevel=6,  # the line that called apply
         )
     return masks, times, rounds
 
 
-def time_pair(
-    dense: nn.Module, small: nn.Module, runtime: str, threads: int | None, batch: int
-) -> list[Timing]:
-    """Measure the whole and the compact network, in turn."""
-    networks = {"dense": dense, "compact": small}
-    return measure(networks, batch=(batch,), runtimes=(runtime,), threads=threads, seconds=SECONDS)
+@contextmanager
+def stopwatch(
+    dense: nn.Module, runtime: str, threads: int, batch: int
+) -> Iterator[Callable[[nn.Module], tuple[float, float]]]:
+    """Give a function that measures a network in turn with ``dense``: milliseconds of both.
+
+    The second is the first times the median ratio of neighbouring runs: other work on the machine
+    slows both of a pair alike.
+    """
+    given = example_inputs_for(dense, None)
+    device = next((p.device for p in dense.parameters()), torch.device("cpu"))
+    call = numbers(given, dense, batch)
+    with tempfile.TemporaryDirectory() as folder:
+        with evaluating([dense], threads):
+            whole = prepare(runtime, dense, None, call, threads, Path(folder))
+
+        def timed(small: nn.Module) -> tuple[float, float]:
+            with evaluating([dense, small], threads):
+                run = prepare(runtime, small, None, call, threads, Path(folder))
+                times = run_in_turn({"dense": whole, "small": run}, SECONDS, device)
+            pairs = zip(times["dense"], times["small"], strict=True)
+            ratio = statistics.median(after / before for before, after in pairs)
+            before = statistics.median(times["dense"])
+            return before, before * ratio
+
+        yield timed
