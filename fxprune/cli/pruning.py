@@ -119,7 +119,7 @@ def prune(
         network, pruned, inputs, out=out, compact=compact, export=export or [], display=display,
         facts={**facts, "sparsity": sparsity},
     )  # fmt: skip
-    time = pruned.meta["fxprune"].get("latency")
+    time = pruned.meta.get("fxprune", {}).get("latency")
     if time is not None:
         measured["latency"], lines = asdict(time), [str(time), *lines]
     text = _json(report, {**facts, **measured})
