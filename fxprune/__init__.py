@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fxprune.lowering import lower
     from fxprune.methods import Method
     from fxprune.methods import names as list_methods
+    from fxprune.planning import plan
+    from fxprune.plans import Plan
     from fxprune.plot import plot_history
     from fxprune.rewrite import finalize, load_masks, save, set_masks, verify
     from fxprune.rewrite import read as masks
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Method",
+    "Plan",
     "Pruner",
     "analyze",
     "apply",
@@ -46,6 +49,7 @@ __all__ = [
     "lottery",
     "lower",
     "masks",
+    "plan",
     "plot_history",
     "remap_optimizer",
     "save",
@@ -57,6 +61,7 @@ __all__ = [
 # line can show its help without PyTorch.
 _HOMES = {
     "Method": "fxprune.methods.Method",
+    "Plan": "fxprune.plans.Plan",
     "Pruner": "fxprune.training.Pruner",
     "analyze": "fxprune.api.analyze",
     "apply": "fxprune.api.apply",
@@ -73,6 +78,7 @@ _HOMES = {
     "lottery": "fxprune.training.lottery",
     "lower": "fxprune.lowering.lower",
     "masks": "fxprune.rewrite.read",
+    "plan": "fxprune.planning.plan",
     "plot_history": "fxprune.plot.plot_history",
     "remap_optimizer": "fxprune.rewrite.compact.remap_optimizer",
     "save": "fxprune.rewrite.save",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -24,6 +25,7 @@ from fxprune.methods import resolve as resolve_method
 from fxprune.metrics import Report, measure
 from fxprune.network import Network, build_problem, inside, rewrite, warn_of_rest
 from fxprune.paths.count import reach
+from fxprune.plans import Plan
 from fxprune.progress import Display
 from fxprune.request import Exclusion, Request, listed
 from fxprune.rewrite import plain, read, stamp
@@ -33,7 +35,7 @@ from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.collapse import dead_layers, repair
 from fxprune.sparsity.granularity import CHANNEL_OPTIONS, WEIGHT, Channel, Granularity
 from fxprune.sparsity.granularity import resolve as resolve_granularity
-from fxprune.sparsity.group_selection import ChannelGroups
+from fxprune.sparsity.group_selection import ChannelGroups, Choice
 from fxprune.sparsity.masks import Masks, is_subset, nonzeros, validate
 from fxprune.sparsity.schedule import DensityFunction, Schedule
 from fxprune.sparsity.sharded import kept_overall
@@ -51,7 +53,7 @@ LISTED = 20
 
 def apply(
     model: nn.Module,
-    method: str | Method = "synflow",
+    method: str | Method | Plan = "synflow",
     sparsity: float = 0.9,
     *,
     example_inputs: Any = None,
@@ -73,8 +75,8 @@ def apply(
 
     Args:
         model: any module. If it was pruned before, more is removed; what is pruned stays pruned.
-        method: a name of ``list_methods()`` or a :class:`Method`; ``method_options`` are its own, and
-            those of all: ``shuffle``, ``invert``, ``reinit`` (draw weights anew), ``micro_batch`` (samples).
+        method: a name of ``list_methods()``, a :class:`Method` or a :class:`Plan`; ``method_options`` are its
+            own, and those of all: ``shuffle``, ``invert``, ``reinit`` (draw weights anew), ``micro_batch``.
         sparsity: fraction of the prunable weights to remove, in [0, 1); met to one weight.
         example_inputs: tensor, tuple or dict; timm and torchvision models say it themselves.
         data, loss_fn: for methods that look at data: (x, y), or an iterable of batches; a loss of (out, y).
@@ -98,6 +100,37 @@ def apply(
     >>> sum(int(mask.sum()) for mask in read(pruned).values())
     12
     """
+    display = Display(enabled=progress)
+    if isinstance(method, Plan):
+        asked = budget is not None or granularity != "weight" or schedule is not None or exclude != ()
+        return _executed(model, method, example_inputs, device, returns, on_collapse, rules, display,
+                         asked or method_options)  # fmt: skip
+    wish = ask(model, method, sparsity, data=data, loss_fn=loss_fn, budget=budget, granularity=granularity,
+               schedule=schedule, exclude=exclude, seed=seed, device=device, returns=returns,
+               on_collapse=on_collapse, rules=rules, **method_options)  # fmt: skip
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        return _finished(wish, *search(model, example_inputs, wish, display))
+
+
+def ask(
+    model: nn.Module,
+    method: str | Method,
+    sparsity: float,
+    *,
+    budget: Allocation | None = None,
+    granularity: str | Granularity = "weight",
+    exclude: Exclusion | Iterable[Exclusion] = (),
+    data: Any = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    schedule: str | Schedule | DensityFunction | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    returns: str = "graph",
+    on_collapse: str = "warn",
+    rules: Rules | None = None,
+    **method_options: Any,
+) -> Request:
+    """Check the arguments of :func:`apply`, and hold them as a request."""
     general, channels = _taken(method_options, GENERAL), _taken(method_options, CHANNEL_OPTIONS)
     network, grain = inside(model), resolve_granularity(granularity, **channels)
     wish = Request(
@@ -107,8 +140,9 @@ def apply(
     )  # fmt: skip
     wish.check(network)
     sharding.check(network, wish)
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        return _prune(model, example_inputs, wish, Display(enabled=progress))
+    if isinstance(grain, Channel):
+        check_runtime(grain.runtime)
+    return wish
 
 
 def analyze(
@@ -173,28 +207,70 @@ def _has_shapes(model: nn.Module) -> bool:
     return isinstance(model, fx.GraphModule) and all("val" in node.meta for node in model.graph.nodes)
 
 
-def _prune(given: nn.Module, example_inputs: Any, wish: Request, display: Display) -> fx.GraphModule:
+Found = tuple[Network, Problem, Masks, LatencyTarget | None]
+"""The network, the problem, the masks that were found, and the times where these were asked for."""
+
+
+def search(
+    given: nn.Module, example_inputs: Any, wish: Request, display: Display, seen: list[Choice] | None = None
+) -> Found:
+    """Capture, lower, score and select; ``seen`` notes what channel groups are chosen by."""
     model = inside(given)
-    if isinstance(wish.granularity, Channel):
-        check_runtime(wish.granularity.runtime)
     network = _network(given, example_inputs, wish, display)
     before = network.before
+    asked = build_problem(network, wish, display, _everybody())
+    if seen is not None and isinstance(asked.granularity, ChannelGroups):
+        asked = replace(asked, granularity=replace(asked.granularity, seen=seen))
     # A method scores and selects.
-    with sharding.asked(build_problem(network, wish, display, _everybody()), model, wish.method) as question:
+    with sharding.asked(asked, model, wish.method) as question:
         problem = question.problem
         question.masks, time = _masks(network, problem, wish)
     with display.step(f"look for layers without a path (on_collapse={wish.on_collapse!r})"):
         masks = question.masks
         if isinstance(network.captured, fx.GraphModule):
             masks = _without_collapse(problem, masks, before, wish)
+    return network, problem, masks, time
+
+
+def _finished(
+    wish: Request, network: Network, problem: Problem, masks: Masks, time: LatencyTarget | None
+) -> fx.GraphModule:
+    """Rewrite the model under its masks, and note where they come from."""
     pruned = rewrite(network, problem, masks, wish)
     stamp(pruned, method=wish.method.name, sparsity=wish.sparsity, seed=wish.seed)
-    if time is not None and isinstance(pruned, fx.GraphModule):
-        pruned.meta["fxprune"] = {**pruned.meta.get("fxprune", {}), "latency": time}
-    if problem.history and isinstance(pruned, fx.GraphModule):
-        pruned.meta["fxprune"] = {**pruned.meta.get("fxprune", {}), "history": problem.history}
+    notes = {"latency": time, "history": problem.history or None}
+    notes = {name: note for name, note in notes.items() if note is not None}
+    if notes and isinstance(pruned, fx.GraphModule):
+        pruned.meta["fxprune"] = {**pruned.meta.get("fxprune", {}), **notes}
     # Also the caller's own class is typed as a graph, for that is what apply gives unless asked for this.
     return cast(fx.GraphModule, pruned)
+
+
+def _executed(
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any,
+    device: str | torch.device | None,
+    returns: str,
+    on_collapse: str,
+    rules: Rules | None,
+    display: Display,
+    asked: object,
+) -> fx.GraphModule:
+    """Remove the channels of a plan; ``asked`` is true where the caller asked for anything beside it."""
+    if asked:
+        raise ValueError(
+            "method: a plan has its budget, granularity, schedule, exclude and options; apply(model, plan) "
+            "takes example_inputs, device, returns, on_collapse, rules and progress beside it"
+        )
+    wish = ask(
+        model, plan.as_method(), 0.0, granularity=plan.granularity(), exclude=plan.excluded, seed=plan.seed,
+        device=device, returns=returns, on_collapse=on_collapse, rules=rules,
+    )  # fmt: skip
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        pruned = _finished(wish, *search(model, example_inputs, wish, display))
+    stamp(pruned, method=plan.method, sparsity=plan.sparsity, seed=plan.seed)
+    return pruned
 
 
 def _masks(network: Network, problem: Problem, wish: Request) -> tuple[Masks, LatencyTarget | None]:

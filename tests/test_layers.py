@@ -17,7 +17,8 @@ RANKS = {
     "option_notes": -1, "sharded_types": -1,
     "capture": 0, "graph": 0, "progress": 0, "data": 0, "zoo": 0, "plot": 0, "lowering": 1, "paths": 2,
     "channels": 3, "sparsity": 4, "scoring": 5, "methods": 6, "rewrite": 6, "metrics": 6, "request": 7,
-    "latency": 7, "network": 8, "sharding": 8, "timed": 8.5, "api": 9, "grouping": 9, "training": 10,
+    "latency": 7, "network": 8, "sharding": 8, "timed": 8.5, "plans": 6.5, "api": 9, "grouping": 9,
+    "planning": 9.5, "training": 10,
     "__init__": 11, "cli": 12, "__main__": 13,
 }  # fmt: skip
 OPTIONAL = {"matplotlib", "sklearn", "transformers", "lightning", "scipy", "onnx", "onnxruntime", "openvino"}
@@ -30,7 +31,10 @@ SLOW: dict[str, set[str]] = {
 LIGHT = {
     "fxprune",
     "fxprune.__main__",
-    *(f"fxprune.cli{name}" for name in ("", ".channel_flags", ".methods", ".pruning", ".sources")),
+    *(
+        f"fxprune.cli{name}"
+        for name in ("", ".channel_flags", ".methods", ".planning", ".pruning", ".sources")
+    ),
 }
 HEAVY = ("torch", "safetensors.torch")
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}

@@ -15,6 +15,10 @@ import typer
 
 COMMANDS = {
     "prune": ("fxprune.cli.pruning", "Prune a network and report what is left of it."),
+    "plan": (
+        "fxprune.cli.planning",
+        "Say which channels would go, layer by layer, and what that saves; nothing is changed.",
+    ),
     "analyze": (
         "fxprune.cli.pruning",
         "Report on a network, dense or pruned: density, effective paths, nodes, kernels, multiply-adds.",

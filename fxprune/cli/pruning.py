@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
@@ -32,7 +33,7 @@ from fxprune.cli.sources import load_data, load_network
 from fxprune.progress import Display
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import fx, nn
 
     from fxprune.methods import Option
     from fxprune.metrics import Report
@@ -80,6 +81,9 @@ def prune(
     data: Data = None,
     device: Annotated[str | None, typer.Option(help="Where to score: cpu, cuda, cuda:1.")] = None,
     on_collapse: Annotated[str, typer.Option(help="warn, raise or repair.")] = "warn",
+    plan: Annotated[
+        Path | None, typer.Option(help="File of `fxprune plan --out`: prune by it, whatever the method.")
+    ] = None,
     out: Out = None,
     compact: Compact = False,
     export: Exports = None,
@@ -89,11 +93,18 @@ def prune(
     """Prune a network and report what is left of it."""
     channel = split(options)
     given = {name: value for name, value in options.items() if value is not None}
-    chosen = fxprune.methods.resolve(method, **_values(method, given))
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: there is a file of that name; expected a folder, or a new name")
-    for path in export or ():
-        check_export(path)
+    chosen: Any = fxprune.methods.resolve(method, **read_values(method, given))
+    asked = {
+        "budget": read_budget(budget),
+        "granularity": granularity,
+        **channel,
+        "schedule": schedule,
+        "exclude": tuple(exclude or ()),
+    }
+    if plan is not None:
+        chosen, asked = _by_plan(plan, {**asked, **given}), {}
+        method, sparsity, seed = chosen.method, chosen.sparsity, chosen.seed
+    _check_files(out, export or ())
     display = Display()
     with display.step(f"load {model}"):
         network, inputs = load_network(model, seed)
@@ -103,15 +114,9 @@ def prune(
         sparsity,
         example_inputs=inputs,
         data=None if data is None else load_data(data),
-        budget=_budget(budget),
-        granularity=granularity,
-        **channel,
-        schedule=schedule,
-        exclude=tuple(exclude or ()),
-        seed=seed,
-        device=device,
-        on_collapse=on_collapse,  # type: ignore[arg-type]  # apply says which words it knows
-    )
+        **asked,
+        seed=seed, device=device, on_collapse=on_collapse,  # type: ignore[arg-type]  # apply says which words
+    )  # fmt: skip
     with display.step("analyze"):
         report = fxprune.analyze(pruned)
     facts = {"model": model, "method": method, "options": given, "seed": seed}
@@ -119,18 +124,32 @@ def prune(
         network, pruned, inputs, out=out, compact=compact, export=export or [], display=display,
         facts={**facts, "sparsity": sparsity},
     )  # fmt: skip
-    time = pruned.meta.get("fxprune", {}).get("latency")
-    if time is not None:
-        measured["latency"], lines = asdict(time), [str(time), *lines]
     text = _json(report, {**facts, **measured})
     if out is not None:
         (out / REPORT).write_text(text + "\n", encoding="utf-8")
     typer.echo(text if json_ else "\n".join([str(report), *lines]))
 
 
+def _check_files(out: Path | None, export: Sequence[Path]) -> None:
+    """``ValueError`` for files that cannot be written."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: there is a file of that name; expected a folder, or a new name")
+    for path in export:
+        check_export(path)
+
+
+def _by_plan(path: Path, asked: dict[str, Any]) -> fxprune.Plan:
+    """Read a plan; ``ValueError`` where other flags say what the plan says."""
+    usual = {"budget": "global", "granularity": "weight", "schedule": None, "exclude": ()}
+    odd = next((name for name, value in asked.items() if value != usual.get(name)), None)
+    if odd is not None:
+        raise ValueError(f"--plan {path}: the plan says what {_flag(odd)} would; leave one of them out")
+    return fxprune.Plan.load(path)
+
+
 def _results(
     network: nn.Module,
-    pruned: nn.Module,
+    pruned: fx.GraphModule,
     inputs: Any,
     *,
     out: Path | None,
@@ -143,6 +162,10 @@ def _results(
     found: dict[str, Any] = {}
     lines: list[str] = []
     small = None
+    time = pruned.meta.get("fxprune", {}).get("latency")
+    if time is not None:
+        found["latency"] = asdict(time)
+        lines.append(str(time))
     if compact:
         with display.step("compact"):
             small = fxprune.compact(pruned)
@@ -208,7 +231,7 @@ def _json(report: Report, facts: dict[str, Any]) -> str:
     return json.dumps({**facts, **json.loads(report.to_json())}, indent=2)
 
 
-def _budget(text: str) -> str | dict[str, float]:
+def read_budget(text: str) -> str | dict[str, float]:
     if "=" not in text:
         return text
     entries = {}
@@ -221,7 +244,7 @@ def _budget(text: str) -> str | dict[str, float]:
     return entries
 
 
-def _values(method: str, given: dict[str, Any]) -> dict[str, Any]:
+def read_values(method: str, given: dict[str, Any]) -> dict[str, Any]:
     """The words after a method's flags as values of its options' types."""
     known = fxprune.methods.options(method)
     return {name: _value(known[name], text) if name in known else text for name, text in given.items()}
@@ -265,13 +288,13 @@ def _method_flags() -> list[inspect.Parameter]:
     return flags
 
 
-def _register() -> None:
-    """Give ``prune`` a flag for every option of every method."""
-    signature = inspect.signature(prune, eval_str=True)
+def register(command: Any) -> None:
+    """Give a command a flag for every option of channels, and of every method."""
+    signature = inspect.signature(command, eval_str=True)
     own = [
         parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD
     ]
-    prune.__signature__ = signature.replace(parameters=own + channel_flags() + _method_flags())  # type: ignore[attr-defined]
+    command.__signature__ = signature.replace(parameters=own + channel_flags() + _method_flags())
 
 
-_register()
+register(prune)

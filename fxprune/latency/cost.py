@@ -79,6 +79,11 @@ class Latency:
             saved += self.scale * layer.saved(stays)[: self.groups]
         return saved
 
+    def of_layer(self, name: str, staying: Tensor) -> float:
+        """Return the milliseconds of all uses of one parameter."""
+        stays = torch.cat([staying, staying.new_ones(1)]).double()
+        return self.scale * sum(layer.left(stays) for layer in self.layers if layer.name == name)
+
     @cached_property
     def whole(self) -> float:
         """The milliseconds of the whole network."""

@@ -241,6 +241,9 @@ CHANNEL_OPTIONS = (
 COSTS = ("weights", "params", "macs", "memory", "latency")
 """What the sparsity of channels is a share of."""
 
+UNITS = {"weights": "weights", "params": "parameters", "macs": "MACs", "memory": "bytes", "latency": "ms"}
+"""The unit of each of ``COSTS``."""
+
 SCOPES = ("global", "layer", "isomorphic")
 """Which channel groups compete with one another."""
 

@@ -19,11 +19,17 @@ from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import Groups
 from fxprune.channels.sums import added_up
 from fxprune.sparsity.budget import Budget
-from fxprune.sparsity.granularity import NEVER, Bundle, Channel
+from fxprune.sparsity.granularity import NEVER, UNITS, Bundle, Channel
 from fxprune.sparsity.group_order import by_class, by_worth, kinds, round_up
 from fxprune.sparsity.masks import Masks, kept
 
-__all__ = ["ChannelGroups"]
+__all__ = ["ChannelGroups", "Choice"]
+
+Choice = tuple[Mapping[str, Tensor], Masks]
+"""The scores that groups were chosen by, and the masks that they were chosen within."""
+
+ROUNDING = 1e-12
+"""The relative error of a cost that is a sum of numbers."""
 
 Rounding = Callable[[Tensor, Tensor], Tensor]
 """Adds groups to those that stay, by rank, as `round_up` says."""
@@ -34,7 +40,7 @@ class ChannelGroups:
     """Whole channel groups of the ``prunable`` parameters of a graph, with the options of a `Channel`.
 
     ``shapes``: those of all parameters of the network, by name, for ``of="params"``. ``counted``: the cost of
-    a choice of groups, where ``options.of`` needs more than the graph says.
+    a choice of groups, where ``options.of`` needs more than the graph says. ``seen``: notes choices.
     """
 
     groups: Groups
@@ -42,6 +48,7 @@ class ChannelGroups:
     options: Channel = field(default_factory=Channel)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     counted: Callable[[Groups], CostModel] | None = None
+    seen: list[Choice] | None = None
 
     def __str__(self) -> str:
         return str(self.options)
@@ -137,9 +144,11 @@ class ChannelGroups:
         no layer is emptied. Under a budget with a number for every layer, each family of tied layers removes
         its lowest groups in proportion.
         """
+        if self.seen is not None:
+            self.seen.append((scores, dict(within)))
         pooled, number = self._pooled(scores, within)
         alive = number > 0
-        cost, limit = self.cost(within), self.limit(budget)
+        cost, limit = self.cost(within), self.limit(budget) * (1 + ROUNDING)
         rounded = round_up(self.groups, self.options.round_to) if self.options.round_to > 1 else None
         open_ = alive & ~self._protected(pooled, alive)
         least = cost.left(self._staying(alive, open_, pooled, rounded))
@@ -161,6 +170,14 @@ class ChannelGroups:
                 low = middle + 1
         staying = self._staying(alive, order[:low], rank, rounded)
         return {name: self.groups.kept(name, staying).to(mask.device) & mask for name, mask in within.items()}
+
+    def most(self, scores: Mapping[str, Tensor], within: Mapping[str, Tensor]) -> float:
+        """Return the highest sparsity that can be met by these scores."""
+        pooled, alive = self.pool(scores, within)
+        rounded = round_up(self.groups, self.options.round_to) if self.options.round_to > 1 else None
+        open_ = alive & ~self._protected(pooled, alive)
+        cost = self.cost(within)
+        return 1 - cost.left(self._staying(alive, open_, pooled, rounded)) / cost.whole
 
     def cost(self, within: Mapping[str, Tensor]) -> CostModel:
         """Count what the network costs, in the unit that ``options.of`` names."""
@@ -232,11 +249,12 @@ class ChannelGroups:
             for name, default in (("round_to", 1), ("min_channels", 1), ("max_sparsity", 1.0))
             if getattr(options, name) != default
         ]
+        more = "".join(bounds)
         reach = math.floor(1e4 * max(1 - least / whole, 0.0)) / 1e4
         asked, must = (f"{cost:.0f}" if cost >= 100 else f"{cost:.4g}" for cost in (limit, least))
         return (
-            f"granularity {self}: {asked} {options.of} are to be kept, but at least {must} must stay: every "
-            f"layer keeps one channel{''.join(bounds)}, and outputs, excluded layers and what meets them "
+            f"granularity {self}: {asked} {UNITS[options.of]} are to be kept, but at least {must} must stay: "
+            f"every layer keeps one channel{more}, and outputs, excluded layers and what meets them "
             f"keep all ({some or 'none here'}); ask for a sparsity of at most {reach:g}"
         )
 
