@@ -25,6 +25,7 @@ from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.parameters import check, unwrap
 from fxprune.scoring.contract import Progress
 from fxprune.sparsity.budget import plan
+from fxprune.sparsity.granularity import Channel
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks, kept
 
@@ -96,7 +97,9 @@ def build_problem(
         whole = torch.ones(parameter.shape, dtype=torch.bool, device=where)
         masks[name] = network.before.get(name, whole)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    budget = plan(wish.budget, wish.sparsity, shapes, kept(masks))
+    weighed = isinstance(wish.granularity, Channel) and wish.granularity.of != "weights"
+    # Where other costs are saved, the weights that are left say nothing of what is left to save.
+    budget = plan(wish.budget, wish.sparsity, shapes, None if weighed else kept(masks)).capped(kept(masks))
     check(network.captured, masks)
     copy = duplicate(network.captured)
     problem = Problem(

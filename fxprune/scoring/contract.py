@@ -186,7 +186,9 @@ def round_budgets(problem: Problem, *, schedule: Schedule, regrow: bool, name: s
     start = kept_overall(problem.masks, problem.shards)
     _check_room(problem, start)
     before = sum(start.values())
-    if problem.budget.total == before:
+    grain = problem.granularity
+    weighed = isinstance(grain, ChannelGroups) and grain.options.of != "weights"
+    if problem.budget.total == before and not weighed:
         return
     for t in problem.progress(range(1, plan.rounds + 1), name, plan.rounds):
         budget = _round_budget(problem.budget, plan, t, start)

@@ -62,7 +62,11 @@ class Budget:
         for a relative target; it is asked for the whole, or for each layer on its own. Never below target.
         """
         if self.layers is None:
-            return Budget(_between(self.total, sum(available.values()), fraction), self.sizes)
+            start = sum(available.values())
+            asked, now = self.asked, start / sum(self.sizes.values())
+            if asked is not None and asked < now:
+                asked = max(asked, now * fraction(asked / now))
+            return Budget(_between(self.total, start, fraction), self.sizes, asked=asked)
         layers = {name: _between(kept, available[name], fraction) for name, kept in self.layers.items()}
         return Budget(sum(layers.values()), self.sizes, layers)
 

@@ -9,12 +9,14 @@ import torch
 from torch import fx, nn
 
 from fxprune.capture import capture
+from fxprune.latency import check_runtime
 from fxprune.lowering import lower
 from fxprune.methods import Problem
 from fxprune.network import Network, build_problem, rewrite, warn_of_rest
 from fxprune.request import Request
 from fxprune.rewrite import bare, read
 from fxprune.scoring.contract import silent
+from fxprune.sparsity.granularity import CHANNEL_OPTIONS, Channel, Granularity, resolve
 
 Returns = Literal["graph", "module", "inplace"]
 
@@ -44,6 +46,23 @@ def prepare_smaller(model: fx.GraphModule, before: Problem, wish: Request) -> Pr
     total = old.total if layers is None else sum(layers.values())
     cast(fx.GraphModule, problem.model).meta["fxprune"] = model.meta["fxprune"]
     return replace(problem, budget=replace(old, total=total, sizes=sizes, layers=layers))
+
+
+def take_granularity(granularity: str | Granularity, options: dict[str, Any]) -> Granularity:
+    """Take the options of channels out of ``options``, and return the granularity that they make."""
+    own = {name: options.pop(name) for name in CHANNEL_OPTIONS if name in options}
+    found = resolve(granularity, **own)
+    if isinstance(found, Channel):
+        check_runtime(found.runtime)
+    return found
+
+
+def one_of(sparsity: float | None, options: dict[str, Any]) -> float | None:
+    """Take ``target`` out of ``options``, another name of the sparsity; ``ValueError`` if both are given."""
+    target: float | None = options.pop("target", None)
+    if sparsity is not None and target is not None:
+        raise ValueError(f"sparsity={sparsity!r} and target={target!r}: two names of one number; give one")
+    return sparsity if target is None else target
 
 
 def _prepared(model: nn.Module, example_inputs: Any, wish: Request, *, warn: bool = False) -> Problem:

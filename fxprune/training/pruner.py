@@ -20,7 +20,6 @@ from fxprune.rewrite.files.tickets import centroids, fill, negative_signs, neutr
 from fxprune.sharded_types import is_dtensor
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.granularity import WEIGHT, Granularity
-from fxprune.sparsity.granularity import resolve as resolve_granularity
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks, kept
 from fxprune.training.checkpoints import Checkpoints
@@ -28,7 +27,7 @@ from fxprune.training.contract import Moment, TrainingMethod
 from fxprune.training.methods import resolve
 from fxprune.training.numbers import integer
 from fxprune.training.open_masks import dense_gradients
-from fxprune.training.preparation import Returns, prepare, prepare_smaller
+from fxprune.training.preparation import Returns, one_of, prepare, prepare_smaller, take_granularity
 from fxprune.training.saving import Saving
 from fxprune.training.smaller import check_shrinks, compacted, followed, move
 from fxprune.training.values import Values, put_back, values_of
@@ -53,8 +52,8 @@ class Pruner:
     Args:
         model: any module; it is not changed, unless ``returns`` says so. If it was pruned before, that stays.
         method: "asni", "gmp", "imp", "set", "rigl", or a :class:`TrainingMethod`.
-        sparsity: the fraction of the prunable weights that is gone in the end; ``asni`` and ``imp`` can do
-            without, from options of their own.
+        sparsity: the fraction of the prunable weights, or of what ``of`` says, that is gone in the end; also
+            called ``target``. ``asni`` and ``imp`` can do without, from options of their own.
         total: the number of steps or epochs of the training, in the unit that :meth:`step` counts.
         example_inputs, budget, granularity, exclude, seed, rules, data, loss_fn: as for ``fxprune.apply``;
             the last two for criteria that look at data.
@@ -63,7 +62,7 @@ class Pruner:
         rewind: steps before whose pruning the weights are kept, for ``reinitialize("rewind:k")``.
         checkpoint_dir: where :meth:`step` leaves checkpoints; :meth:`resume` goes on from the last.
         checkpoint_every: steps from one checkpoint to the next.
-        method_options: the method's own.
+        method_options: the method's own, and those of channels: ``of="macs"``.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, named, before any work.
@@ -102,9 +101,9 @@ class Pruner:
         rules: Rules | None = None,
         **method_options: Any,
     ) -> None:
-        self.method = resolve(method, sparsity, total, method_options)
+        self.granularity = take_granularity(granularity, method_options)
+        self.method = resolve(method, one_of(sparsity, method_options), total, method_options)
         self.total = integer("total", total, 1)
-        self.granularity = resolve_granularity(granularity)
         if self.method.begin is not None and self.granularity != WEIGHT:
             raise ValueError(f"granularity={granularity!r}: method {self.method.name!r} moves single weights")
         if "data" in self.method.needs and data is None:

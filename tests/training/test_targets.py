@@ -1,0 +1,88 @@
+"""Channels that go while a network trains, to a target in multiply-adds, parameters or memory."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+
+X = torch.ones(2, 3, 8, 8)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 3, stride=2),
+        nn.ReLU(), nn.Conv2d(24, 16, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    )  # fmt: skip
+
+
+def train(pruner: fxprune.Pruner, steps: int) -> list[float]:
+    """Train, and return the multiply-adds that are left after every step."""
+    optimiser = torch.optim.SGD(pruner.model.parameters(), 0.05)
+    left = []
+    for step in range(1, steps + 1):
+        optimiser.zero_grad()
+        pruner.model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimiser.step()
+        pruner.step(step)
+        table = fxprune.compact(pruner.model, X).meta["fxprune"]["compaction"]
+        left.append(table.macs[1] / table.macs[0])
+    return left
+
+
+@pytest.mark.parametrize("method", ["gmp", "imp"])
+def test_a_target_in_multiply_adds_is_met_in_steps(method: str) -> None:
+    pruner = fxprune.Pruner(
+        net(), method, total=4, target=0.5, granularity="channel", of="macs", example_inputs=X
+    )
+    left = train(pruner, 4)
+    assert left == sorted(left, reverse=True)
+    assert left[0] > 0.6
+    assert 0.4 < left[-1] <= 0.5
+    # The steps are those of the method: imp takes the same part of what is left each time.
+    if method == "imp":
+        assert all(0.5 ** (n / 4) - 0.1 < share <= 0.5 ** (n / 4) for n, share in enumerate(left, 1))
+
+
+def test_the_end_is_what_apply_prunes_at_once() -> None:
+    model = net()
+    pruner = fxprune.Pruner(
+        model, "gmp", 0.5, total=1, granularity="channel", of="memory", scope="layer", example_inputs=X
+    )
+    pruner.step(1)
+    applied = fxprune.apply(
+        model, "magnitude", 0.5, granularity="channel", of="memory", scope="layer", example_inputs=X,
+        progress=False,
+    )  # fmt: skip
+    masks = fxprune.masks(applied)
+    assert all(torch.equal(masks[name], mask) for name, mask in pruner.masks.items())
+
+
+def test_a_second_time_saves_what_is_left_to_save() -> None:
+    # Few weights are left where there are few positions; most multiply-adds are elsewhere.
+    model = net()
+    few: Any = fxprune.apply(
+        model, "magnitude", 0.6, granularity="channel", exclude=("0",), example_inputs=X, returns="module"
+    )
+    dense = fxprune.compact(few, X).meta["fxprune"]["compaction"]
+    assert dense.macs[1] / dense.macs[0] < 0.75
+    again = fxprune.apply(few, "synflow", 0.3, granularity="channel", of="macs", rounds=4, example_inputs=X)
+    table = fxprune.compact(again).meta["fxprune"]["compaction"]
+    assert 0.6 < table.macs[1] / table.macs[0] <= 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"sparsity": 0.5, "target": 0.5}, r"sparsity=0\.5 and target=0\.5: two names of one number"),
+        ({"target": 0.5, "granularity": "weight"}, "of='macs': granularity 'weight' has none"),
+        ({"target": 0.5, "of": "joules"}, "of='joules': expected one of"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], words: str) -> None:
+    given = {"total": 2, "granularity": "channel", "of": "macs", "example_inputs": X, **options}
+    with pytest.raises(ValueError, match=words):
+        fxprune.Pruner(net(), "gmp", **given)
