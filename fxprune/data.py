@@ -5,7 +5,9 @@ Some methods (GraSP, PX) ask for the latter; what ``balanced`` makes can be pass
 
 from __future__ import annotations
 
+import gzip
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,55 @@ def _cifar(name: str, root: Any, stats: Any, augment: bool, check: bool) -> Spli
         ) from error
 
 
+_FASHION = (0.2860, 0.3530)
+_FASHION_FILES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def fashion_mnist(root: str | os.PathLike[str], *, channels: int = 1) -> tuple[TensorDataset, TensorDataset]:
+    """Fashion-MNIST: 60,000 images for training and 10,000 for testing, from its four files in ``root``.
+
+    Args:
+        root: the folder with ``train-images-idx3-ubyte`` and the other three, plain or with ``.gz``, or one
+            whose ``FashionMNIST/raw`` has them, as torchvision keeps it. Nothing is downloaded; Debian's
+            package ``dataset-fashion-mnist`` has them in ``/usr/share/datasets/fashion-mnist``.
+        channels: the one grey channel is repeated so often.
+
+    Returns:
+        Two data sets of (x, y): x of shape (channels, 28, 28), normalised, y from 0 to 9.
+
+    Raises:
+        ValueError: fewer than one channel.
+        FileNotFoundError: a file is not there.
+    """
+    if channels < 1:
+        raise ValueError(f"channels={channels!r}: expected an integer of at least 1")
+    folder = Path(root) / "FashionMNIST" / "raw"
+    folder = folder if folder.is_dir() else Path(root)
+    sets = []
+    for images, labels in _FASHION_FILES.values():
+        x = (_idx(folder / images).unsqueeze(1).float() / 255 - _FASHION[0]) / _FASHION[1]
+        sets.append(TensorDataset(x.repeat(1, channels, 1, 1), _idx(folder / labels).long()))
+    return sets[0], sets[1]
+
+
+def _idx(path: Path) -> torch.Tensor:
+    """The numbers in an idx file, which may be compressed, as torchvision reads them."""
+    from torchvision.datasets import mnist
+
+    packed = path.with_name(path.name + ".gz")
+    if path.is_file():
+        return mnist.read_sn3_pascalvincent_tensor(str(path))
+    if not packed.is_file():
+        raise FileNotFoundError(f"{path}: not there; expected the files of Fashion-MNIST, plain or .gz")
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / path.name
+        plain.write_bytes(gzip.decompress(packed.read_bytes()))
+        return mnist.read_sn3_pascalvincent_tensor(str(plain))
+
+
 def tiny_imagenet(root: str | os.PathLike[str], *, augment: bool = True) -> Split:
     """Tiny-ImageNet for training and testing (its validation images), from ``root`` as its archive unpacks.
 
@@ -261,6 +312,7 @@ SOURCES: dict[str, Callable[[str], Split]] = {
     "digits": lambda root: digits(),
     "cifar10": cifar10,
     "cifar100": cifar100,
+    "fashion-mnist": fashion_mnist,
     "tiny-imagenet": tiny_imagenet,
     "image-folder": image_folder,
 }

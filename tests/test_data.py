@@ -1,5 +1,6 @@
 """Real data from files in their true formats, written here in small; batches with every class."""
 
+import gzip
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,16 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import fxprune.data
-from fxprune.data import balanced, cifar10, cifar100, digits, image_folder, load, tiny_imagenet
+from fxprune.data import (
+    balanced,
+    cifar10,
+    cifar100,
+    digits,
+    fashion_mnist,
+    image_folder,
+    load,
+    tiny_imagenet,
+)
 
 NOISE = np.random.default_rng(0)
 
@@ -100,6 +110,38 @@ def test_image_folder(tmp_path: Path) -> None:
         image_folder(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         image_folder(tmp_path / "nowhere")
+
+
+def idx(path: Path, numbers: torch.Tensor) -> None:
+    """Write a file as Fashion-MNIST has it: a type, the sizes, and bytes."""
+    head = bytes([0, 0, 8, numbers.dim()]) + b"".join(size.to_bytes(4, "big") for size in numbers.shape)
+    content = head + bytes(numbers.flatten().tolist())
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("inside", ["", "FashionMNIST/raw"])
+def test_fashion_mnist(tmp_path: Path, suffix: str, inside: str) -> None:
+    folder = tmp_path / inside
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, number in (("train", 3), ("t10k", 2)):
+        idx(
+            folder / f"{part}-images-idx3-ubyte{suffix}",
+            torch.arange(number * 784).view(number, 28, 28) % 256,
+        )
+        idx(folder / f"{part}-labels-idx1-ubyte{suffix}", torch.arange(number))
+    train, test = load("fashion-mnist", str(tmp_path))
+    assert (len(train), len(test)) == (3, 2)  # type: ignore[arg-type]
+    x, y = train[1]
+    assert x.shape == (1, 28, 28)
+    assert x[0, 0, 0] == pytest.approx((784 % 256 / 255 - 0.2860) / 0.3530)
+    assert y == 1
+    assert fashion_mnist(tmp_path, channels=3)[0][0][0].shape == (3, 28, 28)
+    (folder / f"t10k-labels-idx1-ubyte{suffix}").unlink()
+    with pytest.raises(FileNotFoundError, match="t10k-labels-idx1-ubyte: not there"):
+        fashion_mnist(tmp_path)
+    with pytest.raises(ValueError, match="channels=0"):
+        fashion_mnist(tmp_path, channels=0)
 
 
 def test_digits() -> None:
