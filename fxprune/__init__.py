@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fxprune.rewrite.files.export import export
     from fxprune.rewrite.files.network import load
     from fxprune.training import Pruner, load_ticket, lottery
+    from fxprune.training.regularizers import regularizer
 
 __all__ = [
     "Method",
@@ -51,6 +52,7 @@ __all__ = [
     "masks",
     "plan",
     "plot_history",
+    "regularizer",
     "remap_optimizer",
     "save",
     "set_masks",
@@ -80,6 +82,7 @@ _HOMES = {
     "masks": "fxprune.rewrite.read",
     "plan": "fxprune.planning.plan",
     "plot_history": "fxprune.plot.plot_history",
+    "regularizer": "fxprune.training.regularizers.regularizer",
     "remap_optimizer": "fxprune.rewrite.compact.remap_optimizer",
     "save": "fxprune.rewrite.save",
     "set_masks": "fxprune.rewrite.set_masks",
