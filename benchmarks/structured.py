@@ -1,8 +1,8 @@
-"""Prune trained networks to a share of their MACs, fine-tune them, and measure: accuracy against milliseconds.
+"""Prune trained networks to a share of their MACs, fine-tune and measure: accuracy against milliseconds.
 
 Every cell (network, seed, share, tool, criterion, scope) goes to a file next to this script as it is done, so
-that a run goes on where it was stopped. Networks are trained dense once for each seed, and kept outside of the
-repository. torch-pruning prunes the same networks, with the same fine-tuning, in the same run:
+that a run goes on where it was stopped. Networks are trained dense once for each seed, and kept outside of
+the repository. torch-pruning prunes the same networks, with the same fine-tuning, in the same run:
 
     python benchmarks/structured.py FOLDER                                # all (days on two cores)
     python benchmarks/structured.py FOLDER --networks resnet20 --shares 0.5 --seeds 0
@@ -47,6 +47,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     ),
     "mobilenetv3_small_050": lambda: timm.create_model("mobilenetv3_small_050", num_classes=10),
 }
+
+HEAD = "| tool | criterion | scope | seeds | accuracy | untuned | MACs | parameters | speed-up | prune (s) |"
 
 Images = tuple[Tensor, Tensor]
 
@@ -140,7 +142,7 @@ def measured(dense: nn.Module, cell: dict[str, Any], train: Images, test: Images
     prune = ours if cell["tool"] == "fxprune" else theirs
     try:
         small = prune(dense, cell, train)
-    except Exception as error:  # noqa: BLE001  # a tool that fails is a result
+    except Exception as error:  # a tool that fails is a result
         return {"error": f"{type(error).__name__}: {str(error)[:160]}"}
     seconds = time.perf_counter() - start
     before = accuracy(small, test)
@@ -234,11 +236,11 @@ def page() -> str:
     lines = [
         "# Structured pruning on Fashion-MNIST",
         "",
-        "Written by `benchmarks/structured.py` from `benchmarks/structured.jsonl`. Networks are trained dense, pruned to",
-        "a share of their multiply-adds, fine-tuned with 10,000 images, and measured in eager PyTorch at batch 1 on one",
-        "thread. `dense` says how long the training was; cells of several seeds are means, with the number of seeds.",
-        "Milliseconds of one row were measured in turn with the dense network: compare the speed-ups, not the times.",
-        "Cells that are not here have not been run.",
+        "Written by `benchmarks/structured.py` from `benchmarks/structured.jsonl`. Networks are trained dense,",
+        "pruned to a share of their multiply-adds, fine-tuned with 10,000 images, and measured in eager PyTorch at",
+        "batch 1 on one thread. Cells of several seeds are means, with the number of seeds. Milliseconds were",
+        "measured in turn with the dense network: compare the speed-ups, not the times. Cells that are not here",
+        "have not been run.",
     ]
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows():
@@ -251,7 +253,7 @@ def page() -> str:
             "",
             f"Dense: {dense:.2%} after {epochs} epochs of {images:,} images.",
             "",
-            "| tool | criterion | scope | seeds | accuracy | before tuning | MACs | parameters | speed-up | prune (s) |",
+            HEAD,
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         ways: dict[tuple[str, ...], list[dict[str, Any]]] = {}
