@@ -236,11 +236,11 @@ def page() -> str:
     lines = [
         "# Structured pruning on Fashion-MNIST",
         "",
-        "Written by `benchmarks/structured.py` from `benchmarks/structured.jsonl`. Networks are trained dense,",
-        "pruned to a share of their multiply-adds, fine-tuned with 10,000 images, and measured in eager PyTorch at",
-        "batch 1 on one thread. Cells of several seeds are means, with the number of seeds. Milliseconds were",
-        "measured in turn with the dense network: compare the speed-ups, not the times. Cells that are not here",
-        "have not been run.",
+        "Written by `benchmarks/structured.py` from `benchmarks/structured.jsonl`. Networks are trained",
+        "dense, pruned to a share of their multiply-adds, fine-tuned with 10,000 images, measured in eager",
+        "PyTorch at batch 1 on one thread. Cells of several seeds are means, with the number of seeds.",
+        "Milliseconds were measured in turn with the dense network: compare the speed-ups, not the times.",
+        "Cells that are not here have not been run.",
     ]
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows():

@@ -216,13 +216,13 @@ def _idx(path: Path) -> torch.Tensor:
 
     packed = path.with_name(path.name + ".gz")
     if path.is_file():
-        return mnist.read_sn3_pascalvincent_tensor(str(path))
+        return torch.as_tensor(mnist.read_sn3_pascalvincent_tensor(str(path)))
     if not packed.is_file():
         raise FileNotFoundError(f"{path}: not there; expected the files of Fashion-MNIST, plain or .gz")
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / path.name
         plain.write_bytes(gzip.decompress(packed.read_bytes()))
-        return mnist.read_sn3_pascalvincent_tensor(str(plain))
+        return torch.as_tensor(mnist.read_sn3_pascalvincent_tensor(str(plain)))
 
 
 def tiny_imagenet(root: str | os.PathLike[str], *, augment: bool = True) -> Split:
