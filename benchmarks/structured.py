@@ -8,7 +8,7 @@ the repository. torch-pruning prunes the same networks, with the same fine-tunin
     python benchmarks/structured.py FOLDER --networks resnet20 --shares 0.5 --seeds 0
     python benchmarks/structured.py --table                               # only write docs/structured.md
 
-FOLDER has the files of Fashion-MNIST (Debian: dataset-fashion-mnist, /usr/share/datasets/fashion-mnist).
+torch-pruning is `pip install torch-pruning`. FOLDER has the files of Fashion-MNIST (Debian: dataset-fashion-mnist, /usr/share/datasets/fashion-mnist).
 """
 
 from __future__ import annotations
@@ -240,7 +240,8 @@ def page() -> str:
         "dense, pruned to a share of their multiply-adds, fine-tuned with 10,000 images, measured in eager",
         "PyTorch at batch 1 on one thread. Cells of several seeds are means, with the number of seeds.",
         "Milliseconds were measured in turn with the dense network: compare the speed-ups, not the times.",
-        "Cells that are not here have not been run.",
+        "Cells that are not here have not been run. So far one seed after a short training, while other work",
+        "ran on the same cores: too little to rank criteria or tools by.",
     ]
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows():
