@@ -8,7 +8,8 @@ the repository. torch-pruning prunes the same networks, with the same fine-tunin
     python benchmarks/structured.py FOLDER --networks resnet20 --shares 0.5 --seeds 0
     python benchmarks/structured.py --table                               # only write docs/structured.md
 
-torch-pruning is `pip install torch-pruning`. FOLDER has the files of Fashion-MNIST (Debian: dataset-fashion-mnist, /usr/share/datasets/fashion-mnist).
+torch-pruning is `pip install torch-pruning`.
+FOLDER has the files of Fashion-MNIST (Debian: dataset-fashion-mnist, /usr/share/datasets/fashion-mnist).
 """
 
 from __future__ import annotations
