@@ -52,7 +52,7 @@ def compared(dense: nn.Module, small: nn.Module, runtimes: tuple[str, ...]) -> d
     result = bench({"dense": dense, "compact": small}, X, runtimes=runtimes, threads=1, seconds=12)
     row: dict[str, Any] = {}
     for runtime in runtimes:
-        times = {name: median(list(result.timing(name, runtime).times)) for name in ("dense", "compact")}
+        times = {name: result.timing(name, runtime).median for name in ("dense", "compact")}
         row[runtime] = {
             **{k: round(v, 2) for k, v in times.items()},
             "ratio": times["compact"] / times["dense"],

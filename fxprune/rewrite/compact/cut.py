@@ -47,7 +47,11 @@ class Cut:
             columns = labels.columns[name] + torch.arange(kernels.in_space.size)
             used = effective[name].cpu()
             for by_weight in labels_by_weight(rows, columns, kernels):
-                alive[by_weight[used]] = True
+                # Along axes that the label does not depend on, one used weight is enough.
+                same = [axis for axis, step in enumerate(by_weight.stride()) if step == 0]
+                some = used.any(same, keepdim=True) if same else used
+                first = tuple(slice(1) if axis in same else slice(None) for axis in range(by_weight.dim()))
+                alive[by_weight[first][some]] = True
         root = labels.root
         living = torch.zeros(labels.count, dtype=torch.bool)
         living[root[alive]] = True
