@@ -23,7 +23,7 @@ from fxprune.lowering import Rules, graph_of_run, hidden_layers, lower, matrices
 from fxprune.methods import Method, Problem
 from fxprune.methods import resolve as resolve_method
 from fxprune.metrics import Report, measure
-from fxprune.network import Network, build_problem, inside, rewrite, warn_of_rest
+from fxprune.network import Network, adopted, build_problem, inside, rewrite, warn_of_rest
 from fxprune.paths.count import reach
 from fxprune.plans import Plan
 from fxprune.progress import Display
@@ -215,6 +215,7 @@ def search(
     given: nn.Module, example_inputs: Any, wish: Request, display: Display, seen: list[Choice] | None = None
 ) -> Found:
     """Capture, lower, score and select; ``seen`` notes what channel groups are chosen by."""
+    given = adopted(given, wish.returns)
     model = inside(given)
     network = _network(given, example_inputs, wish, display)
     before = network.before

@@ -20,9 +20,10 @@ from fxprune.lowering import matrices_outside
 from fxprune.methods import Problem, redraw
 from fxprune.metrics import listed as listed_sizes
 from fxprune.request import Request, resolve_device
-from fxprune.rewrite import direct_reads, put_masks
+from fxprune.rewrite import direct_reads, finalize, put_masks, read
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.parameters import check, unwrap
+from fxprune.rewrite.masking.torch_pruning import masks_of_torch
 from fxprune.scoring.contract import Progress
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.granularity import Channel
@@ -133,6 +134,25 @@ def _with_times(problem: Problem) -> Problem:
     options = grain.options
     cost = latency_cost(problem.model, grain.groups, options.runtime, options.threads)
     return replace(problem, granularity=replace(grain, counted=lambda groups: cost))
+
+
+def adopted(model: nn.Module, returns: str) -> nn.Module:
+    """Return a model that ``torch.nn.utils.prune`` has pruned as a masked copy; any other as it is.
+
+    Raises ``ValueError`` where such a model is to be pruned in place.
+    """
+    masks = masks_of_torch(unwrap(inside(model))) if isinstance(model, nn.Module) else {}
+    if not masks:
+        return model
+    if returns == "inplace":
+        name = next(iter(masks))
+        raise ValueError(
+            f"model: torch.nn.utils.prune has pruned {name!r}; call torch.nn.utils.prune.remove(module,"
+            " 'weight') for each such module first, or take returns='graph' or 'module'"
+        )
+    copy = finalize(inside(model))
+    put_masks(copy, read(model))
+    return copy
 
 
 def warn_of_rest(gm: fx.GraphModule, graph: ChannelGraph, hidden: Collection[str], stacklevel: int) -> None:

@@ -12,7 +12,7 @@ from fxprune.capture import capture
 from fxprune.latency import check_runtime
 from fxprune.lowering import lower
 from fxprune.methods import Problem
-from fxprune.network import Network, build_problem, rewrite, warn_of_rest
+from fxprune.network import Network, adopted, build_problem, rewrite, warn_of_rest
 from fxprune.request import Request
 from fxprune.rewrite import bare, read
 from fxprune.scoring.contract import silent
@@ -67,6 +67,7 @@ def one_of(sparsity: float | None, options: dict[str, Any]) -> float | None:
 
 def _prepared(model: nn.Module, example_inputs: Any, wish: Request, *, warn: bool = False) -> Problem:
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        model = adopted(model, wish.returns)
         before = read(model)
         # Not `plain`: capture refuses a model that fully_shard has split, as it should here.
         source = bare(model) if before else model

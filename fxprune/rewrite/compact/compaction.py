@@ -31,7 +31,8 @@ from fxprune.rewrite.compact.trial import (
     verified,
 )
 from fxprune.rewrite.masking.finalize import finalize
-from fxprune.rewrite.masking.parameters import read, unwrap
+from fxprune.rewrite.masking.finalize import plain as unmasked
+from fxprune.rewrite.masking.parameters import read
 from fxprune.sparsity.masks import Masks
 
 __all__ = ["compact"]
@@ -127,7 +128,7 @@ def _compact(
         found = verified(gm, small, runs, in_float64)
     small.meta = {**gm.meta}
     notes = dict(small.meta.get("fxprune", {}))
-    parameters = {name: list(parameter.shape) for name, parameter in unwrap(model).named_parameters()}
+    parameters = {name: list(parameter.shape) for name, parameter in unmasked(model).named_parameters()}
     recipe = record_recipe(
         gm, source, small, slices, opened=opened, masked=list(known), parameters=parameters
     )

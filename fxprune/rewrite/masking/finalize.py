@@ -31,6 +31,7 @@ from fxprune.rewrite.masking.optimizer_hook import release
 from fxprune.rewrite.masking.parameters import mask_at, masked_places, parameter_at, unwrap
 from fxprune.rewrite.masking.sharded import is_sharded, plain_twin
 from fxprune.rewrite.masking.storage import SUFFIX, zero
+from fxprune.rewrite.masking.torch_pruning import masks_of_torch, take_over
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -41,11 +42,12 @@ BAKED = "has_baked_kernel"
 def finalize(model: Model) -> Model:
     """A copy of a masked model with its zeros baked in: plain modules, no masks, the same outputs to the bit.
 
-    Every module gets back the class it had; weights that were computed and masked become plain parameters.
-    One kind cannot: where a layer computes its kernel from its
-    weight so that zeros do not stay zeros (weight standardisation), the *standardised and masked* kernel
-    becomes the weight of a plain convolution, of torch's class above the layer's own; if that class does not
-    compute the same (dynamic "same" padding), the layer keeps its own forward with the kernel fixed.
+    Every module gets back the class it had; weights that were computed and masked become plain parameters,
+    and so do those that ``torch.nn.utils.prune`` has pruned. One kind cannot: where a layer computes its
+    kernel from its weight so that zeros do not stay zeros (weight standardisation), the *standardised and
+    masked* kernel becomes the weight of a plain convolution, of torch's class above the layer's own; if
+    that class does not compute the same (dynamic "same" padding), the layer keeps its own forward with
+    the kernel fixed.
 
     Args:
         model: a masked graph module or plain module; it is not changed.
@@ -68,6 +70,7 @@ def finalize(model: Model) -> Model:
             "distributed.checkpoint.state_dict.get_model_state_dict) into a masked model that is not split"
         )
     final = duplicate(unwrap(model))
+    take_over(final)
     for parameter, mask in _masked(final):
         zero(parameter.data, mask)  # whatever was written to the storage since, the masks decide
     for module in list(final.modules()):
@@ -103,6 +106,7 @@ def bare(model: Model) -> Model:
         twin = duplicate(
             inside, shared, {id(found): _cleaned(found, mask) for found, mask in _masked(inside)}
         )
+        take_over(twin)
     _strip(twin)
     return twin  # type: ignore[return-value]
 
@@ -110,7 +114,8 @@ def bare(model: Model) -> Model:
 def plain(model: nn.Module) -> nn.Module:
     """Return a model without masks, in one piece: itself where it is so, else :func:`bare` of it."""
     inside = unwrap(model)
-    has_masks = next(masked_places(inside), None) is not None or bool(masks_of_computed(inside))
+    masked = next(masked_places(inside), None) is not None
+    has_masks = masked or bool(masks_of_computed(inside)) or bool(masks_of_torch(inside))
     return bare(model) if has_masks or is_sharded(model) else model
 
 

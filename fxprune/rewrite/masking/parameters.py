@@ -16,6 +16,7 @@ from fxprune.capture.leaves import is_compiled
 from fxprune.rewrite.masking.computed import masks_of_computed
 from fxprune.rewrite.masking.masked_module import form_of
 from fxprune.rewrite.masking.storage import SUFFIX
+from fxprune.rewrite.masking.torch_pruning import masks_of_torch
 from fxprune.sharded_types import is_dtensor, is_fsdp_module
 from fxprune.sparsity.masks import Masks, validate
 
@@ -150,7 +151,7 @@ def read(model: nn.Module) -> Masks:
     """The masks of a model, keyed by parameter name: only of parameters that have one, tied ones once.
 
     Args:
-        model: a graph module or plain module in which masks were set.
+        model: a graph module or plain module in which masks were set, by fxprune or ``torch.nn.utils.prune``.
 
     Returns:
         Copies of the masks (bool, ``True`` = kept), in the order of the model's parameters. Where channels
@@ -166,4 +167,5 @@ def read(model: nn.Module) -> Masks:
         if id(parameter_at(place)) not in seen:
             seen.add(id(parameter_at(place)))
             found[join(place[0], place[2])] = mask_at(place).detach() != 0
-    return found | {name: mask.detach() != 0 for name, mask in masks_of_computed(unwrap(model)).items()}
+    computed = {name: mask.detach() != 0 for name, mask in masks_of_computed(unwrap(model)).items()}
+    return found | computed | masks_of_torch(unwrap(model))
