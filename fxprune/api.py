@@ -20,7 +20,7 @@ from fxprune.capture.inputs import example_inputs_for
 from fxprune.graph import ChannelGraph
 from fxprune.latency import LatencyTarget, check_runtime
 from fxprune.lowering import Rules, graph_of_run, hidden_layers, lower, matrices_outside
-from fxprune.methods import Method, Problem
+from fxprune.methods import Method, Problem, Weights, new_weights, separate
 from fxprune.methods import resolve as resolve_method
 from fxprune.metrics import Report, measure
 from fxprune.network import Network, adopted, build_problem, inside, rewrite, warn_of_rest
@@ -207,8 +207,8 @@ def _has_shapes(model: nn.Module) -> bool:
     return isinstance(model, fx.GraphModule) and all("val" in node.meta for node in model.graph.nodes)
 
 
-Found = tuple[Network, Problem, Masks, LatencyTarget | None]
-"""The network, the problem, the masks that were found, and the times where these were asked for."""
+Found = tuple[Network, Problem, Masks, Weights, LatencyTarget | None]
+"""The network, the problem, masks and new weights that were found, and the times where these were asked for."""
 
 
 def search(
@@ -225,19 +225,24 @@ def search(
     # A method scores and selects.
     with sharding.asked(asked, model, wish.method) as question:
         problem = question.problem
-        question.masks, time = _masks(network, problem, wish)
+        question.masks, weights, time = _masks(network, problem, wish)
     with display.step(f"look for layers without a path (on_collapse={wish.on_collapse!r})"):
         masks = question.masks
         if isinstance(network.captured, fx.GraphModule):
             masks = _without_collapse(problem, masks, before, wish)
-    return network, problem, masks, time
+    return network, problem, masks, weights, time
 
 
 def _finished(
-    wish: Request, network: Network, problem: Problem, masks: Masks, time: LatencyTarget | None
+    wish: Request,
+    network: Network,
+    problem: Problem,
+    masks: Masks,
+    weights: Weights,
+    time: LatencyTarget | None,
 ) -> fx.GraphModule:
     """Rewrite the model under its masks, and note where they come from."""
-    pruned = rewrite(network, problem, masks, wish)
+    pruned = rewrite(network, problem, masks, wish, weights)
     stamp(pruned, method=wish.method.name, sparsity=wish.sparsity, seed=wish.seed)
     notes = {"latency": time, "history": problem.history or None}
     notes = {name: note for name, note in notes.items() if note is not None}
@@ -274,15 +279,21 @@ def _executed(
     return pruned
 
 
-def _masks(network: Network, problem: Problem, wish: Request) -> tuple[Masks, LatencyTarget | None]:
-    """Find masks by the method; under ``of="latency"`` until the time is right, with the times."""
+def _masks(
+    network: Network, problem: Problem, wish: Request
+) -> tuple[Masks, Weights, LatencyTarget | None]:
+    """Find masks by the method, and new weights; under ``of="latency"`` until the time is right, with the times."""
+    weights: Weights = {}
 
     def find(problem: Problem) -> Masks:
-        return _checked(wish.method, wish.method.find(problem), problem)
+        nonlocal weights
+        found, values = separate(wish.method.find(problem))
+        masks = _checked(wish.method, found, problem)
+        weights = new_weights(wish.method, values, masks, problem)
+        return masks
 
-    if is_timed(problem):
-        return find_in_time(network, problem, wish, find)
-    return find(problem), None
+    masks, time = find_in_time(network, problem, wish, find) if is_timed(problem) else (find(problem), None)
+    return masks, weights, time
 
 
 def _network(given: nn.Module, example_inputs: Any, wish: Request, display: Display) -> Network:

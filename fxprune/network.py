@@ -17,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from fxprune.graph import ChannelGraph
 from fxprune.latency.cost import latency_cost
 from fxprune.lowering import matrices_outside
-from fxprune.methods import Problem, redraw
+from fxprune.methods import Problem, Weights, redraw
 from fxprune.metrics import listed as listed_sizes
 from fxprune.request import Request, resolve_device
 from fxprune.rewrite import direct_reads, finalize, put_masks, read
+from fxprune.rewrite.masking.computed import computed_weights
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.parameters import check, unwrap
 from fxprune.rewrite.masking.torch_pruning import masks_of_torch
@@ -87,6 +88,8 @@ def build_problem(
     _demand_values(network.scored, network.graph)
     names = {name: kernels.aliases for name, kernels in network.graph.kernels.items()} | dict(network.hidden)
     prunable = [name for name, others in names.items() if not wish.excludes(network.scored, (name, *others))]
+    if wish.method.updates:
+        _demand_plain(network.source, prunable, wish.method.name)
     parameters = {name: network.captured.get_parameter(name) for name in prunable}
     # What fully_shard has split is on the meta device here.
     present = [parameter.device for parameter in parameters.values() if not parameter.is_meta]
@@ -180,9 +183,23 @@ def _demand_values(model: nn.Module, graph: ChannelGraph) -> None:
             )
 
 
-def rewrite(network: Network, problem: Problem, masks: Masks, wish: Request) -> nn.Module:
+def _demand_plain(source: nn.Module, prunable: list[str], method: str) -> None:
+    """``ValueError`` for a prunable weight that is computed: new values would have no place."""
+    own = computed_weights(source)
+    name = next((name for name in prunable if name in own), None)
+    if name is not None:
+        raise ValueError(
+            f"model: {name!r} is computed by a parametrization, and method {method!r} returns new values "
+            "for it; remove the parametrization, or exclude the weight"
+        )
+
+
+def rewrite(
+    network: Network, problem: Problem, masks: Masks, wish: Request, weights: Weights | None = None
+) -> nn.Module:
     """Put ``masks`` into the form of the model that ``wish.returns`` names, and return it.
 
+    ``weights``: new values that a method has found, by name; they are put in place before the masks.
     Under ``reinit`` weights are drawn anew first: the masks were found for weights that are then forgotten.
     """
     if wish.returns == "graph":
@@ -192,6 +209,8 @@ def rewrite(network: Network, problem: Problem, masks: Masks, wish: Request) -> 
         form = network.given if wish.returns == "inplace" else duplicate(network.source)
     if wish.reinit:
         redraw(inside(form), torch.Generator().manual_seed(wish.seed), network.before)
+    for name, values in (weights or {}).items():
+        unwrap(form).get_parameter(name).data.copy_(values)
     _mask(form, network, problem, masks)
     return form
 

@@ -73,7 +73,7 @@ def plan(
         raise ValueError(f"granularity={granularity!r}: a plan is of channels; take 'channel' or 'head'")
     seen: list[Choice] = []
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        network, problem, masks, _ = search(model, example_inputs, wish, Display(enabled=progress), seen)
+        network, problem, masks, _, _ = search(model, example_inputs, wish, Display(enabled=progress), seen)
         return _described(network, problem, masks, wish, seen)
 
 

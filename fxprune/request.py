@@ -59,6 +59,10 @@ class Request:
         own_rules(self.rules)
         if not isinstance(self.reinit, bool):
             raise TypeError(f"reinit={self.reinit!r}: expected True or False")
+        if self.reinit and self.method.updates:
+            raise ValueError(
+                f"reinit=True draws the weights anew that method {self.method.name!r} has found; leave it out"
+            )
         if self.micro_batch is not None and (type(self.micro_batch) is not int or self.micro_batch < 1):
             raise ValueError(f"micro_batch={self.micro_batch!r}: expected a number of samples, at least 1")
         resolve(self.schedule, OneShot())

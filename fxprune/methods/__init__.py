@@ -19,14 +19,17 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from fxprune.option_notes import option_notes
 from fxprune.scoring.ablations import ablated, redraw
-from fxprune.scoring.contract import Method, Problem, Scores, from_scores, prune_in_rounds
+from fxprune.scoring.contract import Found, Method, Problem, Scores, Weights, from_scores, prune_in_rounds
+from fxprune.scoring.found import new_weights, separate
 from fxprune.scoring.distributed import agree, as_dtensors, local_rows
 
 __all__ = [
+    "Found",
     "Method",
     "Option",
     "Problem",
     "Scores",
+    "Weights",
     "ablated",
     "agree",
     "as_dtensors",
@@ -35,10 +38,12 @@ __all__ = [
     "get",
     "local_rows",
     "names",
+    "new_weights",
     "options",
     "prune_in_rounds",
     "redraw",
     "resolve",
+    "separate",
 ]
 
 

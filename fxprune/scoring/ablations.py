@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from fxprune.scoring.contract import Method, Problem, choose, noise
+from fxprune.scoring.contract import Found, Method, Problem, choose, noise
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks
@@ -29,22 +29,28 @@ def ablated(
             at random places of the network
         invert: keep the lowest scores instead of the highest, in every round
 
-    Raises ``ValueError`` for ``invert`` with a method that builds its masks without scores; its ``find``
-    raises it for a global shuffle under a budget that fixes the layers.
+    Raises ``ValueError`` for ``invert`` with a method that builds its masks without scores, for ``shuffle``
+    with one that returns weights; its ``find`` raises it for a global shuffle under a budget that fixes the
+    layers.
     """
     if not shuffle and not invert:
         return method
     if invert and not method.scored:
         raise ValueError(f"method {method.name!r} has no scores to invert: it builds its masks directly")
 
-    def find(problem: Problem) -> Masks:
+    if shuffle and method.updates:
+        raise ValueError(
+            f"shuffle={shuffle!r}: method {method.name!r} returns weights that fit its own masks"
+        )
+
+    def find(problem: Problem) -> Found:
         if shuffle == "global" and problem.budget.layers is not None:
             raise ValueError(
                 "shuffle='global' moves weights between layers, which the budget fixes; use shuffle='layer' "
                 "or budget='global'"
             )
-        masks = method.find(replace(problem, invert=problem.invert != invert))
-        return masks if shuffle is None else _shuffled(problem, masks, shuffle)
+        asked = replace(problem, invert=problem.invert != invert)
+        return method.find(asked) if shuffle is None else _shuffled(problem, method.masks(asked), shuffle)
 
     return replace(method, find=find)
 

@@ -1,5 +1,7 @@
 """The contract of a method: ``Method.find`` takes a ``Problem`` and returns ``Masks`` that meet its budget.
 
+A method that also changes the weights it keeps returns masks and weights.
+
 A method that only gives each weight a score uses ``from_scores``, which does rounds, regrowth and selection.
 """
 
@@ -28,6 +30,12 @@ _T = TypeVar("_T")
 
 Scores = dict[str, torch.Tensor]
 """Parameter name -> a finite score for each of its weights, higher = keep."""
+
+Weights = dict[str, torch.Tensor]
+"""Parameter name -> new values for its weights; those that the masks prune are not looked at."""
+
+Found = Masks | tuple[Masks, Weights]
+"""The result of a method: masks, or masks and the new values of kept weights."""
 
 
 class Progress(Protocol):
@@ -98,23 +106,35 @@ class Method:
     ``shards``: what ``find``
     takes where parameters are split over processes: "rows", those of its process, as ``Problem.shards`` says;
     "shapes", whole parameters on the meta device, for it needs no values, and finds the same masks in every
-    process; "no", nothing: it needs whole parameters. ``summary``: one line.
+    process; "no", nothing: it needs whole parameters. ``updates``: whether ``find`` returns masks and
+    weights, new values for any of the prunable parameters. ``summary``: one line.
     ``paper``: authors, year and arXiv id. Methods outside the package are such objects too, passed as
     ``method=``.
     """
 
     name: str
-    find: Callable[[Problem], Masks]
+    find: Callable[[Problem], Found]
     needs: frozenset[str] = frozenset()
     summary: str = ""
     paper: str = ""
     scored: bool = True
     shards: Literal["rows", "shapes", "no"] = "no"
+    updates: bool = False
 
     def check(self, *, data: object) -> None:
         """``ValueError`` if the method needs ``data`` and there is none."""
         if "data" in self.needs and data is None:
             raise ValueError(f"method {self.name!r} needs data=..., a pair (x, y) or an iterable of batches")
+
+    def masks(self, problem: Problem) -> Masks:
+        """Return the masks that ``find`` finds; ``ValueError`` if it returns weights with them."""
+        found = self.find(problem)
+        if isinstance(found, tuple):
+            raise ValueError(
+                f"method {self.name!r} returns new weights with its masks, and only masks can be used here; "
+                "take it as the method of fxprune.apply"
+            )
+        return found
 
 
 Criterion = Callable[[Problem, Masks], Scores]

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from fxprune.methods import Method, Problem
+from fxprune.methods import Method, Problem, resolve
 from fxprune.sparsity.budget import Budget, count
 from fxprune.sparsity.masks import Masks, is_subset, kept
 
@@ -80,12 +80,23 @@ class TrainingMethod:
     paper: str = ""
 
 
+def resolve_criterion(criterion: str | Method) -> Method:
+    """Return the method that says which weights go; ``ValueError`` for one that returns new weights."""
+    chosen = resolve(criterion)
+    if chosen.updates:
+        raise ValueError(
+            f"criterion {chosen.name!r} returns new weights, which training would overwrite; take it as the "
+            "method of fxprune.apply"
+        )
+    return chosen
+
+
 def shrink(moment: Moment, density: float, criterion: Method) -> Masks:
     """The masks that ``criterion`` leaves at ``density`` of all prunable weights; no pruned one returns.
 
-    Raises ``ValueError`` for a criterion that keeps what was pruned before.
+    Raises ``ValueError`` for a criterion that keeps what was pruned before, or that returns new weights.
     """
-    masks = criterion.find(replace(moment.problem, budget=moment.budget(density)))
+    masks = criterion.masks(replace(moment.problem, budget=moment.budget(density)))
     if not is_subset(masks, moment.masks):
         raise ValueError(f"criterion {criterion.name!r} keeps weights that were pruned before")
     return masks

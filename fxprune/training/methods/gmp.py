@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fxprune.methods import Method, resolve
+from fxprune.methods import Method
 from fxprune.sparsity import schedule as schedules
 from fxprune.sparsity.masks import Masks
-from fxprune.training.contract import Moment, TrainingMethod, shrink
+from fxprune.training.contract import Moment, TrainingMethod, resolve_criterion, shrink
 from fxprune.training.numbers import fraction, integer
 
 
@@ -43,7 +43,7 @@ def gmp(
     first, last, every = _window(total, begin, end, frequency)
     if not 0 <= initial <= target:
         raise ValueError(f"initial={initial!r}: expected a fraction from 0 to sparsity={sparsity!r}")
-    chosen = resolve(criterion)
+    chosen = resolve_criterion(criterion)
     curve = schedules.resolve(schedule, schedules.Cubic(last - first))
 
     def due(at: int) -> int | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fxprune.methods import Method, resolve
-from fxprune.training.contract import TrainingMethod, shrink
+from fxprune.methods import Method
+from fxprune.training.contract import TrainingMethod, resolve_criterion, shrink
 from fxprune.training.numbers import fraction, integer
 
 
@@ -33,7 +33,7 @@ def imp(
         left = (1 - fraction("sparsity", sparsity)) ** (1 / total)
     else:
         left = 1 - fraction("rate", 0.2 if rate is None else rate)
-    chosen = resolve(criterion)
+    chosen = resolve_criterion(criterion)
     return TrainingMethod(
         name="imp",
         target=1 - left**total,

@@ -105,7 +105,7 @@ def _drop_and_grow(
         target=fraction("sparsity", sparsity),
         due=due,
         update=lambda moment: exchange(moment, most / 2 * (1 + math.cos(math.pi * moment.at / end)), growth),
-        begin=lambda moment: get("random").find(moment.problem),
+        begin=lambda moment: get("random").masks(moment.problem),
         budget="erk",
         grown=grown,
         needs=needs,
