@@ -20,8 +20,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from fxprune.option_notes import option_notes
 from fxprune.scoring.ablations import ablated, redraw
 from fxprune.scoring.contract import Found, Method, Problem, Scores, Weights, from_scores, prune_in_rounds
-from fxprune.scoring.found import new_weights, separate
 from fxprune.scoring.distributed import agree, as_dtensors, local_rows
+from fxprune.scoring.found import new_weights, separate
 
 __all__ = [
     "Found",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from fxprune.sparsity.masks import Masks
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+_T = TypeVar("_T")
 
 
 def average(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None) -> None:
@@ -32,6 +34,13 @@ def average(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None) ->
         travelling = tensor.cuda() if gpu and not tensor.is_cuda else tensor.contiguous()
         dist.all_reduce(travelling, group=group)
         tensor.copy_(travelling.div_(size))
+
+
+def gathered(value: _T, group: dist.ProcessGroup) -> list[_T]:
+    """Return the ``value`` of every process of ``group``, in the order of their ranks."""
+    found: list[_T] = [value] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def largest(number: int, group: dist.ProcessGroup | None) -> int:

@@ -1,0 +1,216 @@
+"""SparseGPT: optimal brain surgery, input by input and layer by layer, on calibration data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxprune.scoring.contract import Found, Method, Problem
+from fxprune.scoring.gradients import count_of
+from fxprune.scoring.layer_plan import Plan, choose_in_layer, solve_in_rounds
+from fxprune.scoring.sequential import Layer, Matrix
+from fxprune.scoring.surgeon import Chooser, inverse_root, surgery
+from fxprune.sparsity.budget import Budget, apportion
+from fxprune.sparsity.channel_granularity import Oriented
+from fxprune.sparsity.granularity import NEVER, NM, WEIGHT, Granularity
+from fxprune.sparsity.select import select
+
+NAME = "sparsegpt"
+
+
+def sparsegpt(*, batches: int = 1, damp: float = 0.01, block: int = 128, propagate: bool = True) -> Method:
+    """One-shot pruning with updates of the weights that stay (Frantar, Alistarh 2023, arXiv 2301.00774).
+
+    Input by input, weights are removed by ``w^2 / [H^-1]_jj``, H the second moments of a layer's inputs, and
+    the weights of the inputs after it make up for the error (algorithm 1). Needs data; labels are not looked
+    at. Layers are solved in the order in which the network computes.
+
+    Options:
+        batches: number of batches that are run
+        damp: added to the diagonal of the inputs' moments, as a share of its mean
+        block: inputs whose weights are chosen together (the paper's Bs); in a pattern n:m, m of them
+        propagate: whether a layer sees what the pruned layers before it give, instead of the dense ones
+
+    Under ``budget="global"`` every layer loses the same share, as in the paper. Blocks and kernels are chosen
+    by the sum of their scores when their layer is solved, channels by the scores in the dense network.
+    Deviations from the authors' code: the budget is kept to one weight; blocks share it by their inputs that
+    are not always zero, and weights of inputs that are go first, but are not changed where they stay.
+    """
+    count_of(NAME, "batches", batches)
+    count_of(NAME, "block", block)
+    if not damp >= 0:
+        raise ValueError(f"method {NAME!r}: damp={damp!r}, expected a share of the mean diagonal, at least 0")
+
+    def find(problem: Problem) -> Found:
+        return solve_in_rounds(
+            problem,
+            lambda plan, layer: _solved(layer, plan, damp, block),
+            lambda layer: _dense_scores(layer, damp),
+            batches=batches,
+            propagate=propagate,
+            method=NAME,
+        )
+
+    return Method(
+        name=NAME,
+        find=find,
+        needs=frozenset({"data"}),
+        summary="removes weights input by input, and later ones make up for it; for pretrained networks",
+        paper="Frantar & Alistarh 2023, arXiv 2301.00774",
+        scored=False,
+        updates=True,
+    )
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A matrix with its inputs in the order of removal, its root, and which inputs are always zero."""
+
+    positions: Tensor
+    root: Tensor
+    dead: Tensor
+
+
+def _ready(matrix: Matrix, damp: float, taps_first: bool = False) -> _Ready:
+    positions, moments = matrix.positions, matrix.moments
+    if taps_first and matrix.taps > 1:
+        inputs = torch.arange(positions.shape[1], device=positions.device)
+        order = inputs.view(-1, matrix.taps).mT.flatten()
+        positions, moments = positions[:, order], moments[:, order][:, :, order]
+    dead = moments.diagonal(dim1=-2, dim2=-1) == 0
+    return _Ready(positions, inverse_root(moments, damp), dead)
+
+
+def _dense_scores(layer: Layer, damp: float) -> Tensor:
+    """``w^2 / R_jj^2`` of all weights at once; where no inputs are seen, on the mean of these scales."""
+    scores = layer.weight.square()
+    flat, scales = scores.view(-1), []
+    for matrix in layer.matrices:
+        # The diagonal of the inverse of H: the error if all other inputs make up for the weight.
+        root = inverse_root(matrix.moments, damp)
+        inverse = root.square().sum(-2)
+        dead = matrix.moments.diagonal(dim1=-2, dim2=-1) == 0
+        scale = torch.where(dead, 0.0, 1 / inverse)
+        flat[matrix.positions] *= scale.unsqueeze(-1)
+        scales.append(scale.mean())
+    if scales and len(layer.unseen):
+        flat[layer.unseen] *= torch.stack(scales).mean()
+    return scores
+
+
+def _solved(layer: Layer, plan: Plan, damp: float, block: int) -> tuple[Tensor, Tensor]:
+    """Return the mask and the new weights of one layer."""
+    if not plan.masks and plan.layers[layer.name] == int(layer.mask.sum()):
+        return layer.mask, layer.weight
+    pattern = _pattern(plan, layer)
+    if pattern is not None:
+        return _column_blocks(layer, plan, pattern, damp, pattern.m if isinstance(pattern, NM) else block)
+    mask = choose_in_layer(plan, layer, _dense_scores(layer, damp))
+    weight = layer.weight * mask
+    for matrix in layer.matrices:
+        ready = _ready(matrix, damp)
+        keep = mask.view(-1)[ready.positions]
+        values = layer.weight.view(-1)[ready.positions]
+        surgery(values, ready.root, _given(keep), block)
+        weight.view(-1)[ready.positions] = values
+    return mask, weight
+
+
+def _given(keep: Tensor) -> Chooser:
+    """The chooser of masks that are known."""
+    return lambda first, last, scores: keep[:, first:last]
+
+
+def _pattern(plan: Plan, layer: Layer) -> Granularity | None:
+    """The granularity, if weights can be chosen a few inputs at a time: single weights, and n:m of inputs."""
+    if plan.masks:
+        return None
+    if plan.granularity == WEIGHT:
+        return WEIGHT
+    turned = isinstance(plan.granularity, Oriented) and layer.name in plan.granularity.transposed
+    inner = plan.granularity.inner if isinstance(plan.granularity, Oriented) else plan.granularity
+    if not isinstance(inner, NM) or len(layer.unseen):
+        return None
+    # Dim 1 of the parameter, 0 where it is turned, has to run over the inputs of every matrix, all of them.
+    axis = 0 if turned else 1
+    shape = layer.weight.shape
+    for matrix in layer.matrices:
+        steps = matrix.positions[:, :: matrix.taps, :]
+        along = torch.stack(torch.unravel_index(steps, shape))
+        inputs = along[axis] % steps.shape[1]
+        others = torch.cat([along[:axis], along[axis + 1 :]])
+        if not torch.equal(
+            inputs, torch.arange(steps.shape[1], device=inputs.device).view(1, -1, 1).expand_as(inputs)
+        ):
+            return None
+        if not bool((others == others[:, :, :1]).all()) or (not turned and steps.shape[1] != shape[1]):
+            return None
+    return inner
+
+
+def _column_blocks(
+    layer: Layer, plan: Plan, pattern: Granularity, damp: float, block: int
+) -> tuple[Tensor, Tensor]:
+    """Choose weights block by block of inputs, each when the blocks before it are done."""
+    mask, weight = layer.mask.clone(), layer.weight.clone()
+    flat_mask, flat = mask.view(-1), weight.view(-1)
+    steps = [_ready(matrix, damp, pattern != WEIGHT) for matrix in layer.matrices]
+    numbers = iter(_block_budgets(layer, plan.layers[layer.name], steps, pattern, block))
+    for step in steps:
+        within, values = flat_mask[step.positions], flat[step.positions]
+        chooser = _chooser(layer.name, within, step.dead, pattern, numbers)
+        flat_mask[step.positions] = surgery(values, step.root, chooser, block)
+        flat[step.positions] = values
+    if len(layer.unseen):
+        size = flat[layer.unseen].abs()
+        chosen = _best(layer.name, size[:, None], flat_mask[layer.unseen][:, None], WEIGHT, next(numbers))
+        flat_mask[layer.unseen] = chosen[:, 0]
+        flat[layer.unseen] *= chosen[:, 0]
+    return mask, weight
+
+
+def _block_budgets(
+    layer: Layer, number: int, steps: list[_Ready], pattern: Granularity, block: int
+) -> list[int]:
+    """Split a layer's number of weights over its blocks of inputs, and the weights without inputs."""
+    flat = layer.mask.view(-1)
+    room, live = [], []
+    for step in steps:
+        for first in range(0, step.positions.shape[1], block):
+            within = flat[step.positions[:, first : first + block]]
+            room.append(pattern.room({"": _rows(within)})[""])
+            live.append(int((within & ~step.dead[:, first : first + block, None]).sum()))
+    if len(layer.unseen):
+        room.append(int(flat[layer.unseen].sum()))
+        live.append(room[-1])
+    weights = {str(i): max(float(n), 1e-6) for i, n in enumerate(live)}
+    return list(apportion(number, weights, {str(i): n for i, n in enumerate(room)}).values())
+
+
+def _chooser(name: str, within: Tensor, dead: Tensor, pattern: Granularity, numbers: object) -> Chooser:
+    def choose(first: int, last: int, scores: Tensor) -> Tensor:
+        scores = scores.masked_fill(dead[:, first:last, None], 0.0)
+        best = _best(name, _rows(scores), _rows(within[:, first:last]), pattern, next(numbers))  # type: ignore[call-overload]
+        parts, _, outputs = scores.shape
+        return best.view(parts, outputs, -1).mT
+
+    return choose
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(parts, inputs, outputs) as (parts * outputs, inputs)."""
+    return x.mT.flatten(0, 1)
+
+
+def _best(name: str, scores: Tensor, within: Tensor, pattern: Granularity, number: int) -> Tensor:
+    """The ``number`` highest scores of a block; all that the pattern leaves, where that is the number."""
+    bundle = pattern.bundles({name: scores}, {name: within})[0]
+    candidates = bundle.scores.view_as(scores) > NEVER
+    if number == int(candidates.sum()):
+        return candidates
+    if not number:
+        return torch.zeros_like(within)
+    budget = Budget(number, {name: scores.numel()})
+    return select({name: scores}, budget, within={name: within}, granularity=pattern, method=name)[name]

@@ -1,0 +1,104 @@
+"""Plan how many weights every layer keeps, for methods that solve them one by one; choose in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.scoring.contract import Found, Problem, Weights, round_budgets, select_within
+from fxprune.scoring.distributed import agree
+from fxprune.scoring.sequential import Layer, solve_layers
+from fxprune.sparsity.budget import Budget, apportion
+from fxprune.sparsity.granularity import Granularity
+from fxprune.sparsity.group_selection import ChannelGroups
+from fxprune.sparsity.masks import Masks, kept
+from fxprune.sparsity.schedule import OneShot
+from fxprune.sparsity.select import select
+
+__all__ = ["Plan", "choose_in_layer", "plan_layers", "solve_in_rounds"]
+
+LayerScores = Callable[[Layer], Tensor]
+"""The scores of a layer's weights, in their shape; higher = keep."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Hold the number of weights that each layer keeps, or, for channels, the masks of all.
+
+    ``layers``: name -> number, where masks are chosen layer by layer; ``masks``: where they are ahead.
+    """
+
+    granularity: Granularity
+    layers: dict[str, int] = field(default_factory=dict)
+    masks: Masks = field(default_factory=dict)
+
+
+def solve_in_rounds(
+    problem: Problem,
+    solver: Callable[[Plan, Layer], tuple[Tensor, Tensor]],
+    scores: LayerScores,
+    *,
+    batches: int,
+    propagate: bool,
+    method: str,
+) -> Found:
+    """Plan and solve all layers, once, or in the rounds of ``problem.schedule``, each from the one before it.
+
+    ``solver`` gets the plan and a layer; ``scores`` are those that channels are chosen by. The others are
+    the arguments of :func:`fxprune.scoring.sequential.solve_layers`.
+    """
+    masks, weights = dict(problem.masks), dict[str, Tensor]()
+    for budget in list(round_budgets(problem, schedule=OneShot(), regrow=False, name=method)):
+        now = replace(problem, masks=masks, budget=budget.capped(problem.granularity.room(masks)))
+        options: dict[str, Any] = {"batches": batches, "method": method, "start": weights}
+        plan = plan_layers(now, scores, **options)
+        masks, weights = solve_layers(now, partial(solver, plan), propagate=propagate, **options)
+        if problem.group is not None:
+            agree(masks, problem.group)
+    return (masks, weights) if weights else masks
+
+
+def plan_layers(
+    problem: Problem, scores: LayerScores, *, batches: int, method: str, start: Weights | None = None
+) -> Plan:
+    """Plan the layers of a problem.
+
+    A budget without layers is split so that every layer loses the same share of what it has. Channels run
+    through several layers: they are chosen here, by ``scores`` of all layers in the dense network.
+
+    The arguments are those of :func:`solve_in_rounds`.
+    """
+    if isinstance(problem.granularity, ChannelGroups):
+        found: dict[str, Tensor] = {}
+
+        def note(layer: Layer) -> tuple[Tensor, Tensor]:
+            found[layer.name] = scores(layer).to(problem.weights[layer.name].device)
+            return layer.mask, layer.weight
+
+        solve_layers(problem, note, batches=batches, propagate=False, method=method, start=start, silent=True)
+        ordered = {name: found[name] for name in problem.weights}
+        masks = select_within(problem, ordered, problem.budget, problem.masks, method)
+        return Plan(problem.granularity, masks=masks)
+    room = problem.granularity.room(problem.masks)
+    layers = problem.budget.layers
+    if layers is None:
+        shares = {name: float(max(number, 1)) for name, number in kept(problem.masks).items()}
+        layers = apportion(min(problem.budget.total, sum(room.values())), shares, room)
+    return Plan(problem.granularity, {name: min(number, room[name]) for name, number in layers.items()})
+
+
+def choose_in_layer(plan: Plan, layer: Layer, scores: Tensor) -> Tensor:
+    """Return the mask of a layer's highest ``scores`` under the plan's granularity, or the planned one."""
+    if plan.masks:
+        return plan.masks[layer.name].to(layer.weight.device)
+    name, number = layer.name, plan.layers[layer.name]
+    if not number:
+        return torch.zeros_like(layer.mask)
+    budget = Budget(number, {name: layer.weight.numel()})
+    within = {name: layer.mask}
+    return select({name: scores}, budget, within=within, granularity=plan.granularity, method=name)[name]

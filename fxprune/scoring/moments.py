@@ -1,0 +1,223 @@
+"""Collect the second moments of what every weight reads: the Hessians of its layer's output error.
+
+The model runs, and every convolution and matrix product that a weight takes part in is seen where PyTorch
+dispatches it. A parameter comes apart into matrices (inputs, outputs), each with inputs of its own: experts,
+the thirds of an attention's projection, groups of a convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxprune.scoring.inputs import PRODUCTS
+
+__all__ = ["Part", "Products", "Watch", "unfolded"]
+
+aten = torch.ops.aten
+CHUNK = 1 << 24
+"""Numbers that unfolded windows may have at a time."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Say how an operand lies in the storage of its parameter, and how it is read.
+
+    ``inputs_first``: the operand of a product is (inputs, outputs). ``groups``: of a convolution, 0 for a
+    product; ``transposed`` for one whose weight is (inputs, outputs / groups, *taps).
+    """
+
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    inputs_first: bool = True
+    groups: int = 0
+    transposed: bool = False
+
+    def positions(self, weight: Tensor) -> Tensor:
+        """The places in the flattened parameter, as (parts, inputs, outputs)."""
+        span = weight.untyped_storage().nbytes() // weight.element_size()
+        places = torch.full((span,), -1, dtype=torch.int64)
+        own = torch.arange(weight.numel()).view(weight.shape)
+        places.as_strided(weight.shape, weight.stride(), weight.storage_offset()).copy_(own)
+        found = places.as_strided(self.shape, self.stride, self.offset)
+        if not self.groups:
+            matrices = found if found.dim() == 3 else found[None]
+            if self.is_shared:
+                matrices = matrices[:1]
+            return matrices if self.inputs_first else matrices.mT
+        apart = found.reshape(self.groups, -1, found.shape[1], self.taps)
+        if self.transposed:  # (groups, in, out, taps)
+            return apart.permute(0, 1, 3, 2).flatten(1, 2)
+        return apart.permute(0, 2, 3, 1).flatten(1, 2)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a stack of matrices is one and the same."""
+        return not self.groups and len(self.shape) == 3 and self.stride[0] == 0
+
+    @property
+    def taps(self) -> int:
+        """Weights of a kernel, 1 in a product."""
+        return math.prod(self.shape[2:]) if self.groups else 1
+
+
+class Part:
+    """One geometry of a parameter, with the moments of its inputs.
+
+    ``moments``: (parts, inputs, inputs), the sum of products of inputs; ``cross``: of inputs and targets,
+    where a target is given. ``rows``: how many vectors of inputs there were that are not all zero.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+        self.moments: Tensor | None = None
+        self.rows = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add inputs of shape (parts, rows, inputs)."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.moments is None:
+            self.moments = wide.new_zeros(len(wide), wide.shape[2], wide.shape[2])
+        self.moments.baddbmm_(wide.mT, wide)
+        self.rows += int(wide.detach().abs().amax(-1).count_nonzero(-1).amax())
+
+
+Seen = Callable[[str, Geometry, Callable[[], "list[Tensor]"]], None]
+
+
+class Products(TorchDispatchMode):
+    """Tells ``see`` of every product with one of ``weights``: the name, the geometry, and a function that
+    returns the inputs as tensors (parts, rows, inputs)."""
+
+    def __init__(self, weights: Mapping[str, Tensor], see: Seen) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
+        self.see = see
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten.convolution.default:
+            self._convolution(*args)
+        elif func in PRODUCTS:
+            first = PRODUCTS[func]
+            self._product(args[first], args[first + 1])
+        return func(*args, **(kwargs or {}))
+
+    def _name_of(self, operand: Any) -> str | None:
+        return self.names.get(operand.untyped_storage().data_ptr()) if isinstance(operand, Tensor) else None
+
+    def _product(self, left: Tensor, right: Tensor) -> None:
+        for operand, other, inputs_first in ((right, left, True), (left, right.mT, False)):
+            name = self._name_of(operand)
+            if name is None:
+                continue
+            place = (int(operand.storage_offset()), tuple(operand.shape), operand.stride())
+            geometry = Geometry(*place, inputs_first=inputs_first)
+
+            def inputs(other: Tensor = other, geometry: Geometry = geometry) -> list[Tensor]:
+                x = other if other.dim() == 3 else other[None]
+                return [x.flatten(0, 1)[None] if geometry.is_shared else x]
+
+            self.see(name, geometry, inputs)
+
+    def _convolution(self, x: Tensor, weight: Tensor, bias: Any, *how: Any) -> None:
+        name = self._name_of(weight)
+        if name is None:
+            return
+        stride, padding, dilation, transposed, output_padding, groups = how
+        place = (int(weight.storage_offset()), tuple(weight.shape), weight.stride())
+        geometry = Geometry(*place, groups=groups, transposed=transposed)
+        taps = tuple(weight.shape[2:])
+
+        def inputs() -> list[Tensor]:
+            source = x if x.dim() == weight.dim() else x[None]
+            size = math.prod(taps) * max(source[0].numel(), 1)
+            step = max(1, CHUNK // size)
+            return [
+                unfolded(part, taps, stride, padding, dilation, groups, transposed, output_padding)
+                for part in torch.split(source, step)
+            ]
+
+        self.see(name, geometry, inputs)
+
+
+def unfolded(
+    x: Tensor,
+    taps: tuple[int, ...],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: list[int] | None = None,
+) -> Tensor:
+    """Return what every output position of a convolution reads, as (groups, rows, inputs * taps).
+
+    ``x`` is (samples, inputs, *positions), of any number of axes; the arguments are those of
+    ``torch.convolution``. Rows run over samples and positions.
+
+    >>> x = torch.arange(4.0).view(1, 1, 4)
+    >>> unfolded(x, (2,), [1], [0], [1])[0].tolist()
+    [[0.0, 1.0], [1.0, 2.0], [2.0, 3.0]]
+    """
+    axes = len(taps)
+    stride, padding, dilation = (
+        list(one) * axes if len(one) == 1 else list(one) for one in (stride, padding, dilation)
+    )
+    if transposed:
+        x = _stuffed(x, taps, stride, padding, dilation, list(output_padding or [0]) * axes)
+        stride = [1] * axes
+    else:
+        x = pad(x, [width for one in reversed(padding) for width in (one, one)])
+    for axis, (size, step, gap) in enumerate(zip(taps, stride, dilation, strict=True)):
+        x = x.unfold(axis + 2, gap * (size - 1) + 1, step)[..., ::gap]
+    if transposed:
+        x = x.flip(tuple(range(-axes, 0)))  # a tap further right reads an input further left
+    # (samples, channels, *positions, *taps)
+    samples, channels = x.shape[:2]
+    x = x.reshape(samples, groups, channels // groups, -1, math.prod(taps))
+    return x.permute(1, 0, 3, 2, 4).reshape(groups, -1, channels // groups * math.prod(taps))
+
+
+def _stuffed(
+    x: Tensor,
+    taps: tuple[int, ...],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    extra: list[int],
+) -> Tensor:
+    """The image over which a transposed convolution slides as a plain one: zeros between and around."""
+    sizes = [step * (n - 1) + 1 for n, step in zip(x.shape[2:], stride, strict=True)]
+    wide = x.new_zeros(*x.shape[:2], *sizes)
+    wide[(slice(None), slice(None), *(slice(None, None, step) for step in stride))] = x
+    widths = []
+    for size, before, gap, more in reversed(list(zip(taps, padding, dilation, extra, strict=False))):
+        border = gap * (size - 1) - before
+        widths += [border, border + more]
+    return pad(wide, widths)
+
+
+class Watch:
+    """Collects the parts of ``weights`` in ``parts``, by name and geometry, while it is entered."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = weights
+        self.parts: dict[str, dict[Geometry, Part]] = {name: {} for name in weights}
+
+    def see(self, name: str, geometry: Geometry, inputs: Callable[[], list[Tensor]]) -> None:
+        """Add what a product shows."""
+        part = self.parts[name].setdefault(geometry, Part(geometry))
+        for x in inputs():
+            part.add(x)
+
+    def products(self) -> Products:
+        """A mode that shows this watch every product."""
+        return Products(self.weights, self.see)

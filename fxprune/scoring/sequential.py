@@ -1,0 +1,278 @@
+"""Solve the layers of a network one after another, each from the inputs that it has on the data.
+
+A solver gets a :class:`Layer` and returns its mask and its new weights. Data flows through the captured graph
+once, node by node; one layer's moments are in memory at a time, and the values between the nodes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from fxprune.scoring.contract import Problem, Weights
+from fxprune.scoring.data import batches as read_batches
+from fxprune.scoring.distributed import average, gathered
+from fxprune.scoring.moments import Geometry, Part, Products, Watch
+from fxprune.scoring.walk import Arguments, Stage, arguments_of, quiet, stages
+from fxprune.sparsity.masks import Masks
+
+__all__ = ["Layer", "Matrix", "solve_layers"]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A part of a parameter with inputs of its own: a stack of matrices.
+
+    ``positions``: places in the flattened parameter, (parts, inputs, outputs). ``moments``: (parts, inputs,
+    inputs), the sums of products of inputs. ``taps``: inputs come in runs of so many taps of one channel.
+    """
+
+    positions: Tensor
+    moments: Tensor
+    taps: int = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A parameter with its matrices, as a solver sees it.
+
+    ``weight``: its values, in float32 or wider. ``mask``: what may be kept. ``matrices``: disjoint.
+    """
+
+    name: str
+    weight: Tensor
+    mask: Tensor
+    matrices: list[Matrix] = field(default_factory=list)
+
+    @cached_property
+    def unseen(self) -> Tensor:
+        """The places in the flattened parameter whose inputs no product showed, or were all zero."""
+        seen = torch.zeros(self.weight.numel(), dtype=torch.bool, device=self.weight.device)
+        for matrix in self.matrices:
+            seen[matrix.positions.flatten()] = True
+        return (~seen).nonzero().flatten()
+
+
+Solver = Callable[[Layer], tuple[Tensor, Tensor]]
+"""Returns the mask and the new values of a layer, in the shape of its weight."""
+
+
+def solve_layers(
+    problem: Problem,
+    solver: Solver,
+    *,
+    batches: int,
+    propagate: bool,
+    method: str,
+    start: Weights | None = None,
+    silent: bool = False,
+) -> tuple[Masks, Weights]:
+    """Solve every prunable layer in the order in which the network computes.
+
+    Args:
+        problem: whose model runs, in evaluation mode; it is as it was afterwards.
+        solver: called once for each parameter; one that several nodes read is solved at the last of them, on
+            the inputs of all.
+        batches: the number of batches of ``problem.data``.
+        propagate: whether a layer's inputs are those that the solved layers before it give.
+        method: for messages.
+        start: weights that the network begins with, by name; its own where there are none.
+        silent: whether to leave the warnings out.
+
+    Returns:
+        Masks and new weights, on the device of ``problem.weights``.
+
+    Raises ``ValueError`` for inputs of a layer that are not finite. Warns of layers with fewer inputs than
+    weights of an output, and of weights whose inputs no product showed.
+    """
+    run = _Run(problem, solver, propagate, method)
+    calls = arguments_of(problem, read_batches(problem, batches, method), method)
+    with quiet(problem.model, method), run.restored(start or {}):
+        plan = _reading_plan(problem, calls, run.weights)
+        steps = iter(
+            problem.progress(range(len(run.weights)), lambda: f"{method}: {run.at}", len(run.weights))
+        )
+        for index, stage in enumerate(stages(problem.model, calls)):
+            for name in plan.get(index, []):
+                run.read(stage, name)
+                if not any(name in later for at, later in plan.items() if at > index):
+                    next(steps, None)
+                    run.solve(name)
+            stage.advance()
+        for name in run.weights:
+            if name not in run.masks:
+                next(steps, None)
+                run.solve(name)
+        next(steps, None)
+    if not silent:
+        run.warn()
+    return {n: run.masks[n] for n in problem.weights}, {n: run.found[n] for n in problem.weights}
+
+
+class _Run:
+    """The state of a walk: what was read of layers that are still to be solved, and what was found."""
+
+    def __init__(self, problem: Problem, solver: Solver, propagate: bool, method: str) -> None:
+        self.problem, self.solver, self.propagate, self.method = problem, solver, propagate, method
+        self.weights = {name: problem.model.get_parameter(name) for name in problem.weights}
+        self.watches: dict[str, Watch] = {}
+        self.masks: Masks = {}
+        self.found: Weights = {}
+        self.before: Weights = {}
+        self.few: list[tuple[str, int, int]] = []
+        self.hidden: list[str] = []
+        self.at = "start"
+
+    @contextmanager
+    def restored(self, start: Weights) -> Iterator[None]:
+        """Put ``start`` in place; put the weights back that the model had."""
+        try:
+            for name, values in start.items():
+                self._put(name, values)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, values in self.before.items():
+                    self.weights[name].copy_(values)
+
+    def read(self, stage: Stage, name: str) -> None:
+        """Add what a weight reads at a node."""
+        self.at = name
+        watch = self.watches.setdefault(name, Watch({name: self.weights[name]}))
+        for piece in range(stage.count):
+            with watch.products():
+                stage.run(piece)
+
+    def solve(self, name: str) -> None:
+        """Solve a layer from what was read of it, and put its weights in place."""
+        self.at, problem = name, self.problem
+        watch = self.watches.pop(name, Watch({name: self.weights[name]}))
+        parts = _united(watch.parts[name], problem.group)
+        parameter = self.weights[name]
+        layer = self._layer(name, parts)
+        mask, values = self.solver(layer)
+        new = values.to(parameter.dtype)
+        if not bool(torch.isfinite(new[mask]).all()):
+            raise ValueError(
+                f"method {self.method!r}: new weights of {name!r} are not finite; ask for more damp"
+            )
+        home = problem.weights[name].device
+        self.masks[name], self.found[name] = mask.to(home), new.to(home)
+        if self.propagate:
+            self._put(name, new)
+
+    def _put(self, name: str, values: Tensor) -> None:
+        parameter = self.weights[name]
+        self.before.setdefault(name, parameter.detach().clone())
+        with torch.no_grad():
+            parameter.copy_(values)
+
+    def _layer(self, name: str, parts: Mapping[Geometry, Part]) -> Layer:
+        weight, mask = self.weights[name].detach(), self.problem.masks[name]
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        taken = torch.zeros(weight.numel(), dtype=torch.bool)
+        matrices = []
+        for geometry, part in parts.items():
+            assert part.moments is not None
+            positions, moments = geometry.positions(weight), part.moments
+            if bool(taken[positions].any()):
+                continue  # read in another way before: an output has one Hessian
+            taken[positions.flatten()] = True
+            diagonal = moments.diagonal(dim1=-2, dim2=-1)
+            if not bool(torch.isfinite(diagonal).all()):
+                raise ValueError(
+                    f"method {self.method!r}: the inputs of {name!r} are NaN or infinite; look at the layers "
+                    "before it, or take a wider dtype"
+                )
+            live = (diagonal != 0).any(-1)
+            if part.rows < moments.shape[-1]:
+                self.few.append((name, part.rows, moments.shape[-1]))
+            self._note(name, positions, live.cpu())
+            if bool(live.any()):
+                where = live.to(positions.device)
+                matrices.append(Matrix(positions[where].to(weight.device), moments[live], geometry.taps))
+        if not bool(taken.all()):
+            share = int((~taken).sum())
+            slices = (~taken).view(len(weight), -1).all(1).nonzero().flatten().tolist()
+            whole = share == len(slices) * weight[0].numel() and len(slices) < len(weight)
+            self.hidden += [f"{name}[{index}]" for index in slices] if whole else [name]
+        return Layer(name, wide, mask.to(wide.device), matrices)
+
+    def _note(self, name: str, positions: Tensor, live: Tensor) -> None:
+        if not bool(live.all()):
+            dead = (~live).nonzero().flatten().tolist()
+            self.hidden += [f"{name}[{index}]" for index in dead] if len(live) > 1 else [name]
+
+    def warn(self) -> None:
+        """Say where the data was too little, and where no inputs were seen."""
+        if self.few:
+            name, rows, inputs = min(self.few, key=lambda one: one[1] / one[2])
+            warnings.warn(
+                f"method {self.method!r}: {len(self.few)} layers have fewer inputs from data than weights in "
+                f"an output; {name!r} has {rows} for {inputs}, so that its Hessian has rank {rows} at most; "
+                "give more data",
+                stacklevel=4,
+            )
+        if self.hidden:
+            rest = f" and {len(self.hidden) - 8} more" if len(self.hidden) > 8 else ""
+            warnings.warn(
+                f"method {self.method!r}: no inputs are seen of {', '.join(self.hidden[:8])}{rest}; they are "
+                "pruned by magnitude",
+                stacklevel=4,
+            )
+
+
+def _reading_plan(
+    problem: Problem, calls: Sequence[Arguments], weights: Mapping[str, nn.Parameter]
+) -> dict[int, list[str]]:
+    """For every node, by number, the weights that it multiplies with, in order: from one run of all data."""
+    plan: dict[int, list[str]] = {}
+    names = problem.weights
+    for index, stage in enumerate(stages(problem.model, calls)):
+        seen: dict[str, None] = {}
+        with Products(weights, lambda name, *rest, seen=seen: seen.setdefault(name)):
+            stage.advance()
+            if stage.name == "model":
+                for piece in range(stage.count):
+                    stage.run(piece)
+        plan[index] = [name for name in seen if name in names]
+    if problem.group is not None:
+        for other in gathered(plan, problem.group):
+            for index, read in other.items():
+                plan[index] = list(dict.fromkeys([*plan.get(index, []), *read]))
+        plan = {index: sorted(read) for index, read in plan.items()}
+    return {index: read for index, read in plan.items() if read}
+
+
+def _united(parts: dict[Geometry, Part], group: ProcessGroup | None) -> dict[Geometry, Part]:
+    """The parts with the moments of all processes; in the same order in each."""
+    if group is None:
+        return parts
+    every: dict[Geometry, tuple[tuple[int, ...], str]] = {}
+    own = {
+        geometry: (tuple(p.moments.shape), str(p.moments.dtype))
+        for geometry, p in parts.items()
+        if p.moments is not None
+    }
+    for other in gathered(own, group):
+        every |= other
+    united = {}
+    for geometry in sorted(every, key=repr):
+        shape, dtype = every[geometry]
+        part = parts.get(geometry, Part(geometry))
+        if part.moments is None:
+            part.moments = torch.zeros(shape, dtype=getattr(torch, str(dtype).rpartition(".")[2]))
+        average([part.moments], group)
+        rows = torch.tensor([float(part.rows)], dtype=torch.float64)
+        average([rows], group)
+        part.rows = round(float(rows) * dist.get_world_size(group))
+        united[geometry] = part
+    return united

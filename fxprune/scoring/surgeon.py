@@ -1,0 +1,124 @@
+"""Optimal brain surgery on matrices: remove weights one input at a time, and let later inputs make up for it.
+
+The inputs' second moments and a rule that chooses weights come in; masks and new weights go out. Matrices are
+stacked as (parts, inputs, outputs), so that all weights of one input lie side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["Chooser", "damped", "inverse_root", "scores_of", "surgery"]
+
+Chooser = Callable[[int, int, Tensor], Tensor]
+"""``chooser(first, last, scores)``: the weights to keep (bool) of inputs ``first`` to ``last``, which have
+``scores`` of shape (parts, last - first, outputs)."""
+
+LEAF = 8
+"""Inputs that are handled one by one before the others hear of it."""
+
+ATTEMPTS = 6
+"""Times that the damping may be multiplied by ten until the Hessian has a root."""
+
+
+def damped(hessian: Tensor, damp: float) -> Tensor:
+    """Add ``damp`` times the mean of its diagonal to a Hessian (parts, inputs, inputs); returns a copy.
+
+    Inputs that are always zero get a one on the diagonal: they are tied to no other.
+    """
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    added = (damp * diagonal.mean(-1, keepdim=True)).expand_as(diagonal)
+    return hessian + torch.diag_embed(torch.where(diagonal == 0, 1.0, added))
+
+
+def inverse_root(hessian: Tensor, damp: float) -> Tensor:
+    """Return the upper triangular R with ``inverse(hessian + damping) = R^T R``, for every part.
+
+    It is the inverse of a root of the Hessian with its inputs in reverse order: one Cholesky factorisation
+    and one triangular inverse, without the inverse of the Hessian itself.
+
+    Raises ``ValueError`` for a Hessian that is not positive definite even with a million times the damping.
+
+    >>> hessian = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])
+    >>> root = inverse_root(hessian, 0.0)
+    >>> torch.allclose(root.mT @ root, hessian.inverse())
+    True
+    """
+    for attempt in range(ATTEMPTS + 1):
+        turned = damped(hessian, max(damp, 1e-8) * 10**attempt if attempt else damp).flip(-1, -2)
+        lower, failed = torch.linalg.cholesky_ex(turned)
+        if not bool(failed.any()):
+            return _lower_inverse(lower).flip(-1, -2)
+    raise ValueError(f"damp={damp!r}: the Hessian of the inputs is not positive definite; ask for more")
+
+
+def _lower_inverse(lower: Tensor) -> Tensor:
+    """Invert lower triangular matrices by halves, which is all products of matrices."""
+    size = lower.shape[-1]
+    if size <= 64:
+        eye = torch.eye(size, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        solved: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+        return solved
+    half = size // 2
+    first, last = _lower_inverse(lower[..., :half, :half]), _lower_inverse(lower[..., half:, half:])
+    inverse = torch.zeros_like(lower)
+    inverse[..., :half, :half], inverse[..., half:, half:] = first, last
+    torch.matmul(last @ lower[..., half:, :half], first, out=inverse[..., half:, :half]).neg_()
+    return inverse
+
+
+def scores_of(weights: Tensor, root: Tensor) -> Tensor:
+    """Compute ``w^2 / R_jj^2``: the error if only this weight, and no input after it, is changed."""
+    return (weights / root.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).square()
+
+
+def surgery(weights: Tensor, root: Tensor, chooser: Chooser, block: int) -> Tensor:
+    """Remove weights input by input, in place, and add what is lost to the inputs that follow.
+
+    Algorithm 1 of SparseGPT (Frantar & Alistarh 2023): where input j loses a weight w, the weights of the
+    inputs after it change by ``-w / R_jj * R_j``. Updates are lazy: halves of halves of the inputs are done
+    before their errors reach the next half, as one product of matrices.
+
+    Args:
+        weights: (parts, inputs, outputs), overwritten by the new weights, zero where pruned.
+        root: (parts, inputs, inputs), of :func:`inverse_root`.
+        chooser: asked for every ``block`` inputs, when all inputs before them are done.
+        block: inputs whose weights are chosen together (the paper's Bs).
+
+    Returns:
+        The masks (bool), of the shape of ``weights``.
+    """
+    keep = torch.ones_like(weights, dtype=torch.bool)
+    errors = torch.empty_like(weights)
+    diagonal = root.diagonal(dim1=-2, dim2=-1)
+
+    def leaf(first: int, last: int) -> None:
+        for j in range(first, last):
+            column = weights[:, j]
+            error = torch.where(keep[:, j], 0.0, column / diagonal[:, j, None])
+            errors[:, j] = error
+            column *= keep[:, j]
+            if j + 1 < last:
+                weights[:, j + 1 : last].addcmul_(root[:, j, j + 1 : last, None], error[:, None], value=-1)
+
+    def visit(first: int, last: int, chosen: bool) -> None:
+        size = last - first
+        if not chosen and size <= block:
+            chosen = True
+            one = weights[:, first:last]
+            keep[:, first:last] = chooser(first, last, scores_of(one, root[:, first:last, first:last]))
+        if size <= min(LEAF, block):
+            leaf(first, last)
+            return
+        half = -(-size // block) // 2 * block if size > block else size // 2
+        middle = first + half
+        visit(first, middle, chosen)
+        behind = root[:, first:middle, middle:last].mT
+        weights[:, middle:last].baddbmm_(behind, errors[:, first:middle], alpha=-1)
+        visit(middle, last, chosen)
+
+    visit(0, weights.shape[1], False)
+    return keep
