@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxprune.api import analyze, apply
     from fxprune.capture import capture
+    from fxprune.evaluation import evaluate, recalibrate
     from fxprune.grouping import channel_groups
     from fxprune.latency import bench
     from fxprune.lowering import lower
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from fxprune.planning import plan
     from fxprune.plans import Plan
     from fxprune.plot import plot_history
+    from fxprune.reconstruction import reconstruct
     from fxprune.rewrite import finalize, load_masks, save, set_masks, verify
     from fxprune.rewrite import read as masks
     from fxprune.rewrite.compact import compact, remap_optimizer
@@ -41,6 +43,7 @@ __all__ = [
     "capture",
     "channel_groups",
     "compact",
+    "evaluate",
     "export",
     "finalize",
     "list_methods",
@@ -52,6 +55,8 @@ __all__ = [
     "masks",
     "plan",
     "plot_history",
+    "recalibrate",
+    "reconstruct",
     "regularizer",
     "remap_optimizer",
     "save",
@@ -71,6 +76,7 @@ _HOMES = {
     "capture": "fxprune.capture.capture",
     "channel_groups": "fxprune.grouping.channel_groups",
     "compact": "fxprune.rewrite.compact.compact",
+    "evaluate": "fxprune.evaluation.evaluate",
     "export": "fxprune.rewrite.files.export.export",
     "finalize": "fxprune.rewrite.finalize",
     "list_methods": "fxprune.methods.names",
@@ -82,6 +88,8 @@ _HOMES = {
     "masks": "fxprune.rewrite.read",
     "plan": "fxprune.planning.plan",
     "plot_history": "fxprune.plot.plot_history",
+    "recalibrate": "fxprune.evaluation.recalibrate",
+    "reconstruct": "fxprune.reconstruction.reconstruct",
     "regularizer": "fxprune.training.regularizers.regularizer",
     "remap_optimizer": "fxprune.rewrite.compact.remap_optimizer",
     "save": "fxprune.rewrite.save",

@@ -39,21 +39,21 @@ def seeded(problem: Problem) -> Iterator[None]:
         yield
 
 
-def batches(problem: Problem, number: int, method: str) -> list[Batch]:
-    """Read the first ``number`` batches of ``problem.data``, from the start and under the problem's seed.
+def batches(problem: Problem, number: int | None, method: str) -> list[Batch]:
+    """Read the first ``number`` batches of ``problem.data`` (``None``: all) under the problem's seed.
 
     Raises ``ValueError`` for missing data, a batch that is empty, not finite or neither a pair nor a mapping,
     and for data that runs dry; ``TypeError`` for data that is no batch and cannot be iterated.
     """
     data = problem.data
-    if data is None:
-        raise ValueError(f"method {method!r} needs data=..., a pair (x, y) or an iterable of batches")
     found: list[Batch] = []
     with seeded(problem):
-        for batch in [data] if _is_batch(data) else _iterate(data, method):
-            found.append(_check(batch, len(found), problem.device, method))
+        for batch in stream(data, problem.device, method):
+            found.append(batch)
             if len(found) == number:
                 return found
+    if found and number is None:
+        return found
     if not found:
         used_up = " any more; an iterator can be read only once" if isinstance(data, Iterator) else ""
         raise ValueError(f"method {method!r}: data yields no batch{used_up}")
@@ -61,6 +61,14 @@ def batches(problem: Problem, number: int, method: str) -> list[Batch]:
         f"method {method!r}: data ran dry after {len(found)} of {number} batches; give more, "
         f"or ask for batches={len(found)}"
     )
+
+
+def stream(data: Any, device: torch.device, method: str) -> Iterator[Batch]:
+    """Yield the batches of ``data`` one by one, checked and on ``device``; raises what `batches` does."""
+    if data is None:
+        raise ValueError(f"method {method!r} needs data=..., a pair (x, y) or an iterable of batches")
+    for index, batch in enumerate([data] if _is_batch(data) else _iterate(data, method)):
+        yield _check(batch, index, device, method)
 
 
 def pieces(problem: Problem, batch: Batch) -> Iterator[tuple[Batch, float]]:

@@ -8,7 +8,7 @@ the thirds of an attention's projection, groups of a convolution.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,21 +72,34 @@ class Geometry:
 class Part:
     """One geometry of a parameter, with the moments of its inputs.
 
-    ``moments``: (parts, inputs, inputs), the sum of products of inputs; ``cross``: of inputs and targets,
-    where a target is given. ``rows``: how many vectors of inputs there were that are not all zero.
+    ``moments``: (parts, inputs, inputs), the sum of products of inputs; ``rows``: how many vectors of inputs
+    there were that are not all zero. Where the inputs in a dense twin of the network are known, ``cross``
+    are the products of own inputs and those, ``sums`` the sums of both, (2, parts, inputs), and ``total`` the
+    number of vectors.
     """
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry
         self.moments: Tensor | None = None
+        self.cross: Tensor | None = None
+        self.sums: Tensor | None = None
         self.rows = 0
+        self.total = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add inputs of shape (parts, rows, inputs)."""
+    def add(self, x: Tensor, dense: Tensor | None = None) -> None:
+        """Add inputs of shape (parts, rows, inputs), and what they are in the dense twin."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.moments is None:
             self.moments = wide.new_zeros(len(wide), wide.shape[2], wide.shape[2])
         self.moments.baddbmm_(wide.mT, wide)
+        if dense is not None:
+            other = dense.to(wide.dtype)
+            if self.cross is None or self.sums is None:
+                self.cross = torch.zeros_like(self.moments)
+                self.sums = wide.new_zeros(2, len(wide), wide.shape[2])
+            self.cross.baddbmm_(wide.mT, other)
+            self.sums += torch.stack([wide.sum(1), other.sum(1)])
+            self.total += wide.shape[1]
         self.rows += int(wide.detach().abs().amax(-1).count_nonzero(-1).amax())
 
 
@@ -211,12 +224,21 @@ class Watch:
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self.weights = weights
         self.parts: dict[str, dict[Geometry, Part]] = {name: {} for name in weights}
+        self.twin: Iterator[list[Tensor]] | None = None
 
     def see(self, name: str, geometry: Geometry, inputs: Callable[[], list[Tensor]]) -> None:
-        """Add what a product shows."""
+        """Add what a product shows, beside what the same product of the twin showed."""
         part = self.parts[name].setdefault(geometry, Part(geometry))
-        for x in inputs():
-            part.add(x)
+        own = inputs()
+        if self.twin is None:
+            for x in own:
+                part.add(x)
+            return
+        dense = next(self.twin, [])
+        if [x.shape for x in dense] != [x.shape for x in own]:
+            dense = own  # other rows came here, as to an expert: the dense layer is followed on these
+        for x, other in zip(own, dense, strict=True):
+            part.add(x, other)
 
     def products(self) -> Products:
         """A mode that shows this watch every product."""

@@ -33,11 +33,16 @@ class Matrix:
 
     ``positions``: places in the flattened parameter, (parts, inputs, outputs). ``moments``: (parts, inputs,
     inputs), the sums of products of inputs. ``taps``: inputs come in runs of so many taps of one channel.
+    Beside a dense twin: ``cross``, the sums of products of inputs and the twin's inputs, ``sums`` of the one
+    and the other, (2, parts, inputs), and ``total``, the number of them.
     """
 
     positions: Tensor
     moments: Tensor
     taps: int = 1
+    cross: Tensor | None = None
+    sums: Tensor | None = None
+    total: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,16 +69,21 @@ class Layer:
 Solver = Callable[[Layer], tuple[Tensor, Tensor]]
 """Returns the mask and the new values of a layer, in the shape of its weight."""
 
+Passed = Callable[[Stage, Stage], None]
+
 
 def solve_layers(
     problem: Problem,
     solver: Solver,
     *,
-    batches: int,
+    batches: int | None,
     propagate: bool,
     method: str,
     start: Weights | None = None,
     silent: bool = False,
+    unseen: str = "pruned by magnitude",
+    twin: nn.Module | None = None,
+    passed: Passed | None = None,
 ) -> tuple[Masks, Weights]:
     """Solve every prunable layer in the order in which the network computes.
 
@@ -86,6 +96,10 @@ def solve_layers(
         method: for messages.
         start: weights that the network begins with, by name; its own where there are none.
         silent: whether to leave the warnings out.
+        unseen: for a warning, what the solver does with weights without inputs.
+        twin: the same network, dense; it runs beside, and layers get its inputs too.
+        passed: called at every node, when the layers in it are solved, with the node of the network and that
+            of its twin.
 
     Returns:
         Masks and new weights, on the device of ``problem.weights``.
@@ -100,20 +114,26 @@ def solve_layers(
         steps = iter(
             problem.progress(range(len(run.weights)), lambda: f"{method}: {run.at}", len(run.weights))
         )
+        beside = None if twin is None else stages(twin, calls)
         for index, stage in enumerate(stages(problem.model, calls)):
+            other = None if beside is None else next(beside)
             for name in plan.get(index, []):
-                run.read(stage, name)
+                run.read(stage, name, other, twin)
                 if not any(name in later for at, later in plan.items() if at > index):
                     next(steps, None)
                     run.solve(name)
+            if passed is not None and other is not None:
+                passed(stage, other)
             stage.advance()
+            if other is not None:
+                other.advance()
         for name in run.weights:
             if name not in run.masks:
                 next(steps, None)
                 run.solve(name)
         next(steps, None)
     if not silent:
-        run.warn()
+        run.warn(unseen)
     return {n: run.masks[n] for n in problem.weights}, {n: run.found[n] for n in problem.weights}
 
 
@@ -143,11 +163,13 @@ class _Run:
                 for name, values in self.before.items():
                     self.weights[name].copy_(values)
 
-    def read(self, stage: Stage, name: str) -> None:
-        """Add what a weight reads at a node."""
+    def read(self, stage: Stage, name: str, other: Stage | None, twin: nn.Module | None) -> None:
+        """Add what a weight reads at a node, and at the same node of the twin."""
         self.at = name
         watch = self.watches.setdefault(name, Watch({name: self.weights[name]}))
         for piece in range(stage.count):
+            if other is not None and twin is not None:
+                watch.twin = iter(_inputs_of({name: twin.get_parameter(name)}, other, piece))
             with watch.products():
                 stage.run(piece)
 
@@ -198,7 +220,10 @@ class _Run:
             self._note(name, positions, live.cpu())
             if bool(live.any()):
                 where = live.to(positions.device)
-                matrices.append(Matrix(positions[where].to(weight.device), moments[live], geometry.taps))
+                own = positions[where].to(weight.device)
+                cross = None if part.cross is None else part.cross[live]
+                sums = None if part.sums is None else part.sums[:, live]
+                matrices.append(Matrix(own, moments[live], geometry.taps, cross, sums, part.total))
         if not bool(taken.all()):
             share = int((~taken).sum())
             slices = (~taken).view(len(weight), -1).all(1).nonzero().flatten().tolist()
@@ -211,7 +236,7 @@ class _Run:
             dead = (~live).nonzero().flatten().tolist()
             self.hidden += [f"{name}[{index}]" for index in dead] if len(live) > 1 else [name]
 
-    def warn(self) -> None:
+    def warn(self, unseen: str) -> None:
         """Say where the data was too little, and where no inputs were seen."""
         if self.few:
             name, rows, inputs = min(self.few, key=lambda one: one[1] / one[2])
@@ -225,9 +250,17 @@ class _Run:
             rest = f" and {len(self.hidden) - 8} more" if len(self.hidden) > 8 else ""
             warnings.warn(
                 f"method {self.method!r}: no inputs are seen of {', '.join(self.hidden[:8])}{rest}; they are "
-                "pruned by magnitude",
+                f"{unseen}",
                 stacklevel=4,
             )
+
+
+def _inputs_of(weights: Mapping[str, Tensor], stage: Stage, piece: int) -> list[list[Tensor]]:
+    """The inputs of every product with a weight at a node, in order."""
+    found: list[list[Tensor]] = []
+    with Products(weights, lambda name, geometry, inputs: found.append(inputs())):
+        stage.run(piece)
+    return found
 
 
 def _reading_plan(
@@ -271,6 +304,8 @@ def _united(parts: dict[Geometry, Part], group: ProcessGroup | None) -> dict[Geo
         if part.moments is None:
             part.moments = torch.zeros(shape, dtype=getattr(torch, str(dtype).rpartition(".")[2]))
         average([part.moments], group)
+        if part.cross is not None and part.sums is not None:
+            average([part.cross, part.sums], group)
         rows = torch.tensor([float(part.rows)], dtype=torch.float64)
         average([rows], group)
         part.rows = round(float(rows) * dist.get_world_size(group))

@@ -147,12 +147,16 @@ class Stage:
 
     ``name``: of the node. ``run(piece)``: its output, on copies of its inputs. ``advance()``: run it for all
     pieces, keep what it gives for the nodes after it, and free what no node reads any more; called once.
+    ``read(piece)``: the first value that it reads. ``module``: the module that it calls, ``target`` its path.
     """
 
     name: str
     count: int
     run: Callable[[int], Any]
     advance: Callable[[], None]
+    read: Callable[[int], Any] | None = None
+    module: nn.Module | None = None
+    target: str = ""
 
 
 def stages(model: nn.Module, calls: Sequence[Arguments]) -> Iterator[Stage]:
@@ -204,6 +208,9 @@ def stages(model: nn.Module, calls: Sequence[Arguments]) -> Iterator[Stage]:
             len(calls),
             lambda piece, node=node: run(node, piece, True),  # type: ignore[misc]
             lambda node=node: advance(node),  # type: ignore[misc]
+            lambda piece, node=node: held[piece][node.all_input_nodes[0]],  # type: ignore[misc]
+            model.get_submodule(str(node.target)) if node.op == "call_module" else None,
+            str(node.target),
         )
 
 

@@ -101,7 +101,7 @@ def test_what_does_not_go_with_new_weights_is_refused() -> None:
     with pytest.raises(ValueError, match="returns weights that fit its own masks"):
         prune(net(), DOUBLED, shuffle="layer")
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)))
-    with pytest.raises(ValueError, match="'0.weight' is computed by a parametrization"):
+    with pytest.raises(ValueError, match=r"'0\.weight' is computed by a parametrization"):
         prune(model, DOUBLED)
 
 

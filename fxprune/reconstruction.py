@@ -1,0 +1,289 @@
+"""Fit the weights that a pruned network kept, layer by layer, to what the dense network computes.
+
+A pruned model, the dense one and calibration data come in; a copy of the pruned model goes out, with the same
+masks and other weights. No gradients, no labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.capture import CaptureError, capture
+from fxprune.capture.inputs import example_inputs_for
+from fxprune.graph import ChannelGraph
+from fxprune.lowering import graph_of_run, lower
+from fxprune.methods import Problem
+from fxprune.network import inside
+from fxprune.progress import Display
+from fxprune.request import resolve_device
+from fxprune.rewrite import plain, put_masks, read
+from fxprune.rewrite.masking.computed import computed_weights, settled
+from fxprune.rewrite.masking.copying import duplicate
+from fxprune.rewrite.masking.parameters import unwrap
+from fxprune.scoring.least_squares import fit_kept
+from fxprune.scoring.sequential import Layer, solve_layers
+from fxprune.scoring.walk import Stage
+from fxprune.sparsity.budget import Budget
+from fxprune.sparsity.masks import Masks, kept, nonzeros
+
+__all__ = ["reconstruct"]
+
+NAME = "reconstruct"
+
+
+def reconstruct(
+    model: nn.Module,
+    data: Any,
+    reference: nn.Module,
+    *,
+    example_inputs: Any = None,
+    loss_fn: Callable[..., Tensor] | None = None,
+    damp: float = 0.01,
+    bias: bool = True,
+    norms: bool = True,
+    propagate: bool = True,
+    iterations: int = 100,
+    micro_batch: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> nn.Module:
+    """Fit the kept weights of every layer to the outputs of the dense layer, by least squares.
+
+    Layer by layer, ``|X_d W_d - X W|^2 + damp * mean(diag(X^T X)) * |W_d - W|^2`` is minimised over kept
+    weights W: X are the layer's inputs in the pruned network, after the layers before it were fitted, X_d and
+    W_d inputs and weights in the dense one. What a layer cannot make up for, the next one sees.
+
+    Args:
+        model: a pruned network, of any method; masked, or plain with zeros.
+        data: (x, y), a mapping, or an iterable of batches, all of which are used; labels are not looked at.
+        reference: the network before it was pruned, with the same parameters by name.
+        example_inputs: as for :func:`fxprune.apply`, for a model that is not captured yet.
+        loss_fn: ``loss_fn(model, batch)``, where batches are mappings that do not name the model's inputs.
+        damp: how much weights are held to the dense ones, as a share of the mean square input.
+        bias: whether biases of fitted layers are fitted with them.
+        norms: whether batch norms get statistics with which their outputs have the mean and variance that
+            they have in the dense network.
+        propagate: False, to fit every layer to its dense inputs on its own.
+        iterations: steps of conjugate gradients at most.
+        micro_batch: samples that run at a time; device, progress: as for :func:`fxprune.apply`.
+
+    Returns:
+        A copy of ``model`` with the same masks, of the same kind and on its device.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; nothing is pruned; a layer's inputs are not finite.
+
+    >>> import fxprune
+    >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.rand(64, 4)
+    >>> data = (x, torch.zeros(64))
+    >>> pruned = fxprune.apply(net, "wanda", 0.5, example_inputs=x, data=data, progress=False)
+    >>> fitted = fxprune.reconstruct(pruned, data, net, progress=False)
+    >>> bool((fitted(x) - net(x)).square().sum() < (pruned(x) - net(x)).square().sum())
+    True
+    """
+    _check(model, reference, damp, iterations)
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        masks = _masks(model)
+        student, graph = _captured(plain(inside(model)), example_inputs)
+        where = resolve_device(device) or next(iter(student.parameters())).device
+        student = student.to(where)
+        twin = _with_values(duplicate(student), reference).eval()
+        weights = {name: student.get_parameter(name).detach() for name in masks}
+        problem = Problem(
+            model=student,
+            graph=graph,
+            weights=weights,
+            masks={name: mask.to(where) for name, mask in masks.items()},
+            budget=Budget(sum(kept(masks).values()), {name: mask.numel() for name, mask in masks.items()}),
+            data=data,
+            loss_fn=loss_fn,
+            device=where,
+            progress=Display(enabled=progress),
+            micro_batch=micro_batch,
+        )
+        fit = _Fit(student, twin, damp, bias, iterations, read(inside(model)))
+        _, found = solve_layers(
+            problem,
+            fit.solve,
+            batches=None,
+            propagate=propagate,
+            method=NAME,
+            unseen="left as they are",
+            twin=twin if propagate else None,
+            passed=fit.match if norms else None,
+        )
+        return _rewritten(model, found | fit.biases, fit.statistics, masks)
+
+
+def _check(model: nn.Module, reference: nn.Module, damp: float, iterations: int) -> None:
+    for argument, value in (("model", model), ("reference", reference)):
+        if not isinstance(value, nn.Module):
+            raise TypeError(f"{argument}: expected a torch.nn.Module, got a {type(value).__name__}")
+    if isinstance(damp, bool) or not damp >= 0:
+        raise ValueError(f"damp={damp!r}: expected a share of the mean square input, at least 0")
+    if type(iterations) is not int or iterations < 1:
+        raise ValueError(f"iterations={iterations!r}: expected a number of steps, at least 1")
+    own = computed_weights(plain(inside(model)))
+    if own:
+        raise ValueError(
+            f"model: {next(iter(own))!r} is computed by a parametrization, which fitted values replace; remove it"
+        )
+
+
+def _masks(model: nn.Module) -> Masks:
+    """The masks of matrices; where there are none, the places that are not zero."""
+    inner = unwrap(inside(model))
+    found = read(inner)
+    if not found:
+        names = [name for name, parameter in inner.named_parameters() if parameter.dim() > 1]
+        found = {name: mask for name, mask in nonzeros(inner, names).items() if not mask.all()}
+    found = {name: mask for name, mask in found.items() if mask.dim() > 1}
+    if not found:
+        raise ValueError("model: it has no masks and no zeros, so that there is nothing to make up for")
+    return found
+
+
+def _captured(source: nn.Module, example_inputs: Any) -> tuple[nn.Module, ChannelGraph]:
+    """A private copy of the network, captured where that is possible."""
+    try:
+        if isinstance(source, fx.GraphModule) and example_inputs is None:
+            gm: fx.GraphModule = source
+            graph = lower(gm)
+        else:
+            gm = capture(settled(source), example_inputs)
+            graph = lower(gm)
+        return duplicate(gm), graph
+    except CaptureError as error:
+        args, kwargs = example_inputs_for(source, example_inputs)
+        return duplicate(source), graph_of_run(duplicate(source), args, kwargs, str(error))
+
+
+def _with_values(twin: nn.Module, reference: nn.Module) -> nn.Module:
+    """Give a copy of the pruned network the parameters and buffers of the dense one."""
+    dense = unwrap(inside(reference))
+    own = dict(dense.named_parameters(remove_duplicate=False))
+    buffers = dict(dense.named_buffers(remove_duplicate=False))
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if name not in own or own[name].shape != parameter.shape:
+                has = f"it has the shape {tuple(own[name].shape)}" if name in own else "it has none"
+                raise ValueError(
+                    f"reference: parameter {name!r} of shape {tuple(parameter.shape)} is wanted, and {has}; "
+                    "pass the network that was pruned"
+                )
+            parameter.copy_(own[name])
+        for name, buffer in twin.named_buffers():
+            if name in buffers and buffers[name].shape == buffer.shape:
+                buffer.copy_(buffers[name])
+    return twin
+
+
+class _Fit:
+    """Solves layers, and holds what is found besides weights: biases, statistics of batch norms."""
+
+    def __init__(
+        self, student: nn.Module, twin: nn.Module, damp: float, bias: bool, iterations: int, masks: Masks
+    ) -> None:
+        self.student, self.twin, self.damp, self.bias = student, twin, damp, bias
+        self.iterations, self.masks = iterations, masks
+        self.biases: dict[str, Tensor] = {}
+        self.statistics: dict[str, Tensor] = {}
+
+    def solve(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Fit a layer; weights without inputs stay."""
+        dense = self.twin.get_parameter(layer.name).detach().to(layer.weight.dtype)
+        weight = (layer.weight * layer.mask).clone()
+        bias = self._bias(layer)
+        for matrix in layer.matrices:
+            keep, wanted = layer.mask.view(-1)[matrix.positions], dense.reshape(-1)[matrix.positions]
+            moments, cross = matrix.moments, matrix.moments if matrix.cross is None else matrix.cross
+            means = None if matrix.sums is None or bias is None else matrix.sums / matrix.total
+            if means is not None:
+                moments = moments - matrix.total * means[0].unsqueeze(-1) * means[0].unsqueeze(-2)
+                cross = cross - matrix.total * means[0].unsqueeze(-1) * means[1].unsqueeze(-2)
+            hold = self.damp * matrix.moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+            target = cross @ wanted + hold * wanted
+            held = moments + hold * torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
+            start = weight.view(-1)[matrix.positions]
+            values = fit_kept(held, target, keep, start, iterations=self.iterations, tolerance=1e-6)
+            weight.view(-1)[matrix.positions] = values
+            if means is not None and bias is not None:
+                shift = (means[1].unsqueeze(-2) @ wanted - means[0].unsqueeze(-2) @ values).flatten()
+                self._put_bias(bias, shift)
+        return layer.mask, weight
+
+    def _bias(self, layer: Layer) -> str | None:
+        """The bias that is added to a layer's outputs, if it is known and fitted."""
+        name = layer.name.removesuffix("weight") + "bias"
+        if not self.bias or not layer.name.endswith("weight") or len(layer.matrices) != 1:
+            return None
+        found = dict(self.student.named_parameters()).get(name)
+        parts, _, outputs = layer.matrices[0].positions.shape
+        return name if found is not None and found.numel() == parts * outputs else None
+
+    def _put_bias(self, name: str, shift: Tensor) -> None:
+        parameter = self.student.get_parameter(name)
+        dense = self.twin.get_parameter(name).detach()
+        new = (dense + shift.view_as(dense)).to(parameter.dtype)
+        if name in self.masks:
+            new = new * self.masks[name].to(new.device)
+        self.biases[name] = new
+        with torch.no_grad():
+            parameter.copy_(new)
+
+    def match(self, stage: Stage, other: Stage) -> None:
+        """At a batch norm, choose the statistics that give its outputs the twin's mean and variance."""
+        module = stage.module
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
+            return
+        mean, variance = _statistics(stage)
+        wanted, spread = _statistics(other)
+        dense = other.module
+        assert isinstance(dense, nn.modules.batchnorm._BatchNorm)
+        assert dense.running_mean is not None
+        assert dense.running_var is not None
+        assert module.running_var is not None
+        ratio = torch.where((spread > 0) & (variance > 0), variance / spread, 1.0)
+        new_variance = (dense.running_var + dense.eps) * ratio - module.eps
+        new_mean = mean - (wanted - dense.running_mean) * ratio.sqrt()
+        with torch.no_grad():
+            module.running_mean.copy_(new_mean)
+            module.running_var.copy_(new_variance.clamp(min=0))
+        self.statistics[f"{stage.target}.running_mean"] = module.running_mean.clone()
+        self.statistics[f"{stage.target}.running_var"] = module.running_var.clone()
+
+
+def _statistics(stage: Stage) -> tuple[Tensor, Tensor]:
+    """The mean and variance of the channels of what a node reads, over all data."""
+    number, total, squares = 0, torch.zeros(()), torch.zeros(())
+    for piece in range(stage.count):
+        assert stage.read is not None
+        x = stage.read(piece)
+        x = x.to(torch.float64).transpose(0, 1).flatten(1)
+        number += x.shape[1]
+        total, squares = total + x.sum(1).cpu(), squares + x.square().sum(1).cpu()
+    mean = total / number
+    return mean, (squares / number - mean.square()).clamp(min=0)
+
+
+def _rewritten(
+    model: nn.Module, values: dict[str, Tensor], statistics: dict[str, Tensor], masks: Masks
+) -> nn.Module:
+    """A copy of the pruned model with new parameters and statistics."""
+    result = duplicate(model)
+    inner = unwrap(inside(result))
+    with torch.no_grad():
+        for name, value in values.items():
+            inner.get_parameter(name).copy_(value)
+        for name, value in statistics.items():
+            inner.get_buffer(name).copy_(value)
+        if read(inner):
+            put_masks(result, read(inner))
+        else:
+            for name, mask in masks.items():
+                inner.get_parameter(name).mul_(mask)
+    return result

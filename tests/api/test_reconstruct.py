@@ -1,0 +1,185 @@
+"""Reconstruction against torch.linalg.lstsq, layer by layer."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import unfold
+
+import fxprune
+
+EXACT: dict[str, Any] = {"damp": 0.0, "bias": False, "progress": False, "iterations": 400}
+
+
+def data(rows: int, inputs: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(rows, inputs).double() @ torch.randn(inputs, inputs).double(), torch.zeros(rows)
+
+
+def prune(model: nn.Module, given: Any, method: str = "magnitude", **options: Any) -> Any:
+    options.setdefault("budget", "uniform")
+    more = {"data": given} if method != "magnitude" else {}
+    return fxprune.apply(model, method, 0.5, example_inputs=given[0], progress=False, **more, **options)
+
+
+def least_squares(x: Tensor, y: Tensor, keep: Tensor) -> Tensor:
+    """(outputs, inputs): every output from its kept inputs."""
+    weight = torch.zeros(keep.shape, dtype=x.dtype)
+    for row in range(len(keep)):
+        weight[row, keep[row]] = torch.linalg.lstsq(x[:, keep[row]], y[:, row]).solution
+    return weight
+
+
+def two_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 4)).double()
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_layers_are_fitted_to_the_dense_outputs_one_after_another(method: str) -> None:
+    model, given = two_layers(), data(80, 6)
+    pruned = prune(model, given, method)
+    fitted = fxprune.reconstruct(pruned, given, model, **EXACT)
+    masks, x = fxprune.masks(pruned), given[0]
+    first = least_squares(x, x @ model[0].weight.T, masks["0.weight"])
+    assert torch.allclose(fitted.get_parameter("0.weight"), first, atol=1e-5)
+    own, dense = torch.tanh(x @ first.T + model[0].bias), torch.tanh(model[0](x))
+    second = least_squares(own.detach(), (dense @ model[2].weight.T).detach(), masks["2.weight"])
+    assert torch.allclose(fitted.get_parameter("2.weight"), second, atol=1e-5)
+
+
+def test_each_layer_alone() -> None:
+    model, given = two_layers(), data(80, 6)
+    pruned = prune(model, given)
+    fitted = fxprune.reconstruct(pruned, given, model, propagate=False, **EXACT)
+    # Without propagation a layer's inputs are those of the pruned network as it came in.
+    hidden = torch.tanh(fxprune.finalize(pruned).get_submodule("0")(given[0])).detach()
+    second = least_squares(hidden, (hidden @ model[2].weight.T).detach(), fxprune.masks(pruned)["2.weight"])
+    assert torch.allclose(fitted.get_parameter("2.weight"), second, atol=1e-5)
+
+
+def test_biases_are_fitted_with_their_layers() -> None:
+    model, given = two_layers(), data(80, 6)
+    given = (given[0] + 2, given[1])
+    pruned = prune(model, given)
+    fitted = fxprune.reconstruct(pruned, given, model, **{**EXACT, "bias": True})
+    x, keep = given[0], fxprune.masks(pruned)["0.weight"]
+    ones = torch.ones(len(x), 1).double()
+    keep = torch.cat([keep, torch.ones(len(keep), 1, dtype=torch.bool)], 1)
+    expected = least_squares(torch.cat([x, ones], 1), model[0](x).detach(), keep)
+    assert torch.allclose(fitted.get_parameter("0.weight"), expected[:, :-1], atol=1e-5)
+    assert torch.allclose(fitted.get_parameter("0.bias"), expected[:, -1], atol=1e-5)
+
+
+def test_damping_holds_weights_to_the_dense_ones() -> None:
+    model, given = nn.Sequential(nn.Linear(12, 5, bias=False)).double(), data(7, 12)
+    pruned = prune(model, given)
+    with pytest.warns(UserWarning, match="'0.weight' has 7 for 12, so that its Hessian has rank 7 at most"):
+        fitted = fxprune.reconstruct(pruned, given, model, **{**EXACT, "damp": 0.1})
+    x, weight = given[0], model[0].weight.detach()
+    root = (0.1 * x.square().sum(0).mean()).sqrt() * torch.eye(12).double()
+    expected = least_squares(
+        torch.cat([x, root]), torch.cat([x @ weight.T, root @ weight.T]), fxprune.masks(pruned)["0.weight"]
+    )
+    assert torch.allclose(fitted.get_parameter("0.weight"), expected, atol=1e-5)
+
+
+def test_convolutions_in_groups() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=False)).double()
+    x = torch.randn(9, 4, 6, 6).double().cumsum(1)
+    given = (x, torch.zeros(9))
+    pruned = prune(model, given)
+    fitted = fxprune.reconstruct(pruned, given, model, **EXACT)
+    windows = unfold(x, 3, padding=1).permute(0, 2, 1).reshape(-1, 2, 18)
+    weight, keep = model[0].weight.detach().flatten(1), fxprune.masks(pruned)["0.weight"].flatten(1)
+    for group, rows in enumerate((slice(0, 3), slice(3, 6))):
+        expected = least_squares(windows[:, group], windows[:, group] @ weight[rows].T, keep[rows])
+        assert torch.allclose(fitted.get_parameter("0.weight").flatten(1)[rows], expected, atol=1e-5)
+
+
+def test_inputs_that_are_always_zero_keep_their_weights() -> None:
+    model, given = nn.Sequential(nn.Linear(6, 5, bias=False)).double(), data(40, 6)
+    given[0][:, 2] = 0
+    pruned = prune(model, given)
+    fitted = fxprune.reconstruct(pruned, given, model, **EXACT)
+    before, after = pruned.get_parameter("0.weight"), fitted.get_parameter("0.weight")
+    assert torch.equal(before[:, 2], after[:, 2])
+    assert not torch.equal(before[:, 1], after[:, 1])
+
+
+def test_batch_norms_give_the_dense_mean_and_variance() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    x = torch.rand(32, 3, 8, 8)
+    model(x)
+    model.eval()
+    given = (x, torch.zeros(32))
+    pruned = prune(model, given)
+    fitted = fxprune.finalize(fxprune.reconstruct(pruned, given, model, progress=False))
+    norm, dense = fitted.get_submodule("1")(fitted.get_submodule("0")(x)), model[1](model[0](x))
+    assert torch.allclose(norm.mean((0, 2, 3)), dense.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(norm.var((0, 2, 3)), dense.var((0, 2, 3)), atol=1e-4)
+    same = fxprune.reconstruct(pruned, given, model, norms=False, progress=False)
+    assert torch.equal(same.get_buffer("1.running_mean"), model[1].running_mean)
+
+
+@pytest.mark.parametrize("returns", ["graph", "module"])
+@pytest.mark.parametrize("granularity", ["weight", "nm(2,4)", "channel"])
+def test_the_kind_of_model_and_the_masks_stay_and_the_caller_s_model_too(
+    returns: str, granularity: str
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 2)
+    )
+    x = torch.rand(200, 8)
+    given = (x, torch.zeros(200))
+    budget = "global" if granularity == "channel" else "uniform"
+    pruned = prune(model, given, granularity=granularity, returns=returns, budget=budget)
+    states = [copy.deepcopy(one.state_dict()) for one in (pruned, model)]
+    random = torch.get_rng_state()
+    fitted = fxprune.reconstruct(pruned, given, model, example_inputs=x, progress=False)
+    assert torch.equal(random, torch.get_rng_state())
+    assert type(fitted).__name__ == type(pruned).__name__
+    assert fitted.training == pruned.training
+    masks, found = fxprune.masks(pruned), fxprune.masks(fitted)
+    assert masks.keys() == found.keys()
+    assert all(torch.equal(masks[name], found[name]) for name in masks)
+    fxprune.verify(fitted)
+    for one, state in zip((pruned, model), states, strict=True):
+        assert all(torch.equal(state[name], value) for name, value in one.state_dict().items())
+    model.eval()
+
+    def error(one: nn.Module) -> float:
+        return float((one.eval()(x) - model(x)).detach().square().mean())
+
+    assert error(fitted) < 0.5 * error(pruned)
+
+
+def test_a_plain_model_with_zeros() -> None:
+    model, given = two_layers(), data(80, 6)
+    pruned = prune(model, given)
+    masked = fxprune.reconstruct(pruned, given, model, **EXACT)
+    plain = fxprune.reconstruct(fxprune.finalize(pruned), given, model, **EXACT)
+    assert not fxprune.masks(plain)
+    assert torch.equal(plain.get_parameter("2.weight"), masked.get_parameter("2.weight"))
+
+
+def test_bad_arguments_are_refused() -> None:
+    model, given = two_layers(), data(80, 6)
+    pruned = prune(model, given)
+    with pytest.raises(ValueError, match="it has no masks and no zeros"):
+        fxprune.reconstruct(model, given, model, example_inputs=given[0])
+    with pytest.raises(ValueError, match=r"reference: parameter '0\.weight' of shape \(10, 6\) is wanted"):
+        fxprune.reconstruct(pruned, given, nn.Linear(3, 3))
+    with pytest.raises(TypeError, match=r"reference: expected a torch\.nn\.Module, got a int"):
+        fxprune.reconstruct(pruned, given, 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="damp=-1"):
+        fxprune.reconstruct(pruned, given, model, damp=-1)
+    with pytest.raises(ValueError, match="iterations=0"):
+        fxprune.reconstruct(pruned, given, model, iterations=0)
+    with pytest.raises(ValueError, match="needs data="):
+        fxprune.reconstruct(pruned, None, model)
