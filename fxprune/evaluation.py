@@ -228,7 +228,7 @@ def _fits(target: Any, logits: Tensor, axis: int) -> bool:
 
 
 def _counted(batch: Batch, target: Any, shape: torch.Size) -> Tensor:
-    """Which positions count, flat."""
+    """Mark the positions that count, flat."""
     counted = torch.ones(shape, dtype=torch.bool)
     if isinstance(target, Tensor) and not target.is_floating_point() and target.shape == shape:
         counted &= target.cpu() != -100

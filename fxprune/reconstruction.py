@@ -88,23 +88,10 @@ def reconstruct(
     _check(model, reference, damp, iterations)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         masks = _masks(model)
-        student, graph = _captured(plain(inside(model)), example_inputs)
-        where = resolve_device(device) or next(iter(student.parameters())).device
-        student = student.to(where)
+        problem = _problem(model, masks, example_inputs, device, data=data, loss_fn=loss_fn,
+                           progress=Display(enabled=progress), micro_batch=micro_batch)  # fmt: skip
+        student = problem.model
         twin = _with_values(duplicate(student), reference).eval()
-        weights = {name: student.get_parameter(name).detach() for name in masks}
-        problem = Problem(
-            model=student,
-            graph=graph,
-            weights=weights,
-            masks={name: mask.to(where) for name, mask in masks.items()},
-            budget=Budget(sum(kept(masks).values()), {name: mask.numel() for name, mask in masks.items()}),
-            data=data,
-            loss_fn=loss_fn,
-            device=where,
-            progress=Display(enabled=progress),
-            micro_batch=micro_batch,
-        )
         fit = _Fit(student, twin, damp, bias, iterations, read(inside(model)))
         _, found = solve_layers(
             problem,
@@ -130,7 +117,7 @@ def _check(model: nn.Module, reference: nn.Module, damp: float, iterations: int)
     own = computed_weights(plain(inside(model)))
     if own:
         raise ValueError(
-            f"model: {next(iter(own))!r} is computed by a parametrization, which fitted values replace; remove it"
+            f"model: {next(iter(own))!r} is computed by a parametrization, which fitted values replace; take it off"
         )
 
 
@@ -145,6 +132,24 @@ def _masks(model: nn.Module) -> Masks:
     if not found:
         raise ValueError("model: it has no masks and no zeros, so that there is nothing to make up for")
     return found
+
+
+def _problem(
+    model: nn.Module, masks: Masks, example_inputs: Any, device: str | torch.device | None, **fields: Any
+) -> Problem:
+    """The layers to fit, on a private copy of the network."""
+    student, graph = _captured(plain(inside(model)), example_inputs)
+    where = resolve_device(device) or next(iter(student.parameters())).device
+    student = student.to(where)
+    return Problem(
+        model=student,
+        graph=graph,
+        weights={name: student.get_parameter(name).detach() for name in masks},
+        masks={name: mask.to(where) for name, mask in masks.items()},
+        budget=Budget(sum(kept(masks).values()), {name: mask.numel() for name, mask in masks.items()}),
+        device=where,
+        **fields,
+    )
 
 
 def _captured(source: nn.Module, example_inputs: Any) -> tuple[nn.Module, ChannelGraph]:

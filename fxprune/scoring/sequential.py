@@ -111,27 +111,7 @@ def solve_layers(
     calls = arguments_of(problem, read_batches(problem, batches, method), method)
     with quiet(problem.model, method), run.restored(start or {}):
         plan = _reading_plan(problem, calls, run.weights)
-        steps = iter(
-            problem.progress(range(len(run.weights)), lambda: f"{method}: {run.at}", len(run.weights))
-        )
-        beside = None if twin is None else stages(twin, calls)
-        for index, stage in enumerate(stages(problem.model, calls)):
-            other = None if beside is None else next(beside)
-            for name in plan.get(index, []):
-                run.read(stage, name, other, twin)
-                if not any(name in later for at, later in plan.items() if at > index):
-                    next(steps, None)
-                    run.solve(name)
-            if passed is not None and other is not None:
-                passed(stage, other)
-            stage.advance()
-            if other is not None:
-                other.advance()
-        for name in run.weights:
-            if name not in run.masks:
-                next(steps, None)
-                run.solve(name)
-        next(steps, None)
+        run.walk(plan, calls, twin, passed)
     if not silent:
         run.warn(unseen)
     return {n: run.masks[n] for n in problem.weights}, {n: run.found[n] for n in problem.weights}
@@ -162,6 +142,35 @@ class _Run:
             with torch.no_grad():
                 for name, values in self.before.items():
                     self.weights[name].copy_(values)
+
+    def walk(
+        self,
+        plan: Mapping[int, list[str]],
+        calls: Sequence[Arguments],
+        twin: nn.Module | None,
+        passed: Passed | None,
+    ) -> None:
+        """Go through the nodes; ``plan`` says which weights each of them reads."""
+        last = {name: index for index, names in plan.items() for name in names}
+        number = len(self.weights)
+        steps = iter(self.problem.progress(range(number), lambda: f"{self.method}: {self.at}", number))
+        beside = None if twin is None else stages(twin, calls)
+        for index, stage in enumerate(stages(self.problem.model, calls)):
+            other = None if beside is None else next(beside)
+            for name in plan.get(index, []):
+                self.read(stage, name, other, twin)
+                if last[name] == index:
+                    next(steps, None)
+                    self.solve(name)
+            if passed is not None and other is not None:
+                passed(stage, other)
+            stage.advance()
+            if other is not None:
+                other.advance()
+        for name in self.weights.keys() - last.keys():
+            next(steps, None)
+            self.solve(name)
+        next(steps, None)
 
     def read(self, stage: Stage, name: str, other: Stage | None, twin: nn.Module | None) -> None:
         """Add what a weight reads at a node, and at the same node of the twin."""
