@@ -54,8 +54,7 @@ def reconstruct(
     """Fit the kept weights of every layer to the outputs of the dense layer, by least squares.
 
     Layer by layer, ``|X_d W_d - X W|^2 + damp * mean(diag(X^T X)) * |W_d - W|^2`` is minimised over kept
-    weights W: X are the layer's inputs in the pruned network, after the layers before it were fitted, X_d and
-    W_d inputs and weights in the dense one. What a layer cannot make up for, the next one sees.
+    weights W: X are a layer's inputs in the pruned network as fitted so far, X_d and W_d those in the dense.
 
     Args:
         model: a pruned network, of any method; masked, or plain with zeros.
@@ -67,15 +66,12 @@ def reconstruct(
         bias: whether biases of fitted layers are fitted with them.
         norms: whether batch norms get statistics with which their outputs have the mean and variance that
             they have in the dense network.
-        propagate: False, to fit every layer to its dense inputs on its own.
+        propagate: False, to fit every layer on its own, on the inputs that the pruned network gives it.
         iterations: steps of conjugate gradients at most.
-        micro_batch: samples that run at a time; device, progress: as for :func:`fxprune.apply`.
+        micro_batch, device, progress: as for :func:`fxprune.apply`.
 
-    Returns:
-        A copy of ``model`` with the same masks, of the same kind and on its device.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; nothing is pruned; a layer's inputs are not finite.
+    Returns a copy of ``model`` with the same masks, of the same kind and on its device. Raises ``TypeError``
+    or ``ValueError`` where an argument does not fit, nothing is pruned, or inputs of a layer are not finite.
 
     >>> import fxprune
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.rand(64, 4)
@@ -90,9 +86,9 @@ def reconstruct(
         masks = _masks(model)
         problem = _problem(model, masks, example_inputs, device, data=data, loss_fn=loss_fn,
                            progress=Display(enabled=progress), micro_batch=micro_batch)  # fmt: skip
-        student = problem.model
-        twin = _with_values(duplicate(student), reference).eval()
-        fit = _Fit(student, twin, damp, bias, iterations, read(inside(model)))
+        twin = _with_values(duplicate(problem.model), reference).eval()
+        fit = _Fit(problem.model, twin, damp, bias, iterations, read(inside(model)))
+        options: dict[str, Any] = {"twin": twin, "passed": fit.match if norms else None} if propagate else {}
         _, found = solve_layers(
             problem,
             fit.solve,
@@ -100,8 +96,7 @@ def reconstruct(
             propagate=propagate,
             method=NAME,
             unseen="left as they are",
-            twin=twin if propagate else None,
-            passed=fit.match if norms else None,
+            **options,
         )
         return _rewritten(model, found | fit.biases, fit.statistics, masks)
 
@@ -117,7 +112,7 @@ def _check(model: nn.Module, reference: nn.Module, damp: float, iterations: int)
     own = computed_weights(plain(inside(model)))
     if own:
         raise ValueError(
-            f"model: {next(iter(own))!r} is computed by a parametrization, which fitted values replace; take it off"
+            f"model: {next(iter(own))!r} is computed by a parametrization, which new values replace"
         )
 
 

@@ -46,7 +46,7 @@ def sparsegpt(*, batches: int = 1, damp: float = 0.01, block: int = 128, propaga
     def find(problem: Problem) -> Found:
         return solve_in_rounds(
             problem,
-            lambda plan, layer: _solved(layer, plan, damp, block),
+            lambda plan, layer: solve_layer(layer, plan, damp, block),
             lambda layer: _dense_scores(layer, damp),
             batches=batches,
             propagate=propagate,
@@ -100,7 +100,7 @@ def _dense_scores(layer: Layer, damp: float) -> Tensor:
     return scores
 
 
-def _solved(layer: Layer, plan: Plan, damp: float, block: int) -> tuple[Tensor, Tensor]:
+def solve_layer(layer: Layer, plan: Plan, damp: float, block: int) -> tuple[Tensor, Tensor]:
     """Return the mask and the new weights of one layer."""
     if not plan.masks and plan.layers[layer.name] == int(layer.mask.sum()):
         return layer.mask, layer.weight

