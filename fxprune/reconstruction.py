@@ -64,14 +64,13 @@ def reconstruct(
         loss_fn: ``loss_fn(model, batch)``, where batches are mappings that do not name the model's inputs.
         damp: how much weights are held to the dense ones, as a share of the mean square input.
         bias: whether biases of fitted layers are fitted with them.
-        norms: whether batch norms get statistics with which their outputs have the mean and variance that
-            they have in the dense network.
+        norms: whether batch norms get statistics that give their outputs the dense mean and variance.
         propagate: False, to fit every layer on its own, on the inputs that the pruned network gives it.
         iterations: steps of conjugate gradients at most.
         micro_batch, device, progress: as for :func:`fxprune.apply`.
 
-    Returns a copy of ``model`` with the same masks, of the same kind and on its device. Raises ``TypeError``
-    or ``ValueError`` where an argument does not fit, nothing is pruned, or inputs of a layer are not finite.
+    Returns a copy of ``model`` with the same masks. Raises ``TypeError``, ``ValueError``: an argument does
+    not fit, nothing is pruned, or the inputs of a layer are not finite.
 
     >>> import fxprune
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.rand(64, 4)
@@ -88,17 +87,23 @@ def reconstruct(
                            progress=Display(enabled=progress), micro_batch=micro_batch)  # fmt: skip
         twin = _with_values(duplicate(problem.model), reference).eval()
         fit = _Fit(problem.model, twin, damp, bias, iterations, read(inside(model)))
-        options: dict[str, Any] = {"twin": twin, "passed": fit.match if norms else None} if propagate else {}
-        _, found = solve_layers(
-            problem,
-            fit.solve,
-            batches=None,
-            propagate=propagate,
-            method=NAME,
-            unseen="left as they are",
-            **options,
-        )
+        found = _solve(problem, fit, norms, propagate)
         return _rewritten(model, found | fit.biases, fit.statistics, masks)
+
+
+def _solve(problem: Problem, fit: _Fit, norms: bool, propagate: bool) -> dict[str, Tensor]:
+    """Fit all layers; return their weights."""
+    options: dict[str, Any] = {"twin": fit.twin, "passed": fit.match if norms else None} if propagate else {}
+    _, found = solve_layers(
+        problem,
+        fit.solve,
+        batches=None,
+        propagate=propagate,
+        method=NAME,
+        unseen="left as they are",
+        **options,
+    )
+    return found
 
 
 def _check(model: nn.Module, reference: nn.Module, damp: float, iterations: int) -> None:
