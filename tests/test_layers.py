@@ -34,10 +34,10 @@ LIGHT = {
     "fxprune.__main__",
     *(
         f"fxprune.cli{name}"
-        for name in ("", ".channel_flags", ".methods", ".planning", ".pruning", ".sources")
+        for name in ("", ".channel_flags", ".hugging_face", ".methods", ".planning", ".pruning", ".sources")
     ),
 }
-HEAVY = ("torch", "safetensors.torch")
+HEAVY = ("torch", "safetensors.torch", "numpy")
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 OPENINGS = ("What", "Where", "Which", "How", "Whatever")

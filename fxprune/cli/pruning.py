@@ -28,6 +28,7 @@ from fxprune.cli.folder import (
     read_folder,
     write_networks,
 )
+from fxprune.cli.hugging_face import folder_of, write_folder
 from fxprune.cli.methods import FOLDER, read_entries
 from fxprune.cli.sources import load_data, load_network
 from fxprune.progress import Display
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
     from fxprune.metrics import Report
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="timm:NAME, torchvision:NAME, or path/to/file.py:factory.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="timm:NAME, torchvision:NAME, hf:FOLDER, or path/to/file.py:factory."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Budget = Annotated[
@@ -48,7 +52,9 @@ Budget = Annotated[
 Granularity = Annotated[str, typer.Option(help="weight, kernel, channel, head, nm(2,4) or block(16,16).")]
 Data = Annotated[
     str | None,
-    typer.Option(help="path/to/file.py:factory of (x, y) or of batches."),
+    typer.Option(
+        help="path/to/file.py:factory of (x, y) or of batches; for hf:FOLDER also .txt (text), .npy or .npz."
+    ),
 ]
 Out = Annotated[
     Path | None, typer.Option(help=f"Folder for {REPORT}, {MASKED} and, with --compact, {COMPACT}.")
@@ -105,6 +111,9 @@ def prune(
         chosen, asked = _by_plan(plan, {**asked, **given}), {}
         method, sparsity, seed = chosen.method, chosen.sparsity, chosen.seed
     _check_files(out, export or ())
+    own = folder_of(model) is not None  # a model of transformers stays of its own class
+    if own and compact:
+        raise ValueError("--compact: a folder of transformers is written in its dense shapes; leave it out")
     display = Display()
     with display.step(f"load {model}"):
         network, inputs = load_network(model, seed)
@@ -113,12 +122,13 @@ def prune(
         chosen,
         sparsity,
         example_inputs=inputs,
-        data=None if data is None else load_data(data),
+        data=None if data is None else load_data(data, model, network),
+        returns="module" if own else "graph",
         **asked,
         seed=seed, device=device, on_collapse=on_collapse,  # type: ignore[arg-type]  # apply says which words
     )  # fmt: skip
     with display.step("analyze"):
-        report = fxprune.analyze(pruned)
+        report = fxprune.analyze(pruned, example_inputs=inputs if own else None)
     facts = {"model": model, "method": method, "options": given, "seed": seed}
     measured, lines = _results(
         network, pruned, inputs, out=out, compact=compact, export=export or [], display=display,
@@ -177,7 +187,12 @@ def _results(
         lines.append(fxprune.latency.sentence(timings))
     if out is not None:
         with display.step(f"write {out}"):
-            files = write_networks(out, pruned, small, facts)
+            own = folder_of(facts["model"]) is not None
+            files = (
+                write_folder(out, pruned, facts["model"])
+                if own
+                else write_networks(out, pruned, small, facts)
+            )
         whole = dense_bytes(network)
         found["bytes"] = {"dense": whole, **files}
         size = fxprune.latency.size

@@ -1,4 +1,4 @@
-"""Networks and data by name: ``timm:NAME``, ``torchvision:NAME`` or ``path/to/file.py:factory`` comes in."""
+"""Networks and data by name: ``timm:NAME``, ``torchvision:NAME``, ``hf:PATH`` or ``file.py:factory``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fxprune.cli.hugging_face import folder_of, load_calibration, load_folder
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -18,8 +20,9 @@ LIBRARIES = ("timm", "torchvision")
 def load_network(source: str, seed: int) -> tuple[nn.Module, Any]:
     """The network that ``source`` names, freshly initialised under ``seed``, and its example inputs.
 
-    The inputs are None where the network says itself what it takes. A factory in a file returns a module, or
-    a pair of a module and example inputs. The global random state is left as it was.
+    A folder of transformers, ``hf:PATH``, has its weights. The inputs are None where the network says itself
+    what it takes. A factory in a file returns a module, or a pair of a module and example inputs.
+    The global random state is left as it was.
 
     Raises ``ValueError`` or ``TypeError``, naming ``source``, where there is no such network.
 
@@ -29,6 +32,8 @@ def load_network(source: str, seed: int) -> tuple[nn.Module, Any]:
     import torch
 
     kind, _, name = source.partition(":")
+    if folder_of(source) is not None:
+        return load_folder(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind in LIBRARIES:
@@ -78,8 +83,13 @@ def _is_model(library: str, name: str) -> bool:
     return name in list_models(library)
 
 
-def load_data(source: str) -> Any:
-    """Return the data of the factory ``path/to/file.py:factory``: (x, y), or an iterable of batches."""
+def load_data(source: str, model: str = "", network: nn.Module | None = None) -> Any:
+    """Return the data of the factory ``path/to/file.py:factory``: (x, y), or an iterable of batches.
+
+    For the ``network`` of a folder of transformers (``model`` is ``hf:PATH``) also text or arrays in a file.
+    """
+    if folder_of(model) is not None and network is not None and ".py:" not in source:
+        return load_calibration(Path(source), model, network)
     return _factory(source)()
 
 
@@ -87,7 +97,9 @@ def _factory(source: str) -> Callable[[], Any]:
     name, _, attribute = source.rpartition(":")
     path = Path(name)
     if path.suffix != ".py" or not attribute:
-        raise ValueError(f"{source!r}: expected timm:NAME, torchvision:NAME or path/to/file.py:factory")
+        raise ValueError(
+            f"{source!r}: expected timm:NAME, torchvision:NAME, hf:PATH or path/to/file.py:factory"
+        )
     if not path.is_file():
         raise ValueError(f"{source!r}: there is no file {name!r}")
     spec = importlib.util.spec_from_file_location(path.stem, path)

@@ -54,7 +54,7 @@ def sparsegpt(*, batches: int = 1, damp: float = 0.01, block: int = 128, propaga
         )
 
     return Method(
-        name=NAME,
+        name="sparsegpt",
         find=find,
         needs=frozenset({"data"}),
         summary="removes weights input by input, and later ones make up for it; for pretrained networks",

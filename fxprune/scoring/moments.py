@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.scoring.inputs import PRODUCTS
@@ -22,6 +23,9 @@ from fxprune.scoring.inputs import PRODUCTS
 __all__ = ["Part", "Products", "Watch", "unfolded"]
 
 aten = torch.ops.aten
+GROUPED = getattr(aten._grouped_mm, "default", None) if hasattr(aten, "_grouped_mm") else None
+"""The product of runs of rows and a stack of matrices, as mixtures of experts have it."""
+
 CHUNK = 1 << 24
 """Numbers that unfolded windows may have at a time."""
 
@@ -121,6 +125,8 @@ class Products(TorchDispatchMode):
         elif func in PRODUCTS:
             first = PRODUCTS[func]
             self._product(args[first], args[first + 1])
+        elif func is GROUPED and args[0].dim() == 2 and args[1].dim() == 3:
+            self._grouped(*args[:3])
         return func(*args, **(kwargs or {}))
 
     def _name_of(self, operand: Any) -> str | None:
@@ -139,6 +145,20 @@ class Products(TorchDispatchMode):
                 return [x.flatten(0, 1)[None] if geometry.is_shared else x]
 
             self.see(name, geometry, inputs)
+
+    def _grouped(self, rows: Tensor, stack: Tensor, ends: Tensor) -> None:
+        """Runs of rows, each times a matrix of its own."""
+        name = self._name_of(stack)
+        if name is None:
+            return
+        geometry = Geometry(int(stack.storage_offset()), tuple(stack.shape), stack.stride())
+
+        def inputs() -> list[Tensor]:
+            last = ends.tolist()
+            runs = [rows[first:end] for first, end in zip([0, *last], last, strict=False)]
+            return [pad_sequence(runs, batch_first=True)]
+
+        self.see(name, geometry, inputs)
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Any, *how: Any) -> None:
         name = self._name_of(weight)
@@ -235,7 +255,7 @@ class Watch:
                 part.add(x)
             return
         dense = next(self.twin, [])
-        if [x.shape for x in dense] != [x.shape for x in own]:
+        if not _same_rows(own, dense):
             dense = own  # other rows came here, as to an expert: the dense layer is followed on these
         for x, other in zip(own, dense, strict=True):
             part.add(x, other)
@@ -243,3 +263,11 @@ class Watch:
     def products(self) -> Products:
         """A mode that shows this watch every product."""
         return Products(self.weights, self.see)
+
+
+def _same_rows(own: list[Tensor], dense: list[Tensor]) -> bool:
+    """Whether two networks gave a product the same rows: as many, and in stacks the same that are empty."""
+    if [x.shape for x in own] != [x.shape for x in dense]:
+        return False
+    pairs = [pair for pair in zip(own, dense, strict=True) if len(pair[0]) > 1]
+    return all(torch.equal((x != 0).any(-1), (y != 0).any(-1)) for x, y in pairs)

@@ -354,6 +354,37 @@ def test_experts_have_moments_of_their_own_and_unused_ones_are_named() -> None:
     assert torch.equal(weights["up"][2:] * keep, model.up[2:] * keep)
 
 
+def test_experts_of_transformers_are_solved_by_the_tokens_they_get() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    ids = torch.randint(50, (16, 8))
+    taken: list[Tensor] = []
+    experts = model.model.layers[0].mlp.experts
+    handle = experts.register_forward_pre_hook(lambda module, args: taken.extend(args[:2]))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    hidden, choice = taken
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruned = fxprune.apply(
+            model, "sparsegpt", 0.5, example_inputs={"input_ids": ids[:2]}, returns="module", progress=False,
+            data=({"input_ids": ids}, torch.zeros(16)), propagate=False,
+        )  # fmt: skip
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    mask, values = fxprune.masks(pruned)[name], pruned.get_parameter(name)
+    for expert in range(3):
+        rows = hidden[(choice == expert).any(-1)].double()
+        if len(rows) > 8:
+            _, expected = given_mask(experts.gate_up_proj[expert].detach().double(), rows, mask[expert])
+            assert torch.allclose(values[expert].double(), expected, atol=1e-5)
+
+
 def test_bad_input_is_told_of() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.rand(8, 4)
     with pytest.raises(ValueError, match="method 'sparsegpt' needs data"):

@@ -1,0 +1,147 @@
+"""Folders of transformers, ``hf:PATH``: a model with its example inputs and calibration data comes in.
+
+A pruned model goes out as such a folder again, dense in form, with zeros.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fxprune
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["load_calibration", "load_folder", "write_folder"]
+
+PREFIX = "hf:"
+LENGTH = 128
+"""Tokens in a row of calibration data, where the model takes as many."""
+ROWS = 8
+"""Rows of a batch."""
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
+
+
+def folder_of(source: str) -> Path | None:
+    """Return the folder that ``hf:PATH`` names; ``None`` for other sources."""
+    return Path(source.removeprefix(PREFIX)) if source.startswith(PREFIX) else None
+
+
+def load_folder(source: str) -> tuple[nn.Module, Any]:
+    """Load the model of a folder with its weights, and make example inputs for it.
+
+    Raises ``ValueError`` for a folder that holds no model, or one whose inputs are neither tokens nor images.
+    """
+    import transformers
+
+    folder = folder_of(source)
+    assert folder is not None
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{source!r}: {folder} has no config.json; expected a folder of transformers")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{source!r}: {folder} has no weights (*.safetensors); save the model there")
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    name = next(iter(config.architectures or ()), "AutoModel")
+    kind = getattr(transformers, name, transformers.AutoModel)
+    model: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
+    return model, _example(model, source)
+
+
+def _example(model: Any, source: str) -> dict[str, Any]:
+    import torch
+
+    config, first = model.config, model.main_input_name
+    if first == "input_ids":
+        text = config.get_text_config()
+        return {first: torch.arange(2 * _length(model)).view(2, -1) % int(text.vocab_size)}
+    size = getattr(config, "image_size", None)
+    if first == "pixel_values" and size:
+        height, width = (size, size) if isinstance(size, int) else size
+        return {first: torch.zeros(2, int(getattr(config, "num_channels", 3)), height, width)}
+    raise ValueError(
+        f"{source!r}: the model reads {first!r}, and only tokens and images are made up; give "
+        "--data file.npz with an array for every input"
+    )
+
+
+def _length(model: Any) -> int:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", LENGTH)
+    return min(LENGTH, int(most))
+
+
+def load_calibration(path: Path, source: str, model: nn.Module) -> list[Any]:
+    """Read calibration data: text that the folder's tokenizer cuts up, or arrays by the name of an input.
+
+    Args:
+        path: ``.txt``, ``.npy`` (the model's main input) or ``.npz`` (several inputs, by name).
+        source: ``hf:PATH``.
+        model: the model of the folder.
+
+    Returns:
+        Batches (inputs by name, zeros); there are no labels.
+
+    Raises ``ValueError`` for other files, text without a tokenizer, and less than one row.
+    """
+    import torch
+
+    if not path.is_file():
+        raise ValueError(f"--data {path}: there is no such file")
+    if path.suffix == ".txt":
+        inputs = {"input_ids": _tokens(path, source, model)}
+    elif path.suffix in (".npy", ".npz"):
+        inputs = _arrays(path, model)
+    else:
+        raise ValueError(f"--data {path}: expected .txt, .npy or .npz for {source}, or file.py:factory")
+    rows = len(next(iter(inputs.values())))
+    return [
+        ({name: values[first : first + ROWS] for name, values in inputs.items()}, torch.zeros(1))
+        for first in range(0, rows, ROWS)
+    ]
+
+
+def _tokens(path: Path, source: str, model: nn.Module) -> Any:
+    import torch
+    import transformers
+
+    folder = folder_of(source)
+    assert folder is not None
+    if not any((folder / name).is_file() for name in TOKENIZER):
+        raise ValueError(f"--data {path}: {folder} has no tokenizer for text; give arrays of tokens, .npy")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    words = torch.tensor(tokenizer(text, truncation=False, verbose=False)["input_ids"])
+    length = _length(model)
+    if len(words) < length:
+        raise ValueError(f"--data {path}: {len(words)} tokens, and a row has {length}; give more text")
+    return words[: len(words) // length * length].view(-1, length)
+
+
+def _arrays(path: Path, model: Any) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    found = np.load(path)
+    arrays = {model.main_input_name: found} if isinstance(found, np.ndarray) else dict(found)
+    sizes = {name: len(array) for name, array in arrays.items()}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        raise ValueError(f"--data {path}: expected arrays with equally many samples, at least 1; got {sizes}")
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def write_folder(folder: Path, pruned: nn.Module, source: str) -> dict[str, int]:
+    """Write a pruned model of transformers as a folder that ``from_pretrained`` reads; return bytes by file.
+
+    Shapes are those of the dense model, pruned weights are zeros; the tokenizer's files are copied.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    final: Any = fxprune.finalize(pruned)
+    final.save_pretrained(folder)
+    origin = folder_of(source)
+    assert origin is not None
+    for file in sorted(origin.iterdir()):
+        wanted = file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json")
+        if wanted and file.is_file() and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}

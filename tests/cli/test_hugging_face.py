@@ -1,0 +1,92 @@
+"""``fxprune prune hf:FOLDER``: folders of transformers in, and out again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fxprune.cli import run
+
+transformers = pytest.importorskip("transformers")
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "a", "mat", "and", "dog")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model with a tied head, and its tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=8, tie_word_embeddings=True, bos_token_id=2,
+        eos_token_id=3, pad_token_id=0,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(path)
+    return path
+
+
+def text(path: Path, repeats: int = 60) -> Path:
+    path.write_text("the cat sat on a mat and the dog sat on the cat " * repeats)
+    return path
+
+
+def test_a_folder_is_pruned_on_text_and_written_back(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    words = ["-m", "sparsegpt", "-s", "0.5", "--batches", "5", "--data", str(text(tmp_path / "some.txt"))]
+    assert run(["prune", f"hf:{folder}", *words, "--out", str(out)]) == 0, capsys.readouterr().err
+    assert json.loads((out / "report.json").read_text())["method"] == "sparsegpt"
+    again = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
+        weight = again.get_parameter(f"model.layers.1.{name}.weight")
+        assert int((weight != 0).sum()) == weight.numel() // 2
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("the cat", return_tensors="pt")["input_ids"]
+    assert again.generate(ids, max_new_tokens=3, do_sample=False, min_new_tokens=3).shape == (1, 5)
+
+
+def test_arrays_are_calibration_data_too(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 13, (16, 8)))
+    np.savez(tmp_path / "ids.npz", input_ids=np.random.default_rng(0).integers(0, 13, (16, 8)))
+    for name in ("ids.npy", "ids.npz"):
+        words = ["-m", "wanda", "-s", "0.5", "--data", str(tmp_path / name)]
+        assert run(["prune", f"hf:{folder}", *words]) == 0, capsys.readouterr().err
+
+
+def test_what_is_wrong_is_said_in_a_line(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((folder / name).read_bytes())
+    little, much = text(tmp_path / "little.txt", 0), text(tmp_path / "much.txt")
+    np.save(tmp_path / "far.npy", np.full((2, 8), 99))
+    cases: list[tuple[str, list[str], str]] = [
+        (f"hf:{empty}", [], "has no config.json; expected a folder of transformers"),
+        (f"hf:{tmp_path}/none", [], "has no config.json"),
+        (f"hf:{bare}", ["--data", str(much)], "has no tokenizer for text"),
+        (f"hf:{folder}", ["--data", str(little)], "0 tokens, and a row has 8; give more text"),
+        (f"hf:{folder}", ["--data", str(tmp_path / "x.txt")], "there is no such file"),
+        (f"hf:{folder}", ["--data", str(empty)], "there is no such file"),
+        (f"hf:{folder}", ["--data", str(folder / "config.json")], "expected .txt, .npy or .npz"),
+        (f"hf:{folder}", ["--compact"], "--compact: a folder of transformers is written in its dense shapes"),
+        (f"hf:{folder}", ["--data", str(tmp_path / "far.npy")], "tokens of data run from 99 to 99"),
+        (f"hf:{folder}", [], "method 'sparsegpt' needs data"),
+    ]
+    (empty / "note.txt").write_text("")
+    for source, more, message in cases:
+        assert run(["prune", source, "-m", "sparsegpt", *more]) == 2
+        assert message in capsys.readouterr().err
+    (bare / "model.safetensors").unlink()
+    assert run(["prune", f"hf:{bare}"]) == 2
+    assert "has no weights" in capsys.readouterr().err
