@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md", "docs/tour.md", "docs/channels.md", "docs/compaction.md", "docs/files.md",
-    "docs/add_a_method.md", "docs/add_an_op.md", "docs/write_a_pass.md",
+    "docs/pretrained.md", "docs/add_a_method.md", "docs/add_an_op.md", "docs/write_a_pass.md",
 ]  # fmt: skip
 SMALL = {"resnet50": "test_resnet", "resnet18": "test_resnet", "224": "64"}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)

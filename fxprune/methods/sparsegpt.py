@@ -11,7 +11,7 @@ from fxprune.scoring.contract import Found, Method, Problem
 from fxprune.scoring.gradients import count_of
 from fxprune.scoring.layer_plan import Plan, choose_in_layer, solve_in_rounds
 from fxprune.scoring.sequential import Layer, Matrix
-from fxprune.scoring.surgeon import Chooser, inverse_root, surgery
+from fxprune.scoring.surgeon import Chooser, dense_scores, inverse_root, surgery
 from fxprune.sparsity.budget import Budget, apportion
 from fxprune.sparsity.channel_granularity import Oriented
 from fxprune.sparsity.granularity import NEVER, NM, WEIGHT, Granularity
@@ -47,7 +47,7 @@ def sparsegpt(*, batches: int = 1, damp: float = 0.01, block: int = 128, propaga
         return solve_in_rounds(
             problem,
             lambda plan, layer: solve_layer(layer, plan, damp, block),
-            lambda layer: _dense_scores(layer, damp),
+            lambda layer: dense_scores(layer.weight, layer.matrices, layer.unseen, damp),
             batches=batches,
             propagate=propagate,
             method=NAME,
@@ -83,23 +83,6 @@ def _ready(matrix: Matrix, damp: float, taps_first: bool = False) -> _Ready:
     return _Ready(positions, inverse_root(moments, damp), dead)
 
 
-def _dense_scores(layer: Layer, damp: float) -> Tensor:
-    """``w^2 / R_jj^2`` of all weights at once; where no inputs are seen, on the mean of these scales."""
-    scores = layer.weight.square()
-    flat, scales = scores.view(-1), []
-    for matrix in layer.matrices:
-        # The diagonal of the inverse of H: the error if all other inputs make up for the weight.
-        root = inverse_root(matrix.moments, damp)
-        inverse = root.square().sum(-2)
-        dead = matrix.moments.diagonal(dim1=-2, dim2=-1) == 0
-        scale = torch.where(dead, 0.0, 1 / inverse)
-        flat[matrix.positions] *= scale.unsqueeze(-1)
-        scales.append(scale.mean())
-    if scales and len(layer.unseen):
-        flat[layer.unseen] *= torch.stack(scales).mean()
-    return scores
-
-
 def solve_layer(layer: Layer, plan: Plan, damp: float, block: int) -> tuple[Tensor, Tensor]:
     """Return the mask and the new weights of one layer."""
     if not plan.masks and plan.layers[layer.name] == int(layer.mask.sum()):
@@ -107,7 +90,7 @@ def solve_layer(layer: Layer, plan: Plan, damp: float, block: int) -> tuple[Tens
     pattern = _pattern(plan, layer)
     if pattern is not None:
         return _column_blocks(layer, plan, pattern, damp, pattern.m if isinstance(pattern, NM) else block)
-    mask = choose_in_layer(plan, layer, _dense_scores(layer, damp))
+    mask = choose_in_layer(plan, layer, dense_scores(layer.weight, layer.matrices, layer.unseen, damp))
     weight = layer.weight * mask
     for matrix in layer.matrices:
         ready = _ready(matrix, damp)
@@ -157,12 +140,13 @@ def _column_blocks(
     mask, weight = layer.mask.clone(), layer.weight.clone()
     flat_mask, flat = mask.view(-1), weight.view(-1)
     steps = [_ready(matrix, damp, pattern != WEIGHT) for matrix in layer.matrices]
-    numbers = iter(_block_budgets(layer, plan.layers[layer.name], steps, pattern, block))
-    for step in steps:
-        within, values = flat_mask[step.positions], flat[step.positions]
+    may_stay = [_read(flat_mask, step.positions) for step in steps]
+    numbers = iter(_block_budgets(layer, plan.layers[layer.name], steps, may_stay, pattern, block))
+    for step, within in zip(steps, may_stay, strict=True):
+        values = _read(flat, step.positions)
         chooser = _chooser(layer.name, within, step.dead, pattern, numbers)
-        flat_mask[step.positions] = surgery(values, step.root, chooser, block)
-        flat[step.positions] = values
+        _write(flat_mask, step.positions, surgery(values, step.root, chooser, block))
+        _write(flat, step.positions, values)
     if len(layer.unseen):
         size = flat[layer.unseen].abs()
         chosen = _best(layer.name, size[:, None], flat_mask[layer.unseen][:, None], WEIGHT, next(numbers))
@@ -171,15 +155,43 @@ def _column_blocks(
     return mask, weight
 
 
+def _is_whole(flat: Tensor, positions: Tensor) -> bool:
+    """Whether the places are those of one matrix (outputs, inputs), as it lies in the parameter."""
+    parts, inputs, outputs = positions.shape
+    if parts > 1 or positions.numel() != flat.numel():
+        return False
+    return torch.equal(positions[0].mT, torch.arange(flat.numel(), device=flat.device).view(outputs, inputs))
+
+
+def _read(flat: Tensor, positions: Tensor) -> Tensor:
+    """``flat[positions]``, without looking up places one by one where they lie in order."""
+    if not _is_whole(flat, positions):
+        return flat[positions]
+    return flat.view(positions.shape[2], positions.shape[1]).mT.contiguous()[None]
+
+
+def _write(flat: Tensor, positions: Tensor, values: Tensor) -> None:
+    """``flat[positions] = values``, likewise."""
+    if _is_whole(flat, positions):
+        flat.view(positions.shape[2], positions.shape[1]).copy_(values[0].mT)
+    else:
+        flat[positions] = values
+
+
 def _block_budgets(
-    layer: Layer, number: int, steps: list[_Ready], pattern: Granularity, block: int
+    layer: Layer,
+    number: int,
+    steps: list[_Ready],
+    may_stay: list[Tensor],
+    pattern: Granularity,
+    block: int,
 ) -> list[int]:
     """Split a layer's number of weights over its blocks of inputs, and the weights without inputs."""
     flat = layer.mask.view(-1)
     room, live = [], []
-    for step in steps:
+    for step, mask in zip(steps, may_stay, strict=True):
         for first in range(0, step.positions.shape[1], block):
-            within = flat[step.positions[:, first : first + block]]
+            within = mask[:, first : first + block]
             room.append(pattern.room({"": _rows(within)})[""])
             live.append(int((within & ~step.dead[:, first : first + block, None]).sum()))
     if len(layer.unseen):

@@ -55,6 +55,9 @@ def _ranks(problem: Problem, name: str, score: torch.Tensor, compare: str) -> to
     kernels = problem.graph.kernels.get(name)
     own = output_first(score, kernels)
     lines = own.flatten(1) if compare == "output" else own.reshape(1, -1)
-    order = lines.argsort(dim=1, stable=True, descending=True).argsort(dim=1)
-    ranks = 1 - (order.double() + 0.5) / lines.shape[1]
+    order = lines.argsort(dim=1, stable=True, descending=True)
+    places = torch.arange(lines.shape[1], device=lines.device, dtype=torch.float64)
+    ranks = torch.empty_like(lines, dtype=torch.float64).scatter_(
+        1, order, (1 - (places + 0.5) / lines.shape[1]).expand_as(lines)
+    )
     return output_first(ranks.view(own.shape), kernels)

@@ -6,12 +6,26 @@ stacked as (parts, inputs, outputs), so that all weights of one input lie side b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Chooser", "damped", "inverse_root", "scores_of", "surgery"]
+__all__ = ["Chooser", "damped", "dense_scores", "inverse_root", "scores_of", "surgery"]
+
+
+class Moments(Protocol):
+    """A matrix in a parameter: its places, and the moments of its inputs."""
+
+    @property
+    def positions(self) -> Tensor:
+        """(parts, inputs, outputs)."""
+
+    @property
+    def moments(self) -> Tensor:
+        """(parts, inputs, inputs)."""
+
 
 Chooser = Callable[[int, int, Tensor], Tensor]
 """``chooser(first, last, scores)``: the weights to keep (bool) of inputs ``first`` to ``last``, which have
@@ -73,6 +87,25 @@ def _lower_inverse(lower: Tensor) -> Tensor:
 def scores_of(weights: Tensor, root: Tensor) -> Tensor:
     """Compute ``w^2 / R_jj^2``: the error if only this weight, and no input after it, is changed."""
     return (weights / root.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).square()
+
+
+def dense_scores(weight: Tensor, matrices: Sequence[Moments], unseen: Tensor, damp: float) -> Tensor:
+    """Compute ``w^2 / [H^-1]_jj``: the error if a weight goes and all others of its output make up for it.
+
+    Weights of inputs that are always zero have none; the weights at the places ``unseen``, whose inputs are
+    not known, get the mean of the others' factors.
+    """
+    scores = weight.square()
+    flat, scales = scores.view(-1), []
+    for matrix in matrices:
+        inverse = inverse_root(matrix.moments, damp).square().sum(-2)
+        dead = matrix.moments.diagonal(dim1=-2, dim2=-1) == 0
+        scale = torch.where(dead, 0.0, 1 / inverse)
+        flat[matrix.positions] *= scale.unsqueeze(-1)
+        scales.append(scale.mean())
+    if scales and len(unseen):
+        flat[unseen] *= torch.stack(scales).mean()
+    return scores
 
 
 def surgery(weights: Tensor, root: Tensor, chooser: Chooser, block: int) -> Tensor:
