@@ -279,9 +279,7 @@ def _executed(
     return pruned
 
 
-def _masks(
-    network: Network, problem: Problem, wish: Request
-) -> tuple[Masks, Weights, LatencyTarget | None]:
+def _masks(network: Network, problem: Problem, wish: Request) -> tuple[Masks, Weights, LatencyTarget | None]:
     """Find masks by the method, and new weights; under ``of="latency"`` until the time is right, with the times."""
     weights: Weights = {}
 

@@ -110,7 +110,7 @@ def _traced_mask(layer: Layer, groups: list[_Rows], number: int) -> Tensor:
     orders, costs = [], []
     for rows in groups:
         step = max(1, CHUNK // rows.inverse.numel())
-        for places in rows.places.split(step):
+        for places in torch.split(rows.places, step):
             order, cost = _trace(layer.weight.view(-1)[places], rows.inverse, mask[places])
             orders.append(places.gather(1, order))
             costs.append(cost)
