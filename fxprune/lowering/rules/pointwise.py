@@ -99,8 +99,6 @@ def elementwise(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value
     if any(isinstance(a, ir.Value) for a in tensors_in((args, kwargs))):
         others = [a for a in tensors_in((args, kwargs)) if isinstance(a, ir.Value)]
         return context.build.sum([value, *others], shape)
-    if not value.live and value.shape == shape:
-        return value
     constants = [a for a in tensors_in((args, kwargs)) if isinstance(a, Constant) and a.reads is not None]
     slopes = list(context.module.parameters()) if context.module is not None else []
     floor = _has_floor(context, (x, *args), kwargs)

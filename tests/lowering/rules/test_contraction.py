@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fxprune.capture import capture
+from fxprune.graph import ir
 from fxprune.lowering import lower, matrices_outside
 from lowering.agreement import lowered
 from lowering.wrapped import check
@@ -39,6 +40,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "constant on the left": lambda x: torch.ones(3, 5) @ x,
     "constant that selects, on the left": lambda x: torch.eye(5)[1:3] @ x,
     "bmm": lambda x: torch.bmm(x, x.transpose(1, 2)),
+    "F.linear by a value": lambda x: F.linear(x, x.mean(0)),
     "baddbmm": lambda x: torch.baddbmm(x @ x.mT, x, x.mT, beta=0.5, alpha=2),
     "baddbmm without its first": lambda x: torch.baddbmm(x @ x.mT, x, x.mT, beta=0),
     "baddbmm by name": lambda x: torch.baddbmm(x @ x.mT, batch2=x.mT, batch1=x, beta=0.5, alpha=2),
@@ -63,6 +65,18 @@ def test_product(name: str) -> None:
 def test_product_of_three() -> None:
     """Two at a time: the same weights are effective (how a product of three counts is a matter of order)."""
     check(lambda x: torch.einsum("bnc,bmc,bmd->bnd", x, x, x), TOKENS, counts=False)
+
+
+def test_a_product_of_three_sums_a_letter_as_soon_as_no_later_factor_has_it() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), Triple())
+    graph = lowered(model, torch.ones(2, 5, 3))
+    shapes = [tuple(op.output.shape) for op in graph.ops if isinstance(op, ir.Mix)]
+    assert shapes == [(2, 5, 5), (2, 5, 4)]
+
+
+class Triple(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bnc,bmc,bmd->bnd", x, x, x)
 
 
 class GlobalFilter(nn.Module):
@@ -173,7 +187,12 @@ def test_own_parameter(name: str) -> None:
 def test_what_is_no_linear_layer_of_the_parameter() -> None:
     """Zeros of a parameter that is changed first are none in the product; it is named as not prunable."""
     torch.manual_seed(0)
-    for function in (lambda x, w: x @ w.exp(), lambda x, w: x @ (w @ w.T)):
+    functions = (
+        lambda x, w: x @ w.exp(),
+        lambda x, w: x @ (w @ w.T),
+        lambda x, w: torch.einsum("bnc,dc->bnd", x[..., :1], w),  # one number for a row
+    )
+    for function in functions:
         gm = capture(Own(function, 8, 8), torch.randn(2, *TOKENS))
         graph = lower(gm, strict=True)
         assert not graph.kernels

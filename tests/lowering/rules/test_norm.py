@@ -72,6 +72,20 @@ BY_FUNCTION: dict[str, tuple[Callable[[Tensor], Tensor], Tensor, tuple[int, ...]
         False,
     ),
     "instance": (lambda x: F.instance_norm(x, weight=one, bias=zero), IMAGE, (2, 3), 1, True),
+    "aten instance": (
+        lambda x: torch.instance_norm(x, one, zero, None, None, True, 0.1, 1e-5, False),
+        IMAGE,
+        (2, 3),
+        1,
+        True,
+    ),
+    "aten instance with running statistics": (
+        lambda x: torch.instance_norm(x, one, None, zero, one, False, 0.1, 1e-5, False),
+        IMAGE,
+        (),
+        1,
+        False,
+    ),
     "layer": (lambda x: F.layer_norm(x, [4], bias=zero), TOKENS, (2,), 1, True),
     "rms": (lambda x: F.rms_norm(x, [4]), TOKENS, (2,), 1, False),
     "group": (lambda x: F.group_norm(x, 4, one, zero), IMAGE, (1, 2, 3), 4, True),
@@ -85,6 +99,21 @@ def test_functions(name: str) -> None:
     function, x, axes, groups, bias = BY_FUNCTION[name]
     (op,) = norms(function, x)
     assert (op.axes, op.groups, op.bias) == (axes, groups, bias)
+
+
+EPS: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+    "batch": (lambda x: F.batch_norm(x, zero, one), IMAGE),
+    "instance": (lambda x: F.instance_norm(x), IMAGE),
+    "layer": (lambda x: F.layer_norm(x, [4]), TOKENS),
+    "group": (lambda x: F.group_norm(x, 2), IMAGE),
+}
+
+
+@pytest.mark.parametrize("name", EPS)
+def test_functions_add_what_torch_adds_to_a_variance_by_default(name: str) -> None:
+    function, x = EPS[name]
+    (op,) = norms(function, x)
+    assert op.eps == 1e-5
 
 
 def global_response(x: Tensor) -> Tensor:

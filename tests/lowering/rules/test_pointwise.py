@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from fxprune.capture import capture
 from fxprune.lowering import lower
 from fxprune.paths.count import reach
+from lowering.agreement import assert_reach, lowered
 from lowering.wrapped import Entries, check
 
 TOKENS = (5, 8)
@@ -54,6 +55,28 @@ def test_gate(name: str) -> None:
 def test_a_value_times_itself_is_a_square() -> None:
     """One factor's paths, as in ``x.square()``; the same weights are effective."""
     check(lambda x: x[..., :4] * (x * x)[..., 4:], TOKENS, counts=False)
+
+
+class FixedGate(nn.Module):
+    """A gate that no input reaches: ``function`` of a layer that reads a buffer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.gate = nn.Linear(3, 4, bias=False), nn.Linear(2, 4, bias=False)
+        self.register_buffer("given", torch.ones(2))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x) * self.function(self.gate(self.given))
+        return y
+
+
+@pytest.mark.parametrize("function", [F.relu, torch.sigmoid, lambda y: y.maximum(torch.zeros(2, 4))])
+def test_a_function_of_what_no_input_reaches(function: Callable[[Tensor], Tensor]) -> None:
+    """With rows of zeros in the gate's layer, sigmoid gives one half and relu nothing."""
+    model, x = FixedGate(function), torch.ones(2, 3)
+    rows = torch.tensor([True, False, True, False])
+    assert_reach(lowered(model, x), model, x, {"gate.weight": rows[:, None].expand(4, 2)})
 
 
 def test_literals_are_read_for_their_numbers() -> None:
