@@ -134,7 +134,7 @@ class _Follower:
                     found.append(factor)
         found = _distinct(found)
         for value in inputs:
-            if not value.live and value.index not in self.labels.values:
+            if not value.live:
                 self._label_constant(value, found, rank)
         return found
 
@@ -146,7 +146,18 @@ class _Follower:
             if all(axis >= more and value.shape[axis - more] > 1 for axis in factor.axes):
                 axes = tuple(axis - more for axis in factor.axes)
                 own.append(Factor(axes, factor.labels.reshape(factor.labels.shape[more:])))
-        self.labels.values[value.index] = tuple(own)
+        self._set_constant(value, own)
+
+    def _set_constant(self, value: ir.Value, own: Sequence[Factor]) -> None:
+        """Give a constant its labels; those that it has from another use must go together with them."""
+        known = self.labels.values.setdefault(value.index, tuple(own))
+        for one, other in ((known, own), (own, known)):
+            for factor in one:
+                partner = next((each for each in other if each.axes == factor.axes), None)
+                if partner is None:
+                    self.labels.fix(factor.labels, self._because("a constant that is also read whole"))
+                else:
+                    self.labels.tie(factor.labels, partner.labels)
 
     def _partner(
         self, factor: Factor, own: Sequence[int], size: Sequence[int], others: Sequence[Factor]
@@ -188,25 +199,27 @@ class _Follower:
             if any(own <= set(other.axes) or own >= set(other.axes) for other in found):
                 self.labels.fix(factor.labels, self._because("channels along two axes become one axis"))
                 continue
-            self._label_moved_constants(op, factor)
             found.append(factor)
             if len(factor.axes) > 1:
                 self._record_lines(op.output, factor)
+        self._label_moved_constants(op, found)
         return found
 
-    def _label_moved_constants(self, op: ir.Gather, factor: Factor) -> None:
+    def _label_moved_constants(self, op: ir.Gather, factors: Sequence[Factor]) -> None:
         """Let the entries of a constant that is moved beside channels go with them."""
         for place, value in enumerate(op.inputs):
-            if value.live or self.labels.values.get(value.index):
+            if value.live:
                 continue
             parts = [torch.zeros(other.shape) for other in op.inputs]
             parts[place] = torch.arange(1, 1 + parts[place].numel()).float().view(value.shape)
             entries = op.move(*parts).long()
-            labels = torch.full((parts[place].numel() + 1,), FILLED)
-            labels[entries.flatten()] = factor.labels.expand(entries.shape).flatten()
-            own = thin(labels[1:].view(value.shape))
-            if own is not None:
-                self.labels.values[value.index] = (own,)
+            own = []
+            for factor in factors:
+                labels = torch.full((parts[place].numel() + 1,), FILLED)
+                labels[entries.flatten()] = factor.labels.expand(entries.shape).flatten()
+                own.append(thin(labels[1:].view(value.shape)))
+            if any(factor is not None for factor in own):
+                self._set_constant(value, _distinct([factor for factor in own if factor is not None]))
 
     def _full(self, value: ir.Value, axes: tuple[int, ...]) -> Tensor:
         """Labels of a value's full shape, as floats: those of its factor along ``axes``, or fixed ones."""

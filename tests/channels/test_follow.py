@@ -178,3 +178,43 @@ def test_an_empty_part_of_a_split_has_no_channels() -> None:
     groups = groups_of(Split(), torch.ones(2, 3))
     assert groups.rows["one.weight"].tolist() == groups.columns["two.weight"].tolist()
     assert -1 not in groups.rows["one.weight"]
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_constant_is_cut_one_way_for_all_that_read_it(computed: bool) -> None:
+    """Each reader of a parameter has its own copy of the numbers; what is computed from it once is shared."""
+
+    def forward(net: Any, x: Any) -> Any:
+        given = net.made(net.given) if computed else net.given
+        return net.last(net.a(x) * given) + net.end(net.b(x) + given)
+
+    net = Net(
+        forward, a=nn.Linear(5, 4), b=nn.Linear(5, 4), made=nn.Linear(4, 4), last=nn.Linear(4, 2),
+        end=nn.Linear(4, 2), given=nn.Parameter(torch.rand(4)),
+    )  # fmt: skip
+    rows, others = found(net, VECTOR, "a", "b")
+    assert (rows == others) == computed
+
+
+def test_a_constant_that_is_also_read_whole_is_not_cut() -> None:
+    def forward(net: Any, x: Any) -> Any:
+        given = net.made(net.given)
+        return net.last(net.a(x) * given) + (x[:, :4] + given).sum(1, keepdim=True)
+
+    net = Net(
+        forward, a=nn.Linear(5, 4), made=nn.Linear(4, 4), last=nn.Linear(4, 2), given=nn.Parameter(torch.rand(4))
+    )
+    assert found(net, VECTOR, "a") == [[-1] * 4]
+
+
+def test_a_constant_goes_along_its_own_axes() -> None:
+    """A vector is added to the channels of tokens, which have more axes."""
+    net = Net(
+        lambda net, x: net.last(net.a(x) + net.made(net.given)),
+        a=nn.Linear(5, 4), made=nn.Linear(3, 4), last=nn.Linear(4, 2), given=nn.Parameter(torch.rand(3)),
+    )  # fmt: skip
+    groups = groups_of(net.eval(), torch.randn(2, 3, 5))
+    made = next(op.output for op in groups.graph.ops if not op.output.live and op.output.shape == (4,))
+    (factor,) = groups.labels.values[made.index]
+    assert factor.axes == (0,)
+    assert groups.numbers[factor.labels].tolist() == groups.rows["a.weight"].tolist()
