@@ -189,3 +189,22 @@ def test_repair_takes_as_little_as_one_path() -> None:
     pruned = fxprune.apply(two_layers(), method, 0.75, example_inputs=torch.ones(1, 2), on_collapse="repair")
     assert [int(mask.sum()) for mask in fxprune.masks(pruned).values()] == [1, 1]
     assert fxprune.analyze(pruned).effective_params == 2
+
+
+def test_repair_names_the_layer_that_has_too_few_weights() -> None:
+    """Both halves of a product must live, which takes two weights of the layer that may keep one."""
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4, bias=False), nn.Linear(2, 8, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x)
+            return self.last(y[..., :2] * y[..., 2:])
+
+    budget = {"first": 11 / 12, "last": 0.0}
+    with pytest.raises(RuntimeError, match=r"takes \d+ weights in 'first\.weight', 1 are to be kept there"):
+        fxprune.apply(
+            Product(), "magnitude", 0.5, budget=budget, example_inputs=torch.ones(2, 3), on_collapse="repair"
+        )

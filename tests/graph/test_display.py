@@ -24,3 +24,18 @@ def test_an_opaque_op_shows_its_reason() -> None:
     assert graph.opaque
     for op in graph.opaque:
         assert op.reason in str(graph)
+
+
+class Added(nn.Module):
+    """A value that is repeated, and one that a number is added to."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x + torch.zeros(4, 2, 3), x + 1
+
+
+def test_what_adds_a_number_is_never_zero() -> None:
+    lines = lower(capture(Added(), torch.ones(2, 3))).summary().splitlines()
+    assert [line for line in lines if "Affine" in line] == [
+        "%1 = Affine(%0) 4x2x3",
+        "%2 = Affine(%0) 2x3 never Zero",
+    ]

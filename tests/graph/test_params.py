@@ -200,3 +200,43 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.first(x), self.w)
+
+
+class Positions(nn.Module):
+    """Rows of a table that are written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.last = nn.Embedding(5, 3), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(x + self.table(torch.tensor([3, 1, 4])))
+        return y
+
+
+def test_rows_of_a_table_by_the_numbers_that_choose_them() -> None:
+    op, use = only(graph_of(Positions(), torch.ones(2, 3, 3)), "table.weight")
+    rows, features = use.axes
+    assert rows is not None
+    assert features is not None
+    assert (rows.axes, features.axes) == ((len(op.output.shape) - 2,), (len(op.output.shape) - 1,))
+    assert rows.index == (3, 1, 4)
+    assert features.index is None
+
+
+class Permuted(nn.Module):
+    """A buffer of whole numbers, turned around before it is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.register_buffer("bias", torch.arange(1, 5).view(2, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.last(self.first(x) + self.bias.t().flatten())
+        return y
+
+
+def test_a_buffer_of_whole_numbers_is_followed_as_any_other() -> None:
+    op, use = only(graph_of(Permuted(), torch.ones(2, 3)), "bias")
+    assert all(axis is not None and axis.value in (op.output.index, *(v.index for v in op.inputs)) for axis in use.axes)

@@ -21,6 +21,9 @@ FUNCTIONS = {
     "x0[..., 1:, ::2, None]": TensorFunction.of(
         operator.getitem, PREVIOUS, (Ellipsis, slice(1, None), slice(None, None, 2), None)
     ),
+    "cat([view(x0, [4]), x0])": TensorFunction.of("view", PREVIOUS, [4]).then(
+        torch.cat, [PREVIOUS, Operand(0)]
+    ),
     "x0.T": TensorFunction.of(getattr, PREVIOUS, "T"),
     "x0[[2, 0, 1]]": TensorFunction.of(operator.getitem, PREVIOUS, torch.tensor([2, 0, 1])),
     "x0[<int64 9>]": TensorFunction.of(operator.getitem, PREVIOUS, torch.arange(9)),

@@ -187,3 +187,18 @@ def test_memory_without_numbers_is_no_index() -> None:
 
     assert rows(0) == [True, True, True, True]
     assert rows(4) == [False, False, False, True]
+
+
+def test_memory_that_is_written_as_another_type_is_opaque() -> None:
+    """Whole numbers where there were floats: what they mean is not known, so everything may reach them."""
+
+    def function(y: Tensor, z: Tensor) -> Tensor:
+        y.view(torch.int32).zero_()
+        return y
+
+    graph = lower(capture(Written(function), torch.rand(5, 3)))
+    assert [(op.node, op.reason) for op in graph.opaque] == [
+        ("view", "memory seen as another type"),
+        ("zero_", "memory seen as another type"),
+    ]
+    assert bool(reach(graph, {})["wide.weight"].all())

@@ -415,3 +415,23 @@ def test_what_runs_after_the_capture_does_not_change_the_graph() -> None:
     assert lower(pickle.loads(pickle.dumps(gm))) == before
     assert model[1].calls == 1
     assert list(model[1].tables) == [(2, 4)]
+
+
+class Blank(nn.Module):
+    """One branch is multiplied by zeros, which the forward makes."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.dead, self.live, self.device = nn.Linear(3, 4), nn.Linear(3, 4), device
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dead(x)
+        return y * torch.zeros(4, device=self.device) + self.live(x)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_zeros_are_known_where_no_tensor_has_numbers(device: str) -> None:
+    graph = graph_of(Blank(device).to(device), torch.ones(2, 3, device=device))
+    found = reach(graph, {})
+    assert not bool(found["dead.weight"].any())
+    assert bool(found["live.weight"].all())

@@ -190,3 +190,10 @@ def test_groups_may_span_parameters() -> None:
     assert masks["a"][:, 0].tolist() == masks["b"][:, 2].tolist() == [True, False, True]
     with pytest.raises(ValueError, match="'a' and 'b' are pruned together: use budget='global'"):
         select(scores, budget_for(scores, 10, {"a": 4, "b": 6}), granularity=Tied())
+
+
+def test_whole_numbers_are_told_apart_however_large() -> None:
+    """2^24 + 1 is no float32."""
+    scores = {"a": torch.tensor([[2**24, 2**24 + 1, 2**24]])}
+    chosen = select(scores, Budget(total=1, sizes={"a": 3}))
+    assert chosen["a"].tolist() == [[False, True, False]]

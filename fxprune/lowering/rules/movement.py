@@ -222,6 +222,8 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
     if context.target is operator.getitem and not isinstance(args[0], (ir.Value, Constant)):
         return operator.getitem(args[0], args[1])
     build = context.build
+    if any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values())):  # x.view(torch.int32)
+        raise Unknown("memory seen as another type")
     if context.target is getattr and args[1] in ("real", "imag", "data"):
         return build.affine(build.materialise(args[0]))
     operands = [x for x in tensors_in((args, kwargs)) if is_data(x)]
