@@ -63,6 +63,18 @@ def test_scores_of_rows_and_columns_are_pooled(pool: str, expected: list[float])
     assert alive.all()
 
 
+@pytest.mark.parametrize("taps", [1, 3])
+def test_a_bundle_has_the_weights_of_the_rows_that_each_group_has(taps: int) -> None:
+    """Rows of 2 in the first layer, of 3 in the second; the rows of the last one stay."""
+    layers = [nn.Conv1d(i, o, taps) for i, o in ((2, 3), (3, 2), (2, 1))]
+    _, channels, shapes = problem(nn.Sequential(*layers), torch.ones(2, 2, 9))
+    scores = {name: torch.rand(shape) for name, shape in shapes.items()}
+    masks = dense(scores)
+    masks["0.weight"][1, 0, 0] = False
+    (bundle,) = channels.bundles(scores, masks)
+    assert bundle.sizes.tolist() == [2 * taps, 2 * taps - 1, 2 * taps, 3 * taps, 3 * taps]
+
+
 def test_pruned_weights_do_not_count() -> None:
     _, channels, _ = problem(*chain())
     within = dense(SCORES)
@@ -161,12 +173,16 @@ def test_every_family_gives_its_share(how: Any) -> None:
     _, channels, shapes = problem(model, torch.ones(2, 8))
     scores = {name: torch.rand(shape) for name, shape in shapes.items()}
     scores["1.weight"] *= 100  # scores of different layers are not compared
-    masks = select(scores, plan(how, 0.6, shapes), granularity=channels)
+    budget = plan(how, 0.6, shapes)
+    masks = select(scores, budget, granularity=channels)
     first, second = int(masks["0.weight"].any(1).sum()), int(masks["1.weight"].any(1).sum())
+    assert budget.layers is not None
     if how == "uniform":
         assert abs(first - second) <= 1
     else:
-        assert first > second, "the smaller layer keeps more"
+        density = {name: budget.layers[name] / budget.sizes[name] for name in shapes}
+        assert density["0.weight"] > 2 * density["1.weight"]
+        assert first > 2 * second, "the smaller layer keeps more"
 
 
 def test_tied_layers_share_a_budget() -> None:

@@ -211,11 +211,12 @@ def _bake_graph(gm: GraphModule) -> None:
 
 
 def _read_elsewhere(gm: GraphModule, name: str, region: list[Node]) -> bool:
-    """Whether something outside of ``region`` depends on the parameter too."""
-    inside = set(region)
-    return any(
-        node.op == "get_attr"
-        and node.target == name
-        and (node not in inside or any(user not in inside for user in node.users))
-        for node in gm.graph.nodes
-    )
+    """Whether something outside of ``region`` depends on the parameter too, not by the region's result."""
+    inside, dependent = set(region), set[Node]()
+    for node in gm.graph.nodes:
+        is_read = node.op == "get_attr" and node.target == name
+        if is_read and node not in inside:
+            return True
+        if node in inside and (is_read or not dependent.isdisjoint(node.all_input_nodes)):
+            dependent.add(node)
+    return any(user not in inside for node in dependent - {region[-1]} for user in node.users)

@@ -379,3 +379,28 @@ def test_channel_masks_cover_biases_norms_and_tables() -> None:
         assert all(bool((fxprune.masks(again)[name] <= mask).all()) for name, mask in masks.items())
         assert fxprune.analyze(again, example_inputs=x).density <= 0.3
         assert fxprune.compact(again, x).meta["fxprune"]["compaction"].given_back == 0
+
+
+def test_a_number_that_cannot_change_holds_its_own_channels_alone() -> None:
+    """Eight numbers are written in the forward beside the second layer; the first one is cut as asked."""
+
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.two(self.one(x).relu())
+            out: Tensor = self.last(y + torch.arange(8.0))
+            return out
+
+    torch.manual_seed(0)
+    net, x = Written().eval(), torch.randn(2, 3)
+    with torch.no_grad():
+        for layer in (net.one, net.two):
+            layer.weight[[0, 3, 4]] = 0
+            layer.bias[[0, 3, 4]] = 0
+    small = fxprune.compact(net, x)
+    assert small.get_parameter("one.weight").shape == (5, 3)
+    assert small.get_parameter("two.weight").shape == (8, 5)
+    assert_same(run(small, x), run(net, x))

@@ -50,3 +50,18 @@ def test_a_graph_module_without_shapes_is_captured_first() -> None:
     with torch.no_grad():
         assert torch.allclose(small(x), net(x), atol=1e-5)
     assert small.get_parameter("first.weight").shape[0] == 5
+
+
+def test_groups_of_a_transposed_convolution_lose_other_channels_each() -> None:
+    """Three inputs and two outputs per group: one input of either group goes, another one in each."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ConvTranspose2d(6, 4, 3, groups=2), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        for channel in (0, 4):
+            net[0].weight[channel] = 0
+            net[0].bias[channel] = 0
+    x = torch.randn(2, 3, 4, 4)
+    small = fxprune.compact(net, x)
+    assert small.get_parameter("1.weight").shape == (4, 2, 3, 3)
+    with torch.no_grad():
+        assert torch.allclose(small(x), net(x), atol=1e-5)

@@ -100,3 +100,22 @@ def test_lowering_sees_the_class_that_a_masked_module_masks():
     assert [type(op) for op in found.ops] == [type(op) for op in wanted.ops]
     assert not found.opaque
     assert list(found.kernels) == list(wanted.kernels)
+
+
+class Chained(nn.Module):
+    """Two square weights; the second kernel is scaled by the first weight's mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.first), self.second * self.first.mean())
+
+
+def test_a_kernel_may_be_that_of_another_weight_of_the_layer():
+    """The denser one of two depends on both weights; its zeros are those of its own mask."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Chained())
+    set_masks(model, {"0.first": torch.rand(6, 6) < 0.2, "0.second": torch.rand(6, 6) < 0.6})
+    verify(model)

@@ -1,0 +1,83 @@
+"""Runs of the two networks: their inputs, their differences, the node that a difference begins at."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import fxprune
+from fxprune.rewrite.compact.trial import difference, differing_node, trial_inputs, verified
+
+
+class Sums(nn.Module):
+    """Two sums; ``second`` is added where the input is positive."""
+
+    def __init__(self, first: float, second: float) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.add(x, self.first)
+        return torch.mul(torch.relu(y), self.second)
+
+
+def captured(first: float, second: float) -> fx.GraphModule:
+    return fxprune.capture(Sums(first, second), torch.ones(2, 3))
+
+
+def test_the_first_node_with_other_numbers_is_named() -> None:
+    x = (torch.ones(2, 3),)
+    assert differing_node(captured(1, 1), captured(1, 2), x, 1e-6) == "mul"
+    assert differing_node(captured(1, 1), captured(2, 1), x, 1e-6) == "add"
+    assert differing_node(captured(1, 1), captured(1, 1), x, 1e-6) == "output"
+
+
+def test_every_run_is_compared() -> None:
+    """Nothing differs where the input is negative."""
+    old, new = captured(0, 1), captured(0, 2)
+    below, above = (-torch.ones(2, 3),), (torch.ones(2, 3),)
+    assert verified(old, new, (below, below), lambda: new) == 0
+    for runs in ((below, above), (above, below)):
+        with pytest.raises(RuntimeError, match="outputs differ by 1.00e.00 of the largest, first at node 'mul'"):
+            verified(old, new, runs, lambda: new)
+
+
+def test_rounding_is_told_from_error_in_float64() -> None:
+    """What differs in float32 by 1e-4 and not in float64 is rounding."""
+    old, new = captured(0, 1), captured(0, 1.0001)
+    x = (torch.ones(2, 3),)
+    assert verified(old, new, (x, x), lambda: captured(0, 1)) == 0
+    with pytest.raises(RuntimeError, match="outputs differ"):
+        verified(old, new, (x, x), lambda: new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (torch.tensor([1.0, -4.0]), torch.tensor([1.0, -3.0]), 0.25),
+        ([torch.zeros(2), torch.tensor(2)], [torch.zeros(2), torch.tensor(2)], 0.0),
+        (torch.tensor([1]), torch.tensor([2]), math.inf),
+        (torch.zeros(2), torch.zeros(3), math.inf),
+        (torch.tensor([math.nan, 1.0]), torch.tensor([math.nan, 1.0]), 0.0),
+        (torch.tensor([math.nan, 1.0]), torch.tensor([1.0, 1.0]), math.inf),
+    ],
+)
+def test_differences_are_relative_to_the_largest_entry(old: object, new: object, expected: float) -> None:
+    assert difference(old, new) == expected
+
+
+def test_inputs_are_drawn_in_the_shape_and_range_of_the_examples() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            return x[index]
+
+    example = (torch.ones(4, 3), torch.tensor([0, 3, 2]))
+    gm = fxprune.capture(Two(), example)
+    first, again, other = (trial_inputs(gm, example, seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    assert (first[0].shape, first[1].shape) == ((4, 3), (3,))
+    assert 0 <= int(first[1].min()) <= int(first[1].max()) <= 3
