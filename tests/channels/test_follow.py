@@ -202,7 +202,11 @@ def test_a_constant_that_is_also_read_whole_is_not_cut() -> None:
         return net.last(net.a(x) * given) + (x[:, :4] + given).sum(1, keepdim=True)
 
     net = Net(
-        forward, a=nn.Linear(5, 4), made=nn.Linear(4, 4), last=nn.Linear(4, 2), given=nn.Parameter(torch.rand(4))
+        forward,
+        a=nn.Linear(5, 4),
+        made=nn.Linear(4, 4),
+        last=nn.Linear(4, 2),
+        given=nn.Parameter(torch.rand(4)),
     )
     assert found(net, VECTOR, "a") == [[-1] * 4]
 

@@ -239,4 +239,7 @@ class Permuted(nn.Module):
 
 def test_a_buffer_of_whole_numbers_is_followed_as_any_other() -> None:
     op, use = only(graph_of(Permuted(), torch.ones(2, 3)), "bias")
-    assert all(axis is not None and axis.value in (op.output.index, *(v.index for v in op.inputs)) for axis in use.axes)
+    assert all(
+        axis is not None and axis.value in (op.output.index, *(v.index for v in op.inputs))
+        for axis in use.axes
+    )

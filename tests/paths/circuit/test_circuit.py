@@ -58,7 +58,9 @@ def wide() -> nn.Module:
 
 
 def grouped() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, groups=2, bias=False), nn.ConvTranspose2d(8, 6, 3, padding=1, groups=2))
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1, groups=2, bias=False), nn.ConvTranspose2d(8, 6, 3, padding=1, groups=2)
+    )
 
 
 NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {

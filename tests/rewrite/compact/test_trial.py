@@ -41,7 +41,7 @@ def test_every_run_is_compared() -> None:
     below, above = (-torch.ones(2, 3),), (torch.ones(2, 3),)
     assert verified(old, new, (below, below), lambda: new) == 0
     for runs in ((below, above), (above, below)):
-        with pytest.raises(RuntimeError, match="outputs differ by 1.00e.00 of the largest, first at node 'mul'"):
+        with pytest.raises(RuntimeError, match="of the largest, first at node 'mul'"):
             verified(old, new, runs, lambda: new)
 
 
