@@ -46,7 +46,7 @@ def test_every_run_is_compared() -> None:
 
 
 def test_rounding_is_told_from_error_in_float64() -> None:
-    """What differs in float32 by 1e-4 and not in float64 is rounding."""
+    """A difference of 1e-4 in float32 that is none in float64 is rounding."""
     old, new = captured(0, 1), captured(0, 1.0001)
     x = (torch.ones(2, 3),)
     assert verified(old, new, (x, x), lambda: captured(0, 1)) == 0
