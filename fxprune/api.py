@@ -27,7 +27,7 @@ from fxprune.network import Network, adopted, build_problem, inside, rewrite, wa
 from fxprune.paths.count import reach
 from fxprune.plans import Plan
 from fxprune.progress import Display
-from fxprune.request import Exclusion, Request, listed
+from fxprune.request import Exclusion, Request, exclusions
 from fxprune.rewrite import plain, read, stamp
 from fxprune.rewrite.masking.computed import computed_weights, settled
 from fxprune.rewrite.masking.copying import duplicate
@@ -135,7 +135,7 @@ def ask(
     network, grain = inside(model), resolve_granularity(granularity, **channels)
     wish = Request(
         resolve_method(method, **method_options), sparsity, data, loss_fn,
-        "global" if budget is None else budget, grain, schedule, listed(exclude), seed, device, returns,
+        "global" if budget is None else budget, grain, schedule, exclusions(exclude), seed, device, returns,
         on_collapse, rules=rules, **general,
     )  # fmt: skip
     wish.check(network)

@@ -12,7 +12,7 @@ from fxprune.capture import capture
 from fxprune.channels.groups import group_channels
 from fxprune.channels.listing import GroupTable, list_groups
 from fxprune.lowering import Rules, lower
-from fxprune.request import Exclusion, check_exclude, is_excluded, listed
+from fxprune.request import Exclusion, check_exclude, exclusions, is_excluded
 from fxprune.rewrite import plain
 
 __all__ = ["channel_groups"]
@@ -58,7 +58,7 @@ an output of the network
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
-    entries = listed(exclude)
+    entries = exclusions(exclude)
     check_exclude(entries, model)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         source = plain(model)

@@ -107,7 +107,7 @@ def _covers(entry: Exclusion, model: nn.Module, name: str) -> bool:
     return any(isinstance(model.get_submodule(part), entry) for part in ("", *above))
 
 
-def listed(exclude: Exclusion | Iterable[Exclusion]) -> tuple[Exclusion, ...]:
+def exclusions(exclude: Exclusion | Iterable[Exclusion]) -> tuple[Exclusion, ...]:
     single = isinstance(exclude, (str, type))
     if not single and not isinstance(exclude, Iterable):
         raise TypeError(f"exclude={exclude!r}: expected module names, patterns or module types")

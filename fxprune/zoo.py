@@ -120,7 +120,7 @@ def _convs(widths: Sequence[int], classes: int, channels: int, size: int) -> nn.
     return _initialised(nn.Sequential(*layers, nn.Linear(256, classes)))
 
 
-class _Block(nn.Module):
+class _ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions beside an identity, or a 1 x 1 convolution where the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -152,7 +152,7 @@ class _ResNet(nn.Module):
         for place, width in enumerate(widths):
             strides = [1 if place == 0 else 2] + [1] * (blocks - 1)
             ends = [inputs] + [width] * (blocks - 1)
-            stages += [_Block(end, width, stride) for end, stride in zip(ends, strides, strict=True)]
+            stages += [_ResidualBlock(end, width, stride) for end, stride in zip(ends, strides, strict=True)]
             inputs = width
         self.blocks = nn.Sequential(*stages)
         self.pool = nn.AdaptiveAvgPool2d(1)

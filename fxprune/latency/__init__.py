@@ -1,7 +1,7 @@
 """Measure how long networks take, side by side."""
 
 from fxprune.latency.bench import bench, measure
-from fxprune.latency.results import Bench, Network, Timing, sentence, size
+from fxprune.latency.results import Bench, Measured, Timing, sentence, size
 from fxprune.latency.runtimes import RUNTIMES, check_runtime
 from fxprune.latency.target import LatencyTarget
 
@@ -9,7 +9,7 @@ __all__ = [
     "RUNTIMES",
     "Bench",
     "LatencyTarget",
-    "Network",
+    "Measured",
     "Timing",
     "bench",
     "check_runtime",

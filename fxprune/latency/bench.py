@@ -16,11 +16,11 @@ from torch import fx, nn
 from fxprune.capture import capture
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.latency.memory import peak_bytes
-from fxprune.latency.results import Bench, Network, Timing
+from fxprune.latency.results import Bench, Measured, Timing
 from fxprune.latency.runtimes import RUNTIMES, missing_package, prepare
 from fxprune.lowering import lower
 from fxprune.rewrite.files.archive import save
-from fxprune.rewrite.files.export import numbers
+from fxprune.rewrite.files.export import drawn_arguments
 from fxprune.rewrite.masking.finalize import plain
 from fxprune.rewrite.masking.parameters import unwrap
 
@@ -72,7 +72,7 @@ def bench(
         package = missing_package(runtime)
         if package is not None:
             skipped[runtime] = f"not measured, as {package} is not installed; pip install {package}"
-    calls = {size: numbers(given, first, size) for size in batch}
+    calls = {size: drawn_arguments(given, first, size) for size in batch}
     with evaluating(models.values(), threads), tempfile.TemporaryDirectory() as folder:
         networks = {name: _described(model, given, calls, Path(folder)) for name, model in models.items()}
     present = [runtime for runtime in runtimes if runtime not in skipped]
@@ -100,7 +100,7 @@ def measure(
     with evaluating(models.values(), threads), tempfile.TemporaryDirectory() as folder:
         for runtime in runtimes:
             for size in batch:
-                call = numbers(given, first, size)
+                call = drawn_arguments(given, first, size)
                 runs = {
                     name: prepare(runtime, model, example_inputs, call, threads, Path(folder))
                     for name, model in models.items()
@@ -147,7 +147,7 @@ def evaluating(models: Any, threads: int) -> Iterator[None]:
             module.training = mode
 
 
-def _described(model: nn.Module, given: Any, calls: Mapping[int, Any], folder: Path) -> Network:
+def _described(model: nn.Module, given: Any, calls: Mapping[int, Any], folder: Path) -> Measured:
     """Count a network's parameters, multiply-adds, and bytes on disk and in memory."""
     source = plain(unwrap(model))
     has_shapes = isinstance(source, fx.GraphModule) and all("val" in node.meta for node in source.graph.nodes)
@@ -156,7 +156,7 @@ def _described(model: nn.Module, given: Any, calls: Mapping[int, Any], folder: P
     )
     file = folder / "network.safetensors"
     save(model, file)
-    return Network(
+    return Measured(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         macs=sum(kernels.macs for kernels in lower(gm).kernels.values()),
         file_bytes=file.stat().st_size,

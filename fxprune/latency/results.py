@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-__all__ = ["Bench", "Network", "Timing", "sentence", "size"]
+__all__ = ["Bench", "Measured", "Timing", "sentence", "size"]
 
 
 @dataclass(frozen=True)
-class Network:
+class Measured:
     """One network: parameters, multiply-adds that it executes for one sample, and bytes.
 
     ``file_bytes``: of the file that :func:`fxprune.save` writes. ``peak_bytes``: by batch size, the most that
@@ -55,7 +55,7 @@ class Bench:
     with.
     """
 
-    networks: dict[str, Network]
+    networks: dict[str, Measured]
     timings: list[Timing]
     device: str
     threads: int

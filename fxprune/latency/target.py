@@ -17,7 +17,7 @@ from torch import nn
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.latency.bench import evaluating, run_in_turn
 from fxprune.latency.runtimes import prepare
-from fxprune.rewrite.files.export import numbers
+from fxprune.rewrite.files.export import drawn_arguments
 
 __all__ = ["LatencyTarget", "meet_latency", "stopwatch"]
 
@@ -111,7 +111,7 @@ def stopwatch(
     """
     given = example_inputs_for(dense, None)
     device = next((p.device for p in dense.parameters()), torch.device("cpu"))
-    call = numbers(given, dense, batch)
+    call = drawn_arguments(given, dense, batch)
     with tempfile.TemporaryDirectory() as folder:
         with evaluating([dense], threads):
             whole = prepare(runtime, dense, None, call, threads, Path(folder))

@@ -14,7 +14,7 @@ from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.table import substitute
 
-__all__ = ["changed", "constants"]
+__all__ = ["as_constants", "changed"]
 
 
 def changed(evaluate: Callable[[], Any], index: Any, new: Any) -> Callable[[], Any]:
@@ -32,7 +32,7 @@ def changed(evaluate: Callable[[], Any], index: Any, new: Any) -> Callable[[], A
     return written
 
 
-def constants(
+def as_constants(
     result: Any,
     evaluate: Callable[[], Any],
     view: TensorFunction | None,
@@ -43,7 +43,7 @@ def constants(
         return constant(result, evaluate, view)
     if isinstance(result, (list, tuple)):
         items = [
-            constants(
+            as_constants(
                 item,
                 lambda i=i: evaluate()[i],  # type: ignore[misc]
                 None if view is None else view.then(operator.getitem, PREVIOUS, i),

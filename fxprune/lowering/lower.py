@@ -25,7 +25,7 @@ from fxprune.graph.tensor_function import TensorFunction
 from fxprune.lowering.aliases import Memory, written
 from fxprune.lowering.builder import Builder
 from fxprune.lowering.constant import Constant
-from fxprune.lowering.folding import changed, constants
+from fxprune.lowering.folding import as_constants, changed
 from fxprune.lowering.follow import reads_of_result
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, lost
@@ -42,7 +42,7 @@ from fxprune.lowering.rules.table import (
     substitute,
     tensors_in,
 )
-from fxprune.lowering.weight_views import provenance, simplified, view_of
+from fxprune.lowering.weight_views import parameter_view, simplified, view_of
 
 __all__ = ["lower"]
 
@@ -311,7 +311,7 @@ class _Walk:
             return Constant(result.shape, result.dtype, new, reads=reads if reads.names else None)
 
         def constant(val: Tensor, read: Callable[[], Any], view: TensorFunction | None) -> Constant:
-            ref = simplified(provenance(kind, operands, val, view), self.build.parameters)
+            ref = simplified(parameter_view(kind, operands, val, view), self.build.parameters)
             return Constant(
                 tuple(val.shape),
                 val.dtype,
@@ -324,7 +324,7 @@ class _Walk:
                 statistic=statistic_axes(operands, () if node.target in REARRANGES else val.shape),
             )
 
-        return constants(result, evaluate, view_of(node, module, operands, args, kwargs), constant)
+        return as_constants(result, evaluate, view_of(node, module, operands, args, kwargs), constant)
 
     def _inline(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Lower the inside of a leaf in place."""

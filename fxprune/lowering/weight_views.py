@@ -15,7 +15,7 @@ from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.rules.movement import MOVES, SHAPED_LIKE, function_of
 from fxprune.lowering.rules.pointwise import MOVES_TYPE
 
-__all__ = ["provenance", "simplified", "view_of"]
+__all__ = ["parameter_view", "simplified", "view_of"]
 
 
 def view_of(
@@ -33,7 +33,7 @@ def view_of(
     return function_of(target, module, args, kwargs, lambda x: PREVIOUS)
 
 
-def provenance(
+def parameter_view(
     kind: Any, operands: list[Any], val: Tensor, view: TensorFunction | None
 ) -> ir.WeightRef | None:
     """The parameter that a constant is a view of, or a re-parameterisation of in its own shape.

@@ -165,9 +165,9 @@ class Survivors:
                 break
             margin *= 4  # the sample misled
         scores = torch.cat([score for _, score in found])
-        cut = scores.kthvalue(number).values
-        gone = scores < cut
-        ties = (scores == cut).nonzero().flatten()
+        boundary = scores.kthvalue(number).values
+        gone = scores < boundary
+        ties = (scores == boundary).nonzero().flatten()
         gone[ties[len(ties) - number + int(gone.count_nonzero()) :]] = True
         parts = torch.split(gone, [len(index) for index, _ in found])
         return {name: index[part] for name, (index, _), part in zip(names, found, parts, strict=True)}

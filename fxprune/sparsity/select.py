@@ -137,13 +137,13 @@ def _run(
     available = _mass((values > NEVER for values in scores), sizes)
     if available <= room:
         return [values > NEVER for values in scores]
-    cut = _find_cut(scores, sizes, room, available)
-    if cut.above + cut.equal == room:
-        return [values >= cut.value for values in scores]
-    run = [values > cut.value for values in scores]
-    left = room - cut.above
+    boundary = _find_boundary(scores, sizes, room, available)
+    if boundary.above + boundary.equal == room:
+        return [values >= boundary.value for values in scores]
+    run = [values > boundary.value for values in scores]
+    left = room - boundary.above
     for values, size, chosen in zip(scores, sizes, run, strict=True):
-        index = (values == cut.value).nonzero().flatten()
+        index = (values == boundary.value).nonzero().flatten()
         if isinstance(size, int):
             fitting = index[: left // size]
             left -= len(fitting) * size
@@ -158,7 +158,7 @@ def _run(
 
 
 @dataclass(frozen=True)
-class _Cut:
+class _Boundary:
     """The score at which the room runs out, and the weights in groups above it and at it."""
 
     value: float
@@ -166,9 +166,9 @@ class _Cut:
     equal: int
 
 
-def _find_cut(
+def _find_boundary(
     scores: Sequence[torch.Tensor], sizes: Sequence[int | torch.Tensor], room: int, available: int
-) -> _Cut:
+) -> _Boundary:
     """The score v with: groups above v hold less than ``room`` weights, together with those at v not less.
 
     A sorted sample guesses a bracket around v, exact counts correct it, and only what lies strictly inside is
@@ -184,7 +184,7 @@ def _find_cut(
             if at_least >= room:
                 more = _mass((values > over for values in scores), sizes)
                 if more < room:
-                    return _Cut(over, more, at_least - more)
+                    return _Boundary(over, more, at_least - more)
                 low, above_low = over, more
                 continue
             high, from_high = over, at_least
@@ -193,18 +193,18 @@ def _find_cut(
             if more < room:
                 at_least = _mass((values >= under for values in scores), sizes)
                 if at_least >= room:
-                    return _Cut(under, more, at_least - more)
+                    return _Boundary(under, more, at_least - more)
                 high, from_high = under, at_least
                 continue
             low, above_low = under, more
         break
-    return _cut_inside(scores, sizes, room - from_high, low, high, from_high)
+    return _boundary_inside(scores, sizes, room - from_high, low, high, from_high)
 
 
 def _bracket(
     scores: Sequence[torch.Tensor], sizes: Sequence[int | torch.Tensor], share: float, low: float, high: float
 ) -> tuple[float, float]:
-    """Two scores that likely enclose the cut at ``share`` of the weights between ``low`` and ``high``."""
+    """Two scores that likely enclose the boundary at ``share`` of the weights from ``low`` to ``high``."""
     stride = sample_stride(sum(values.numel() for values in scores), _SAMPLE)
     some = [size if isinstance(size, int) else size[::stride] for size in sizes]
     values, masses = _flat([values[::stride] for values in scores], some, low, high)
@@ -228,22 +228,22 @@ def sample_stride(number: int, wanted: int) -> int:
     return stride
 
 
-def _cut_inside(
+def _boundary_inside(
     scores: Sequence[torch.Tensor],
     sizes: Sequence[int | torch.Tensor],
     room: int,
     low: float,
     high: float,
     from_high: int,
-) -> _Cut:
-    """The cut among the groups scored strictly between ``low`` and ``high``, by sorting them."""
+) -> _Boundary:
+    """The boundary among the groups scored strictly between ``low`` and ``high``, by sorting them."""
     values, masses = _flat(scores, sizes, low, high)
     values, order = values.sort(descending=True)
     cumulative = masses[order].cumsum(0)
     value = values[int(torch.searchsorted(cumulative, room))]
     first, last = (values > value).count_nonzero(), (values >= value).count_nonzero()
     above = int(cumulative[first - 1]) if first else 0
-    return _Cut(float(value), from_high + above, int(cumulative[last - 1]) - above)
+    return _Boundary(float(value), from_high + above, int(cumulative[last - 1]) - above)
 
 
 def _flat(

@@ -46,7 +46,7 @@ def select_sharded(
     _check(scores, budget, group, method)
     bundles = granularity.bundles({name: score.double() for name, score in scores.items()}, within)
     contests = _Contests(bundles, budget, group)
-    return contests.cut()
+    return contests.masks()
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,8 @@ class _Contests:
         layers = self.budget.layers
         return [self.budget.total] if layers is None else [layers[b.names[0]] for b in self.bundles]
 
-    def cut(self) -> Masks:
-        """The masks: all above the cut of a contest, and of those at it as many as fit, by index."""
+    def masks(self) -> Masks:
+        """The masks: all above the boundary of a contest, and of those at it as many as fit, by index."""
         rooms = self.rooms
         self._check_room(rooms)
         low, high = [_key(NEVER)] * len(rooms), [_key(math.inf)] * len(rooms)

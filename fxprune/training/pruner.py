@@ -14,9 +14,9 @@ from torch import nn
 
 from fxprune.lowering import Rules
 from fxprune.methods import Problem, agree, get
-from fxprune.request import Exclusion, Request, listed
+from fxprune.request import Exclusion, Request, exclusions
 from fxprune.rewrite import bare, put_masks, read, stamp
-from fxprune.rewrite.files.tickets import centroids, fill, negative_signs, neutralise, whole
+from fxprune.rewrite.files.tickets import centroids, negative_signs, neutralise, set_centroids, whole
 from fxprune.sharded_types import is_dtensor
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.granularity import WEIGHT, Granularity
@@ -114,7 +114,7 @@ class Pruner:
         self._inputs, self._recipes = example_inputs, list[dict[str, Any]]()
         self._wish = Request(
             get("magnitude"), self.method.target, data, loss_fn, allocation, self.granularity, None,
-            listed(exclude), seed, None, returns, "warn", rules=rules,
+            exclusions(exclude), seed, None, returns, "warn", rules=rules,
         )  # fmt: skip
         self._take(prepare(model, example_inputs, self._wish))
         self._whole, self._generator = sum(self._final.sizes.values()), self._problem.generator
@@ -261,7 +261,7 @@ class Pruner:
         """
         word, _, number = str(start).partition(":")
         if start == "centroids":
-            fill(self.model, centroids(self.model), negative_signs(self.model))
+            set_centroids(self.model, centroids(self.model), negative_signs(self.model))
             neutralise(self.model)
             return self.model
         if start != "original" and (word != "rewind" or not number.isdecimal()):

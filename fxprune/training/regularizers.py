@@ -14,7 +14,7 @@ from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import Groups, group_channels
 from fxprune.lowering import lower
 from fxprune.network import inside
-from fxprune.request import Exclusion, check_exclude, is_excluded, listed
+from fxprune.request import Exclusion, check_exclude, exclusions, is_excluded
 from fxprune.rewrite import plain
 from fxprune.training.numbers import fraction, integer, positive
 
@@ -153,7 +153,7 @@ def regularizer(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
     power, renew = _kind(kind, options)
-    groups = _groups(inside(model), example_inputs, listed(exclude), whole_heads)
+    groups = _groups(inside(model), example_inputs, exclusions(exclude), whole_heads)
     return Regularizer(inside(model), groups, positive("strength", strength), power, renew)
 
 

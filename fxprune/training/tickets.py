@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxprune.capture import capture
 from fxprune.rewrite import bare, install, read, read_ticket
-from fxprune.rewrite.files.tickets import fill, neutralise
+from fxprune.rewrite.files.tickets import neutralise, set_centroids
 from fxprune.rewrite.masking.copying import duplicate
 
 
@@ -43,6 +43,6 @@ def load_ticket(
     source = bare(model) if read(model) else model
     network = duplicate(capture(source, example_inputs))
     install(network, masks)
-    fill(network, values, signs)
+    set_centroids(network, values, signs)
     neutralise(network)
     return network

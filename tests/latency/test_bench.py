@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.latency import Bench, Network, Timing, runtimes
+from fxprune.latency import Bench, Measured, Timing, runtimes
 from fxprune.latency.memory import peak_bytes
 
 
@@ -46,7 +46,7 @@ def test_numbers_are_those_of_the_networks() -> None:
 
 
 def test_a_speed_up_is_measured_and_never_computed_from_macs() -> None:
-    slow, fast = Network(100, 1000, 400, {}), Network(50, 10, 200, {})
+    slow, fast = Measured(100, 1000, 400, {}), Measured(50, 10, 200, {})
     times = [Timing("a", "eager", 1, [4.0, 4.0, 4.0]), Timing("b", "eager", 1, [2.0, 8.0, 2.0])]
     text = str(Bench({"a": slow, "b": fast}, times, "cpu", 1))
     assert "2.00 x as fast as a" in text

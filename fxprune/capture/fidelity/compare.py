@@ -18,7 +18,7 @@ from fxprune.capture.tracer.spelling import is_pure
 from fxprune.capture.tracer.tape import DtypeOf, Scope
 from fxprune.capture.tracer.trace import Trace
 
-__all__ = ["ConstantTensor", "Differences", "aligned", "compare", "computes_same", "equal_tensors"]
+__all__ = ["ConstantTensor", "Differences", "align_entries", "compare", "computes_same", "equal_tensors"]
 
 
 @dataclass
@@ -62,14 +62,14 @@ def compare(first: Trace, second: Trace) -> Differences:
         >>> bool(compare(trace(net, (x,), {}, training=True), trace(net, (x,), {}, training=False)))
         False
     """
-    comparison = _Comparison(first, second)
+    comparison = _GraphPair(first, second)
     comparison.scopes(first.scope, second.scope)
     return comparison.found
 
 
 def computes_same(first: Trace, second: Trace) -> bool:
     """Whether two traces are the same but for nodes that nobody needs."""
-    comparison = _Comparison(first, second)
+    comparison = _GraphPair(first, second)
     mine, other = (
         [node for node in trace.graph.nodes if node in needed and node.op != "get_attr"]
         for trace, needed in ((first, _needed(first.graph)), (second, _needed(second.graph)))
@@ -84,7 +84,7 @@ def computes_same(first: Trace, second: Trace) -> bool:
 
 def computes_same_apart_from_order(first: Trace, second: Trace) -> bool:
     """Whether two traces do the same, though what has no effect but its result may stand elsewhere."""
-    comparison = _Comparison(first, second)
+    comparison = _GraphPair(first, second)
     mine, other = ([node for node in trace.graph.nodes if not is_pure(node)] for trace in (first, second))
     if len(mine) != len(other) or not all(map(comparison.pair, mine, other)):
         return False
@@ -93,7 +93,7 @@ def computes_same_apart_from_order(first: Trace, second: Trace) -> bool:
     return not comparison.found
 
 
-def aligned(a: Scope, b: Scope) -> Iterator[tuple[list[Any], list[Any]]]:
+def align_entries(a: Scope, b: Scope) -> Iterator[tuple[list[Any], list[Any]]]:
     """The entries of two scopes in order: runs of equal ones pairwise, and what only one of them has."""
     mine, other = [_key(entry) for entry in a.entries], [_key(entry) for entry in b.entries]
     if mine == other:
@@ -109,7 +109,7 @@ def aligned(a: Scope, b: Scope) -> Iterator[tuple[list[Any], list[Any]]]:
             yield a.entries[i:j], b.entries[k:m]
 
 
-class _Comparison:
+class _GraphPair:
     def __init__(self, first: Trace, second: Trace) -> None:
         self.first, self.second = first, second
         self.found = Differences()
@@ -117,7 +117,7 @@ class _Comparison:
         self.needed = _needed(first.graph)
 
     def scopes(self, a: Scope, b: Scope) -> None:
-        for mine, other in aligned(a, b):
+        for mine, other in align_entries(a, b):
             if len(mine) != len(other):
                 self.found.modules.add(a.path)
             elif isinstance(mine[0], Scope):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxprune.capture.errors import CaptureError
 from fxprune.capture.tracer.spelling import CONSTRUCTORS, RANDOM
-from fxprune.capture.tracer.traced_numbers import plain
+from fxprune.capture.tracer.traced_numbers import plain_number
 
 __all__ = ["META", "Shadows", "map_structure"]
 
@@ -76,7 +76,7 @@ class Shadows:
         for tensor in (*model.parameters(), *model.buffers()) if model is not None else ():
             self._twins[id(tensor)] = tensor, meta_like(tensor, dtypes)
         self._state = set(self._twins)
-        self._recipes: dict[int, tuple[_Recipe, int | None, Tensor]] = {}
+        self._recipes: dict[int, tuple[_Computation, int | None, Tensor]] = {}
 
     def of(self, tensor: Tensor) -> Tensor:
         """The meta tensor of the same shape, strides and type; a meta tensor stands for itself."""
@@ -101,7 +101,7 @@ class Shadows:
             if isinstance(value, Tensor):
                 operands.append(value)
                 return self.of(value)
-            return META if isinstance(value, torch.device) else plain(value)
+            return META if isinstance(value, torch.device) else plain_number(value)
 
         given, options = args, kwargs
         args = tuple([map_structure(argument, arg) for arg in args])
@@ -126,7 +126,7 @@ class Shadows:
                 self._known[key] = map_structure(_Spec.of, result)
         if (operands or function in CONSTRUCTORS) and name not in UNSETTLED:
             if all(id(tensor) in self._recipes or self._fixed(tensor) for tensor in operands):
-                self._remember(result, _Recipe(function, given, options))
+                self._remember(result, _Computation(function, given, options))
         return result
 
     def value(self, tensor: Tensor, name: str = "item") -> Tensor:
@@ -144,7 +144,7 @@ class Shadows:
         def argument(item: Any) -> Any:
             if isinstance(item, Tensor):
                 return self.value(item)
-            return torch.device("cpu") if isinstance(item, torch.device) else plain(item)
+            return torch.device("cpu") if isinstance(item, torch.device) else plain_number(item)
 
         recipe, index, _ = found
         args = [map_structure(argument, arg) for arg in recipe.args]
@@ -162,7 +162,7 @@ class Shadows:
     def _fixed(self, tensor: Tensor) -> bool:
         return not tensor.is_meta and id(tensor) not in self._state
 
-    def _remember(self, result: Any, recipe: _Recipe) -> None:
+    def _remember(self, result: Any, recipe: _Computation) -> None:
         if isinstance(result, Tensor):
             self._recipes[id(result)] = recipe, None, result
         elif isinstance(result, tuple | list):
@@ -191,7 +191,7 @@ def _recurrent(name: str, args: tuple[Any, ...]) -> Any:
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class _Computation:
     """Record how a constant tensor was made."""
 
     function: Callable[..., Any]

@@ -22,7 +22,7 @@ from fxprune.capture.tracer.meta_values import map_structure
 from fxprune.capture.tracer.sample_values import MadeUp, needs_numbers
 from fxprune.capture.tracer.spelling import RESHAPING, VALUE_READERS, spelling
 from fxprune.capture.tracer.tape import Tape
-from fxprune.capture.tracer.traced_numbers import plain
+from fxprune.capture.tracer.traced_numbers import plain_number
 
 __all__ = ["Recorder"]
 
@@ -59,7 +59,7 @@ class Recorder(TorchFunctionMode):
         if name == "__len__" or (name == "unbind" and 0 in (*args[1:2], kwargs.get("dim"))):
             self._check_length(args[0], name)
         if name == "__len__":
-            return plain(args[0].shape[0])
+            return plain_number(args[0].shape[0])
         if func is torch._C._set_grad_enabled:
             return self._grad_mode(args[0])
         if func is _enter_autocast:
@@ -134,8 +134,8 @@ class Recorder(TorchFunctionMode):
         """A ``call_module`` node. Hooks of the module that were not traced run with the graph, not here."""
         with self.paused():
             try:
-                options = {key: map_structure(plain, item) for key, item in kwargs.items()}
-                out = module.forward(*[map_structure(plain, item) for item in args], **options)
+                options = {key: map_structure(plain_number, item) for key, item in kwargs.items()}
+                out = module.forward(*[map_structure(plain_number, item) for item in args], **options)
             except TRACE_ERRORS as error:
                 if not needs_numbers(error):
                     raise
@@ -161,7 +161,7 @@ class Recorder(TorchFunctionMode):
         shadows, numbers = self.tape.shadows, MadeUp()
 
         def argument(value: Any) -> Any:
-            return numbers.of(value) if isinstance(value, Tensor) else plain(value)
+            return numbers.of(value) if isinstance(value, Tensor) else plain_number(value)
 
         self.tape.shadows = numbers
         try:

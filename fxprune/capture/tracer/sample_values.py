@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxprune.capture.tracer.meta_values import MOVERS, Shadows, map_structure
 from fxprune.capture.tracer.spelling import CONSTRUCTORS
-from fxprune.capture.tracer.traced_numbers import plain
+from fxprune.capture.tracer.traced_numbers import plain_number
 
 __all__ = ["MadeUp", "needs_numbers"]
 
@@ -51,7 +51,7 @@ class MadeUp(Shadows):
         def argument(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return self.of(value)
-            return CPU if isinstance(value, torch.device) else plain(value)
+            return CPU if isinstance(value, torch.device) else plain_number(value)
 
         args = tuple([map_structure(argument, arg) for arg in args])
         kwargs = {key: map_structure(argument, arg) for key, arg in kwargs.items()}

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Globals", "content", "difference", "plain_dict", "restore"]
+__all__ = ["Globals", "content", "plain_dict", "rebound_entry", "restore"]
 
 EMPTY = object()
 IMPORTED = (ModuleType, type, FunctionType)
@@ -102,7 +102,7 @@ def _(value: set, old: Any) -> None:  # type: ignore[type-arg]
 
 @restore.register
 def _(value: deque, old: Any) -> None:  # type: ignore[type-arg]
-    if difference(value, old, operator.is_) is not None:
+    if rebound_entry(value, old, operator.is_) is not None:
         deque.clear(value)
         deque.extend(value, old)
 
@@ -139,7 +139,7 @@ restore.register(random.Random, random.Random.setstate)
 restore.register(torch.Generator, lambda value, old: value.set_state(old))
 
 
-def difference(value: Any, old: Any, allowed: Allowed) -> str | None:
+def rebound_entry(value: Any, old: Any, allowed: Allowed) -> str | None:
     """Name an entry that was rebound, or the kind of container where entries have no name.
 
     ``allowed`` says of an old and a new entry that this does not count.

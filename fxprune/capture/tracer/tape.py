@@ -25,7 +25,7 @@ from fxprune.capture.tracer.contents import has_content, has_tensor, is_record
 from fxprune.capture.tracer.memos import Memos
 from fxprune.capture.tracer.meta_values import Shadows, map_structure
 from fxprune.capture.tracer.spelling import changes_input
-from fxprune.capture.tracer.traced_numbers import TracedFloat, TracedInt, plain
+from fxprune.capture.tracer.traced_numbers import TracedFloat, TracedInt, plain_number
 
 __all__ = ["Decision", "DtypeOf", "Scope", "Tape"]
 
@@ -121,7 +121,7 @@ class Tape:
         if unsized or any(_length(val) == _length(out) for val in longs):
             self.unsized.add(node)
         result = self.wrap(out, node, writes)
-        node.meta["val"] = map_structure(plain, result)
+        node.meta["val"] = map_structure(plain_number, result)
         if writes and isinstance(out, Tensor) and isinstance(args[0], Tensor):
             self._register(args[0], node)
         return result
@@ -253,7 +253,7 @@ class Tape:
         self, kind: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
     ) -> fx.Node:
         node = self.node("call_function", kind, args, kwargs)
-        node.meta["val"] = map_structure(plain, value)
+        node.meta["val"] = map_structure(plain_number, value)
         return node
 
     def _known(self, tensor: Tensor | None) -> bool:
@@ -331,7 +331,7 @@ class Tape:
         if owner in self.unsized:
             self.unsized.add(part)
         result = self.wrap(item, part, False)
-        part.meta["val"] = map_structure(plain, result)
+        part.meta["val"] = map_structure(plain_number, result)
         return result
 
     # -- inputs and output ----------------------------------------------------------------------------------
@@ -350,13 +350,13 @@ class Tape:
             return value
         self._live.add(node)
         result = self.wrap(value, node, False)
-        node.meta["val"] = map_structure(plain, result)
+        node.meta["val"] = map_structure(plain_number, result)
         return result
 
     def output(self, value: Any) -> None:
         node = self.graph.create_node("output", "output", (self.arg(value),))
         self.place(node)
-        node.meta["val"] = map_structure(plain, value)
+        node.meta["val"] = map_structure(plain_number, value)
         self.running = False
 
     def finished(self) -> Memos:

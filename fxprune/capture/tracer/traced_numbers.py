@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import fx
 
-__all__ = ["NumberRecorder", "TracedFloat", "TracedInt", "plain"]
+__all__ = ["NumberRecorder", "TracedFloat", "TracedInt", "plain_number"]
 
 
 class NumberRecorder(Protocol):
@@ -61,7 +61,7 @@ class TracedFloat(float):
         return float, (float(self),)
 
 
-def plain(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
     """The number without its history."""
     if isinstance(value, TracedInt):
         return int.__int__(value)
@@ -75,14 +75,14 @@ def _binary(function: Callable[[Any, Any], Any], reflected: bool) -> Callable[[A
         if not isinstance(other, int | float):
             return NotImplemented
         args = (other, self) if reflected else (self, other)
-        return self.recorder.number(function, args, function(plain(args[0]), plain(args[1])))
+        return self.recorder.number(function, args, function(plain_number(args[0]), plain_number(args[1])))
 
     return method
 
 
 def _unary(function: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, *args: Any) -> Any:
-        return self.recorder.number(function, (self, *args), function(plain(self), *args))
+        return self.recorder.number(function, (self, *args), function(plain_number(self), *args))
 
     return method
 
@@ -91,7 +91,7 @@ def _comparison(function: Callable[[Any, Any], bool]) -> Callable[[Any, Any], An
     def method(self: Any, other: Any) -> Any:
         if not isinstance(other, int | float):
             return NotImplemented
-        result = function(plain(self), plain(other))
+        result = function(plain_number(self), plain_number(other))
         self.recorder.decided(function, self, other, result)
         return result
 

@@ -151,7 +151,7 @@ def scattered(
     return build.sum([value, build.affine(added, shape)], shape)
 
 
-def written(context: Context, x: Any, index: Any, new: Any) -> ir.Value:
+def written_anywhere(context: Context, x: Any, index: Any, new: Any) -> ir.Value:
     """``x[index] = new`` at places that depend on the input: what was there, or any row of what is new."""
     build, value = context.build, context.build.materialise(x)
     if not isinstance(new, (ir.Value, Constant)):

@@ -19,8 +19,7 @@ from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.literals import literals_of
-from fxprune.lowering.rules.choices import any_along, any_of
-from fxprune.lowering.rules.choices import written as written_anywhere
+from fxprune.lowering.rules.choices import any_along, any_of, written_anywhere
 from fxprune.lowering.rules.pointwise import present
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 

@@ -27,7 +27,7 @@ from fxprune.methods.balance.layer_moves import (
     oriented,
 )
 from fxprune.methods.balance.target import FLOOR_PRICES, Target
-from fxprune.methods.dpai.objective import Figures, count_nodes
+from fxprune.methods.dpai.objective import Figures, sum_nodes
 from fxprune.paths.circuit.circuit import Circuit, Pass
 
 __all__ = ["LocalSearch"]
@@ -165,7 +165,7 @@ class LocalSearch:
         nodes, kernels = self._count_simple(on_paths)
         for name in self._uses.keys() - self._simple.keys():
             effective = (self._gain(on_paths, name) > 0) & (self.counts[name] > 0)
-            nodes[name] = int(count_nodes(self.circuit.kernels[name], effective))
+            nodes[name] = int(sum_nodes(self.circuit.kernels[name], effective))
             kernels[name] = int(effective.sum())
         return _Evaluation(
             run,

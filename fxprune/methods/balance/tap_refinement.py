@@ -13,7 +13,7 @@ from fxprune.graph.ir import ChannelGraph
 from fxprune.methods.balance.layer_moves import cover_channels, oriented
 from fxprune.methods.balance.tap_placement import count_per_kernel, take_best_taps
 from fxprune.methods.balance.target import Target
-from fxprune.methods.dpai.objective import Figures, count_nodes
+from fxprune.methods.dpai.objective import Figures, sum_nodes
 from fxprune.paths.count import flow
 from fxprune.sparsity.masks import Masks
 
@@ -73,7 +73,7 @@ class TapRefinement:
         nodes = kernels = 0
         for name, mask in masks.items():
             effective = count_per_kernel(mask & (found.gradients[name] > 0)) > 0
-            nodes += int(count_nodes(self.graph.kernels[name], effective))
+            nodes += int(sum_nodes(self.graph.kernels[name], effective))
             kernels += int(effective.sum())
         return _Candidate(masks, Figures(found.log_total, nodes, kernels), found.gradients)
 

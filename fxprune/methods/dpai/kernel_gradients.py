@@ -19,7 +19,7 @@ from fxprune.methods.dpai.objective import (
     Figures,
     Objective,
     UnitGroup,
-    count_nodes,
+    sum_nodes,
 )
 from fxprune.methods.dpai.outer_factors import OuterFactors, is_outer_product
 from fxprune.paths.circuit.circuit import Circuit, Pass
@@ -287,7 +287,7 @@ class KernelGradients:
         counts = self.counts[part.name]
         if part.slope is None:
             effective = (self._path_gradient(on_paths, part.name) > 0) & (counts > 0)
-            return count_nodes(self.kernels[part.name], effective), effective.sum()
+            return sum_nodes(self.kernels[part.name], effective), effective.sum()
         slope, x = self._factors.by_position(on_paths, part.name)
         effective = torch.mm(slope[:, part.rows].t(), x) > 0
         effective &= counts[part.rows] > 0

@@ -25,7 +25,7 @@ __all__ = [
     "Objective",
     "ScoreGradients",
     "UnitGroup",
-    "count_nodes",
+    "sum_nodes",
 ]
 
 BLOCK = 1 << 19
@@ -89,7 +89,7 @@ def _any_in_node(flags: Tensor, kernels: KernelSet) -> Tensor:
     return by_group.any(1, keepdim=True).expand(by_group.shape).reshape(flags.shape)
 
 
-def count_nodes(kernels: KernelSet, flags: Tensor) -> Tensor:
+def sum_nodes(kernels: KernelSet, flags: Tensor) -> Tensor:
     """Count the output channels with a flagged kernel (bool, of the kernels' shape), as a scalar tensor."""
     return has_incoming(kernels, flags).sum()
 

@@ -16,7 +16,7 @@ from fxprune.methods.dpai.objective import (
     Figures,
     Objective,
     UnitGroup,
-    count_nodes,
+    sum_nodes,
 )
 from fxprune.paths.count import flow
 
@@ -85,7 +85,7 @@ class WeightGradients:
             factor = self.objective.gradient_factor(effective, layer)
             factor = factor.view(*factor.shape, *[1] * (gradient.dim() - 2))
             self._gradients[name].copy_(gradient * factor)
-            nodes += int(count_nodes(layer, effective))
+            nodes += int(sum_nodes(layer, effective))
             kernels += int(effective.sum())
         self._figures = Figures(found.log_total, nodes, kernels)
         return found.log_total

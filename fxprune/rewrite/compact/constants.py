@@ -23,7 +23,7 @@ Recorded = dict[str, tuple[Tensor, Tensor]]
 """By the name of a node: its output in two runs."""
 
 
-class _Recorder(fx.Interpreter):
+class _NodeValues(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, wanted: set[str]) -> None:
         super().__init__(gm)
         self.wanted = wanted
@@ -42,7 +42,7 @@ def record(gm: fx.GraphModule, inputs: tuple[tuple[Any, ...], tuple[Any, ...]], 
     runs = []
     with torch.no_grad():
         for args in inputs:
-            recorder = _Recorder(gm, wanted)
+            recorder = _NodeValues(gm, wanted)
             recorder.run(*args)
             runs.append(recorder.found)
     return {name: (runs[0][name], runs[1][name]) for name in runs[0]}

@@ -22,7 +22,7 @@ from fxprune.rewrite.compact.trial import RUN_ERRORS, difference
 from fxprune.rewrite.masking.finalize import finalize
 from fxprune.rewrite.masking.parameters import unwrap
 
-__all__ = ["ONNX_PACKAGES", "check_path", "export", "numbers", "require", "run_onnx", "write_onnx"]
+__all__ = ["ONNX_PACKAGES", "check_path", "drawn_arguments", "export", "require", "run_onnx", "write_onnx"]
 
 ONNX_PACKAGES = ("onnx", "onnxscript")
 TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -72,7 +72,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
         raise ValueError(
             f"model: {hollow!r} has no values (it is on the meta device); load the weights first"
         )
-    calls = [numbers(given, network, batch) for batch in (2, 3)]
+    calls = [drawn_arguments(given, network, batch) for batch in (2, 3)]
     with torch.inference_mode(False), torch.no_grad(), _folder_beside(path) as folder:
         part = folder / Path(path).name
         free = _runs(network, calls[1])
@@ -108,7 +108,7 @@ def require(packages: Sequence[str], purpose: str, extra: str) -> None:
             )
 
 
-def numbers(given: _Call, network: nn.Module, batch: int | None = None) -> _Call:
+def drawn_arguments(given: _Call, network: nn.Module, batch: int | None = None) -> _Call:
     """Return arguments with numbers drawn for floats, of another batch size where they have one in common.
 
     Integers keep their values, or are 0 and 1 where the examples stand on the meta device.

@@ -38,10 +38,10 @@ def centroids(model: nn.Module) -> dict[str, tuple[float, float]]:
     >>> centroids(layer)
     {'weight': (-1.5, 2.0)}
     """
-    return {name: _means(kept_values(parameter, mask)) for name, parameter, mask in masked(model)}
+    return {name: _means(kept_values(parameter, mask)) for name, parameter, mask in masked_parameters(model)}
 
 
-def masked(model: nn.Module) -> list[tuple[str, nn.Parameter, torch.Tensor]]:
+def masked_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter, torch.Tensor]]:
     """(name, parameter, mask) of every masked parameter, tied ones once."""
     found, seen = [], set()
     for place in masked_places(unwrap(model)):
@@ -75,9 +75,11 @@ def _means(weight: torch.Tensor) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, values: dict[str, tuple[float, float]], signs: dict[str, torch.Tensor]) -> None:
+def set_centroids(
+    model: nn.Module, values: dict[str, tuple[float, float]], signs: dict[str, torch.Tensor]
+) -> None:
     """Sets every masked weight to a centroid, in place, the negative one where ``signs`` is True."""
-    for name, parameter, mask in masked(model):
+    for name, parameter, mask in masked_parameters(model):
         negative, positive = values[name]
         sides = torch.where(signs[name].to(mask.device), negative, positive).to(parameter.dtype)
         if is_dtensor(parameter):
@@ -91,13 +93,13 @@ def fill(model: nn.Module, values: dict[str, tuple[float, float]], signs: dict[s
 
 def negative_signs(model: nn.Module) -> dict[str, torch.Tensor]:
     """Mark the weights of masked parameters that are below zero; a kept weight of zero is not."""
-    return {name: kept_values(parameter, mask) < 0 for name, parameter, mask in masked(model)}
+    return {name: kept_values(parameter, mask) < 0 for name, parameter, mask in masked_parameters(model)}
 
 
 def ticket_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors of a ticket besides masks: centroids, (L, 2), and signs of all kept weights."""
     values, signs = centroids(model), negative_signs(model)
-    kept_signs = [signs[name].cpu()[mask.cpu()] for name, _, mask in masked(model)]
+    kept_signs = [signs[name].cpu()[mask.cpu()] for name, _, mask in masked_parameters(model)]
     return {CENTROIDS: torch.tensor(list(values.values())), SIGNS: pack(torch.cat(kept_signs))}
 
 

@@ -31,7 +31,7 @@ Versions = dict[str, tuple[int, int]]
 
 
 @dataclass
-class _Watch:
+class _CopyState:
     """A copy: its original, its weights and masks as last seen, and how many changes were seen.
 
     ``expected``: the versions of the original's masks; ``looks``: how often values are still to be compared
@@ -48,7 +48,7 @@ class _Watch:
     changes: int = 0
 
 
-_copies: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
+_copies: weakref.WeakKeyDictionary[nn.Module, _CopyState] = weakref.WeakKeyDictionary()
 
 
 def identify(module: nn.Module) -> None:
@@ -61,7 +61,7 @@ def watch(module: nn.Module) -> None:
     original = module.__dict__.get(IDENTITY)
     module.__dict__[IDENTITY] = uuid.uuid4().hex
     if original is not None:
-        _copies[module] = _Watch(original)
+        _copies[module] = _CopyState(original)
         note(module)
 
 
@@ -78,7 +78,7 @@ def note(module: nn.Module) -> None:
         seen.sums = _sums(module)
 
 
-def follow(originals: Iterable[nn.Module]) -> None:
+def mask_averages(originals: Iterable[nn.Module]) -> None:
     """Look at the copies of ``originals``, and give their masks to those that are averages."""
     if not _copies:
         return
@@ -120,7 +120,7 @@ def _give(original: nn.Module, copy: nn.Module) -> None:
     note(copy)
 
 
-def _is_changed(copy: nn.Module, seen: _Watch) -> bool:
+def _is_changed(copy: nn.Module, seen: _CopyState) -> bool:
     if _versions(copy)[0] != seen.weights:
         return True
     if not seen.looks:

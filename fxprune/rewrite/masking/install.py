@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from fxprune.rewrite.masking.averages import follow, identify, note
+from fxprune.rewrite.masking.averages import identify, mask_averages, note
 from fxprune.rewrite.masking.computed import (
     check_computed,
     computed_weights,
@@ -103,7 +103,7 @@ def install(module: nn.Module, masks: Mapping[str, torch.Tensor], direct: Iterab
     owners = list({id(owner): owner for (_, owner, _), _ in targets}.values())
     for owner in owners:
         note(owner)
-    follow(owners)
+    mask_averages(owners)
     for name, mask in later.items():
         put_computed(*computed[name], mask)
 

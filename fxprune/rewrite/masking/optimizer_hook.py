@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fxprune.rewrite.masking.averages import follow, forget
+from fxprune.rewrite.masking.averages import forget, mask_averages
 from fxprune.rewrite.masking.storage import masked_attributes, zero
 
 _living: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -52,7 +52,7 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 trained.append(module)
     for module in trained:
         forget(module)
-    follow(trained)
+    mask_averages(trained)
 
 
 def _clean_state(optimizer: Optimizer, parameter: nn.Parameter, mask: torch.Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.rewrite.files.tickets import kept_values, masked, neutralise
+from fxprune.rewrite.files.tickets import kept_values, masked_parameters, neutralise
 
 
 def test_biases_and_vectors_become_neutral_and_all_else_stays() -> None:
@@ -36,7 +36,7 @@ def test_a_tied_parameter_is_listed_once() -> None:
     net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     net[1].weight = net[0].weight
     fxprune.set_masks(net, {"0.weight": torch.eye(3, dtype=torch.bool)})
-    assert [name for name, _, _ in masked(net)] == ["0.weight"]
+    assert [name for name, _, _ in masked_parameters(net)] == ["0.weight"]
 
 
 def test_values_are_read_under_the_mask_and_not_from_the_storage() -> None:
