@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxprune.graph import display
 from fxprune.graph.channel_sources import ChannelName, input_channels, kernel_uses
+from fxprune.graph.links import Link, links_of
 from fxprune.graph.ops import (
     Affine,
     AnyOp,
@@ -237,6 +238,18 @@ class ChannelGraph:
             for path, value in _members(result, ())
         ]
         return display.full_text(self.name, self.ops, self.kernels, yields)
+
+    def links(self) -> list[Link]:
+        """Return which entries of the axes of values and parameters go with one another, op by op.
+
+        Example:
+            >>> import torch, fxprune
+            >>> graph = fxprune.lower(fxprune.capture(torch.nn.Linear(2, 3), torch.ones(1, 2)))
+            >>> link = graph.links()[0]  # the rows of the weight, and the output's second axis
+            >>> link.place, link.entries.tolist(), link.other, link.partners.tolist()
+            ((1, 1), [0, 1, 2], ('weight', 0), [0, 1, 2])
+        """
+        return links_of(self.ops)
 
     def verify(self, gm: fx.GraphModule | None = None) -> None:
         """Check that the graph is whole; a pass that changes a graph calls this before it hands it on.

@@ -42,6 +42,7 @@ def with_foreign_kind() -> tuple[ChannelGraph, Any]:
 GRAPH_CONSUMERS: dict[str, Callable[[ChannelGraph], object]] = {
     "summary": lambda graph: graph.summary(),
     "text": lambda graph: graph.text(),
+    "links": lambda graph: graph.links(),
     "channel programs": lambda graph: compile_graph(graph, "channel"),
     "spatial programs": lambda graph: compile_graph(graph, "spatial"),
     "flow": lambda graph: flow(graph, {}),
