@@ -23,7 +23,7 @@ from fxprune.capture.fidelity.search import faithful_graph, resolve_types
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaves import is_compiled
-from fxprune.capture.module import assemble
+from fxprune.capture.module import assemble, reserved_names
 from fxprune.capture.tracer.meta_values import map_structure, meta_like
 from fxprune.capture.tracer.sample_values import needs_numbers
 from fxprune.capture.tracer.trace import remove_dead_code, shapes_only, trace
@@ -148,6 +148,13 @@ def _check(model: Any) -> None:
         raise ValueError(
             "model: its parameters are split over processes; capture it before fully_shard (fxprune.analyze"
             " takes it as it is, and so does fxprune.apply with returns='inplace')"
+        )
+    tensors = {name for name, value in vars(model).items() if isinstance(value, Tensor)}
+    parts = {*model._parameters, *model._buffers, *model._modules, *tensors}
+    if not isinstance(model, fx.GraphModule) and (taken := sorted(parts & reserved_names())):
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured: {taken[0]!r} is one of its parts and an attribute "
+            "of torch.fx.GraphModule; give the part another name, or put the model into a module"
         )
     lazy = [name for name, tensor in model.named_parameters() if is_lazy(tensor)]
     if lazy:

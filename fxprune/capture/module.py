@@ -9,6 +9,7 @@ down instead.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from fxprune.capture.hooks import (
 )
 from fxprune.capture.recompute import keep_regions
 
-__all__ = ["CapturedModule", "assemble", "leaf_attributes"]
+__all__ = ["CapturedModule", "assemble", "leaf_attributes", "reserved_names"]
 
 # What a module does around its forward, and with its state dict: the graph does the same.
 HOOK_TABLES = (
@@ -60,6 +61,13 @@ class CapturedModule(fx.GraphModule):
     def __reduce__(self) -> tuple[Any, ...]:
         state = {key: value for key, value in vars(self).items() if key != "_graph"}
         return _restore, (type(self).__name__, _written(self.graph)), state, None, None, _set_state
+
+
+@functools.cache
+def reserved_names() -> frozenset[str]:
+    """Names that a part of a captured model cannot have: attributes of graph modules that modules lack."""
+    empty = CapturedModule(nn.Module(), fx.Graph())
+    return frozenset({*dir(empty), "leaf_attributes"}) - frozenset(dir(nn.Module()))
 
 
 def assemble(

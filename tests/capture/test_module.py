@@ -5,6 +5,7 @@ import io
 import operator
 import pickle
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxprune.capture import ModeSwitch, capture
+import fxprune
+from fxprune.capture import CaptureError, ModeSwitch, capture
+from fxprune.capture.module import reserved_names
 
 
 class Everything(nn.Module):
@@ -181,3 +184,41 @@ def test_other_precisions_of_the_whole_network() -> None:
     assert torch.equal(gm(x.double()), model(x.double()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(gm.float()(x), model.float()(x))
+
+
+class Named(nn.Module):
+    """A part by any name: a layer, a vector, or a tensor that is registered nowhere."""
+
+    def __init__(self, name: str, part: Any) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        setattr(self, name, part)
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, part = self.first(x), getattr(self, self.name)
+        return part(y) if isinstance(part, nn.Module) else y * part
+
+
+@pytest.mark.parametrize("name", ["code", "graph", "recompile", "print_readable", "meta", "leaf_attributes"])
+@pytest.mark.parametrize(
+    "part", [lambda: nn.Linear(4, 4), lambda: nn.Parameter(torch.rand(4)), lambda: torch.rand(4)]
+)
+def test_a_part_with_the_name_of_an_attribute_of_graph_modules(name: str, part: Any) -> None:
+    """No module of torch.fx can hold it; inside of another module it may have the name."""
+    model, x = Named(name, part()), torch.rand(2, 3)
+    with pytest.raises(CaptureError, match=f"cannot be captured: '{name}' is one of its parts"):
+        fxprune.capture(model, x)
+    whole = nn.Sequential(model)
+    gm = fxprune.capture(whole, x)
+    assert torch.equal(gm(x), whole(x))
+    assert list(gm.state_dict()) == list(whole.state_dict())
+    copied = pickle.loads(pickle.dumps(gm))
+    assert torch.equal(copied(x), whole(x))
+
+
+def test_every_name_that_is_no_attribute_of_modules_is_reserved() -> None:
+    """A graph module with each of these parts would lose the part or itself."""
+    names = reserved_names()
+    assert {"code", "graph", "_graph", "_code", "meta", "recompile", "add_submodule", "to_folder"} <= names
+    assert not names & {"forward", "weight", "layer", "training", "children", "_modules"}
