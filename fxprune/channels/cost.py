@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fxprune.channels.counts import dense_macs
 from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import Groups
 from fxprune.channels.labels import Factor
@@ -194,11 +195,12 @@ def count_parameters(groups: Groups, shapes: Mapping[str, Sequence[int]]) -> Cos
 def count_macs(groups: Groups) -> Cost:
     """Return the cost that is the number of multiply-adds for one sample.
 
-    Those of convolutions and linear maps, and of products of two values, such as attention.
+    Those of convolutions and linear maps, and of products of two values, such as attention: those of the
+    dense network are `dense_macs` of every op. A product that no equation describes keeps its own.
     """
     by_label = _numbered(groups.numbers, groups.count)
     sides = {side.op: side for side in groups.labels.sides}
-    fixed, terms = 0.0, []
+    fixed, terms = 0.0, list[Term]()
     for number, op in enumerate(groups.graph.ops):
         match op:
             case ir.Kernel():
@@ -206,12 +208,16 @@ def count_macs(groups: Groups) -> Cost:
                 rows, columns = by_label[side.rows], by_label[side.columns]
                 per_group = torch.ones(len(rows), len(columns) // op.groups, dtype=torch.float64)
                 part = _matrix(rows, columns, per_group, op.groups)
-                unit, others = _positions(groups, by_label, op)
-                terms.append(Term(unit, (part, *others)))
-            case ir.Mix() if op.equation:
-                terms.append(_product(groups, by_label, op))
+                parts: tuple[Matrix | Entries, ...] = (part, *_other_channels(groups, by_label, op))
+            case ir.Mix():
+                parts = _product(groups, by_label, op) if op.equation else ()
             case _:
                 continue
+        dense = dense_macs(op, groups.graph.samples)
+        if parts:
+            terms.append(Term(dense / prod(float(part.counts.sum()) for part in parts), parts))
+        else:
+            fixed += dense
     return Cost(groups.count, fixed, tuple(terms))
 
 
@@ -246,23 +252,16 @@ def _line(numbers: Tensor, count: int) -> Entries:
 
 
 # -- multiply-adds ------------------------------------------------------------------------------------------
-def _positions(groups: Groups, by_label: Tensor, op: ir.Kernel) -> tuple[float, tuple[Entries, ...]]:
-    """Count the uses of each entry of a matrix for one sample, and find the channels along other axes."""
-    windows = 0 if op.window is None else len(op.window.kernel)
-    value = op.inputs[0] if op.window is not None and op.window.transposed else op.output
-    axis = len(value.shape) - 1 - windows
-    taps = prod(op.window.kernel) if op.window is not None else 1
-    times = taps * prod(value.shape) / value.shape[axis] / groups.graph.samples
-    parts = []
+def _other_channels(groups: Groups, by_label: Tensor, op: ir.Kernel) -> Iterator[Entries]:
+    """The channels along other axes than the one that a layer contracts."""
+    axis = len(op.output.shape) - 1 - (0 if op.window is None else len(op.window.kernel))
     for factor in groups.labels.values.get(op.output.index, ()):
         if axis not in factor.axes:
-            parts.append(_line(by_label[factor.labels], groups.count))
-            times /= factor.labels.numel()
-    return times, tuple(parts)
+            yield _line(by_label[factor.labels], groups.count)
 
 
-def _product(groups: Groups, by_label: Tensor, op: ir.Mix) -> Term:
-    """The multiply-adds of ``einsum(equation, a, b)``."""
+def _product(groups: Groups, by_label: Tensor, op: ir.Mix) -> tuple[Entries, ...]:
+    """The entries that ``einsum(equation, a, b)`` multiplies, as far as channels decide on them."""
     inputs, _, _ = op.equation.partition("->")
     letters = inputs.split(",")
     sizes: dict[str, int] = {}
@@ -286,8 +285,7 @@ def _product(groups: Groups, by_label: Tensor, op: ir.Mix) -> Term:
         ones = torch.ones(by_row.numel(), dtype=torch.float64)
         parts.append(Entries(by_row.flatten(), by_column.flatten(), ones))
         used |= set(joint)
-    times = prod(size for letter, size in sizes.items() if letter not in used)
-    return Term(times / groups.graph.samples, tuple(parts))
+    return tuple(parts)
 
 
 def _by_letters(own: str, factor: Factor, by_label: Tensor) -> tuple[str, Tensor]:

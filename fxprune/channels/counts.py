@@ -7,9 +7,14 @@ Nodes are counted in every layer by itself, shortcuts and logits included, the n
 
 from __future__ import annotations
 
-import torch
+import math
 
-from fxprune.graph import KernelSet
+import torch
+import torch.nn.functional as F
+
+from fxprune.graph import KernelSet, ir
+
+CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 
 
 def count_kernels(weights: torch.Tensor) -> int:
@@ -44,3 +49,23 @@ def masked_macs(kernels: KernelSet, kept: int) -> int:
     An upper bound of what sparse arithmetic would spend, not of what dense hardware does.
     """
     return round(kernels.macs * kept / kernels.shape.numel())
+
+
+def dense_macs(op: ir.AnyOp, samples: int) -> int:
+    """Return the multiply-adds of a contraction for one sample; 0 for other ops."""
+    if isinstance(op, ir.Kernel):
+        return op.macs
+    if not isinstance(op, ir.Mix):
+        return 0
+    if op.equation:
+        sizes: dict[str, int] = {}
+        for letters, value in zip(op.equation.partition("->")[0].split(","), op.inputs, strict=True):
+            for letter, size in zip(letters, value.shape, strict=True):
+                sizes[letter] = max(size, sizes.get(letter, 1))
+        return math.prod(sizes.values()) // samples
+    a, b = (value.shape for value in op.inputs)
+    calls = op.product.calls if op.product is not None else ()
+    if any(call.target in CONVOLUTIONS for call in calls):
+        return math.prod(op.output.shape) * math.prod(b[1:]) // samples
+    # Any other bilinear function: at most every entry with every entry.
+    return math.prod(a) * math.prod(b) // samples

@@ -5,18 +5,14 @@ Products of two values are such (the two of an attention), and convolutions with
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import takewhile
 
-import torch.nn.functional as F
-
+from fxprune.channels.counts import dense_macs
 from fxprune.graph import ChannelGraph, ir
 from fxprune.paths.terms import has_no_parameter
 
-__all__ = ["UnprunedContraction", "contractions", "dense_macs"]
-
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
+__all__ = ["UnprunedContraction", "contractions"]
 
 
 @dataclass(frozen=True)
@@ -87,23 +83,3 @@ def _name(op: ir.AnyOp, layers: frozenset[str]) -> str:
     paths = [layer.split(".")[:-1] for layer in layers]
     alike = takewhile(lambda atoms: len(set(atoms)) == 1, zip(*paths, strict=False))
     return ".".join(atoms[0] for atoms in alike) or op.node
-
-
-def dense_macs(op: ir.AnyOp, samples: int) -> int:
-    """Return the multiply-adds of a contraction for one sample; 0 for other ops."""
-    if isinstance(op, ir.Kernel):
-        return op.macs
-    if not isinstance(op, ir.Mix):
-        return 0
-    if op.equation:
-        sizes: dict[str, int] = {}
-        for letters, value in zip(op.equation.partition("->")[0].split(","), op.inputs, strict=True):
-            for letter, size in zip(letters, value.shape, strict=True):
-                sizes[letter] = max(size, sizes.get(letter, 1))
-        return math.prod(sizes.values()) // samples
-    a, b = (value.shape for value in op.inputs)
-    calls = op.product.calls if op.product is not None else ()
-    if any(call.target in CONVOLUTIONS for call in calls):
-        return math.prod(op.output.shape) * math.prod(b[1:]) // samples
-    # Any other bilinear function: at most every entry with every entry.
-    return math.prod(a) * math.prod(b) // samples

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from fxprune.channels.counts import count_kernels, count_nodes, masked_macs
-from fxprune.channels.unpruned import contractions, dense_macs
+from fxprune.channels.counts import count_kernels, count_nodes, dense_macs, masked_macs
+from fxprune.channels.unpruned import contractions
 from fxprune.graph import ChannelGraph, KernelSet
 from fxprune.paths.count import flow, reach
 from fxprune.paths.terms import count_terms

@@ -154,3 +154,22 @@ def one_by_one(cost: Cost, staying: Tensor) -> Tensor:
         fewer[group] = False
         saved[group] = cost.left(staying) - cost.left(fewer)
     return saved
+
+
+class MadeKernel(nn.Module):
+    """A convolution whose weights are made from the input: a product that no equation describes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.maker = nn.Conv2d(3, 4, 1), nn.Linear(3, 5 * 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.maker(x.mean((0, 2, 3))).view(5, 4, 1, 1)
+        return nn.functional.conv2d(self.first(x), weight)
+
+
+def test_macs_of_the_whole_network_are_those_of_its_report() -> None:
+    x = torch.ones(1, 3, 6, 6)
+    graph = graph_of(MadeKernel(), x)
+    whole = count_macs(group_channels(graph)).whole
+    assert whole == counted_macs(MadeKernel(), x) == 36 * (3 * 4 + 4 * 5) + 3 * 20
