@@ -77,7 +77,7 @@ def running_sum(x: Tensor, dim: int, *, backwards: bool = False) -> Tensor:
 
 
 def resample(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """Multiply each of the last axes with a matrix, ``(out, in)``."""
+    """Multiply each of the last axes with a matrix, ``(in, out)``."""
     rank = len(matrices)
     for axis, matrix in enumerate(matrices):
         x = (x.movedim(axis - rank, -1) @ matrix.to(x)).movedim(-1, axis - rank)

@@ -7,7 +7,6 @@ from torch import nn
 
 from channels.grouping import Net, groups_of, tables
 from fxprune.channels.groups import ChannelSlice
-from fxprune.channels.orientation import swap_orientation
 
 
 def rows_of(net: str) -> dict[str, list[int]]:
@@ -122,15 +121,3 @@ def test_weights_of_a_grouped_transposed_convolution() -> None:
     one, two = groups.kept("1.weight", alive), groups.kept("2.weight", alive)
     assert one.flatten(2).all(2).tolist() == [[False, True, False, True]] * 6
     assert two.flatten(2).all(2).tolist() == [[False] * 2, [True] * 2] * 2
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_turning_is_its_own_inverse_and_says_what_pytorch_does(groups: int) -> None:
-    weight = torch.rand(4, 3, 3, 3)
-    assert torch.equal(swap_orientation(swap_orientation(weight, groups), groups), weight)
-    x = torch.rand(2, 4, 5, 5)
-    out = nn.functional.conv_transpose2d(x, weight, groups=groups)
-    plain = nn.functional.conv2d(
-        nn.functional.pad(x, (2, 2, 2, 2)), swap_orientation(weight, groups).flip(2, 3), groups=groups
-    )
-    assert torch.allclose(out, plain, atol=1e-5)
