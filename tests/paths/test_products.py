@@ -79,7 +79,13 @@ def test_a_pruned_vision_transformer_still_sees_its_input(method: str) -> None:
         img_size=8, patch_size=2, num_classes=10, embed_dim=32, depth=2, num_heads=2, class_token=True
     )
     pruned = fxprune.apply(
-        model, method, 0.9, example_inputs=torch.ones(1, 3, 8, 8), progress=False, on_collapse="warn"
+        model,
+        method,
+        0.9,
+        example_inputs=torch.ones(1, 3, 8, 8),
+        progress=False,
+        on_collapse="warn",
+        rounds=20,
     ).eval()
     for name, mask in fxprune.masks(pruned).items():
         if "qkv" in name:
