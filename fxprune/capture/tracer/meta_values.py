@@ -121,7 +121,9 @@ class Shadows:
         if key in self._known:
             result = map_structure(_made, self._known[key])
         else:
-            result = _recurrent(name, args) or self._computed(function, args, kwargs)
+            result = _recurrent(name, args)
+            result = _normed(function, args) if result is None else result
+            result = self._computed(function, args, kwargs) if result is None else result
             if key is not None and _storable(result):
                 self._known[key] = map_structure(_Spec.of, result)
         if (operands or function in CONSTRUCTORS) and name not in UNSETTLED:
@@ -188,6 +190,14 @@ def _recurrent(name: str, args: tuple[Any, ...]) -> Any:
     data, state = args[0], args[1][0] if name == "lstm" else args[1]
     out = data.new_empty(*data.shape[:-1], state.shape[-1] * (2 if args[7] else 1))
     return (out, *(torch.empty_like(x) for x in (args[1] if name == "lstm" else (state,))))
+
+
+def _normed(function: Callable[..., Any], args: tuple[Any, ...]) -> Tensor | None:
+    """The shape of a batch norm's result, which PyTorch works out in a hundred small steps."""
+    if function is not torch.batch_norm or not isinstance(args[0], Tensor) or args[0].dim() < 2:
+        return None
+    sizes = {parameter.shape for parameter in args[1:5] if isinstance(parameter, Tensor)}
+    return torch.empty_like(args[0]) if sizes <= {args[0].shape[1:2]} else None
 
 
 @dataclass(frozen=True)
