@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fxprune.channels.follow import follow
 from fxprune.graph import ChannelGraph, ir
 from fxprune.lowering import lower
 from fxprune.paths.count import reach
+from fxprune.rewrite.compact.constant_operands import cut_constants
 from fxprune.rewrite.compact.constants import Recorded, constant_entries, fold, is_recorded, record
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.leaves import leaf_of, open_leaf
@@ -25,6 +27,7 @@ from fxprune.rewrite.compact.recipe import record_recipe
 from fxprune.rewrite.compact.table import tabulate
 from fxprune.rewrite.compact.trial import (
     NodeFailure,
+    OutputsDiffer,
     in_double,
     set_shapes,
     trial_inputs,
@@ -106,8 +109,8 @@ def _compact(
         graph = lower(source)
         cut = _first_cut(graph, source, known)
         try:
-            small, slices = _smallest(
-                source, graph, cut, runs, whole, exact=exact, fold_constants=fold_constants
+            small, slices, found = _proved(
+                gm, source, graph, cut, runs, whole, exact=exact, verify=verify, fold_constants=fold_constants
             )
             break
         except HeldByLeaf as held:
@@ -118,14 +121,6 @@ def _compact(
                 opened.append(held.path)
             else:
                 whole.add(held.path)
-    found = None
-    if verify and exact:
-
-        def in_float64() -> fx.GraphModule:
-            wide, both = copy.deepcopy(source).double(), (in_double(runs[0]), in_double(runs[1]))
-            return _smallest(wide, graph, cut, both, whole, exact=exact, fold_constants=fold_constants)[0]
-
-        found = verified(gm, small, runs, in_float64)
     small.meta = {**gm.meta}
     notes = dict(small.meta.get("fxprune", {}))
     parameters = {name: list(parameter.shape) for name, parameter in unmasked(model).named_parameters()}
@@ -138,6 +133,38 @@ def _compact(
     for name, module in small.named_modules():
         module.train(modes.get(name, modes[""]))
     return small
+
+
+def _proved(
+    gm: fx.GraphModule,
+    source: fx.GraphModule,
+    graph: ChannelGraph,
+    cut: Cut,
+    runs: tuple[tuple[Any, ...], tuple[Any, ...]],
+    whole: Collection[str],
+    *,
+    exact: bool,
+    verify: bool,
+    fold_constants: bool,
+) -> tuple[fx.GraphModule, Slices, float | None]:
+    """The smaller network and the largest difference of its outputs; what makes others is given back."""
+    nodes = {node.name: node for node in source.graph.nodes}
+    while True:
+        small, slices = _smallest(source, graph, cut, runs, whole, exact=exact, fold_constants=fold_constants)
+        if not (verify and exact):
+            return small, slices, None
+
+        def in_float64() -> fx.GraphModule:
+            wide, both = copy.deepcopy(source).double(), (in_double(runs[0]), in_double(runs[1]))
+            return _smallest(wide, graph, cut, both, whole, exact=exact, fold_constants=fold_constants)[0]
+
+        try:
+            return small, slices, verified(gm, small, runs, in_float64)
+        except OutputsDiffer as error:
+            start = nodes.get(error.node)
+            reason = f"{error.node}: it would compute something else"
+            if start is None or not _give_back_near(graph, cut, start, reason, attrgetter("all_input_nodes")):
+                raise
 
 
 def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, known: Masks) -> Cut:
@@ -208,6 +235,7 @@ def _smallest(
                 continue
             small = copy.deepcopy(gm)
             Rewriter(graph, small, cut, sums, slices).run()
+            cut_constants(graph, small, cut, slices)
             slice_parameters(small, slices, biases, _groups(graph, nodes, cut))
             set_shapes(small, runs[0])
             return small, slices
@@ -338,7 +366,7 @@ def _give_back_node(graph: ChannelGraph, cut: Cut, nodes: dict[str, fx.Node], er
     if name not in nodes:
         return False
     reason = f"{error.node}: {str(error.__cause__)[:80]}"
-    return _give_back_near(graph, cut, nodes[name], reason, lambda node: node.all_input_nodes) or (
+    return _give_back_near(graph, cut, nodes[name], reason, attrgetter("all_input_nodes")) or (
         _give_back_near(graph, cut, nodes[name], reason, lambda node: list(node.users))
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 
 __all__ = ["FUNCTIONS", "METHODS", "Unwritable", "decode", "decode_tree", "encode", "encode_tree"]
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {"torch.split": torch.split}
+FUNCTIONS: dict[str, Callable[..., Any]] = {"torch.split": torch.split, "operator.getitem": operator.getitem}
 METHODS = {"split"}
 """The functions and methods that a rewritten node may call; a file can name no others."""
 

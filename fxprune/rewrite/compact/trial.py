@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 __all__ = [
     "RUN_ERRORS",
     "NodeFailure",
+    "OutputsDiffer",
     "difference",
     "differing_node",
     "in_double",
@@ -23,6 +25,17 @@ __all__ = [
 ]
 
 RUN_ERRORS = (RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+
+
+class OutputsDiffer(RuntimeError):
+    """Raised where the smaller network computes something else; ``node`` is the first that does."""
+
+    def __init__(self, found: float, node: str) -> None:
+        super().__init__(
+            f"compact: outputs differ by {found:.2e} of the largest, first at node {node!r}; "
+            "please report the network, or pass verify=False"
+        )
+        self.node = node
 
 
 class NodeFailure(Exception):
@@ -87,6 +100,22 @@ def _meta(x: Any) -> Any:
     return torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x
 
 
+class _Widening(TorchFunctionMode):
+    """Makes float64 of all other real numbers that code makes by itself, as constants in float32."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():
+            return pytree.tree_map(_widened, result)
+
+
+def _widened(x: Any) -> Any:
+    narrow = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+    return x.double() if narrow else x
+
+
 def set_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Run the graph once, note the shape of every node, and return the outputs; `NodeFailure` if it fails."""
     watching = _Watching(gm, numbers=False)
@@ -107,10 +136,7 @@ def outputs_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
 def in_double(inputs: Sequence[Any]) -> tuple[Any, ...]:
     """Return the inputs with real numbers in float64."""
 
-    def widened(x: Any) -> Any:
-        return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    return tuple(pytree.tree_map(widened, x) for x in inputs)
+    return tuple(pytree.tree_map(_widened, x) for x in inputs)
 
 
 def difference(old: Any, new: Any) -> float:
@@ -167,13 +193,10 @@ def verified(
         if found <= (1e-10 if double else 1e-5):
             worst = max(worst, found)
             continue
-        twice, half, wide = copy.deepcopy(gm).double(), in_float64(), in_double(inputs)
-        exact = difference(outputs_of(twice, wide), outputs_of(half, wide))
-        if not exact <= 1e-10:
-            node = differing_node(twice, half, wide, 1e-10)
-            raise RuntimeError(
-                f"compact: outputs differ by {found:.2e} of the largest, first at node {node!r}; "
-                "please report the network, or pass verify=False"
-            )
+        with _Widening():
+            twice, half, wide = copy.deepcopy(gm).double(), in_float64(), in_double(inputs)
+            exact = difference(outputs_of(twice, wide), outputs_of(half, wide))
+            if not exact <= 1e-10:
+                raise OutputsDiffer(found, differing_node(twice, half, wide, 1e-10))
         worst = max(worst, exact)
     return worst

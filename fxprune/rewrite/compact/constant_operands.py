@@ -1,0 +1,69 @@
+"""Cut constants that code makes by itself where they meet channels of which some are gone.
+
+A table in ``y * torch.linspace(0, 1, 12)`` is no parameter that could be sliced: its entries are picked by an
+index when the graph runs.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import Tensor, fx
+
+from fxprune.graph import ChannelGraph, ir
+from fxprune.rewrite.compact.cut import Cut
+from fxprune.rewrite.compact.modules import Slices
+
+__all__ = ["cut_constants"]
+
+POINTWISE = (ir.Affine, ir.Gate, ir.Map, ir.Sum)
+
+
+def cut_constants(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Slices) -> None:
+    """Index the constant operands of operations by entry, in place, where a channel of their result is gone.
+
+    ``slices``: by parameter that gets smaller, what is left; a constant computed from one has its new size.
+    """
+    others = {op.node for op in graph.ops if not isinstance(op, POINTWISE)}
+    changed = _changed(graph, gm, cut, slices)
+    for node in list(gm.graph.nodes):
+        value = graph.results.get(node.name)
+        called = node.op in ("call_function", "call_method") and node.name not in others
+        if not called or not isinstance(value, ir.Value) or not value.live or not cut.touches(value):
+            continue
+        for source in node.all_input_nodes:
+            own = graph.results.get(source.name)
+            if source not in changed and not (isinstance(own, ir.Value) and own.live):
+                node.replace_input_with(source, _picked(node, source, value, cut))
+    gm.recompile()
+
+
+def _picked(node: fx.Node, source: fx.Node, value: ir.Value, cut: Cut) -> fx.Node:
+    """The entries of ``source`` that meet what is left of ``value``, read before ``node``."""
+    val = source.meta.get("val")
+    if not isinstance(val, Tensor) or val.dim() > len(value.shape):
+        return source
+    first, picked = len(value.shape) - val.dim(), source
+    for axis, size in enumerate(val.shape):
+        kept = cut.kept_along(value, first + axis)
+        if kept is None or not size == value.shape[first + axis] > 1:
+            continue
+        index: Any = (*(slice(None),) * axis, kept.nonzero().flatten().tolist())
+        with node.graph.inserting_before(node):
+            picked = node.graph.create_node(
+                "call_function", operator.getitem, (picked, index), {}, name=f"narrowed_{node.name}"
+            )
+    return picked
+
+
+def _changed(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Slices) -> set[fx.Node]:
+    """The nodes whose shapes follow from what is cut: parameters, values, and what is computed from them."""
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        value = graph.results.get(node.name)
+        own = node.op == "get_attr" and str(node.target) in slices
+        own |= isinstance(value, ir.Value) and cut.touches(value)
+        if own or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found

@@ -1,0 +1,83 @@
+"""Constants that code makes by itself: picked by entry where channels go, or the channels stay."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+
+X = torch.linspace(-1, 1, 24).view(4, 6)
+Function = Callable[[Tensor], Tensor]
+
+PICKED: dict[str, Function] = {
+    "a table of literal size": lambda y: y * torch.linspace(0.5, 1, 12),
+    "a table of the value's size": lambda y: y + torch.arange(y.shape[1]),
+    "a table over rows": lambda y: y * torch.arange(48.0).view(4, 12),
+    "a table and a scalar": lambda y: y * nn.functional.normalize(torch.arange(12.0), dim=0) + 1,
+    "a constant in float32": lambda y: (y * torch.full((12,), 2.0, dtype=torch.float32)) / 3,
+}
+HELD: dict[str, Function] = {
+    "numbers that follow from places": lambda y: y + torch.ones_like(y).cumsum(1),
+    "a share of each": lambda y: y * torch.ones_like(y).softmax(1),
+    "a count of them": lambda y: y * torch.ones_like(y).sum(1, keepdim=True),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.a, self.b, self.function = nn.Linear(6, 12), nn.Linear(12, 3), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function(self.a(x)))
+
+
+def compacted(function: Function) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    pruned = fxprune.apply(
+        Net(function).eval(), "magnitude", 0.5, example_inputs=X, granularity="channel", progress=False
+    )
+    return pruned, fxprune.compact(pruned)
+
+
+@pytest.mark.parametrize("name", PICKED)
+def test_entries_of_constants_go_with_their_channels(name: str, tmp_path: Path) -> None:
+    pruned, small = compacted(PICKED[name])
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+    assert small.get_submodule("a").weight.shape == (6, 6)
+    assert torch.allclose(small(X), pruned(X), atol=1e-5)
+    fxprune.save(small, tmp_path / "small.safetensors")
+    again = fxprune.load(tmp_path / "small.safetensors", Net(PICKED[name]).eval())
+    assert torch.equal(again(X), small(X))
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_channels_that_a_constant_counts_stay(name: str) -> None:
+    pruned, small = compacted(HELD[name])
+    table = small.meta["fxprune"]["compaction"]
+    assert table.given_back == 6
+    assert "it would compute something else" in str(table)
+    assert torch.allclose(small(X), pruned(X), atol=1e-5)
+
+
+class Single(nn.Module):
+    """A product that PyTorch refuses in mixed types: its other factor is made in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x * 1e6) @ torch.eye(12, dtype=torch.float32)) - 1e6
+
+
+def test_outputs_are_compared_in_float64_also_where_code_makes_float32() -> None:
+    torch.manual_seed(0)
+    model = Single().eval()
+    with torch.no_grad():
+        model.b.weight[:, :5], model.a.bias[:5] = 0, 1e6
+    small = fxprune.compact(model, X)
+    assert small.meta["fxprune"]["compaction"].difference < 1e-5
