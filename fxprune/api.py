@@ -6,7 +6,7 @@ All arguments are checked before the first step.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -16,36 +16,41 @@ from torch import fx, nn
 
 from fxprune import sharding
 from fxprune.capture import CaptureError, capture
+from fxprune.capture.errors import check_module
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.graph import ChannelGraph
 from fxprune.latency import LatencyTarget, check_runtime
 from fxprune.lowering import Rules, graph_of_run, hidden_layers, lower, matrices_outside
 from fxprune.methods import Method, Problem, Weights, new_weights, separate
-from fxprune.methods import resolve as resolve_method
 from fxprune.metrics import Report, measure
-from fxprune.network import Network, adopted, build_problem, inside, rewrite, warn_of_rest
+from fxprune.network import Network, adopted, build_problem, checked, inside, rewrite, warn_of_rest
 from fxprune.paths.count import reach
 from fxprune.plans import Plan
 from fxprune.progress import Display
-from fxprune.request import Exclusion, Request, exclusions
-from fxprune.rewrite import plain, read, stamp
+from fxprune.request import (
+    GENERAL,
+    Exclusion,
+    Request,
+    blamed_on_data,
+    default_sparsity,
+    exclusions,
+    method_of,
+    with_shapes,
+)
+from fxprune.rewrite import plain, provenance, read, stamp
 from fxprune.rewrite.masking.computed import computed_weights, settled
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.collapse import dead_layers, repair
-from fxprune.sparsity.granularity import CHANNEL_OPTIONS, WEIGHT, Channel, Granularity
+from fxprune.sparsity.granularity import CHANNEL_OPTIONS, Channel, Granularity
 from fxprune.sparsity.granularity import resolve as resolve_granularity
 from fxprune.sparsity.group_selection import ChannelGroups, Choice
-from fxprune.sparsity.masks import Masks, is_subset, nonzeros, validate
+from fxprune.sparsity.masks import Masks, nonzeros
 from fxprune.sparsity.schedule import DensityFunction, Schedule
-from fxprune.sparsity.sharded import kept_overall
 from fxprune.timed import find_in_time, is_timed
 
 Returns = Literal["graph", "module", "inplace"]
 OnCollapse = Literal["warn", "raise", "repair"]
-
-GENERAL = ("reinit", "micro_batch")
-"""Options that every method takes and that ``apply`` itself implements."""
 
 LISTED = 20
 """Collapsed layers that a message names; the report names them all."""
@@ -54,7 +59,7 @@ LISTED = 20
 def apply(
     model: nn.Module,
     method: str | Method | Plan = "synflow",
-    sparsity: float = 0.9,
+    sparsity: float | None = None,
     *,
     example_inputs: Any = None,
     data: Any = None,
@@ -77,11 +82,11 @@ def apply(
         model: any module. If it was pruned before, more is removed; what is pruned stays pruned.
         method: a name of ``list_methods()``, a :class:`Method` or a :class:`Plan`; ``method_options`` are its
             own, and those of all: ``shuffle``, ``invert``, ``reinit`` (draw weights anew), ``micro_batch``.
-        sparsity: fraction of the prunable weights to remove, in [0, 1); met to one weight.
-        example_inputs: tensor, tuple or dict; timm and torchvision models say it themselves.
+        sparsity: fraction of the prunable weights to remove, in [0, 1), to one weight; 0.9, or an N:M's own.
+        example_inputs: tensor, tuple or dict; else as in ``data``, or as timm and torchvision models say.
         data, loss_fn: for methods that look at data: (x, y), or an iterable of batches; a loss of (out, y).
         budget: "global" (default), "uniform", "erk", or {layer or pattern: sparsity}.
-        granularity: "weight", "kernel", "nm(2,4)", "block(16,16)"; "channel", "head": see docs/channels.md.
+        granularity: "weight", "kernel", "2:4", "block(16,16)"; "channel", "head": see docs/channels.md.
         schedule: "oneshot", "linear", "exponential", "cubic", "sigmoid", also "cubic(20)"; the method's own.
         exclude: names or patterns of modules or parameters, or module types, that are never pruned.
         seed, device: the seed of all randomness; where to score (the result is on the model's own device).
@@ -115,7 +120,7 @@ def apply(
 def ask(
     model: nn.Module,
     method: str | Method,
-    sparsity: float,
+    sparsity: float | None,
     *,
     budget: Allocation | None = None,
     granularity: str | Granularity = "weight",
@@ -134,9 +139,9 @@ def ask(
     general, channels = _taken(method_options, GENERAL), _taken(method_options, CHANNEL_OPTIONS)
     network, grain = inside(model), resolve_granularity(granularity, **channels)
     wish = Request(
-        resolve_method(method, **method_options), sparsity, data, loss_fn,
-        "global" if budget is None else budget, grain, schedule, exclusions(exclude), seed, device, returns,
-        on_collapse, rules=rules, **general,
+        method_of(method, method_options), default_sparsity(grain) if sparsity is None else sparsity, data,
+        loss_fn, "global" if budget is None else budget, grain, schedule, exclusions(exclude), seed, device,
+        returns, on_collapse, rules=rules, asked=sparsity is not None, **general,
     )  # fmt: skip
     wish.check(network)
     sharding.check(network, wish)
@@ -177,8 +182,7 @@ def analyze(
     """
     if resolution not in ("spatial", "channel"):
         raise ValueError(f"resolution={resolution!r}: expected 'spatial' or 'channel'")
-    if not isinstance(gm, nn.Module):
-        raise TypeError(f"gm: expected a torch.nn.Module, got a {type(gm).__name__}")
+    check_module(gm, "gm")
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         masks = read(gm)
         source = settled(plain(gm))
@@ -195,7 +199,9 @@ def analyze(
         known = _known(graph, {**masks, **zeros})
         outside = matrices_outside(network, graph)
         removed = sum(int((~masks[name]).sum()) for name in outside if name in masks)
-        return measure(graph, known, resolution, outside, removed)
+        report = measure(graph, known, resolution, outside, removed)
+    noted = provenance(gm)
+    return replace(report, asked=noted["sparsity"]) if noted.get("default") == "sparsity" else report
 
 
 def _taken(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -208,7 +214,7 @@ def _has_shapes(model: nn.Module) -> bool:
 
 
 Found = tuple[Network, Problem, Masks, Weights, LatencyTarget | None]
-"""The network, the problem, masks and new weights that were found, and the times where these were asked for."""
+"""The network, the problem, the masks and new weights that were found, and the times if they were asked for."""
 
 
 def search(
@@ -217,7 +223,9 @@ def search(
     """Capture, lower, score and select; ``seen`` notes what channel groups are chosen by."""
     given = adopted(given, wish.returns)
     model = inside(given)
-    network = _network(given, example_inputs, wish, display)
+    inputs, wish = with_shapes(model, example_inputs, wish)
+    with blamed_on_data(model, example_inputs, wish):
+        network = _network(given, inputs, wish, display)
     before = network.before
     asked = build_problem(network, wish, display, _everybody())
     if seen is not None and isinstance(asked.granularity, ChannelGroups):
@@ -243,7 +251,8 @@ def _finished(
 ) -> fx.GraphModule:
     """Rewrite the model under its masks, and note where they come from."""
     pruned = rewrite(network, problem, masks, wish, weights)
-    stamp(pruned, method=wish.method.name, sparsity=wish.sparsity, seed=wish.seed)
+    facts = {} if wish.asked else {"default": "sparsity"}
+    stamp(pruned, method=wish.method.name, sparsity=wish.sparsity, seed=wish.seed, **facts)
     notes = {"latency": time, "history": problem.history or None}
     notes = {name: note for name, note in notes.items() if note is not None}
     if notes and isinstance(pruned, fx.GraphModule):
@@ -280,13 +289,13 @@ def _executed(
 
 
 def _masks(network: Network, problem: Problem, wish: Request) -> tuple[Masks, Weights, LatencyTarget | None]:
-    """Find masks by the method, and new weights; under ``of="latency"`` until the time is right, with the times."""
+    """Find masks by the method, and new weights; under ``of="latency"`` until the time is right."""
     weights: Weights = {}
 
     def find(problem: Problem) -> Masks:
         nonlocal weights
         found, values = separate(wish.method.find(problem))
-        masks = _checked(wish.method, found, problem)
+        masks = checked(wish.method, found, problem)
         weights = new_weights(wish.method, values, masks, problem)
         return masks
 
@@ -342,30 +351,6 @@ def _everybody() -> dist.ProcessGroup | None:
     """Return the processes that score together: all of them, where there are several."""
     running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return dist.group.WORLD if running else None
-
-
-def _checked(method: Method, found: Any, problem: Problem) -> Masks:
-    """Check that the masks that a method returned meet the problem; return them on its device."""
-    if not isinstance(found, Mapping):
-        raise TypeError(f"method {method.name!r} returned a {type(found).__name__}, expected a dict of masks")
-    try:
-        validate(found, {name: weight.shape for name, weight in problem.weights.items()})
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"method {method.name!r} returned wrong {error}") from error
-    masks = {name: found[name].to(problem.device) for name in problem.weights}
-    if not is_subset(masks, problem.masks):
-        raise ValueError(f"method {method.name!r} keeps weights that were pruned before")
-    if isinstance(problem.granularity, ChannelGroups):
-        problem.granularity.check(masks, problem.budget, method.name)
-        return masks
-    numbers, budget = kept_overall(masks, problem.shards), problem.budget
-    asked = {"the model": budget.total} if budget.layers is None else budget.layers
-    given = {"the model": sum(numbers.values())} if budget.layers is None else numbers
-    for where, number in asked.items():
-        # Whole groups may have to stay below the budget; single weights need not.
-        if given[where] > number or (given[where] < number and problem.granularity == WEIGHT):
-            raise ValueError(f"method {method.name!r} keeps {given[where]} weights in {where}, not {number}")
-    return masks
 
 
 def _without_collapse(problem: Problem, masks: Masks, before: Masks, wish: Request) -> Masks:

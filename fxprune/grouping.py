@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.capture import capture
+from fxprune.capture.errors import check_module
 from fxprune.channels.groups import group_channels
 from fxprune.channels.listing import GroupTable, list_groups
 from fxprune.lowering import Rules, lower
@@ -56,8 +57,7 @@ an output of the network
         >>> groups[3].members[1]
         ChannelSlice(parameter='2.weight', axis='in', indices=(3,))
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
+    check_module(model)
     entries = exclusions(exclude)
     check_exclude(entries, model)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fxprune.graph import ChannelGraph
 from fxprune.latency.cost import latency_cost
 from fxprune.lowering import matrices_outside
-from fxprune.methods import Problem, Weights, redraw
+from fxprune.methods import Method, Problem, Weights, redraw
 from fxprune.metrics import listed as listed_sizes
 from fxprune.request import Request, resolve_device
 from fxprune.rewrite import direct_reads, finalize, put_masks, read
@@ -27,9 +28,10 @@ from fxprune.rewrite.masking.parameters import check, unwrap
 from fxprune.rewrite.masking.torch_pruning import masks_of_torch
 from fxprune.scoring.contract import Progress
 from fxprune.sparsity.budget import plan
-from fxprune.sparsity.granularity import Channel
+from fxprune.sparsity.granularity import WEIGHT, Channel
 from fxprune.sparsity.group_selection import ChannelGroups
-from fxprune.sparsity.masks import Masks, kept
+from fxprune.sparsity.masks import Masks, is_subset, kept, validate
+from fxprune.sparsity.sharded import kept_overall
 
 OUTSIDE = 0.1
 """The share of matrix weights that may stay out of reach without a warning."""
@@ -236,3 +238,27 @@ def _entries(network: Network, problem: Problem, masks: Masks) -> Masks:
     return {
         name: mask & before[name].to(mask.device) if name in before else mask for name, mask in found.items()
     }
+
+
+def checked(method: Method, found: Any, problem: Problem) -> Masks:
+    """Check that the masks that a method returned meet the problem; return them on its device."""
+    if not isinstance(found, Mapping):
+        raise TypeError(f"method {method.name!r} returned a {type(found).__name__}, expected a dict of masks")
+    try:
+        validate(found, {name: weight.shape for name, weight in problem.weights.items()})
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"method {method.name!r} returned wrong {error}") from error
+    masks = {name: found[name].to(problem.device) for name in problem.weights}
+    if not is_subset(masks, problem.masks):
+        raise ValueError(f"method {method.name!r} keeps weights that were pruned before")
+    if isinstance(problem.granularity, ChannelGroups):
+        problem.granularity.check(masks, problem.budget, method.name)
+        return masks
+    numbers, budget = kept_overall(masks, problem.shards), problem.budget
+    asked = {"the model": budget.total} if budget.layers is None else budget.layers
+    given = {"the model": sum(numbers.values())} if budget.layers is None else numbers
+    for where, number in asked.items():
+        # Whole groups may have to stay below the budget; single weights need not.
+        if given[where] > number or (given[where] < number and problem.granularity == WEIGHT):
+            raise ValueError(f"method {method.name!r} keeps {given[where]} weights in {where}, not {number}")
+    return masks

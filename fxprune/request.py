@@ -5,8 +5,10 @@ Everything that can be said of an argument without looking into the network is s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -14,12 +16,32 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fxprune.capture.errors import InputError, check_module
+from fxprune.capture.module import CapturedModule
+from fxprune.keywords import TRAINING_METHODS, unknown_argument
 from fxprune.lowering import Rules
 from fxprune.lowering.rules.table import own_rules
-from fxprune.methods import Method
+from fxprune.methods import Method, common_options
+from fxprune.methods import names as known_methods
+from fxprune.methods import options as options_of
+from fxprune.methods import resolve as resolve_method
+from fxprune.scoring.forms import check_data, is_batch
+from fxprune.scoring.shapes import explain_misfit, inputs_of
 from fxprune.sparsity.budget import Allocation, plan
-from fxprune.sparsity.granularity import Granularity
+from fxprune.sparsity.granularity import CHANNEL_OPTIONS, NM, Granularity
 from fxprune.sparsity.schedule import DensityFunction, OneShot, Schedule, resolve
+
+ARGUMENTS = (
+    "sparsity", "example_inputs", "data", "loss_fn", "budget", "granularity", "schedule", "exclude", "seed",
+    "device", "progress", "returns", "on_collapse", "rules",
+)  # fmt: skip
+"""Arguments of :func:`apply` that are no options of methods."""
+
+GENERAL = ("reinit", "micro_batch")
+"""Options that every method takes and that ``apply`` itself implements."""
+
+DEFAULT_SPARSITY = 0.9
+"""The sparsity where none is asked for; the report then says so."""
 
 Exclusion = str | type[nn.Module]
 """The name of a module or parameter, a pattern of ``fnmatch``, or a module type."""
@@ -27,7 +49,10 @@ Exclusion = str | type[nn.Module]
 
 @dataclass(frozen=True)
 class Request:
-    """Hold what the caller of :func:`apply` wants, by the names of its arguments."""
+    """Hold what the caller of :func:`apply` wants, by the names of its arguments.
+
+    ``asked``: whether the caller named the sparsity.
+    """
 
     method: Method
     sparsity: float
@@ -44,17 +69,19 @@ class Request:
     reinit: bool = False
     micro_batch: int | None = None
     rules: Rules | None = None
+    asked: bool = True
 
     def check(self, model: nn.Module) -> None:
         """Everything that can be said without looking into the network; raises what :func:`apply` says."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
+        check_module(model)
         if self.returns not in ("graph", "module", "inplace"):
             raise ValueError(f"returns={self.returns!r}: expected 'graph', 'module' or 'inplace'")
         if self.on_collapse not in ("warn", "raise", "repair"):
             raise ValueError(f"on_collapse={self.on_collapse!r}: expected 'warn', 'raise' or 'repair'")
         if self.loss_fn is not None and not callable(self.loss_fn):
             raise TypeError(f"loss_fn={self.loss_fn!r}: expected a function of (output, target)")
+        if not isinstance(self.budget, Mapping):
+            _check_pattern(self.granularity, self.sparsity)
         _check_seed(self.seed)
         own_rules(self.rules)
         if not isinstance(self.reinit, bool):
@@ -66,6 +93,8 @@ class Request:
         if self.micro_batch is not None and (type(self.micro_batch) is not int or self.micro_batch < 1):
             raise ValueError(f"micro_batch={self.micro_batch!r}: expected a number of samples, at least 1")
         resolve(self.schedule, OneShot())
+        if self.data is not None and not is_batch(self.data):
+            check_data(self.data)
         self.method.check(data=self.data)
         resolve_device(self.device)
         _plan_ahead(self.budget, self.sparsity, model)
@@ -74,6 +103,69 @@ class Request:
     def excludes(self, model: nn.Module, names: Iterable[str]) -> bool:
         """Whether a parameter, known by any of ``names``, is not to be pruned."""
         return is_excluded(self.exclude, model, names)
+
+
+def method_of(method: str | Method, given: Mapping[str, Any]) -> Method:
+    """Return the method with its options; the error for an unknown one names the argument that was meant."""
+    if isinstance(method, str) and method in TRAINING_METHODS:
+        raise ValueError(
+            f"method={method!r} prunes while a network trains: pruner = fxprune.Pruner(model, {method!r},"
+            " total=epochs), then pruner.step(epoch) after each"
+        )
+    if not isinstance(method, str) or method not in known_methods():
+        return resolve_method(method, **given)
+    own = options_of(method)
+    accepted = [*ARGUMENTS, *own, *common_options(), *GENERAL, *CHANNEL_OPTIONS]
+    for name in given:
+        if name not in accepted:
+            owners = [other for other in known_methods() if name in options_of(other)]
+            raise unknown_argument(name, "apply", method, accepted, own, owners)
+    return resolve_method(method, **given)
+
+
+def with_shapes(model: nn.Module, example_inputs: Any, wish: Request) -> tuple[Any, Request]:
+    """Return example inputs, taken from the data where there are none, and the request to go on with.
+
+    A captured model remembers its inputs. Raises ``TypeError`` or ``ValueError`` for data in no known form.
+    """
+    if example_inputs is not None or wish.data is None or isinstance(model, CapturedModule):
+        return example_inputs, wish
+    inputs, data = inputs_of(wish.data, model)
+    return inputs, replace(wish, data=data)
+
+
+@contextmanager
+def blamed_on_data(model: nn.Module, example_inputs: Any, wish: Request) -> Iterator[None]:
+    """Let the error for inputs that a model does not accept name ``data``, where it comes from there."""
+    try:
+        yield
+    except InputError as error:
+        if example_inputs is not None or wish.data is None:
+            raise
+        batch = inputs_of(wish.data, model)[0] if not is_batch(wish.data) else wish.data[0]
+        text = explain_misfit(batch, model) or str(error).replace("example_inputs", "data", 1)
+        raise InputError(text) from error
+
+
+def default_sparsity(granularity: Granularity) -> float:
+    """Return the sparsity that is meant where none is given: 0.9, and that of an N:M pattern itself.
+
+    >>> default_sparsity(NM(2, 4))
+    0.5
+    """
+    return 1 - granularity.n / granularity.m if isinstance(granularity, NM) else DEFAULT_SPARSITY
+
+
+def _check_pattern(granularity: Granularity, sparsity: float) -> None:
+    """Say what becomes of an N:M pattern under a sparsity that is not its own."""
+    own = default_sparsity(granularity)
+    if isinstance(granularity, NM) and isinstance(sparsity, float) and own + 1e-9 < sparsity < 1:
+        pattern = f"{granularity.n}:{granularity.m}"
+        warnings.warn(
+            f"sparsity={sparsity}: more than the {own:.4g} of {pattern}, so many groups keep fewer than"
+            f" {granularity.n} of {granularity.m}; leave sparsity out for {pattern} in full",
+            stacklevel=4,  # the line that called apply
+        )
 
 
 def _parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

@@ -17,7 +17,15 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from fxprune.capture.attributes import Attributes, restored_attributes
-from fxprune.capture.errors import TRACE_ERRORS, CaptureError, HookError, first_line, where
+from fxprune.capture.errors import (
+    TRACE_ERRORS,
+    CaptureError,
+    HookError,
+    InputError,
+    check_module,
+    first_line,
+    where,
+)
 from fxprune.capture.fidelity.compare import Differences
 from fxprune.capture.fidelity.search import faithful_graph, resolve_types
 from fxprune.capture.hooks import keeps_hooks
@@ -134,8 +142,7 @@ def _notes(model: nn.Module, notes: Mapping[str, str], whole: set[str]) -> list[
 
 
 def _check(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_module(model)
     if isinstance(model, DataParallel | DistributedDataParallel):
         raise ValueError(
             f"model: got {type(model).__name__}; capture the module in it (model.module), then wrap"
@@ -177,7 +184,7 @@ def _explained(
             if needs_numbers(own):
                 return _refusal(model, error)
             shapes = map_structure(lambda x: list(x.shape) if isinstance(x, Tensor) else x, kwargs or args)
-            return ValueError(
+            return InputError(
                 f"example_inputs: {name} does not accept {shapes}: {first_line(own)} ({where(own, model)}); "
                 "pass inputs that it runs on"
             )

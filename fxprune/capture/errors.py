@@ -10,7 +10,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-__all__ = ["TRACE_ERRORS", "CaptureError", "HookError", "failing_method", "first_line", "where"]
+__all__ = [
+    "TRACE_ERRORS",
+    "CaptureError",
+    "HookError",
+    "InputError",
+    "check_module",
+    "failing_method",
+    "first_line",
+    "where",
+]
 
 LIBRARY = str(Path(torch.__file__).parent) + os.sep
 PACKAGE = str(Path(__file__).parent) + os.sep
@@ -18,6 +27,10 @@ PACKAGE = str(Path(__file__).parent) + os.sep
 
 class CaptureError(RuntimeError):
     """A model, or one module of it, cannot be captured as a graph."""
+
+
+class InputError(ValueError):
+    """A model does not accept its example inputs."""
 
 
 class HookError(CaptureError):
@@ -35,6 +48,23 @@ TRACE_ERRORS = (
     TypeError,
     ValueError,
 )
+
+
+def check_module(value: object, argument: str = "model") -> None:
+    """``TypeError`` for what is no module; a function or class that makes one is to be called.
+
+    >>> check_module(nn.ReLU)
+    Traceback (most recent call last):
+    TypeError: model: expected a torch.nn.Module, got the class ReLU; call it: ReLU(...)
+    """
+    if isinstance(value, nn.Module):
+        return
+    name = getattr(value, "__name__", "")
+    if callable(value) and name:
+        kind = "class" if isinstance(value, type) else "function"
+        called = "pass what it returns" if name == "<lambda>" else f"call it: {name}(...)"
+        raise TypeError(f"{argument}: expected a torch.nn.Module, got the {kind} {name}; {called}")
+    raise TypeError(f"{argument}: expected a torch.nn.Module, got a {type(value).__name__}")
 
 
 def first_line(error: BaseException) -> str:

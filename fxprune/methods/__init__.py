@@ -147,10 +147,9 @@ def _keywords(function: Callable[..., Method]) -> dict[str, Option]:
 def _factory(name: str) -> Callable[..., Method]:
     known = names()
     if name not in known:
-        near = difflib.get_close_matches(str(name).lower().replace("_", "-"), known, n=3, cutoff=0.5) or known
-        raise ValueError(
-            f"method={name!r} is unknown; did you mean {' or '.join(repr(other) for other in near)}?"
-        )
+        near = difflib.get_close_matches(str(name).lower().replace("_", "-"), known, n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(known)}"
+        raise ValueError(f"method={name!r} is unknown; {hint}")
     module = name.replace("-", "_")
     factory: Callable[..., Method] = getattr(importlib.import_module(f"{__name__}.{module}"), module)
     return factory

@@ -75,6 +75,7 @@ class Report:
     of operations that no rule knew; where it is not 0, effective means "perhaps effective" behind them.
     ``outside``: the matrix weights on no known path, by name with their sizes, largest first;
     ``outside_removed`` of them are masked.
+    ``asked``: the sparsity that was pruned to where the caller named none.
     ``resolution``: ``"spatial"`` tells positions apart, ``"channel"`` does not.
     Nodes, kernels and multiply-adds are counted as :mod:`fxprune.channels.counts` says.
     """
@@ -89,6 +90,7 @@ class Report:
     effective: Masks = field(repr=False, compare=False)
     outside: dict[str, int] = field(default_factory=dict)
     outside_removed: int = 0
+    asked: str = ""
 
     @property
     def matrix_params(self) -> int:
@@ -285,6 +287,8 @@ def _table(report: Report) -> Table:
     from rich.table import Table
 
     title = f"{report.network}, {report.resolution} resolution"
+    if report.asked:
+        title += f"; no sparsity was asked for: {report.asked}, the default"
     table = Table(title=title, title_justify="left", box=SIMPLE, show_footer=True, pad_edge=False)
     rows = [_cells(name, "x".join(map(str, layer.shape)), layer) for name, layer in report.layers.items()]
     for heading, total in zip(HEADINGS, _cells("total", "", report), strict=True):

@@ -7,7 +7,8 @@ A method that only gives each weight a score uses ``from_scores``, which does ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -97,6 +98,10 @@ class Problem:
         object.__setattr__(self, "granularity", grain)
 
 
+NEEDS = frozenset({"data", "graph"})
+"""What a method may say that it cannot run without."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A pruning method: ``find`` is all it must have.
@@ -120,6 +125,14 @@ class Method:
     scored: bool = True
     shards: Literal["rows", "shapes", "no"] = "no"
     updates: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.needs) - NEEDS)
+        if unknown:
+            raise ValueError(f"method {self.name!r}: needs={unknown[0]!r}, expected 'data' or 'graph'")
+        if not callable(self.find):
+            raise TypeError(f"method {self.name!r}: find={self.find!r}, expected a function of a Problem")
+        object.__setattr__(self, "needs", frozenset(self.needs))
 
     def check(self, *, data: object) -> None:
         """``ValueError`` if the method needs ``data`` and there is none."""
@@ -154,11 +167,24 @@ def from_scores(
     """
     own = OneShot() if schedule is None else schedule
     label = name or getattr(criterion, "__name__", "method")
+    _check_criterion(criterion, label)
 
     def find(problem: Problem) -> Masks:
         return prune_in_rounds(problem, criterion, schedule=own, regrow=regrow, name=label)
 
     return find
+
+
+def _check_criterion(criterion: object, label: str) -> None:
+    """``TypeError`` for what cannot be called with a problem and masks."""
+    if not callable(criterion):
+        raise TypeError(f"method {label!r}: criterion={criterion!r}, expected a function of (problem, masks)")
+    try:
+        inspect.signature(criterion).bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"method {label!r}: its criterion is called with (problem, masks): {error}; take both"
+        ) from error
 
 
 def by_rows(find: Callable[[Problem], Masks]) -> Callable[[Problem], Masks]:
@@ -189,6 +215,11 @@ def prune_in_rounds(
     for budget in round_budgets(problem, schedule=schedule, regrow=regrow, name=name):
         within = problem.masks if regrow else masks
         scores = criterion(problem, masks)
+        if not isinstance(scores, Mapping):
+            raise TypeError(
+                f"method {name!r}: its criterion returned a {type(scores).__name__}, expected a dict of"
+                " parameter name -> tensor of scores, as problem.weights has them"
+            )
         if problem.invert:
             scores = {label: -score for label, score in scores.items()}
         masks = select_within(problem, scores, budget, within, name)
@@ -280,9 +311,13 @@ def _check_room(problem: Problem, start: dict[str, int]) -> None:
     room = start if problem.granularity == WEIGHT else _room(problem, problem.masks)
     asked = problem.budget.layers or {"the model": problem.budget.total}
     left = room if problem.budget.layers else {"the model": sum(room.values())}
+    sizes = (
+        problem.budget.sizes if problem.budget.layers else {"the model": sum(problem.budget.sizes.values())}
+    )
     for where, number in asked.items():
         if number > left[where]:
             raise ValueError(
                 f"granularity {problem.granularity} has room for {left[where]} weights in {where}, "
-                f"{number} are to be kept: ask for a higher sparsity"
+                f"{number} are to be kept: ask for a higher sparsity, {1 - left[where] / sizes[where]:.3g}"
+                " or more"
             )

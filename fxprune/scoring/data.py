@@ -6,7 +6,7 @@ list). In a pair x may be a tensor, a tuple (several inputs) or a mapping (keywo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fxprune.scoring.contract import Problem
+from fxprune.scoring.forms import check_batch, is_batch, iterate, tensors_in
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def stream(data: Any, device: torch.device, method: str) -> Iterator[Batch]:
     """Yield the batches of ``data`` one by one, checked and on ``device``; raises what `batches` does."""
     if data is None:
         raise ValueError(f"method {method!r} needs data=..., a pair (x, y) or an iterable of batches")
-    for index, batch in enumerate([data] if _is_batch(data) else _iterate(data, method)):
+    for index, batch in enumerate([data] if is_batch(data) else iterate(data, f"method {method!r}: ")):
         yield _check(batch, index, device, method)
 
 
@@ -113,7 +114,7 @@ def samples_of(batch: Batch) -> list[Batch]:
 
 def _samples(batch: Batch) -> int:
     """Count the samples: the rows of the first input that has any."""
-    return next((tensor.shape[0] for tensor in _tensors(batch.inputs) if tensor.dim()), 1)
+    return next((tensor.shape[0] for tensor in tensors_in(batch.inputs) if tensor.dim()), 1)
 
 
 def _rows(value: Any, rows: slice, size: int) -> Any:
@@ -127,48 +128,15 @@ def _rows(value: Any, rows: slice, size: int) -> Any:
     return value
 
 
-def _iterate(data: Any, method: str) -> Iterator[Any]:
-    if isinstance(data, (torch.Tensor, str)) or not hasattr(type(data), "__iter__"):
-        raise TypeError(
-            f"method {method!r}: data is a {type(data).__name__}, expected a pair (x, y), a mapping, or an "
-            "iterable of such batches"
-        )
-    iterator: Iterator[Any] = iter(data)
-    return iterator
-
-
-def _is_batch(data: Any) -> bool:
-    """Return whether ``data`` is one batch: a mapping, or a pair of model inputs and a tensor."""
-    if isinstance(data, Mapping):
-        return True
-    if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], torch.Tensor):
-        return False
-    inputs = data[0]
-    several = isinstance(inputs, tuple) and any(isinstance(value, torch.Tensor) for value in inputs)
-    return isinstance(inputs, (torch.Tensor, Mapping)) or several
-
-
 def _check(batch: Any, index: int, device: torch.device, method: str) -> Batch:
     where = f"method {method!r}: batch {index} of data"
+    check_batch(batch, where)
     mapping = isinstance(batch, Mapping)
-    if not mapping and not (isinstance(batch, Sequence) and len(batch) == 2):
-        raise ValueError(f"{where} is a {type(batch).__name__}, expected a pair (x, y) or a mapping")
-    for tensor in _tensors(batch):
-        if not tensor.numel():
-            raise ValueError(f"{where} is empty: it has a tensor of shape {tuple(tensor.shape)}")
-    for tensor in _tensors(batch if mapping else batch[0]):
+    for tensor in tensors_in(batch if mapping else batch[0]):
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{where} holds NaN or infinite inputs")
     moved = _move(batch, device)
     return Batch(moved, mapping=True) if mapping else Batch(moved[0], moved[1])
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -21,6 +21,7 @@ from fxprune.scoring.contract import Problem
 from fxprune.scoring.data import Batch, pieces, seeded
 from fxprune.scoring.data import batches as read_batches
 from fxprune.scoring.distributed import average, holding
+from fxprune.scoring.shapes import FAULTS, explain_misfit
 from fxprune.sparsity.masks import Masks
 
 Mode = Literal["train", "eval"]
@@ -248,18 +249,40 @@ class _ModelWithLoss(torch.nn.Module):
         if self.temperature != 1:
             output = tree_map_only(torch.Tensor, self._divide, output)
         if self.loss_fn is not None:
-            return self.loss_fn(output, batch.target)
+            return _loss_of_pair(self.loss_fn, output, batch.target, self.method)
         return classification_loss(output, batch.target, self.method)
 
     def _divide(self, part: torch.Tensor) -> torch.Tensor:
         return part / self.temperature if part.is_floating_point() else part
 
 
+def _loss_of_pair(loss_fn: Callable[..., Any], output: Any, target: Any, method: str) -> Any:
+    try:
+        return loss_fn(output, target)
+    except TypeError as error:
+        if "object is not callable" not in str(error):
+            raise
+        raise TypeError(
+            f"method {method!r}: loss_fn is called with (output, target) where data are pairs, and failed:"
+            f" {error}; a loss of (model, batch) goes with batches that are mappings"
+        ) from error
+
+
 def run(model: Callable[..., Any], inputs: Any) -> Any:
-    """Run the model on a batch's inputs: one tensor, a tuple of several, or a mapping of keyword inputs."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    """Run the model on a batch's inputs: one tensor, a tuple of several, or a mapping of keyword inputs.
+
+    Raises ``ValueError`` for inputs of a shape or type that the model fails on and was not captured with.
+    """
+    try:
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    except FAULTS as error:
+        full = isinstance(error, torch.OutOfMemoryError)
+        text = None if full or not isinstance(model, torch.nn.Module) else explain_misfit(inputs, model)
+        if text is None:
+            raise
+        raise ValueError(text) from error
 
 
 def classification_loss(output: Any, target: Any, method: str) -> torch.Tensor:

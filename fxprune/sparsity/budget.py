@@ -244,8 +244,9 @@ def _check_sparsity(argument: str, value: float, *, closed: bool) -> None:
             f"{argument}={value!r}: expected a number in {bounds}, the fraction of weights to remove"
         )
     if not (0 <= value < 1 or (closed and value == 1)):
+        hint = f"; {float(value) / 100:g}?" if 1 < value < 100 else ""
         raise ValueError(
-            f"{argument}={value!r}: expected a number in {bounds}, the fraction of weights to remove"
+            f"{argument}={value!r}: expected a number in {bounds}, the fraction of weights to remove{hint}"
         )
 
 

@@ -262,6 +262,7 @@ KERNEL = Block(1, 1)
 CHANNEL = Channel()
 
 _PATTERN = re.compile(r"(nm|block)\(\s*(\d+)\s*,\s*(\d+)\s*\)")
+_RATIO = re.compile(r"(\d+)\s*:\s*(\d+)")
 
 
 def resolve(granularity: str | Granularity, **options: Any) -> Granularity:
@@ -269,10 +270,11 @@ def resolve(granularity: str | Granularity, **options: Any) -> Granularity:
 
     Names: ``"weight"``, ``"kernel"`` (the taps between one input and one output channel), ``"channel"`` (a
     channel and all that goes with it), ``"head"`` (the same, but attention loses whole heads),
-    ``"nm(2,4)"``, ``"block(16,16)"``. ``options``: those of a :class:`Channel` (``CHANNEL_OPTIONS``), for
-    channels and heads only, ``None`` for what is not given. Errors: ``ValueError``, ``TypeError``.
+    ``"2:4"`` or ``"nm(2,4)"``, ``"block(16,16)"``. ``options``: those of a :class:`Channel`
+    (``CHANNEL_OPTIONS``), for channels and heads only, ``None`` for what is not given. Errors:
+    ``ValueError``, ``TypeError``.
 
-    >>> resolve("nm(2,4)")
+    >>> resolve("2:4")
     NM(n=2, m=4)
     >>> resolve("channel", pool="l2").pool
     'l2'
@@ -301,9 +303,12 @@ def resolve(granularity: str | Granularity, **options: Any) -> Granularity:
     text = granularity.strip().lower()
     if text in named:
         return named[text]
+    ratio = _RATIO.fullmatch(text)
+    if ratio is not None:
+        return NM(int(ratio.group(1)), int(ratio.group(2)))
     match = _PATTERN.fullmatch(text)
     if match is None:
-        names = ", ".join(repr(name) for name in (*named, "nm(2,4)", "block(16,16)"))
+        names = ", ".join(repr(name) for name in (*named, "2:4", "nm(2,4)", "block(16,16)"))
         raise ValueError(f"granularity={granularity!r}: expected one of {names}")
     kind, first, second = match.group(1), int(match.group(2)), int(match.group(3))
     return NM(first, second) if kind == "nm" else Block(first, second)

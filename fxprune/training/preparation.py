@@ -13,7 +13,7 @@ from fxprune.latency import check_runtime
 from fxprune.lowering import lower
 from fxprune.methods import Problem
 from fxprune.network import Network, adopted, build_problem, rewrite, warn_of_rest
-from fxprune.request import Request
+from fxprune.request import Request, blamed_on_data, with_shapes
 from fxprune.rewrite import bare, read
 from fxprune.scoring.contract import silent
 from fxprune.sparsity.granularity import CHANNEL_OPTIONS, Channel, Granularity, resolve
@@ -68,10 +68,12 @@ def one_of(sparsity: float | None, options: dict[str, Any]) -> float | None:
 def _prepared(model: nn.Module, example_inputs: Any, wish: Request, *, warn: bool = False) -> Problem:
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         model = adopted(model, wish.returns)
+        inputs, wish = with_shapes(model, example_inputs, wish)
         before = read(model)
         # Not `plain`: capture refuses a model that fully_shard has split, as it should here.
         source = bare(model) if before else model
-        gm = capture(source, example_inputs)
+        with blamed_on_data(model, example_inputs, wish):
+            gm = capture(source, inputs)
         graph = lower(gm, rules=wish.rules)
         if warn:
             warn_of_rest(gm, graph, (), stacklevel=5)  # the line that made the Pruner

@@ -125,7 +125,7 @@ class Pruner:
         facts = {"method": self.method.name, "total": total, "seed": seed, "budget": self._final.total,
                  "weights": self._whole}  # fmt: skip
         store = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, rank=_rank())
-        self._saving = Saving(store, integer("checkpoint_every", checkpoint_every, 1), facts)
+        self._saving = Saving(store, integer("checkpoint_every", checkpoint_every, 1), facts, total)
         self._dense = self._weights() if self.method.grown == "dense" else {}
         self._dense = {name: weight.clone() for name, weight in self._dense.items()}
         self._start = kept(self.masks)
@@ -232,7 +232,7 @@ class Pruner:
     def without_saving(self, **facts: Any) -> Saving:
         """The pruner's checkpoints, handed over to a loop around it that writes them itself."""
         own = self._saving
-        self._saving = Saving(None, own.every, own.facts)
+        self._saving = Saving(None, own.every, own.facts, own.total)
         return Saving(own.store, own.every, {**own.facts, **facts})
 
     def remember(self, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,21 +24,33 @@ from fxprune.training.checkpoints import (
 class Saving:
     """The checkpoints of one training loop: what is attached, which step is done, of which run they are.
 
-    ``store`` is None where nothing is written. ``facts`` tells runs apart.
+    ``store`` is None where nothing is written. ``facts`` tells runs apart. Beyond step
+    ``total`` a warning is due.
     """
 
-    def __init__(self, store: Checkpoints | None, every: int, facts: Mapping[str, Any]) -> None:
+    def __init__(
+        self, store: Checkpoints | None, every: int, facts: Mapping[str, Any], total: int | None = None
+    ) -> None:
         self.store = store
         self.every = every
         self.facts = dict(facts)
         self.objects: dict[str, Any] = {}
         self.done = 0
         self.resumed = False
+        self.total = total
+        self.warned = False
 
     def check_step(self, at: int) -> None:
         """Raises where ``step(at)`` comes out of order, or would write over a run that was not resumed."""
         if at <= self.done and (at or self.done):
             raise ValueError(f"at={at!r}: step {self.done} is done already; steps count up from 1")
+        if self.total is not None and at > self.total and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"at={at}: beyond total={self.total}, where the schedule ends; count in the unit of total, or"
+                " make the Pruner with as many steps as the training has",
+                stacklevel=3,  # the line that called step
+            )
         if self.store is not None and not self.resumed:
             raise RuntimeError("checkpoint_dir: call resume(optimizer=..., ...) before the first step")
 

@@ -68,7 +68,7 @@ def test_ambiguous_and_unknown_models_are_refused() -> None:
 def test_other_types_are_refused() -> None:
     with pytest.raises(TypeError, match="example_inputs: expected a tensor, a tuple or a dict, got list"):
         capture(nn.ReLU(), [torch.ones(2)])
-    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got a str"):
         capture("resnet18")
     with pytest.raises(ValueError, match="capture the module in it"):
         capture(nn.DataParallel(nn.ReLU()), torch.ones(2))

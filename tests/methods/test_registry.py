@@ -43,11 +43,16 @@ def test_private_files_are_no_methods(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "near"),
-    [("sinflow", "'synflow'"), ("SNIP", "'snip'"), ("magnitud", "'magnitude'"), ("zzz", "'random'")],
+    [("sinflow", "'synflow'"), ("SNIP", "'snip'"), ("magnitud", "'magnitude'")],
 )
 def test_unknown_names_get_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ValueError, match=f"method='{name}' is unknown; did you mean .*{near}"):
         methods.get(name)
+
+
+def test_a_name_that_is_near_none_gets_the_list() -> None:
+    with pytest.raises(ValueError, match=r"method='zzz' is unknown; there are balance, .*wanda"):
+        methods.get("zzz")
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_a_loss_on_mappings_sees_the_masked_weights() -> None:
         ([{"x": X * float("inf"), "y": Y}] * 2, ValueError, "batch 0 of data holds NaN or infinite inputs"),
         ([X, X], ValueError, "targets of shape"),
         ([X, X, X], ValueError, "batch 0 of data is a Tensor, expected a pair"),
-        ([(X, Y, Y)] * 2, ValueError, "batch 0 of data is a tuple, expected a pair"),
+        ([(X, Y, Y)] * 2, ValueError, "batch 0 of data is a tuple of 3, expected a pair"),
         (X, TypeError, "data is a Tensor, expected a pair"),
         (3, TypeError, "data is a int, expected a pair"),
         ([(X, Y + 1), (X, Y)], ValueError, "labels from 1 to 3, but the model has 3 outputs"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.capture import capture
+from fxprune.capture.errors import check_module
 from fxprune.channels.follow import follow
 from fxprune.graph import ChannelGraph, ir
 from fxprune.lowering import lower
@@ -88,8 +89,7 @@ def compact(
         >>> small.get_submodule("0").weight.shape
         torch.Size([3, 4])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
+    check_module(model)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         return _compact(model, example_inputs, exact, verify, fold_constants)
 

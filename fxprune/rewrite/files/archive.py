@@ -9,13 +9,13 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from fxprune.capture.errors import check_module
 from fxprune.rewrite.files.container import FORMAT, read_container, write_container
 from fxprune.rewrite.files.network import NETWORK_VERSION, is_network, network_file
 from fxprune.rewrite.files.packing import pack, unpack
 from fxprune.rewrite.files.tensors import decode_tensors
 from fxprune.rewrite.files.tickets import CENTROIDS, SIGNS, ticket_tensors, unpack_ticket
-from fxprune.rewrite.masking.masked_module import form_of
-from fxprune.rewrite.masking.parameters import read, unwrap
+from fxprune.rewrite.masking.parameters import masked_places, read, unwrap
 from fxprune.sparsity.masks import Masks, total
 
 Form = Literal["dense", "sparse", "masks", "ticket"]
@@ -29,9 +29,8 @@ def stamp(model: nn.Module, **facts: object) -> None:
     A graph module loses its own attributes when copied and its ``meta`` when pickled; its masked submodules
     keep theirs, so that :func:`save` finds the note after either.
     """
-    for module in unwrap(model).modules():
-        if form_of(module) is not None:
-            module.__dict__["mask_provenance"] = {key: str(value) for key, value in facts.items()}
+    for _, module, _ in masked_places(unwrap(model)):
+        module.__dict__["mask_provenance"] = {key: str(value) for key, value in facts.items()}
 
 
 def provenance(model: nn.Module) -> dict[str, str]:
@@ -80,8 +79,7 @@ def save(
     """
     if isinstance(path, nn.Module) and not isinstance(network, nn.Module):
         network, path = path, network
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"network: expected a torch.nn.Module, got a {type(network).__name__}")
+    check_module(network, "network")
     if form not in (None, *FORMS):
         raise ValueError(f"form={form!r}: expected one of {', '.join(map(repr, FORMS))}")
     masks = read(network)

@@ -26,6 +26,9 @@ def write_container(
 
     Processes that write the same file do not write into each other's: the last one's is left.
     """
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{os.fspath(path)}: there is no folder {folder}; make it first")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     sealed = {**header, "torch": torch.__version__, "fxprune": own_version()}
     sealed[CHECKSUM] = checksum(plain, sealed)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxprune.capture.errors import check_module
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.rewrite.compact.trial import RUN_ERRORS, difference
 from fxprune.rewrite.masking.finalize import finalize
@@ -59,8 +60,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
     ...     torch.export.load(f"{folder}/net.pt2").module()(torch.ones(3, 4)).shape
     torch.Size([3, 2])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
+    check_module(model)
     check_path(path)
     ending = Path(path).suffix
     given = example_inputs_for(unwrap(model), example_inputs)

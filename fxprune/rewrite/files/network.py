@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxprune.capture import capture
+from fxprune.capture.errors import check_module
 from fxprune.rewrite.compact.plain_values import Unwritable, decode_tree, encode_tree
 from fxprune.rewrite.compact.recipe import Recipe
 from fxprune.rewrite.compact.replay import first_difference, replay
@@ -113,8 +114,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
     >>> torch.equal(again.weight, layer.weight), again.weight_mask
     (True, tensor([[ True, False]]))
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
+    check_module(model)
     header, tensors = read_container(path, "network")
     _demand_network(path, header)
     try:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fxprune.keywords import unknown_argument
 from fxprune.training.contract import TrainingMethod
 from fxprune.training.methods.asni import asni
 from fxprune.training.methods.gmp import gmp
@@ -23,6 +24,13 @@ METHODS: Mapping[str, Callable[..., TrainingMethod]] = {
 """Name -> factory ``(sparsity, total, *, options)``; its signature says which options there are."""
 
 
+ARGUMENTS = (
+    "sparsity", "total", "example_inputs", "data", "loss_fn", "budget", "granularity", "exclude", "seed",
+    "returns", "rewind", "checkpoint_dir", "checkpoint_every", "rules",
+)  # fmt: skip
+"""Arguments of a ``Pruner`` that are no options of methods."""
+
+
 def options(name: str) -> dict[str, Any]:
     """The options of a training method and their defaults.
 
@@ -34,7 +42,10 @@ def options(name: str) -> dict[str, Any]:
 
 
 def resolve(
-    method: str | TrainingMethod, sparsity: float | None, total: int, given: Mapping[str, Any]
+    method: str | TrainingMethod,
+    sparsity: float | None,
+    total: int,
+    given: Mapping[str, Any],
 ) -> TrainingMethod:
     """The method that ``method`` means; a ``TrainingMethod`` is returned as it is and takes no options.
 
@@ -55,5 +66,6 @@ def resolve(
     known = options(method)
     for option in given:
         if option not in known:
-            raise TypeError(f"method {method!r} has no option {option!r}; its options: {', '.join(known)}")
+            owners = [other for other in METHODS if option in options(other)]
+            raise unknown_argument(option, "Pruner", method, [*ARGUMENTS, *known], known, owners)
     return METHODS[method](sparsity, total, **given)
