@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from fxprune.training import Pruner, load_ticket, lottery
     from fxprune.training.regularizers import regularizer
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Method",
     "Plan",

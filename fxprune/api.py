@@ -214,7 +214,7 @@ def _has_shapes(model: nn.Module) -> bool:
 
 
 Found = tuple[Network, Problem, Masks, Weights, LatencyTarget | None]
-"""The network, the problem, the masks and new weights that were found, and the times if they were asked for."""
+"""The network, the problem, the masks and new weights that were found, and the times, if asked for."""
 
 
 def search(

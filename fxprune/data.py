@@ -183,29 +183,35 @@ _FASHION_FILES = {
 }
 
 
-def fashion_mnist(root: str | os.PathLike[str], *, channels: int = 1) -> tuple[TensorDataset, TensorDataset]:
+def fashion_mnist(
+    root: str | os.PathLike[str], *, size: int = 28, channels: int = 1
+) -> tuple[TensorDataset, TensorDataset]:
     """Fashion-MNIST: 60,000 images for training and 10,000 for testing, from its four files in ``root``.
 
     Args:
         root: the folder with ``train-images-idx3-ubyte`` and the other three, plain or with ``.gz``, or one
             whose ``FashionMNIST/raw`` has them, as torchvision keeps it. Nothing is downloaded; Debian's
             package ``dataset-fashion-mnist`` has them in ``/usr/share/datasets/fashion-mnist``.
+        size: height and width; 28 is their own, others are interpolated.
         channels: the one grey channel is repeated so often.
 
     Returns:
-        Two data sets of (x, y): x of shape (channels, 28, 28), normalised, y from 0 to 9.
+        Two data sets of (x, y): x of shape (channels, size, size), normalised, y from 0 to 9.
 
     Raises:
-        ValueError: fewer than one channel.
+        ValueError: numbers below 1.
         FileNotFoundError: a file is not there.
     """
-    if channels < 1:
-        raise ValueError(f"channels={channels!r}: expected an integer of at least 1")
+    for argument, number in (("size", size), ("channels", channels)):
+        if number < 1:
+            raise ValueError(f"{argument}={number!r}: expected an integer of at least 1")
     folder = Path(root) / "FashionMNIST" / "raw"
     folder = folder if folder.is_dir() else Path(root)
     sets = []
     for images, labels in _FASHION_FILES.values():
         x = (_idx(folder / images).unsqueeze(1).float() / 255 - _FASHION[0]) / _FASHION[1]
+        if size != x.shape[-1]:
+            x = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
         sets.append(TensorDataset(x.repeat(1, channels, 1, 1), _idx(folder / labels).long()))
     return sets[0], sets[1]
 
@@ -292,6 +298,18 @@ def image_folder(root: str | os.PathLike[str], *, size: int = 224, augment: bool
         odd = sorted(set(train.classes) ^ set(test.classes))[0]
         raise ValueError(f"root={os.fspath(root)!r}: class {odd!r} is in only one of train/ and val/")
     return train, test
+
+
+def labelled_images(root: str | os.PathLike[str], *, size: int = 224) -> Dataset[Any]:
+    """Images in ``root/<class>/``, for scoring: scaled to 8/7 of ``size``, cropped in the middle, normalised.
+
+    Raises ``FileNotFoundError`` where there is no such folder, or no image in it.
+    """
+    from torchvision import transforms
+
+    middle = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size), _to_tensor(*_IMAGENET)]
+    found: Dataset[Any] = _folder(os.fspath(root), transforms.Compose(middle))
+    return found
 
 
 def _folder(path: str, transform: Any) -> Any:

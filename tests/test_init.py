@@ -74,10 +74,13 @@ def test_the_package_imports_nothing_slow() -> None:
         "prune --help",
         "analyze --help",
         "graph -h",
+        "train --help",
+        "prune --method snip --help",
+        "--version",
         "prune",
     ],
 )
 def test_help_needs_no_torch(words: str) -> None:
     found = imported_by(f"from fxprune.cli import run; run({words.split()})")
     assert "torch" not in found
-    assert "rich" not in found or words not in ("", "--help", "methods", "methods --json")
+    assert "rich" not in found or words not in ("", "--help", "--version", "methods", "methods --json")

@@ -23,20 +23,29 @@ RANKS = {
     "__init__": 11, "cli": 12, "__main__": 13,
 }  # fmt: skip
 OPTIONAL = {"matplotlib", "sklearn", "transformers", "lightning", "scipy", "onnx", "onnxruntime", "openvino"}
+OPTIONAL = {
+    "matplotlib", "sklearn", "transformers", "lightning", "scipy", "onnx", "onnxruntime", "openvino",
+    "tomllib", "tomli",
+}  # fmt: skip
 # Packages that are slow to import -> the rooms that are only imported when they are needed anyway.
 SLOW: dict[str, set[str]] = {
     "networkx": set(), "rich": {"cli"}, "timm": set(), "torch.distributed.fsdp": set(),
     "torch.distributed.tensor": set(), "torchvision": set(), "typer": {"cli"},
 }  # fmt: skip
-# The command line shows its help with these, without PyTorch; they may import it where they need it.
+# The command line shows its help with these, without PyTorch; where they need it, they may import it and the
+# modules of the package that do.
 LIGHT = {
     "fxprune",
     "fxprune.__main__",
     *(
         f"fxprune.cli{name}"
-        for name in ("", ".channel_flags", ".hugging_face", ".methods", ".planning", ".pruning", ".sources")
+        for name in (
+            "", ".channel_flags", ".config", ".data_sources", ".flags", ".hugging_face", ".methods",
+            ".planning", ".pruning",
+            ".reports", ".sources", ".train",
+        )
     ),
-}
+}  # fmt: skip
 HEAVY = ("torch", "safetensors.torch", "numpy")
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 
@@ -136,7 +145,8 @@ def test_imports_stand_at_the_top(path: Path) -> None:
     for node, name in imports(tree):
         if id(node) not in at_top | for_types:
             top = name.split(".")[0]
-            assert top in OPTIONAL or slow(name) is not None or (light and name.startswith(HEAVY)), (
+            later = light and name.startswith((*HEAVY, "fxprune."))
+            assert top in OPTIONAL or slow(name) is not None or later, (
                 f"{path.name}:{node.lineno} imports {name} inside a function or a condition"
             )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from fxprune.cli.runs import SavedRun
 from fxprune.training.contract import TrainingMethod
 from fxprune.training.numbers import integer, positive
 from fxprune.training.pruner import Pruner
@@ -103,6 +104,7 @@ def compare(
     seed: int = 0,
     device: str | torch.device = "cpu",
     note: Note = lambda variant, epoch, numbers: None,
+    saved: SavedRun | None = None,
     **method_options: Any,
 ) -> Comparison:
     """Trains the four networks and measures them.
@@ -116,24 +118,28 @@ def compare(
         seed: of the order of the data and of all random numbers in training.
         device: where to train.
         note: called after every epoch.
+        saved: the folder that the run is kept in; it goes on where it was. Epochs beyond those that it was
+            begun with train under the masks and at the rate of its last.
 
     Raises ``ValueError`` for unknown variants, and what :class:`Pruner` raises.
     """
     if not variants or set(variants) - set(VARIANTS):
         raise ValueError(f"variants={variants!r}: expected letters of {''.join(VARIANTS)}")
     found = Comparison()
+    scheduled = recipe.epochs if saved is None else saved.scheduled
 
     def run(variant: str, model: nn.Module, pruner: Pruner | None = None) -> None:
         def noted(epoch: int, numbers: dict[str, float]) -> None:
             pruned = None if variant == "D" else found.pruner
             note(variant, epoch, {**numbers, "sparsity": 0.0 if pruned is None else pruned.sparsity})
 
-        found.curves[variant] = _train(model.to(device), train, test, recipe, seed, pruner, noted)
+        loop = _Loop(variant, recipe, scheduled, seed, pruner, saved)
+        found.curves[variant] = loop.train(model.to(device), train, test, noted)
 
     example = train[0][0][None]
     if set(variants) & set("ACS"):
         found.pruner = Pruner(
-            make(), method, sparsity, total=recipe.epochs, example_inputs=example, seed=seed, **method_options
+            make(), method, sparsity, total=scheduled, example_inputs=example, seed=seed, **method_options
         )
     if "D" in variants:
         run("D", make())
@@ -148,42 +154,92 @@ def compare(
     return found
 
 
-def _train(
-    model: nn.Module,
-    train: Any,
-    test: Any,
-    recipe: TrainingRecipe,
-    seed: int,
-    pruner: Pruner | None,
-    note: Callable[[int, dict[str, float]], None],
-) -> list[float]:
-    """The accuracies after every epoch of one training."""
-    optimizer = recipe.make_optimizer(model)
-    loader = DataLoader(
-        train, recipe.batch, shuffle=True, generator=torch.Generator().manual_seed(seed),
-        drop_last=len(train) > recipe.batch,
-    )  # fmt: skip
-    device = next(model.parameters()).device
-    curve = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for epoch in range(1, recipe.epochs + 1):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.rate(epoch)
-            model.train()
-            total = 0.0
-            for batch in loader:
-                x, y = (part.to(device) for part in batch)
-                optimizer.zero_grad()
-                loss = _loss(model, x, y)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                total += float(loss.detach())
-            if pruner is not None:
-                pruner.step(epoch, partial(_loss, model, x, y))
-            curve.append(accuracy(model, test))
-            note(epoch, {"loss": total / len(loader), "accuracy": curve[-1]})
-    return curve
+@dataclass
+class _Loop:
+    """Train one variant, and keep its state after every epoch where the run is saved."""
+
+    variant: str
+    recipe: TrainingRecipe
+    scheduled: int
+    seed: int
+    pruner: Pruner | None
+    saved: SavedRun | None
+
+    def train(
+        self, model: nn.Module, train: Any, test: Any, note: Callable[[int, dict[str, float]], None]
+    ) -> list[float]:
+        """Return the accuracies after every epoch."""
+        recipe, order = self.recipe, torch.Generator().manual_seed(self.seed)
+        optimizer = recipe.make_optimizer(model)
+        loader = DataLoader(
+            train, recipe.batch, shuffle=True, generator=order, drop_last=len(train) > recipe.batch
+        )
+        rates = replace(recipe, epochs=self.scheduled)
+        device = next(model.parameters()).device
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            curve = self._go_on(model, optimizer, order, note)
+            for epoch in range(len(curve) + 1, recipe.epochs + 1):
+                for group in optimizer.param_groups:
+                    group["lr"] = rates.rate(min(epoch, self.scheduled))
+                model.train()
+                total = 0.0
+                for batch in loader:
+                    x, y = (part.to(device) for part in batch)
+                    optimizer.zero_grad()
+                    loss = _loss(model, x, y)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    optimizer.step()
+                    total += float(loss.detach())
+                if self.pruner is not None and epoch <= self.scheduled:
+                    self.pruner.step(epoch, partial(_loss, model, x, y))
+                curve.append(accuracy(model, test))
+                self._keep(model, optimizer, order, curve)
+                note(epoch, {"loss": total / len(loader), "accuracy": curve[-1]})
+        return curve
+
+    def _go_on(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        order: torch.Generator,
+        note: Callable[[int, dict[str, float]], None],
+    ) -> list[float]:
+        """Put everything into the state of the last epoch that was kept; return the accuracies until then."""
+        state = None if self.saved is None else self.saved.read(self.variant)
+        if state is None:
+            return []
+        if self.pruner is not None:
+            self.pruner.load_state_dict(state["pruner"])
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        order.set_state(state["order"])
+        torch.set_rng_state(state["random"])
+        curve = [float(value) for value in state["curve"]]
+        for epoch, value in enumerate(curve, 1):
+            note(epoch, {"accuracy": value})
+        return curve
+
+    def _keep(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        order: torch.Generator,
+        curve: list[float],
+    ) -> None:
+        if self.saved is not None:
+            pruner = {} if self.pruner is None else self.pruner.state_dict()
+            self.saved.write(
+                self.variant,
+                {
+                    "curve": curve,
+                    "model": dict(model.state_dict()),
+                    "optimizer": optimizer.state_dict(),
+                    "order": order.get_state(),
+                    "random": torch.get_rng_state(),
+                    "pruner": pruner,
+                },
+            )
 
 
 def _loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,13 @@ def read_folder(folder: Path) -> tuple[dict[str, nn.Module], Any, dict[str, Any]
     facts = fxprune.rewrite.read_header(file)
     if "model" not in facts:
         raise ValueError(f"{file}: does not say of which model; expected a folder of prune --out")
-    dense, inputs = load_network(facts["model"], int(facts["seed"]))
+    dense, inputs = load_network(
+        facts["model"],
+        int(facts["seed"]),
+        pretrained=facts.get("pretrained") == "True",
+        num_classes=int(facts["num_classes"]) if "num_classes" in facts else None,
+        weights=facts.get("weights"),
+    )
     networks = {"dense": dense}
     if file.name == _OLD_MASKS:
         networks["masked"] = fxprune.capture(dense, inputs)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import fxprune
-from fxprune.cli.channel_flags import split
-from fxprune.cli.pruning import (
-    AsJson,
-    Budget,
-    Data,
-    Excluded,
-    Model,
-    Rounds,
-    read_budget,
-    read_values,
-    register,
-)
-from fxprune.cli.sources import load_data, load_network
+from fxprune.cli.channel_flags import channel_flags, split
+from fxprune.cli.data_sources import load_batches
+from fxprune.cli.flags import DATA, NETWORK, method_flags, named_method, plain_flags, take, with_flags
+from fxprune.cli.methods import FOLDER, read_entries
+from fxprune.cli.pruning import Budget, Excluded, Rounds, choose_method, read_budget
+from fxprune.cli.reports import AsJson, Model, Threads, set_threads
+from fxprune.cli.sources import load_network
 from fxprune.progress import Display
 
 
@@ -35,26 +30,28 @@ def plan(
     schedule: Rounds = None,
     exclude: Excluded = None,
     seed: Annotated[int, typer.Option(help="Decides the model's initial weights and the masks.")] = 0,
-    data: Data = None,
     device: Annotated[str | None, typer.Option(help="Where to score: cpu, cuda, cuda:1.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the plan, for `fxprune prune --plan`.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File for the trade-off, .png or .svg.")] = None,
+    threads: Threads = None,
     json_: AsJson = False,
     **options: Any,
 ) -> None:
     """Say which channels would go, layer by layer, and what that saves; nothing is changed."""
-    channel = split(options)
+    origin, source, channel = take(options, NETWORK), take(options, DATA), split(options)
     given = {name: value for name, value in options.items() if value is not None}
-    chosen = fxprune.methods.resolve(method, **read_values(method, given))
+    chosen = choose_method(method, given)
+    set_threads(threads)
     display = Display()
     with display.step(f"load {model}"):
-        network, inputs = load_network(model, seed)
+        network, inputs = load_network(model, seed, **origin)
+        batches = load_batches(model, network, inputs, seed, **source)
     found = fxprune.plan(
         network,
         chosen,
         sparsity,
         example_inputs=inputs,
-        data=None if data is None else load_data(data),
+        data=batches,
         budget=read_budget(budget),
         granularity=granularity,
         **channel,
@@ -70,4 +67,11 @@ def plan(
     typer.echo(found.to_json() if json_ else found)
 
 
-register(plan)
+def show_flags(words: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Give ``plan`` its flags; its help shows the options of the method that is named."""
+    chosen = named_method(words, settings, "magnitude")
+    shared = plain_flags({**NETWORK, **DATA})
+    with_flags(plan, shared + channel_flags() + method_flags(read_entries(FOLDER), chosen))
+
+
+show_flags((), {})

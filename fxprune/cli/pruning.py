@@ -1,61 +1,57 @@
-"""The commands ``prune``, ``analyze`` and ``graph``: parse their words, call the library, print and write.
+"""The command ``prune``: parse its words, call the library, print and write.
 
-The flags of ``prune`` are its own and the options of every method, read off their source. The library is used
-by its public names, which are imported when they are first asked for: help needs no PyTorch.
+Its flags are its own, and the options of every method, read off their source. The library is used by its
+public names, which are imported when they are first asked for: help needs no PyTorch.
 """
 
 from __future__ import annotations
 
-import inspect
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 import fxprune
 from fxprune.cli.channel_flags import channel_flags, split
-from fxprune.cli.folder import (
-    COMPACT,
-    MASKED,
-    REPORT,
-    check_export,
-    dense_bytes,
-    read_folder,
-    write_networks,
+from fxprune.cli.data_sources import load_batches
+from fxprune.cli.flags import (
+    DATA,
+    NETWORK,
+    complete_method,
+    method_flags,
+    named_method,
+    plain_flags,
+    take,
+    with_flags,
 )
+from fxprune.cli.folder import COMPACT, MASKED, REPORT, check_export, dense_bytes, write_networks
 from fxprune.cli.hugging_face import folder_of, write_folder
 from fxprune.cli.methods import FOLDER, read_entries
-from fxprune.cli.sources import load_data, load_network
+from fxprune.cli.reports import AsJson, Model, Threads, as_json, set_threads
+from fxprune.cli.sources import load_network
+from fxprune.keywords import TRAINING_METHODS
 from fxprune.progress import Display
 
 if TYPE_CHECKING:
     from torch import fx, nn
 
     from fxprune.methods import Option
-    from fxprune.metrics import Report
 
-Model = Annotated[
+METHOD = "synflow"
+Method = Annotated[
     str,
-    typer.Argument(
-        metavar="MODEL", help="timm:NAME, torchvision:NAME, hf:FOLDER, or path/to/file.py:factory."
+    typer.Option(
+        "--method", "-m", help="See `fxprune methods`; --method NAME --help lists its options.",
+        autocompletion=complete_method,
     ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+]  # fmt: skip
 Budget = Annotated[
     str, typer.Option(help="global, uniform, erk, or sparsities by layer: 'fc=0.5,layer1.*=0.8'.")
 ]
-Granularity = Annotated[str, typer.Option(help="weight, kernel, channel, head, nm(2,4) or block(16,16).")]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="path/to/file.py:factory of (x, y) or of batches; for hf:FOLDER also .txt (text), .npy or .npz."
-    ),
-]
+Granularity = Annotated[str, typer.Option(help="weight, kernel, channel, head, 2:4 or block(16,16).")]
 Out = Annotated[
     Path | None, typer.Option(help=f"Folder for {REPORT}, {MASKED} and, with --compact, {COMPACT}.")
 ]
@@ -69,22 +65,23 @@ Excluded = Annotated[
     list[str] | None, typer.Option(help="Module or pattern that is not pruned; may be repeated.")
 ]
 Sparsity = Annotated[
-    float, typer.Option("--sparsity", "-s", help="Fraction of the prunable weights to remove, in [0, 1).")
+    float | None,
+    typer.Option(
+        "--sparsity", "-s", help="Fraction of the prunable weights to remove, in [0, 1); 0.9, or that of 2:4."
+    ),
 ]
 Rounds = Annotated[str | None, typer.Option(help="oneshot, linear, exponential, cubic, sigmoid.")]
-Resolution = Annotated[str, typer.Option(help="spatial (exact) or channel (faster, an upper bound).")]
 
 
 def prune(
     model: Model,
-    method: Annotated[str, typer.Option("--method", "-m", help="See `fxprune methods`.")] = "synflow",
-    sparsity: Sparsity = 0.9,
+    method: Method = METHOD,
+    sparsity: Sparsity = None,
     budget: Budget = "global",
     granularity: Granularity = "weight",
     schedule: Rounds = None,
     exclude: Excluded = None,
     seed: Annotated[int, typer.Option(help="Decides the model's initial weights and the masks.")] = 0,
-    data: Data = None,
     device: Annotated[str | None, typer.Option(help="Where to score: cpu, cuda, cuda:1.")] = None,
     on_collapse: Annotated[str, typer.Option(help="warn, raise or repair.")] = "warn",
     plan: Annotated[
@@ -93,36 +90,32 @@ def prune(
     out: Out = None,
     compact: Compact = False,
     export: Exports = None,
+    threads: Threads = None,
     json_: AsJson = False,
     **options: Any,
 ) -> None:
     """Prune a network and report what is left of it."""
-    channel = split(options)
+    origin, source, channel = take(options, NETWORK), take(options, DATA), split(options)
     given = {name: value for name, value in options.items() if value is not None}
-    chosen: Any = fxprune.methods.resolve(method, **read_values(method, given))
-    asked = {
-        "budget": read_budget(budget),
-        "granularity": granularity,
-        **channel,
-        "schedule": schedule,
-        "exclude": tuple(exclude or ()),
-    }
+    chosen = choose_method(method, given)
+    asked = {"budget": read_budget(budget), "granularity": granularity, **channel, "schedule": schedule,
+             "exclude": tuple(exclude or ())}  # fmt: skip
     if plan is not None:
         chosen, asked = _by_plan(plan, {**asked, **given}), {}
         method, sparsity, seed = chosen.method, chosen.sparsity, chosen.seed
-    _check_files(out, export or ())
-    own = folder_of(model) is not None  # a model of transformers stays of its own class
-    if own and compact:
-        raise ValueError("--compact: a folder of transformers is written in its dense shapes; leave it out")
+    _check_files(model, out, export or (), compact)
+    set_threads(threads)
     display = Display()
     with display.step(f"load {model}"):
-        network, inputs = load_network(model, seed)
+        network, inputs = load_network(model, seed, **origin)
+        batches = load_batches(model, network, inputs, seed, **source)
+    own = folder_of(model) is not None  # a model of transformers stays of its own class
     pruned = fxprune.apply(
         network,
         chosen,
         sparsity,
         example_inputs=inputs,
-        data=None if data is None else load_data(data, model, network),
+        data=batches,
         returns="module" if own else "graph",
         **asked,
         seed=seed, device=device, on_collapse=on_collapse,  # type: ignore[arg-type]  # apply says which words
@@ -130,18 +123,28 @@ def prune(
     with display.step("analyze"):
         report = fxprune.analyze(pruned, example_inputs=inputs if own else None)
     facts = {"model": model, "method": method, "options": given, "seed": seed}
+    facts |= {name: str(value) for name, value in origin.items() if value}
     measured, lines = _results(
         network, pruned, inputs, out=out, compact=compact, export=export or [], display=display,
-        facts={**facts, "sparsity": sparsity},
+        facts={**facts, "sparsity": report.sparsity if sparsity is None else sparsity},
     )  # fmt: skip
-    text = _json(report, {**facts, **measured})
+    text = as_json(report, {**facts, **measured})
     if out is not None:
         (out / REPORT).write_text(text + "\n", encoding="utf-8")
     typer.echo(text if json_ else "\n".join([str(report), *lines]))
 
 
-def _check_files(out: Path | None, export: Sequence[Path]) -> None:
+def choose_method(method: str, given: dict[str, Any]) -> Any:
+    """Return the method with its options; the refusal of one that prunes in training names its command."""
+    if method in TRAINING_METHODS:
+        raise ValueError(f"--method {method}: prunes while a network trains: fxprune train --method {method}")
+    return fxprune.methods.resolve(method, **read_values(method, given))
+
+
+def _check_files(model: str, out: Path | None, export: Sequence[Path], compact: bool) -> None:
     """``ValueError`` for files that cannot be written."""
+    if compact and folder_of(model) is not None:
+        raise ValueError("--compact: a folder of transformers is written in its dense shapes; leave it out")
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: there is a file of that name; expected a folder, or a new name")
     for path in export:
@@ -153,7 +156,9 @@ def _by_plan(path: Path, asked: dict[str, Any]) -> fxprune.Plan:
     usual = {"budget": "global", "granularity": "weight", "schedule": None, "exclude": ()}
     odd = next((name for name, value in asked.items() if value != usual.get(name)), None)
     if odd is not None:
-        raise ValueError(f"--plan {path}: the plan says what {_flag(odd)} would; leave one of them out")
+        raise ValueError(
+            f"--plan {path}: the plan says what --{odd.replace('_', '-')} would; leave one of them out"
+        )
     return fxprune.Plan.load(path)
 
 
@@ -204,48 +209,6 @@ def _results(
     return found, lines
 
 
-def analyze(
-    model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL|DIR", help="A model as for prune, or a folder that prune wrote."),
-    ],
-    resolution: Resolution = "spatial",
-    json_: AsJson = False,
-) -> None:
-    """Report on a network, dense or pruned: density, effective paths, nodes, kernels, multiply-adds."""
-    if resolution not in ("spatial", "channel"):
-        raise ValueError(f"--resolution {resolution}: expected spatial or channel")
-    display = Display()
-    with display.step(f"load {model}"):
-        if Path(model).is_dir():
-            networks, _, facts = read_folder(Path(model))
-            network = networks["masked"]
-        else:
-            network, facts = _captured(model)
-    with display.step("analyze"):
-        report = fxprune.analyze(network, resolution)  # type: ignore[arg-type]  # checked above
-    typer.echo(_json(report, facts) if json_ else report)
-
-
-def graph(model: Model) -> None:
-    """Show the channel and kernel graph that a network is lowered to."""
-    display = Display()
-    with display.step(f"capture {model}"):
-        network, _ = _captured(model)
-    with display.step("lower"):
-        lowered = fxprune.lower(network)
-    typer.echo(lowered.summary())
-
-
-def _captured(source: str) -> tuple[Any, dict[str, Any]]:
-    network, inputs = load_network(source, 0)
-    return fxprune.capture(network, inputs), {"model": source}
-
-
-def _json(report: Report, facts: dict[str, Any]) -> str:
-    return json.dumps({**facts, **json.loads(report.to_json())}, indent=2)
-
-
 def read_budget(text: str) -> str | dict[str, float]:
     if "=" not in text:
         return text
@@ -280,36 +243,11 @@ def _value(option: Option, text: Any) -> Any:
     return text
 
 
-def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
+def show_flags(words: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Give ``prune`` its flags; its help shows the options of the method that is named."""
+    chosen = named_method(words, settings, METHOD)
+    shared = plain_flags({**NETWORK, **DATA})
+    with_flags(prune, shared + channel_flags() + method_flags(read_entries(FOLDER), chosen))
 
 
-def _method_flags() -> list[inspect.Parameter]:
-    """Make one flag for every option of every method; methods that share an option share the flag."""
-    owners: dict[str, dict[str, list[str]]] = {}
-    switches: dict[str, bool] = {}
-    for entry in sorted(read_entries(FOLDER), key=lambda entry: entry.name):
-        for name, default in entry.options.items():
-            note = f"{entry.notes.get(name, name)} (default {default})"
-            owners.setdefault(name, {}).setdefault(note, []).append(entry.name)
-            switches[name] = switches.get(name, True) and name in entry.switches
-    flags = []
-    for name, notes in sorted(owners.items()):
-        text = "; ".join(f"{', '.join(users)}: {note}" for note, users in notes.items())
-        spelled = f"{_flag(name)}/--no-{_flag(name)[2:]}" if switches[name] else _flag(name)
-        word = typer.Option(spelled, help=escape(text), rich_help_panel="Options of methods")
-        kind = Annotated[bool | None, word] if switches[name] else Annotated[str | None, word]
-        flags.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
-    return flags
-
-
-def register(command: Any) -> None:
-    """Give a command a flag for every option of channels, and of every method."""
-    signature = inspect.signature(command, eval_str=True)
-    own = [
-        parameter for parameter in signature.parameters.values() if parameter.kind != parameter.VAR_KEYWORD
-    ]
-    command.__signature__ = signature.replace(parameters=own + channel_flags() + _method_flags())
-
-
-register(prune)
+show_flags((), {})

@@ -1,30 +1,53 @@
-"""Networks and data by name: ``timm:NAME``, ``torchvision:NAME``, ``hf:PATH`` or ``file.py:factory``."""
+"""Networks by name: ``timm:NAME``, ``torchvision:``, ``zoo:``, ``hf:FOLDER``, ``path/to/file.py:factory``."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from fxprune.cli.hugging_face import folder_of, load_calibration, load_folder
+import fxprune
+from fxprune.cli.hugging_face import folder_of, load_folder
 
 if TYPE_CHECKING:
     from torch import nn
 
 LIBRARIES = ("timm", "torchvision")
+ZOO = ("conv2", "conv4", "conv6", "lenet_300_100", "resnet18_tiny", "resnet20", "vgg19_bn")
+EXPECTED = "timm:NAME, torchvision:NAME, zoo:NAME, hf:FOLDER or path/to/file.py:factory"
+WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".onnx", ".pt2")
+"""Endings of files that hold weights or compiled networks, and no code to build one with."""
 
 
-def load_network(source: str, seed: int) -> tuple[nn.Module, Any]:
-    """The network that ``source`` names, freshly initialised under ``seed``, and its example inputs.
+def load_network(
+    source: str,
+    seed: int,
+    *,
+    pretrained: bool = False,
+    num_classes: int | None = None,
+    weights: str | Path | None = None,
+) -> tuple[nn.Module, Any]:
+    """Build the network that ``source`` names, freshly initialised under ``seed``; return its inputs too.
 
     A folder of transformers, ``hf:PATH``, has its weights. The inputs are None where the network says itself
     what it takes. A factory in a file returns a module, or a pair of a module and example inputs.
     The global random state is left as it was.
 
-    Raises ``ValueError`` or ``TypeError``, naming ``source``, where there is no such network.
+    Args:
+        source: the name.
+        seed: of the weights that are drawn.
+        pretrained: take the published weights of timm or torchvision instead.
+        num_classes: number of outputs; a factory in a file then takes it as ``num_classes``.
+        weights: a file of a state dict, or one that ``fxprune.save`` wrote, to load.
+
+    Raises ``ValueError`` or ``TypeError``, naming ``source``, where there is no such network; ``OSError``
+    where published weights cannot be fetched.
 
     >>> type(load_network("torchvision:resnet18", 0)[0]).__name__
     'ResNet'
@@ -32,22 +55,115 @@ def load_network(source: str, seed: int) -> tuple[nn.Module, Any]:
     import torch
 
     kind, _, name = source.partition(":")
+    if pretrained and kind not in LIBRARIES:
+        raise ValueError(f"--pretrained: {source!r} has no published weights; timm: and torchvision: have")
     if folder_of(source) is not None:
+        if num_classes is not None or weights is not None:
+            raise ValueError(
+                f"{source!r}: a folder has its classes and weights; leave --num-classes and --weights"
+            )
         return load_folder(source)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind in LIBRARIES:
-            if not _is_model(kind, name):
-                raise ValueError(_unknown(source, name, list_models(kind)))
-            return make_model(kind, name), None
-        made = _factory(source)()
+            made = _from_library(source, kind, name, pretrained, num_classes)
+        elif kind == "zoo":
+            made = _from_zoo(source, name, num_classes)
+        else:
+            made = _from_file(source, num_classes)
     network, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(network, torch.nn.Module):
         raise TypeError(
             f"{source!r} returned a {type(network).__name__}, expected a torch.nn.Module, or a pair of one "
             "and its example inputs"
         )
-    return network, inputs
+    return network if weights is None else load_weights(network, Path(weights)), inputs
+
+
+def _from_library(source: str, kind: str, name: str, pretrained: bool, classes: int | None) -> nn.Module:
+    if not _is_model(kind, name):
+        raise ValueError(_unknown(source, name, list_models(kind)))
+    sizes: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    if pretrained and kind == "timm":
+        sizes["pretrained"] = True
+    elif pretrained:
+        sizes["weights"] = "DEFAULT"
+        if classes is not None:
+            raise ValueError("--num-classes: torchvision's published weights have the classes of their data")
+    if "." in name and kind == "timm" and not pretrained:
+        warnings.warn(
+            f"{source} names published weights, but these are drawn at random; --pretrained loads them",
+            UserWarning,
+            stacklevel=2,
+        )
+    return make_model(kind, name, **sizes)
+
+
+def _from_zoo(source: str, name: str, classes: int | None) -> Any:
+    if name not in ZOO:
+        raise ValueError(f"{source!r}: the zoo has {', '.join(ZOO)}")
+    import torch
+
+    sizes = {} if classes is None else {"classes": classes}
+    channels, size = {"l": (1, 28), "c": (1, 28)}.get(name[0], (3, 64 if name == "resnet18_tiny" else 32))
+    return getattr(fxprune.zoo, name)(**sizes), torch.empty(2, channels, size, size)
+
+
+def _from_file(source: str, classes: int | None) -> Any:
+    factory = load_factory(source)
+    if classes is None:
+        return factory()
+    if "num_classes" not in inspect.signature(factory).parameters:
+        raise ValueError(f"--num-classes: the factory of {source!r} has no argument num_classes")
+    return factory(num_classes=classes)
+
+
+def load_weights(network: nn.Module, path: Path) -> nn.Module:
+    """Load a file of weights into ``network``: a state dict, or what ``fxprune.save`` wrote.
+
+    Checkpoints of training scripts, with the state dict under ``state_dict`` or ``model``, will do. Nothing
+    in the file can run code. Raises ``ValueError`` or ``FileNotFoundError``, naming the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--weights {path}: there is no such file")
+    state = _read_state(path)
+    if state is None:
+        loaded: nn.Module = fxprune.load(path, network)
+        return loaded
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+    prefix = "module."
+    if state and all(str(key).startswith(prefix) for key in state):
+        state = {key[len(prefix) :]: value for key, value in state.items()}
+    try:
+        wrong = network.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        line = str(error).splitlines()[-1].strip()
+        raise ValueError(f"--weights {path}: not of this network: {line}; is --num-classes right?") from error
+    for some, word in ((wrong.missing_keys, "has no"), (wrong.unexpected_keys, "has an unknown")):
+        if some:
+            more = f", and {len(some) - 1} more" if len(some) > 1 else ""
+            raise ValueError(f"--weights {path}: {word} {some[0]!r}{more}; expected those of this network")
+    return network
+
+
+def _read_state(path: Path) -> Any:
+    """Read a state dict; return None for a file of fxprune."""
+    import torch
+    from safetensors.torch import load_file
+
+    if path.suffix == ".safetensors":
+        if fxprune.rewrite.read_header(path).get("format") == "fxprune":
+            return None
+        return load_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"--weights {path}: not a file of weights ({str(error).splitlines()[0]})") from error
+    if not isinstance(state, Mapping):
+        raise ValueError(f"--weights {path}: holds a {type(state).__name__}, expected a state dict")
+    return dict(state)
 
 
 def list_models(library: str) -> list[str]:
@@ -83,23 +199,12 @@ def _is_model(library: str, name: str) -> bool:
     return name in list_models(library)
 
 
-def load_data(source: str, model: str = "", network: nn.Module | None = None) -> Any:
-    """Return the data of the factory ``path/to/file.py:factory``: (x, y), or an iterable of batches.
-
-    For the ``network`` of a folder of transformers (``model`` is ``hf:PATH``) also text or arrays in a file.
-    """
-    if folder_of(model) is not None and network is not None and ".py:" not in source:
-        return load_calibration(Path(source), model, network)
-    return _factory(source)()
-
-
-def _factory(source: str) -> Callable[[], Any]:
+def load_factory(source: str) -> Callable[..., Any]:
+    """Return the function that ``path/to/file.py:factory`` names; ``ValueError`` where there is none."""
     name, _, attribute = source.rpartition(":")
     path = Path(name)
     if path.suffix != ".py" or not attribute:
-        raise ValueError(
-            f"{source!r}: expected timm:NAME, torchvision:NAME, hf:PATH or path/to/file.py:factory"
-        )
+        raise ValueError(_no_source(source))
     if not path.is_file():
         raise ValueError(f"{source!r}: there is no file {name!r}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -116,8 +221,23 @@ def _factory(source: str) -> Callable[[], Any]:
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ValueError(f"{source!r}: {path.name} defines no function {attribute!r}")
-    found: Callable[[], Any] = factory
+    found: Callable[..., Any] = factory
     return found
+
+
+def _no_source(source: str) -> str:
+    """Say what is expected in the place of a word that names no network."""
+    path, folder = Path(source), "a folder that prune --out wrote"
+    if path.suffix in WEIGHTS:
+        return (
+            f"{source!r}: a file of weights, which holds no network; expected {EXPECTED} with --weights"
+            f" {source}, or {folder}"
+        )
+    if source.endswith(("/", "\\")):
+        return f"{source!r}: there is no such folder; expected {folder}, or {EXPECTED}"
+    if path.suffix == ".py":
+        return f"{source!r}: expected {source}:factory, a function in it that returns the network"
+    return f"{source!r}: expected {EXPECTED}"
 
 
 def _unknown(source: str, name: str, known: list[str]) -> str:

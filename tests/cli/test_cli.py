@@ -1,6 +1,7 @@
 """The command line: what it prints, writes and answers."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 import fxprune
 from fxprune import methods
@@ -114,12 +117,20 @@ def test_methods_are_listed(capsys: Any) -> None:
     assert rows["snip"]["needs"] == ["data"]
 
 
-def test_every_option_of_every_method_is_a_flag(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_help_of_a_method_has_its_options_and_those_of_no_other(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    assert run(["prune", "--help"]) == 0
-    text = capsys.readouterr().out
+    every = {option for method in methods.names() for option in methods.options(method)}
     for method in methods.names():
-        assert all("--" + option.replace("_", "-") in text for option in methods.options(method))
+        assert run(["prune", "--method", method, "--help"]) == 0
+        text = capsys.readouterr().out
+        shown = {option for option in every if re.search(rf"--{option.replace('_', '-')}[/ ]", text)}
+        assert shown - {"weights"} == set(methods.options(method)) - {"weights"}
+    assert run(["train", "-m", "gmp", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--initial" in text
+    assert "--gamma" not in text
 
 
 def test_warnings_are_single_lines(file: str, capsys: Any) -> None:
@@ -138,7 +149,29 @@ BAD = [
     (["prune"], "MODEL"),
     (["prune", "timm:resnet5O"], "did you mean resnet50"),
     (["prune", "torchvision:resnet17"], "did you mean resnet18"),
-    (["prune", "resnet18"], "expected timm:NAME"),
+    (["prune", "resnet18"], "expected timm:NAME, torchvision:NAME, zoo:NAME, hf:FOLDER or path"),
+    (["prune", "zoo:alexnet"], "the zoo has conv2"),
+    (["prune", "FILE"], "factories.py:factory, a function in it"),
+    (["prune", "FILE:small", "-m", "relative"], "is unknown; there are balance,"),
+    (["prune", "FILE:small", "-m", "gmp"], "fxprune train --method gmp"),
+    (["prune", "FILE:small", "-s", "90"], "0.9?"),
+    (["prune", "FILE:small", "--pretrained"], "has no published weights"),
+    (["prune", "FILE:small", "--num-classes", "3"], "has no argument num_classes"),
+    (["prune", "FILE:small", "--weights", "none.pt"], "--weights none.pt: there is no such file"),
+    (["prune", "FILE:small", "--weights", "FILE"], "not a file of weights"),
+    (
+        ["prune", "FILE:small", "-m", "snip", "--data", "digits"],
+        "the network takes (2, 6), not square images",
+    ),
+    (["prune", "zoo:resnet20", "-m", "snip", "--data", "mnist"], "expected cifar10, cifar100, digits"),
+    (["prune", "zoo:resnet20", "-m", "snip", "--data", "cifar10"], "cifar-10-batches-py"),
+    (["prune", "zoo:resnet20", "-m", "snip", "--data", "fashion-mnist"], "train-images-idx3-ubyte"),
+    (["prune", "FILE:small", "--threads", "0"], "--threads 0"),
+    (["prune", "--config", "none.toml"], "--config none.toml: there is no such file"),
+    (["prune", "--config"], "expected a file such as run.toml"),
+    (["prune", "--config", "FILE"], "not a TOML file"),
+    (["analyze", "nowhere/"], "there is no such folder; expected a folder that prune --out wrote"),
+    (["analyze", "x.pt"], "a file of weights, which holds no network"),
     (["prune", "no/such/file.py:net"], "there is no file"),
     (["prune", "FILE:nothing"], "defines no function 'nothing'"),
     (["prune", "FILE:wrong"], "returned a int"),
@@ -189,7 +222,7 @@ def test_as_a_process() -> None:
     command = [sys.executable, "-m", "fxprune", "prune", "timm:resnet18", "-s", "2"]
     bad = subprocess.run(command, capture_output=True, text=True)
     assert bad.returncode == 2
-    assert len(bad.stderr.splitlines()) == 1
+    assert [line[:15] for line in bad.stderr.splitlines() if "load" not in line] == ["fxprune: error:"]
 
 
 def test_timm_models_are_those_of_timm(capsys: Any) -> None:
@@ -265,3 +298,113 @@ def test_folders_with_masks_alone_can_still_be_read(file: str, tmp_path: Path, c
 
 def test_every_option_of_channels_has_a_flag() -> None:
     assert tuple(channel_flags.HELP) == CHANNEL_OPTIONS
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with a folder of images for each class."""
+    folder = tmp_path / "images"
+    for label in ("bird", "cat"):
+        (folder / label).mkdir(parents=True)
+        for index in range(3):
+            Image.effect_noise((40, 30), 64 + index).convert("RGB").save(folder / label / f"{index}.png")
+    return folder
+
+
+def test_any_data_method_runs_on_images_by_name_or_from_a_folder(images: Path, capsys: Any) -> None:
+    words = ["prune", "timm:test_resnet", "--num-classes", "10", "-m", "snip", "-s", "0.5", "--json"]
+    for data in (str(images), str(images.parent), "digits"):
+        if data == str(images.parent):
+            images.rename(images.parent / "train")
+        assert run([*words, "--data", data, "--batch-size", "4"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["sparsity"] == pytest.approx(0.5, abs=1e-5)
+        assert report["num_classes"] == "10"
+
+
+def test_weights_from_a_file(file: str, tmp_path: Path, capsys: Any) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    state = net.state_dict()
+    pruned = fxprune.apply(net, "magnitude", 0.5, example_inputs=torch.ones(1, 6))
+    wanted = fxprune.masks(pruned)
+    save_file(state, tmp_path / "net.safetensors")
+    torch.save({"model": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "net.pth")
+    fxprune.save(net, tmp_path / "own.safetensors")
+    for name in ("net.safetensors", "net.pth", "own.safetensors"):
+        out = tmp_path / f"out-{name}"
+        words = ["-m", "magnitude", "-s", "0.5", "--weights", str(tmp_path / name), "--out", str(out)]
+        assert run(["prune", f"{file}:small", *words]) == 0
+        found = fxprune.load_masks(out / "model.safetensors")
+        assert all(torch.equal(mask, wanted[key]) for key, mask in found.items())
+        capsys.readouterr()
+        assert run(["analyze", str(out), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["kept_params"] == 80
+    torch.save({key: value for key, value in state.items() if key != "2.bias"}, tmp_path / "part.pt")
+    torch.save({**state, "0.weight": torch.ones(3, 3)}, tmp_path / "wrong.pt")
+    for name, words in (("part.pt", "has no '2.bias'"), ("wrong.pt", "size mismatch for 0.weight")):
+        assert run(["prune", f"{file}:small", "--weights", str(tmp_path / name)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_pretrained_tag_with_random_weights_says_so(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    create = timm.create_model
+
+    def make(name: str, **sizes: Any) -> Any:
+        asked.append(dict(sizes))
+        sizes.pop("pretrained", None)
+        return create(name, **sizes)
+
+    monkeypatch.setattr(timm, "create_model", make)
+    words = ["analyze", "timm:test_resnet.r160_in1k", "--json"]
+    assert run(words) == 0
+    assert "names published weights, but these are drawn at random; --pretrained" in capsys.readouterr().err
+    assert run([*words, "--pretrained", "--num-classes", "7"]) == 0
+    assert capsys.readouterr().err == ""
+    assert asked == [{}, {"pretrained": True, "num_classes": 7}]
+
+
+def test_a_file_of_flags(file: str, tmp_path: Path, capsys: Any) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'model = "{file}:small"\nmethod = "snip"\ndata = "{file}:data"\nsparsity = 0.25\nexclude = ["2"]\n'
+        'mode = "eval"\njson = true\n'
+    )
+    assert run(["prune", "--config", str(config)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["method"], report["options"]) == ("snip", {"mode": "eval"})
+    assert [layer["kept_params"] for layer in report["layers"].values()] == [72, 64]
+    assert run(["prune", f"--config={config}", "-s", "0.5", "-m", "random", "--mode", "eval"]) == 2
+    assert "no option 'mode'" in capsys.readouterr().err
+    config.write_text('modell = "x"\n')
+    assert run(["prune", "--config", str(config)]) == 2
+    assert "'modell' is no flag of this command; did you mean 'model'?" in capsys.readouterr().err
+
+
+def test_it_says_which_version_it_is(capsys: Any) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"fxprune {fxprune.__version__}\n"
+
+
+def test_a_pattern_by_its_numbers(file: str, capsys: Any) -> None:
+    assert run(["prune", f"{file}:small", "-m", "magnitude", "--granularity", "2:4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sparsity"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("fxprune pru", {"prune"}),
+        ("fxprune prune --method sn", {"snip"}),
+        ("fxprune prune --thr", {"--threads"}),
+    ],
+)
+def test_a_shell_can_complete(words: str, expected: set[str]) -> None:
+    count = str(len(words.split()) - 1)
+    found = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'fxprune'; from fxprune.cli import main; main()"],
+        env={**os.environ, "_FXPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": count},
+        capture_output=True,
+        text=True,
+    )
+    assert set(found.stdout.split()) == expected

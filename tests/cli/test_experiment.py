@@ -1,6 +1,7 @@
 """The comparison of dense, pruned and retrained networks, and the command that prints it."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from training import nets
 from fxprune import zoo
 from fxprune.cli import run
 from fxprune.cli.experiment import TrainingRecipe, accuracy, compare
+from fxprune.cli.runs import SavedRun
+from fxprune.cli.train import recipe_defaults, training_entries
+from fxprune.training.methods import options
 
 
 def data() -> tuple[TensorDataset, TensorDataset]:
@@ -148,9 +152,79 @@ def test_networks_of_ones_own_and_of_timm(tmp_path: Path, capsys: Any) -> None:
     for flags, words in (
         (["--method", "snip"], "expected one of asni"),
         (["--data", "mnist"], "data='mnist'"),
-        (["--begin", "1"], "no option 'begin'"),
+        (["--begin", "1"], "no option 'begin', nor has Pruner; methods that have it: gmp"),
+        (["--resume"], "--resume: expected --out"),
         (["--epochs", "0"], "epochs=0"),
         (["--data", "cifar10", "--root", str(tmp_path)], "cifar-10-batches-py"),
     ):
         assert run(["train", "zoo:resnet20", "--variants", "A", *flags]) == 2
         assert words in capsys.readouterr().err
+
+
+SHORT = ["train", "zoo:lenet_300_100", "--batch", "300", "--lr", "0.01", "--alpha", "0.9", "--json"]
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path: Path, capsys: Any) -> None:
+    assert run([*SHORT, "--epochs", "3"]) == 0
+    wanted = json.loads(capsys.readouterr().out)["curves"]
+    for stop in (1, 4, 8, 11):
+        out = tmp_path / str(stop)
+        done: list[int] = []
+
+        def interrupt(
+            self: SavedRun, variant: str, state: Any, done: list[int] = done, stop: int = stop
+        ) -> None:
+            WRITE(self, variant, state)
+            done.append(1)
+            if len(done) == stop:
+                raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SavedRun, "write", interrupt)
+            assert run([*SHORT, "--epochs", "3", "--out", str(out)]) == 130
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.splitlines()[-1] == "fxprune: error: interrupted; files are whole or not there"
+        assert run([*SHORT, "--epochs", "3", "--out", str(out), "--resume"]) == 0
+        assert json.loads(capsys.readouterr().out)["curves"] == wanted
+
+
+WRITE = SavedRun.write
+
+
+def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path: Path, capsys: Any) -> None:
+    kept = [*SHORT, "--out", str(tmp_path / "run")]
+    assert run([*kept, "--epochs", "2"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert run([*kept, "--epochs", "2", "--resume"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == first
+    assert "this run was finished, nothing was trained" in printed.err
+    assert run([*kept, "--epochs", "4", "--resume"]) == 0
+    longer = json.loads(capsys.readouterr().out)
+    assert longer["sparsity"] == first["sparsity"]
+    assert {name: curve[:2] for name, curve in longer["curves"].items()} == first["curves"]
+    assert {len(curve) for curve in longer["curves"].values()} == {4}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--epochs", "2"], "holds a run; --resume goes on with it"),
+        (["--epochs", "2", "--seed", "1", "--resume"], "a run with seed=0, not 1"),
+        (["--epochs", "1", "--resume"], "--epochs 1: the run in"),
+    ],
+)
+def test_a_folder_of_another_run(words: list[str], message: str, tmp_path: Path, capsys: Any) -> None:
+    kept = [*SHORT, "--out", str(tmp_path / "run"), "--variants", "D"]
+    assert run([*kept, "--epochs", "2"]) == 0
+    before = (tmp_path / "run" / "D.ckpt").read_bytes()
+    assert run([*kept, *words]) == 2
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "run" / "D.ckpt").read_bytes() == before
+
+
+def test_the_flags_of_train_are_read_off_the_sources() -> None:
+    assert recipe_defaults() == {part.name: part.default for part in fields(TrainingRecipe)}
+    for name, entry in training_entries().items():
+        assert entry.options == options(name)
