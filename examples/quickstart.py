@@ -1,6 +1,6 @@
 """Prune a ResNet-18 to 90 % with SynFlow, compile it, and train it for two epochs on handwritten digits.
 
-Run it with ``uv run python examples/quickstart.py``; it takes about two minutes on two cores.
+Run it with ``uv run python examples/quickstart.py``; it takes a few minutes on two cores.
 """
 
 import time

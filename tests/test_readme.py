@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from fxprune.cli import run
+
 ROOT = Path(__file__).parent.parent
 PAGES = [
     "README.md", "docs/tour.md", "docs/channels.md", "docs/compaction.md", "docs/files.md",
     "docs/pretrained.md", "docs/add_a_method.md", "docs/add_an_op.md", "docs/write_a_pass.md",
+    "docs/production.md",
 ]  # fmt: skip
 SMALL = {"resnet50": "test_resnet", "resnet18": "test_resnet", "224": "64"}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -34,7 +37,7 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
     torch.manual_seed(0)
     found = blocks(page, "python")
     assert found
-    names: dict[str, Any] = {"torch": torch, "__name__": "readme"}
+    names: dict[str, Any] = {"__name__": "readme"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # tiny networks collapse, and say so
         for index, block in enumerate(found):
@@ -44,10 +47,38 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_the_two_commands() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    command = "uv run fxprune prune timm:resnet50 --method synflow --sparsity 0.9 --compact --out pruned/"
-    assert f"pip install uv && {command}" in text
+    command = "uv run fxprune prune timm:resnet18 --method magnitude --sparsity 0.9"
+    assert f"pip install uv && {command}\n" in text
     assert "\nuv run pytest\n" in text
-    assert "uv run pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "uv run --group all pytest" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_a_first_command_installs_little_and_the_tests_need_no_more_words() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    groups = re.search(r"^\[dependency-groups\]\n(.*?)\n\n", project, re.M | re.S)
+    assert groups is not None
+    assert 'dev = ["fxprune[test]"]' in groups[1].splitlines()
+    assert re.search(r"^test = \[.*pytest.*xdist.*timeout", project, re.M)
+
+
+def shown_are_printed(shown: str, printed: str) -> None:
+    """Check that every line of a sample is printed, in that order, but for those left out by dots."""
+    at = 0
+    lines = [line.rstrip() for line in printed.splitlines()]
+    for line in shown.splitlines():
+        if line.strip() != "...":
+            assert line.rstrip() in lines[at:], line
+            at = lines.index(line.rstrip(), at) + 1
+
+
+@pytest.mark.slow  # a resnet18 in full, 20 s
+def test_the_report_in_the_readme_is_the_one_that_is_printed(capsys: Any) -> None:
+    report, training = blocks("README.md", "text")
+    exec(compile(blocks("README.md", "python")[0], "README.md", "exec"), {"__name__": "readme"})
+    shown_are_printed(report, capsys.readouterr().out)
+    assert run(["prune", "timm:resnet18", "--method", "magnitude", "--sparsity", "0.9"]) == 0
+    shown_are_printed(report, capsys.readouterr().out)
+    assert "95.000% sparse" in training
 
 
 @pytest.mark.parametrize("page", [*PAGES, "docs/distributed.md", "docs/vocabulary.md", "CONTRIBUTING.md"])

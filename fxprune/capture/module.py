@@ -48,9 +48,22 @@ class CapturedModule(fx.GraphModule):
 
     Copying and pickling keep the graph, ``node.meta["val"]``, tied weights, hooks and non-persistent buffers.
     ``leaf_attributes`` are the attributes, at the time of the capture, of each leaf and of the modules in it.
+    ``left_behind`` are the public names that the model's class has and a graph has not.
     """
 
     leaf_attributes: dict[str, dict[str, Attributes]]
+    left_behind: frozenset[str]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name not in vars(self).get("left_behind", ()):
+                raise
+            raise AttributeError(
+                f"{error}: a graph has the parameters and the forward of its model, not its methods; prune"
+                " with returns='module' to keep them"
+            ) from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         result = CapturedModule.__new__(CapturedModule)
@@ -67,7 +80,7 @@ class CapturedModule(fx.GraphModule):
 def reserved_names() -> frozenset[str]:
     """Names that a part of a captured model cannot have: attributes of graph modules that modules lack."""
     empty = CapturedModule(nn.Module(), fx.Graph())
-    return frozenset({*dir(empty), "leaf_attributes"}) - frozenset(dir(nn.Module()))
+    return frozenset({*dir(empty), "leaf_attributes", "left_behind"}) - frozenset(dir(nn.Module()))
 
 
 def assemble(
@@ -104,11 +117,20 @@ def assemble(
         others = {key: value for key, value in vars(model).items() if key not in ("forward", "_graph")}
         vars(result).update({key: value for key, value in others.items() if key not in vars(result)})
     vars(result)["leaf_attributes"] = {path: attributes_of(result.get_submodule(path)) for path in targets}
+    vars(result)["left_behind"] = _names_left_behind(model)
     recipes = model.meta.get("fxprune", {}).get("recipes") if isinstance(model, CapturedModule) else None
     if recipes:  # how it became smaller than its original
         result.meta["fxprune"] = {"recipes": recipes}
     graph.lint()
     return result
+
+
+def _names_left_behind(model: nn.Module) -> frozenset[str]:
+    if isinstance(model, CapturedModule):
+        return model.left_behind
+    return frozenset(
+        name for name in dir(type(model)) if not name.startswith("_") and not hasattr(fx.GraphModule, name)
+    )
 
 
 def _without_traced_hooks(model: nn.Module, targets: set[str], kept: Collection[Hook]) -> nn.Module:

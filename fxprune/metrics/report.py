@@ -293,7 +293,10 @@ def _table(report: Report) -> Table:
     rows = [_cells(name, "x".join(map(str, layer.shape)), layer) for name, layer in report.layers.items()]
     for heading, total in zip(HEADINGS, _cells("total", "", report), strict=True):
         left = heading == HEADINGS[0]
-        table.add_column(heading, total, justify="left" if left else "right", no_wrap=True, overflow="ignore")
+        # Of a column whose overflow is ignored, rich 15 does not justify the cells.
+        overflow = "ignore" if left else "ellipsis"
+        justify = "left" if left else "right"
+        table.add_column(heading, total, justify=justify, no_wrap=True, overflow=overflow)  # type: ignore[arg-type]
     rows += [
         (name, "product", *[""] * (len(HEADINGS) - 3), _macs(product))
         for name, product in report.products.items()

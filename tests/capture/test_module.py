@@ -200,7 +200,9 @@ class Named(nn.Module):
         return part(y) if isinstance(part, nn.Module) else y * part
 
 
-@pytest.mark.parametrize("name", ["code", "graph", "recompile", "print_readable", "meta", "leaf_attributes"])
+@pytest.mark.parametrize(
+    "name", ["code", "graph", "recompile", "print_readable", "meta", "leaf_attributes", "left_behind"]
+)
 @pytest.mark.parametrize(
     "part", [lambda: nn.Linear(4, 4), lambda: nn.Parameter(torch.rand(4)), lambda: torch.rand(4)]
 )
@@ -222,3 +224,26 @@ def test_every_name_that_is_no_attribute_of_modules_is_reserved() -> None:
     names = reserved_names()
     assert {"code", "graph", "_graph", "_code", "meta", "recompile", "add_submodule", "to_folder"} <= names
     assert not names & {"forward", "weight", "layer", "training", "children", "_modules"}
+
+
+def test_a_method_that_stayed_behind_names_the_way_to_keep_it() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+            return self.fc(x) if labels is None else self.fc(x).sum() + labels
+
+        def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    gm = fxprune.capture(Net(), torch.ones(2, 4))
+    for found in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)), fxprune.capture(gm)):
+        with pytest.raises(AttributeError, match=r"'forward_features'.*returns='module' to keep them"):
+            _ = found.forward_features
+        with pytest.raises(AttributeError, match=r"has no attribute 'nonsense'$"):
+            _ = found.nonsense
+        assert not hasattr(found, "forward_features")
+    with pytest.raises(AssertionError, match=r"labels.*or prune with returns='module', which takes any"):
+        gm(torch.ones(2, 4), torch.ones(()))

@@ -195,3 +195,12 @@ def test_products_left_are_those_of_the_smaller_network(sparsity: float, resolut
     left = fxprune.analyze(small, resolution, example_inputs=x)
     assert masked.macs == 400
     assert masked.masked_macs == sum(one.macs for one in left.products.values()) < 400
+
+
+def test_numbers_stand_under_one_another() -> None:
+    net = nn.Sequential(nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 1))
+    lines = str(fxprune.analyze(net, example_inputs=torch.ones(1, 100))).splitlines()
+    ends = {line.index(" 100.00%") for line in lines if " 100.00%" in line}
+    assert len(ends) == 1
+    assert "   10,000 " in lines[4]
+    assert "      100 " in lines[5]

@@ -142,5 +142,8 @@ class _Writer:
 
     def expect(self, alike: Callable[..., Any], node: fx.Node, value: Any, message: str) -> None:
         check = self.make(alike, (node, value), True)
-        told = f"{message.format(self.model)}, and computes that only; capture it again for another"
+        told = (
+            f"{message.format(self.model)}, and computes that only; capture it again for another, or prune"
+            " with returns='module', which takes any"
+        )
         self.make(torch._assert, (check, told), None)
