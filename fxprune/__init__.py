@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fxprune.rewrite.compact import compact, remap_optimizer
     from fxprune.rewrite.files.export import export
     from fxprune.rewrite.files.network import load
+    from fxprune.sweeps import sweep
     from fxprune.training import Pruner, load_ticket, lottery
     from fxprune.training.regularizers import regularizer
 
@@ -63,6 +64,7 @@ __all__ = [
     "remap_optimizer",
     "save",
     "set_masks",
+    "sweep",
     "verify",
 ]
 
@@ -96,6 +98,7 @@ _HOMES = {
     "remap_optimizer": "fxprune.rewrite.compact.remap_optimizer",
     "save": "fxprune.rewrite.save",
     "set_masks": "fxprune.rewrite.set_masks",
+    "sweep": "fxprune.sweeps.sweep",
     "verify": "fxprune.rewrite.verify",
 }
 _ROOMS = (
@@ -108,6 +111,7 @@ _ROOMS = (
     "metrics",
     "plot",
     "rewrite",
+    "sweeps",
     "training",
     "zoo",
 )

@@ -1,4 +1,4 @@
-"""Pictures of what a method did: a history comes in, a matplotlib figure goes out.
+"""Pictures: a report, masks, a history or the results of a sweep come in, a matplotlib figure goes out.
 
 Needs the extra ``plot``: ``pip install 'fxprune[plot]'``.
 """
@@ -6,15 +6,34 @@ Needs the extra ``plot``: ``pip install 'fxprune[plot]'``.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["plot_history"]
+__all__ = ["compare", "density", "history", "layer_densities", "masks", "plot_history"]
+
+
+class Layer(Protocol):
+    """Describe what is drawn of a layer."""
+
+    params: int
+    kept_params: int
+    effective_params: int
+
+
+class Report(Protocol):
+    """Describe what is drawn of a report."""
+
+    @property
+    def layers(self) -> Mapping[str, Layer]:
+        """The layers by name."""
+
 
 STEP = "step"
 LABELS = {
@@ -45,14 +64,10 @@ def plot_history(source: nn.Module | Mapping[str, Sequence[float]]) -> Figure:
     >>> figure.axes[0].get_ylabel()
     'effective nodes'
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plot_history needs matplotlib: pip install 'fxprune[plot]'") from error
     history = _history_of(source)
     steps = history[STEP]
     columns = [name for name in history if name != STEP]
-    figure = Figure(figsize=(6, 1 + 1.6 * len(columns)), layout="constrained")
+    figure = _figure(6, 1 + 1.6 * len(columns))
     for axes, name in zip(
         figure.subplots(len(columns), 1, sharex=True, squeeze=False)[:, 0], columns, strict=True
     ):
@@ -64,6 +79,148 @@ def plot_history(source: nn.Module | Mapping[str, Sequence[float]]) -> Figure:
         axes.grid(visible=True, alpha=0.3)
     figure.axes[-1].set_xlabel(STEP)
     return figure
+
+
+history = plot_history
+
+
+def density(report: Report) -> Figure:
+    """Draw the density and the effective density of every layer of a report, as bars.
+
+    Args:
+        report: what :func:`fxprune.analyze` returned.
+
+    >>> import torch, fxprune
+    >>> figure = density(fxprune.analyze(nn.Linear(4, 2), example_inputs=torch.ones(1, 4)))
+    >>> [bar.get_width() for bar in figure.axes[0].patches]
+    [1.0, 1.0]
+    """
+    names = list(report.layers)
+    kept = [layer.kept_params / layer.params for layer in report.layers.values()]
+    effective = [layer.effective_params / layer.params for layer in report.layers.values()]
+    figure = _figure(7, 1 + 0.22 * len(names))
+    axes = figure.add_subplot()
+    axes.barh(names, kept, height=0.8, label="density", color="#b8c4d6")
+    axes.barh(names, effective, height=0.4, label="effective", color="#2f5d9b")
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel="fraction of the weights")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def masks(masks: Mapping[str, torch.Tensor], names: Sequence[str] | None = None) -> Figure:
+    """Draw masks as pictures of kernels: rows are output channels, the shade is the share of taps kept.
+
+    Args:
+        masks: as :func:`fxprune.masks` returns them.
+        names: which of them to draw; all by default.
+
+    Raises ``ValueError`` for a name that has no mask.
+
+    >>> import torch
+    >>> figure = masks({"fc.weight": torch.ones(4, 6, dtype=torch.bool)})
+    >>> figure.axes[0].get_title()
+    'fc.weight'
+    """
+    chosen = list(masks) if names is None else list(names)
+    for name in chosen:
+        if name not in masks:
+            raise ValueError(f"names: {name!r} has no mask; there are {', '.join(list(masks)[:4])}")
+    columns = min(4, max(1, len(chosen)))
+    rows = -(-len(chosen) // columns)
+    figure = _figure(3 * columns, 3 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes, name in zip(grid, chosen, strict=False):
+        mask = masks[name].detach().cpu()
+        share = mask.float().flatten(2).mean(2) if mask.dim() > 2 else mask.float().view(len(mask), -1)
+        axes.imshow(share.numpy(), cmap="gray_r", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set_title(name, fontsize=8)
+    for axes in grid:
+        axes.set_axis_off()
+    return figure
+
+
+def compare(rows: Sequence[Mapping[str, Any]], y: str = "accuracy", x: str = "sparsity") -> Figure:
+    """Draw one number of a sweep against another, a line for each method, with bands of one deviation.
+
+    Args:
+        rows: ``fxprune.sweep(...).rows``: dicts with ``method``, ``sparsity``, ``seed`` and numbers.
+        y, x: the numbers; each point is the mean over seeds at one sparsity.
+
+    Raises ``ValueError`` where no row has the numbers.
+
+    >>> rows = [{"method": "snip", "sparsity": s, "seed": 0, "accuracy": 1 - s} for s in (0.5, 0.9)]
+    >>> [line.get_label() for line in compare(rows).axes[0].lines]
+    ['snip']
+    """
+    found = [row for row in rows if row.get(y) is not None and row.get(x) is not None]
+    if not found:
+        raise ValueError(
+            f"rows: none has {y!r} and {x!r}; there are {', '.join(rows[0]) if rows else 'none'}"
+        )
+    figure = _figure(7, 4.5)
+    axes = figure.add_subplot()
+    for method in dict.fromkeys(row["method"] for row in found):
+        groups: dict[float, list[tuple[float, float]]] = {}
+        for row in found:
+            if row["method"] == method:
+                groups.setdefault(row["sparsity"], []).append((float(row[x]), float(row[y])))
+        points = sorted(
+            (statistics.fmean(a for a, _ in some), statistics.fmean(b for _, b in some),
+             statistics.stdev([b for _, b in some]) if len(some) > 1 else 0.0)
+            for some in groups.values()
+        )  # fmt: skip
+        at, mean, spread = zip(*points, strict=True)
+        if len(points) == 1 and x == "sparsity" and at[0] == 0:
+            axes.axhline(mean[0], color="gray", linestyle="--", label=method)
+            continue
+        (line,) = axes.plot(at, mean, marker="o", markersize=3, label=method)
+        low = [m - s for m, s in zip(mean, spread, strict=True)]
+        high = [m + s for m, s in zip(mean, spread, strict=True)]
+        axes.fill_between(at, low, high, alpha=0.2, color=line.get_color(), linewidth=0)
+    axes.set(xlabel=LABELS.get(x, x), ylabel=LABELS.get(y, y))
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def layer_densities(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw the densities of layers of a sweep: a panel for each sparsity, a line for each method.
+
+    >>> rows = [{"method": "snip", "sparsity": 0.5, "seed": 0, "densities": {"a": 0.4, "b": 0.6}}]
+    >>> list(layer_densities(rows).axes[0].lines[0].get_ydata())
+    [0.4, 0.6]
+    """
+    found = [row for row in rows if row.get("densities")]
+    if not found:
+        raise ValueError("rows: none has 'densities'")
+    sparsities = sorted({row["sparsity"] for row in found})
+    figure = _figure(8, 2.6 * len(sparsities))
+    for axes, sparsity in zip(
+        figure.subplots(len(sparsities), 1, squeeze=False)[:, 0], sparsities, strict=True
+    ):
+        for method in dict.fromkeys(row["method"] for row in found):
+            some = [
+                row["densities"] for row in found if (row["method"], row["sparsity"]) == (method, sparsity)
+            ]
+            if some:
+                axes.plot(
+                    range(len(some[0])),
+                    [statistics.fmean(one[name] for one in some) for name in some[0]],
+                    marker=".",
+                    label=method,
+                )
+        axes.set(title=f"sparsity {sparsity:g}", xlabel="layer", ylabel="density", yscale="log")
+        axes.legend(fontsize=7)
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'fxprune[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _history_of(source: nn.Module | Mapping[str, Sequence[float]]) -> Mapping[str, Sequence[float]]:

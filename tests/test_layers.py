@@ -1,8 +1,8 @@
 """The house rules of the package, read off its source: who may import whom, and where.
 
 The ladder: { capture | graph } <- lowering <- paths <- channels <- sparsity <- scoring <- { methods | rewrite
-| metrics } <- latency <- api <- training <- cli. A room may import the rooms left of it; rooms in braces
-never import each other.
+| metrics } <- latency <- api <- training <- sweeps <- cli. A room may import the rooms left of it; rooms in
+braces never import each other.
 """
 
 import ast
@@ -20,9 +20,8 @@ RANKS = {
     "latency": 7, "network": 8, "sharding": 8, "timed": 8.5, "plans": 6.5, "api": 9, "grouping": 9,
     "reconstruction": 9, "evaluation": 9,
     "planning": 9.5, "training": 10,
-    "__init__": 11, "cli": 12, "__main__": 13,
+    "sweeps": 11, "__init__": 12, "cli": 13, "__main__": 14,
 }  # fmt: skip
-OPTIONAL = {"matplotlib", "sklearn", "transformers", "lightning", "scipy", "onnx", "onnxruntime", "openvino"}
 OPTIONAL = {
     "matplotlib", "sklearn", "transformers", "lightning", "scipy", "onnx", "onnxruntime", "openvino",
     "tomllib", "tomli",
@@ -41,8 +40,7 @@ LIGHT = {
         f"fxprune.cli{name}"
         for name in (
             "", ".channel_flags", ".config", ".data_sources", ".flags", ".hugging_face", ".methods",
-            ".planning", ".pruning",
-            ".reports", ".sources", ".train",
+            ".planning", ".pruning", ".reports", ".sources", ".sweeping", ".train",
         )
     ),
 }  # fmt: skip

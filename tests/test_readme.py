@@ -15,6 +15,7 @@ PAGES = [
     "README.md", "docs/tour.md", "docs/channels.md", "docs/compaction.md", "docs/files.md",
     "docs/pretrained.md", "docs/add_a_method.md", "docs/add_an_op.md", "docs/write_a_pass.md",
     "docs/production.md",
+    "docs/sweeps.md",
 ]  # fmt: skip
 SMALL = {"resnet50": "test_resnet", "resnet18": "test_resnet", "224": "64"}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -38,6 +38,14 @@ COMMANDS = {
         "fxprune.cli.train",
         "Train a network dense (D), pruned in training (A), and again from centroids (C) and the start (S).",
     ),
+    "sweep": (
+        "fxprune.cli.sweeping",
+        "Prune and train every cell of a grid of methods, sparsities and seeds; go on where it was stopped.",
+    ),
+    "plot": (
+        "fxprune.cli.sweeping",
+        "Draw accuracy, nodes and paths against sparsity, accuracy against latency, and densities of layers.",
+    ),
 }
 """Name of a command -> the module with a function of that name, and the first line of its docstring."""
 

@@ -23,7 +23,7 @@ HELP = {
     "sides": (str, "Weights that a channel group is scored by: both, or rows alone."),
     "normalize": (str, "Divide scores of groups by the mean over: none, or their family."),
     "runtime": (str, "Of --of latency: eager, compile or onnxruntime."),
-    "threads": (int, "Of --of latency: threads; as many as PyTorch takes."),
+    "threads": (int, "Threads to compute with, and to measure with; as many as PyTorch takes."),
 }
 
 
@@ -37,6 +37,14 @@ def channel_flags() -> list[inspect.Parameter]:
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
         )
     return found
+
+
+def take_threads(options: dict[str, Any]) -> int | None:
+    """Return the number of threads; leave it in ``options`` where channels are chosen by time."""
+    threads: int | None = options.get("threads")
+    if options.get("of") != "latency":
+        options.pop("threads", None)
+    return threads
 
 
 def split(options: dict[str, Any]) -> dict[str, Any]:

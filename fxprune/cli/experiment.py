@@ -154,6 +154,12 @@ def compare(
     return found
 
 
+def fit(model: nn.Module, train: Any, test: Any, recipe: TrainingRecipe, seed: int) -> list[float]:
+    """Train a network, dense or masked; return its accuracies on ``test`` after every epoch."""
+    loop = _Loop("D", recipe, recipe.epochs, seed, None, None)
+    return loop.train(model, train, test, lambda epoch, numbers: None)
+
+
 @dataclass
 class _Loop:
     """Train one variant, and keep its state after every epoch where the run is saved."""

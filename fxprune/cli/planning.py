@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 import fxprune
-from fxprune.cli.channel_flags import channel_flags, split
+from fxprune.cli.channel_flags import channel_flags, split, take_threads
 from fxprune.cli.data_sources import load_batches
 from fxprune.cli.flags import DATA, NETWORK, method_flags, named_method, plain_flags, take, with_flags
 from fxprune.cli.methods import FOLDER, read_entries
 from fxprune.cli.pruning import Budget, Excluded, Rounds, choose_method, read_budget
-from fxprune.cli.reports import AsJson, Model, Threads, set_threads
+from fxprune.cli.reports import AsJson, Model, set_threads
 from fxprune.cli.sources import load_network
 from fxprune.progress import Display
 
@@ -33,7 +33,6 @@ def plan(
     device: Annotated[str | None, typer.Option(help="Where to score: cpu, cuda, cuda:1.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the plan, for `fxprune prune --plan`.")] = None,
     plot: Annotated[Path | None, typer.Option(help="File for the trade-off, .png or .svg.")] = None,
-    threads: Threads = None,
     json_: AsJson = False,
     **options: Any,
 ) -> None:
@@ -41,7 +40,7 @@ def plan(
     origin, source, channel = take(options, NETWORK), take(options, DATA), split(options)
     given = {name: value for name, value in options.items() if value is not None}
     chosen = choose_method(method, given)
-    set_threads(threads)
+    set_threads(take_threads(channel))
     display = Display()
     with display.step(f"load {model}"):
         network, inputs = load_network(model, seed, **origin)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fxprune
-from fxprune.cli.channel_flags import channel_flags, split
+from fxprune.cli.channel_flags import channel_flags, split, take_threads
 from fxprune.cli.data_sources import load_batches
 from fxprune.cli.flags import (
     DATA,
@@ -30,7 +30,7 @@ from fxprune.cli.flags import (
 from fxprune.cli.folder import COMPACT, MASKED, REPORT, check_export, dense_bytes, write_networks
 from fxprune.cli.hugging_face import folder_of, write_folder
 from fxprune.cli.methods import FOLDER, read_entries
-from fxprune.cli.reports import AsJson, Model, Threads, as_json, set_threads
+from fxprune.cli.reports import AsJson, Model, as_json, set_threads
 from fxprune.cli.sources import load_network
 from fxprune.keywords import TRAINING_METHODS
 from fxprune.progress import Display
@@ -90,7 +90,6 @@ def prune(
     out: Out = None,
     compact: Compact = False,
     export: Exports = None,
-    threads: Threads = None,
     json_: AsJson = False,
     **options: Any,
 ) -> None:
@@ -98,13 +97,13 @@ def prune(
     origin, source, channel = take(options, NETWORK), take(options, DATA), split(options)
     given = {name: value for name, value in options.items() if value is not None}
     chosen = choose_method(method, given)
+    set_threads(take_threads(channel))
     asked = {"budget": read_budget(budget), "granularity": granularity, **channel, "schedule": schedule,
              "exclude": tuple(exclude or ())}  # fmt: skip
     if plan is not None:
         chosen, asked = _by_plan(plan, {**asked, **given}), {}
         method, sparsity, seed = chosen.method, chosen.sparsity, chosen.seed
     _check_files(model, out, export or (), compact)
-    set_threads(threads)
     display = Display()
     with display.step(f"load {model}"):
         network, inputs = load_network(model, seed, **origin)

@@ -67,10 +67,10 @@ def train_and_show(
     recipe = TrainingRecipe(**task.recipe)
     saved = None if out is None else SavedRun(out, task.facts(), recipe.epochs, resume=resume)
     writer: Any = None if logdir is None else _writer(logdir)
-    pair = _load(task)
+    pair = load_pair(task)
     note = _note(Display(), task.model, recipe.epochs * len(set(task.variants)), writer)
     found = compare(
-        _maker(task.model, pair[0], task.seed),
+        network_maker(task.model, pair[0], task.seed),
         *pair,
         recipe,
         task.method,
@@ -145,7 +145,8 @@ def _writer(folder: Path) -> Any:
         raise ValueError("--logdir needs tensorboard: pip install 'fxprune[plot]'") from error
 
 
-def _load(task: Task) -> tuple[Any, Any]:
+def load_pair(task: Task) -> tuple[Any, Any]:
+    """Load the data of a task, to train and to test, with as many channels as its network takes."""
     model, size = task.model, task.size
     if task.data != "digits":
         return sources.load(task.data, task.root)
@@ -159,8 +160,11 @@ def _load(task: Task) -> tuple[Any, Any]:
     return sources.digits(size=size, channels=channels)
 
 
-def _maker(source: str, train_set: Any, seed: int) -> Callable[[], nn.Module]:
-    """Makes the network for the shape and the classes of the data, with the same weights each time."""
+def network_maker(source: str, train_set: Any, seed: int | None) -> Callable[[], nn.Module]:
+    """Make networks for the shape and the classes of the data, with the weights of ``seed`` each time.
+
+    Without a seed weights are drawn from the global random state.
+    """
     channels, size, _ = train_set[0][0].shape
     targets = train_set.targets if hasattr(train_set, "targets") else train_set.tensors[1]
     classes = int(torch.as_tensor(targets).max()) + 1
@@ -177,16 +181,26 @@ def _maker(source: str, train_set: Any, seed: int) -> Callable[[], nn.Module]:
     if kind == "zoo" and name not in builders:
         raise ValueError(f"{source!r}: the zoo has {', '.join(builders)}")
     if kind not in ("zoo", *LIBRARIES):
-        return lambda: load_network(source, seed)[0]
+        return lambda: load_network(source, _seed(seed))[0]
     if kind != "zoo" and name not in list_models(kind):
-        load_network(source, seed)  # says what is wrong, and what was meant
+        load_network(source, _seed(seed))  # says what is wrong, and what was meant
 
     def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if kind == "zoo":
-                return builders[name]()
-            sizes = {"num_classes": classes} | ({"in_chans": channels} if kind == "timm" else {})
-            return make_model(kind, name, **sizes)
+        if seed is not None:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return build()
+        return build()
+
+    def build() -> nn.Module:
+        if kind == "zoo":
+            return builders[name]()
+        sizes = {"num_classes": classes} | ({"in_chans": channels} if kind == "timm" else {})
+        return make_model(kind, name, **sizes)
 
     return make
+
+
+def _seed(seed: int | None) -> int:
+    """Return a seed, or draw one from the global random state."""
+    return int(torch.randint(2**31, ())) if seed is None else seed

@@ -36,7 +36,7 @@ def kept(model: nn.Module) -> int:
 
 def test_the_package_has_exactly_these_names() -> None:
     first = "remap_optimizer apply bench capture channel_groups lower masks set_masks analyze"
-    second = "compact export finalize verify save load load_masks list_methods Method plot_history"
+    second = "compact export finalize verify save load load_masks list_methods Method plot_history sweep"
     training = "Pruner lottery load_ticket Plan plan regularizer evaluate recalibrate reconstruct"
     assert sorted(fxprune.__all__) == sorted(f"{first} {second} {training}".split())
     assert all(callable(getattr(fxprune, name)) for name in fxprune.__all__)
