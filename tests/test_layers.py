@@ -24,7 +24,7 @@ RANKS = {
 }  # fmt: skip
 OPTIONAL = {
     "matplotlib", "sklearn", "transformers", "lightning", "scipy", "onnx", "onnxruntime", "openvino",
-    "tomllib", "tomli",
+    "tomllib", "tomli", "accelerate", "fastai",
 }  # fmt: skip
 # Packages that are slow to import -> the rooms that are only imported when they are needed anyway.
 SLOW: dict[str, set[str]] = {

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from nets import NETS
+from torch import nn
 
 import fxprune
 from fxprune import plot
@@ -54,3 +55,31 @@ def test_matplotlib_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ImportError, match=r"pip install 'fxprune\[plot\]'"):
         plot.plot_history({"step": [0], "nodes": [1.0]})
+
+
+def test_densities_and_masks_are_drawn_as_they_are() -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    mask[0, :2] = True
+    fxprune.set_masks(net, {"0.weight": mask, "1.weight": torch.ones(2, 3, dtype=torch.bool)})
+    found = fxprune.analyze(net, example_inputs=torch.ones(1, 4))
+    bars = [bar.get_width() for bar in fxprune.plot.density(found).axes[0].patches]
+    assert bars == [2 / 12, 1.0, 2 / 12, 2 / 6]
+    drawn = fxprune.plot.masks(fxprune.masks(net), ["0.weight"]).axes[0].images[0].get_array()
+    assert torch.equal(torch.as_tensor(drawn.data), mask.float())
+    with pytest.raises(ValueError, match="names: 'x' has no mask"):
+        fxprune.plot.masks(fxprune.masks(net), ["x"])
+
+
+def test_a_comparison_has_means_and_bands_of_one_deviation() -> None:
+    rows = [
+        {"method": "a", "sparsity": 0.5, "seed": seed, "accuracy": value}
+        for seed, value in enumerate((0.8, 0.9))
+    ] + [{"method": "dense", "sparsity": 0.0, "seed": 0, "accuracy": 0.95}]
+    axes = fxprune.plot.compare(rows).axes[0]
+    assert [line.get_label() for line in axes.lines] == ["a", "dense"]
+    assert axes.lines[0].get_ydata()[0] == pytest.approx(0.85)
+    edges = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert (edges.max() - edges.min()) / 2 == pytest.approx(0.1 / 2**0.5)
+    with pytest.raises(ValueError, match="none has 'f1' and 'sparsity'"):
+        fxprune.plot.compare(rows, "f1")

@@ -16,6 +16,7 @@ PAGES = [
     "docs/pretrained.md", "docs/add_a_method.md", "docs/add_an_op.md", "docs/write_a_pass.md",
     "docs/production.md",
     "docs/sweeps.md",
+    "docs/reports.md",
 ]  # fmt: skip
 SMALL = {"resnet50": "test_resnet", "resnet18": "test_resnet", "224": "64"}
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -11,7 +11,7 @@ import typer
 
 import fxprune
 from fxprune.cli.flags import NETWORK, plain_flags, with_flags
-from fxprune.cli.folder import read_folder
+from fxprune.cli.folder import REPORT, read_folder
 from fxprune.cli.sources import load_network
 from fxprune.progress import Display
 
@@ -47,6 +47,9 @@ def analyze(
         typer.Argument(metavar="MODEL|DIR", help="A model as for prune, or a folder that prune wrote."),
     ],
     resolution: Resolution = "spatial",
+    html: Annotated[
+        Path | None, typer.Option(help="File for a page with the masks of all layers, to look at.")
+    ] = None,
     threads: Threads = None,
     json_: AsJson = False,
     **origin: Any,
@@ -54,6 +57,8 @@ def analyze(
     """Report on a network, dense or pruned: density, effective paths, nodes, kernels, multiply-adds."""
     if resolution not in ("spatial", "channel"):
         raise ValueError(f"--resolution {resolution}: expected spatial or channel")
+    if html is not None and not html.absolute().parent.is_dir():
+        raise ValueError(f"--html {html}: there is no folder {html.parent}")
     set_threads(threads)
     display = Display()
     with display.step(f"load {model}"):
@@ -65,7 +70,21 @@ def analyze(
             facts = {"model": model}
     with display.step("analyze"):
         report = fxprune.analyze(network, resolution, example_inputs=inputs)  # type: ignore[arg-type]
+    if html is not None:
+        report.to_html(html, _notes(facts, Path(model)))
     typer.echo(as_json(report, facts) if json_ else report)
+
+
+def _notes(facts: dict[str, Any], folder: Path) -> list[str]:
+    """Say how a network was made and, for a folder of prune, what was measured of its compact form."""
+    lines = [", ".join(f"{key}: {value}" for key, value in facts.items())]
+    path = folder / REPORT
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for key in ("milliseconds", "bytes"):
+        if key in known:
+            values = (f"{name} {round(value, 3):,}" for name, value in known[key].items())
+            lines.append(f"{key}: {', '.join(values)}")
+    return lines
 
 
 def graph(model: Model) -> None:

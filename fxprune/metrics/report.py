@@ -9,8 +9,10 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,6 +20,7 @@ import torch
 from fxprune.channels.counts import count_kernels, count_nodes, dense_macs, masked_macs
 from fxprune.channels.unpruned import contractions
 from fxprune.graph import ChannelGraph, KernelSet
+from fxprune.metrics.page import page, table
 from fxprune.paths.count import flow, reach
 from fxprune.paths.terms import count_terms
 from fxprune.sparsity.collapse import dead_layers
@@ -183,6 +186,7 @@ class Report:
             "log_paths": self.log_paths if math.isfinite(self.log_paths) else None,
             "dead_layers": list(self.dead_layers),
             "opaque": self.opaque,
+            "asked": self.asked,
             "outside": self.outside,
             "layers": {
                 name: {**asdict(layer), "shape": list(layer.shape), "density": layer.density}
@@ -194,6 +198,24 @@ class Report:
     def to_json(self) -> str:
         """Write the numbers as JSON; ``log_paths`` is null where there is no path."""
         return json.dumps(self.to_dict(), indent=2)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None, notes: Sequence[str] = ()) -> str:
+        """Write a page that needs no network: totals, densities, dead channels and the mask of each layer.
+
+        Args:
+            path: a file to write it to as well.
+            notes: lines under the totals, such as what a measurement gave.
+
+        Returns:
+            The page, HTML.
+        """
+        text = page(self.to_dict(), self.effective, notes)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def _repr_html_(self) -> str:
+        return table(self.to_dict())
 
     def __str__(self) -> str:
         from rich.console import Console

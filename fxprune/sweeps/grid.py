@@ -117,8 +117,7 @@ def sweep(
         folder: where results are kept. A cell that is there is not done again, so that a sweep that was
             killed goes on; processes on any machines that share the folder divide the cells among them.
         data: for methods that look at data, as for :func:`fxprune.apply`; a function is called with the seed.
-        latency: measure the dense and the compact network in turn.
-        progress: bars, or lines, on stderr.
+        latency, progress: measure the dense and the compact network in turn; show bars, or lines, on stderr.
         options: of :func:`fxprune.apply`, for all cells.
 
     Returns:
@@ -134,11 +133,10 @@ def sweep(
     >>> [row["kept"] for row in found.rows]
     [24, 12]
     """
-    entries, cells = _entries(methods), []
+    entries, cells, folder = _entries(methods), [], Path(folder)
     for seed in list(seeds):
         cells += [Cell(DENSE, 0.0, seed)] if train_fn is not None else []
         cells += [Cell(label, float(sparsity), seed) for sparsity in list(sparsities) for label in entries]
-    folder = Path(folder)
     _describe(folder, entries, options)
     claims = Claims(folder / CELLS)
     work = _Work(model_fn, entries, train_fn, data, latency, options)
