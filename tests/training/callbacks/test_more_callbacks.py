@@ -1,5 +1,6 @@
 """Accelerate and fastai step a pruner as a plain loop does."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +99,15 @@ def test_fastai(every: Any, total: int) -> None:
     pytest.importorskip("fastai")
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
-    from fastai.optimizer import OptimWrapper
+    from fastai.optimizer import SGD
 
     from fxprune.training.callbacks.fastai import PruningCallback
 
     model, pruner = pruned_net(total)
 
-    def optimizer(parameters: Any, lr: float, **_: Any) -> Any:
-        return OptimWrapper(torch.optim.SGD([p for group in parameters for p in group], lr=lr))
-
     loader = DataLoader(DATA, 8)
     learn = Learner(
-        DataLoaders(loader, loader, device="cpu"), model, nn.CrossEntropyLoss(), opt_func=optimizer, lr=0.1,
+        DataLoaders(loader, loader, device="cpu"), model, nn.CrossEntropyLoss(), opt_func=partial(SGD, mom=0.0), lr=0.1,
         cbs=[PruningCallback(pruner, every=every)], train_bn=True,
     )  # fmt: skip
     with learn.no_logging():
