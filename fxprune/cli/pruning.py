@@ -176,7 +176,7 @@ def _results(
     found: dict[str, Any] = {}
     lines: list[str] = []
     small = None
-    time = pruned.meta.get("fxprune", {}).get("latency")
+    time = getattr(pruned, "meta", {}).get("fxprune", {}).get("latency")
     if time is not None:
         found["latency"] = asdict(time)
         lines.append(str(time))

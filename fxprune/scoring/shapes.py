@@ -51,7 +51,7 @@ def _first(data: Any) -> tuple[Any, Any]:
     state = generator.get_state() if isinstance(generator, torch.Generator) else None
     batches = iterate(data, "")
     batch = next(batches, None)
-    if state is not None:
+    if generator is not None and state is not None:
         generator.set_state(state)
     if batch is None:
         raise ValueError("data yields no batch; expected a pair (x, y), or an iterable of such batches")

@@ -225,10 +225,13 @@ def _entries(methods: Iterable[str | Method] | Mapping[str, Any]) -> Entries:
     """Return label -> (method, options), each checked to exist."""
     if isinstance(methods, (str, Method)):
         methods = [methods]
-    if not isinstance(methods, Mapping):
-        methods = {one if isinstance(one, str) else one.name: (one, {}) for one in methods}
     found: dict[str, tuple[str | Method, Mapping[str, Any]]] = {}
-    for label, entry in methods.items():
+    named: Mapping[str, Any] = (
+        methods
+        if isinstance(methods, Mapping)
+        else {one if isinstance(one, str) else one.name: one for one in methods}
+    )
+    for label, entry in named.items():
         method, own = entry if isinstance(entry, tuple) else (entry, {})
         if isinstance(method, str):
             get_method(method)

@@ -107,8 +107,8 @@ def test_fastai(every: Any, total: int) -> None:
 
     loader = DataLoader(DATA, 8)
     learn = Learner(
-        DataLoaders(loader, loader, device="cpu"), model, nn.CrossEntropyLoss(), opt_func=partial(SGD, mom=0.0), lr=0.1,
-        cbs=[PruningCallback(pruner, every=every)], train_bn=True,
+        DataLoaders(loader, loader, device="cpu"), model, nn.CrossEntropyLoss(), lr=0.1,
+        opt_func=partial(SGD, mom=0.0), cbs=[PruningCallback(pruner, every=every)], train_bn=True,
     )  # fmt: skip
     with learn.no_logging():
         learn.fit(1)
