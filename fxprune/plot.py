@@ -92,7 +92,7 @@ def density(report: Report) -> Figure:
 
     >>> import torch, fxprune
     >>> figure = density(fxprune.analyze(nn.Linear(4, 2), example_inputs=torch.ones(1, 4)))
-    >>> [bar.get_width() for bar in figure.axes[0].patches]
+    >>> [float(bar.get_width()) for bar in figure.axes[0].patches]
     [1.0, 1.0]
     """
     names = list(report.layers)
@@ -188,7 +188,7 @@ def layer_densities(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw the densities of layers of a sweep: a panel for each sparsity, a line for each method.
 
     >>> rows = [{"method": "snip", "sparsity": 0.5, "seed": 0, "densities": {"a": 0.4, "b": 0.6}}]
-    >>> list(layer_densities(rows).axes[0].lines[0].get_ydata())
+    >>> layer_densities(rows).axes[0].lines[0].get_ydata().tolist()
     [0.4, 0.6]
     """
     found = [row for row in rows if row.get("densities")]

@@ -10,8 +10,16 @@ import fxprune
 
 MODULES = ["fxprune", *(module.name for module in pkgutil.walk_packages(fxprune.__path__, "fxprune."))]
 
+LIBRARIES = {"fxprune.plot": "matplotlib"} | {
+    f"fxprune.training.callbacks.{name}": name
+    for name in ("accelerate", "fastai", "lightning", "transformers")
+}
+"""Modules whose examples need a library that is optional."""
+
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
 def test_examples(name: str) -> None:
+    if name in LIBRARIES:
+        pytest.importorskip(LIBRARIES[name])
     found = doctest.testmod(importlib.import_module(name))
     assert not found.failed
