@@ -56,6 +56,7 @@ class _Follower:
     def _step(self, op: ir.Op) -> Sequence[Factor]:
         match op:
             case ir.Source():
+                self._hold_tables(op)
                 return ()
             case ir.Kernel():
                 return self._kernel(op)
@@ -91,6 +92,17 @@ class _Follower:
             for factor in self._of(value):
                 self.labels.fix(factor.labels, self._because(reason))
         return ()
+
+    def _hold_tables(self, op: ir.Source) -> None:
+        """Fix the rows and columns of weights that are a table as well, such as tied embeddings."""
+        for name in {use.name for use in op.params} & self.graph.kernels.keys():
+            kernels, rows, columns = (
+                self.graph.kernels[name],
+                self.labels.rows[name],
+                self.labels.columns[name],
+            )
+            for first, size in ((rows, kernels.out_space.size), (columns, kernels.in_space.size)):
+                self.labels.fix(torch.arange(first, first + size), self._because("a table is read whole"))
 
     def _softmax(self, op: ir.Map) -> None:
         """Fix the labels along the axes that are summed over; whole heads may go, all their entries."""

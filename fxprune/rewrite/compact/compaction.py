@@ -348,8 +348,6 @@ def _groups(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> dict[st
         if op.groups > 1 and nodes[op.node].op == "call_module":
             left = (~cut.is_gone(sides.rows)).view(op.groups, -1).any(1)
             found[str(nodes[op.node].target)] = int(left.sum())
-        elif op.groups > 1 and bool(cut.is_gone(sides.rows).any() or cut.is_gone(sides.columns).any()):
-            raise UnevenCut(f"{op.node}: groups of a function", torch.cat([sides.rows, sides.columns]))
     return found
 
 

@@ -18,6 +18,9 @@ from fxprune.rewrite.compact.norms import NarrowedGroupNorm, NarrowedLayerNorm, 
 __all__ = ["Rewriter"]
 
 _SHAPED = {"reshape", "view", "expand", "broadcast_to"}
+_CONVOLUTIONS = {
+    F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
+}  # fmt: skip
 _SPLITS = {"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"}
 
 
@@ -115,6 +118,8 @@ class Rewriter:
         elif node.target is F.group_norm and self._shrinks(source, 1):
             assert source is not None
             self._functional_group_norm(node, source)
+        elif node.target in _CONVOLUTIONS:
+            self._convolution(node)
 
     def _sizes(self, node: fx.Node, value: ir.Value) -> None:
         """Set the sizes of the axes that shrink; all others stay as they are."""
@@ -227,7 +232,22 @@ class Rewriter:
         if isinstance(item, slice) and item.step in (None, 1):
             start, stop, _ = item.indices(len(kept))
             return slice(int(kept[:start].sum()), int(kept[:stop].sum()))
+        if isinstance(item, slice):
+            places = list(range(*item.indices(len(kept))))
+            return [int(kept[:place].sum()) for place in places if kept[place]]
         raise UnevenCut(f"{node.name}: an index along channels", self.cut.labels_of(source))
+
+    def _convolution(self, node: fx.Node) -> None:
+        """Set the number of groups that are left of a convolution that is called as a function."""
+        for sides in self.cut.labels.sides:
+            op = self.graph.ops[sides.op]
+            if op.node != node.name or not isinstance(op, ir.Kernel) or op.groups == 1:
+                continue
+            left = int((~self.cut.is_gone(sides.rows)).view(op.groups, -1).any(1).sum())
+            if "groups" in node.kwargs:
+                node.kwargs = {**node.kwargs, "groups": left}
+            else:
+                node.args = (*node.args[:6], left, *node.args[7:])
 
     # -- norms ------------------------------------------------------------------------------------------
     def _functional_norm(self, node: fx.Node, source: ir.Value) -> None:

@@ -81,3 +81,48 @@ def test_outputs_are_compared_in_float64_also_where_code_makes_float32() -> None
         model.b.weight[:, :5], model.a.bias[:5] = 0, 1e6
     small = fxprune.compact(model, X)
     assert small.meta["fxprune"]["compaction"].difference < 1e-5
+
+
+class Halves(nn.Module):
+    """Every second channel meets its neighbour; a convolution in groups is called as a function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.kernel = (
+            nn.Conv2d(4, 16, 1),
+            nn.Conv2d(4, 5, 1),
+            nn.Parameter(torch.randn(8, 4, 3, 3)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.conv2d(self.a(x).relu(), self.kernel, None, 1, 1, 1, 4)
+        return self.b(y[:, ::2] + y[:, 1::2]).mean((2, 3))
+
+
+def test_slices_with_steps_and_groups_of_functions_are_rewritten(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Halves().eval(), torch.randn(2, 4, 6, 6)
+    pruned = fxprune.apply(model, "magnitude", 0.6, example_inputs=x, granularity="channel", progress=False)
+    small = fxprune.compact(pruned)
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+    assert sum(p.numel() for p in small.parameters()) < 0.5 * sum(p.numel() for p in model.parameters())
+    assert torch.allclose(small(x), pruned(x), atol=1e-5)
+    fxprune.save(small, tmp_path / "small.safetensors")
+    assert torch.equal(fxprune.load(tmp_path / "small.safetensors", Halves().eval())(x), small(x))
+
+
+class TiedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a, self.norm = nn.Embedding(11, 12), nn.Linear(12, 12), nn.LayerNorm(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.norm(self.a(self.table(x))), self.table.weight)
+
+
+def test_the_channels_of_a_table_that_is_a_layer_too_stay() -> None:
+    model, x = TiedHead().eval(), torch.zeros(2, 5, dtype=torch.int64)
+    with pytest.raises(ValueError, match="at least 276 must stay"):
+        fxprune.apply(model, "magnitude", 0.3, example_inputs=x, granularity="channel", progress=False)
+    reasons = {group.reason for group in fxprune.channel_groups(model, x).groups if group.reason}
+    assert any("a table is read whole" in reason for reason in reasons)
