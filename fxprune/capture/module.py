@@ -12,9 +12,11 @@ import copy
 import functools
 import importlib
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import _get_qualified_name, map_arg
 
@@ -212,6 +214,8 @@ def _written(graph: fx.Graph) -> list[tuple[Any, ...]]:
 def _name(target: Any) -> Any:
     if isinstance(target, str):
         return target
+    if isinstance(target, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
+        return _Name("torch", f"ops.{target}")
     places = [(getattr(target, "__module__", None), getattr(target, "__qualname__", ""))]
     if getattr(target, "__name__", None):
         places.append(_get_qualified_name(target).rpartition(".")[::2])
@@ -224,6 +228,9 @@ def _name(target: Any) -> Any:
 def _find(name: _Name) -> Any:
     try:
         found: Any = importlib.import_module(name.module)
+        if name.module == "torch" and name.path.startswith("ops.") and "aten" not in name.path:
+            with suppress(ImportError):  # a library registers its operators when it is imported
+                importlib.import_module(name.path.split(".")[1])
         for atom in name.path.split("."):
             found = getattr(found, atom)
     except (ImportError, AttributeError):

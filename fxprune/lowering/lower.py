@@ -37,6 +37,8 @@ from fxprune.lowering.rules.table import (
     Context,
     Rules,
     Unknown,
+    describe,
+    find_rule,
     own_rules,
     positional,
     substitute,
@@ -214,7 +216,7 @@ class _Walk:
         except (Unknown, *FAILURES) as error:
             if self.build.strict:
                 raise
-            reason = f"lowering {_describe(node.target)} raised {_described(error)}"
+            reason = f"lowering {describe(node.target)} raised {_described(error)}"
         self.build.restore(before)
         val, operands = node.meta["val"], list(tensors_in(self._read((node.args, node.kwargs))))
         if node.target is operator.setitem:
@@ -233,7 +235,7 @@ class _Walk:
         except FAILURES as error:
             if self.build.strict:
                 raise
-            reason = f"following what {_describe(node.target)} writes raised {_described(error)}"
+            reason = f"following what {describe(node.target)} writes raised {_described(error)}"
         self.build.restore(before)
         for name in self.memory.names(node):
             operands = list(tensors_in((env[name], env[node])))
@@ -258,16 +260,16 @@ class _Walk:
             return self._fold(node, args, kwargs, result)
         if isinstance(target, type) and module is None:
             return target(*args, **kwargs)  # a container made in the forward
-        rule = self.build.rules.get(target) or RULES.get(target)
+        rule = find_rule(self.build.rules, target) or find_rule(RULES, target)
         if rule is None and module is not None:
             return self._inline(node, module, args, kwargs)
-        reason = f"no rule for {_describe(target)}"
+        reason = f"no rule for {describe(target)}"
         if rule is not None:
             if in_place:
                 result = torch.empty(result.shape, device="meta")
             before = self.build.state()
             try:
-                if target not in self.build.rules:
+                if find_rule(self.build.rules, target) is None:
                     args, kwargs = positional(args, kwargs)
                 return rule(Context(self.build, node, target, result, module), *args, **kwargs)
             except Unknown as error:
@@ -362,10 +364,6 @@ class _Walk:
             return output
 
         return map_structure(build, val)
-
-
-def _describe(target: Any) -> str:
-    return target if isinstance(target, str) else getattr(target, "__qualname__", repr(target))
 
 
 def _described(error: Exception) -> str:

@@ -6,9 +6,10 @@ tensors are read for their shape only; nothing is allocated, and nothing is writ
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, is_dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from fxprune.capture.errors import CaptureError
 from fxprune.capture.tracer.spelling import CONSTRUCTORS, RANDOM
 from fxprune.capture.tracer.traced_numbers import plain_number
 
-__all__ = ["META", "Shadows", "map_structure"]
+__all__ = ["META", "Shadows", "like_dict", "map_structure"]
 
 META = torch.device("meta")
 PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -53,10 +54,29 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, list):
         return [map_structure(function, item) for item in value]
     if isinstance(value, dict):
-        return {key: map_structure(function, item) for key, item in value.items()}
+        return like_dict(value, {key: map_structure(function, item) for key, item in value.items()})
     if isinstance(value, slice):
         return slice(*(map_structure(function, item) for item in (value.start, value.stop, value.step)))
     return function(value)
+
+
+def like_dict(value: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """``items`` in a dict of the class of ``value``, which may be a dataclass, as the outputs of transformers.
+
+    Example:
+        >>> from collections import OrderedDict
+        >>> like_dict(OrderedDict(a=1), {"a": 2})
+        OrderedDict({'a': 2})
+    """
+    kind: Any = type(value)
+    if kind is dict:
+        return items
+    if is_dataclass(value):
+        return cast(dict[Any, Any], kind(**items))
+    made: dict[Any, Any] = copy.copy(cast(dict[Any, Any], value))
+    made.clear()
+    made.update(items)
+    return made
 
 
 class Shadows:

@@ -221,6 +221,8 @@ class Tape:
             return node
         if isinstance(value, torch.dtype) and self._known(self.dtypes.get(value)):
             return DtypeOf(self._source(self.dtypes[value]), value)
+        if isinstance(value, float) and type(value) is not float:
+            return float(value)  # NumPy's numbers spell themselves by a name that no code of a graph knows
         if isinstance(value, ATOMS):
             return value
         return self._built(value)

@@ -8,11 +8,13 @@ from fxprune.lowering.rules import (
     attention,
     choices,
     contraction,
+    distances,
     movement,
     norm,
     pointwise,
     pool,
     recurrent,
+    sampling,
     weighted,
 )
 from fxprune.lowering.rules.table import Rule, merge
@@ -30,6 +32,8 @@ RULES: dict[Any, Rule] = merge(
         attention.table,
         recurrent.table,
         choices.table,
+        distances.table,
+        sampling.table,
     ]
 )
 

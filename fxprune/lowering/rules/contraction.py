@@ -164,6 +164,39 @@ def outer(context: Context, a: Operand, b: Operand) -> ir.Value:
     return contract(context, "y,z->yz", a, b, context.shape)
 
 
+@table.rule(torch.kron, "kron")
+def kron(context: Context, a: Operand, b: Operand) -> ir.Value:
+    """Every entry of ``a`` times all of ``b``: blocks side by side."""
+    build, rank = context.build, max(len(a.shape), len(b.shape))
+    sizes = [(1,) * (rank - len(x.shape)) + tuple(x.shape) for x in (a, b)]
+    shapes = [
+        [size for n in own for size in ((n, 1) if first else (1, n))]
+        for own, first in zip(sizes, (True, False), strict=True)
+    ]
+    sides = [
+        build.gather(TensorFunction.of("reshape", PREVIOUS, shape), [build.materialise(x)], shape)
+        for x, shape in zip((a, b), shapes, strict=True)
+    ]
+    full = [n * m for n, m in zip(*shapes, strict=True)]
+    product = build.gate(sides[0], sides[1], full)
+    return build.gather(TensorFunction.of("reshape", PREVIOUS, context.shape), [product], context.shape)
+
+
+@table.rule(torch.linalg.multi_dot, torch.chain_matmul)
+def chain(context: Context, *matrices: Any) -> ir.Value:
+    """``a @ b @ c``, from the left, or from the first matrix that depends on the input."""
+    parts = list(matrices[0]) if isinstance(matrices[0], (list, tuple)) else list(matrices)
+    first = next(i for i, x in enumerate(parts) if isinstance(x, ir.Value))
+    made: Any = parts[first]
+    for other in parts[first + 1 :]:
+        shape = (*made.shape[:-1], *other.shape[1:])
+        made = product(context, made, other, shape)
+    for other in reversed(parts[:first]):
+        shape = (*other.shape[:-1], *made.shape[1:])
+        made = product(context, other, made, shape)
+    return made
+
+
 # -- einsum --------------------------------------------------------------------------------------
 @table.rule(torch.einsum)
 def einsum(context: Context, equation: Any, *operands: Any) -> ir.Value:
@@ -246,9 +279,26 @@ def _transform(axes: int | None) -> Callable[..., ir.Value]:
     return transform
 
 
-for _name in ("rfft", "irfft", "fft", "ifft"):
+for _name in ("rfft", "irfft", "fft", "ifft", "hfft", "ihfft"):
     for _suffix, _axes in (("", 1), ("2", 2), ("n", None)):
         table.rule(getattr(torch.fft, _name + _suffix))(_transform(_axes))
+
+
+@table.rule(torch.polar)
+def polar(context: Context, length: Any, angle: Any) -> ir.Value | Constant:
+    """``y = length * exp(i angle)``: an angle of Zero turns nothing away."""
+    build, shape = context.build, context.shape
+    if not isinstance(length, ir.Value):
+        return build.map(build.affine(angle, shape), floor=True)
+    if not isinstance(angle, ir.Value):
+        return build.affine(length, shape)
+    return build.gate(length, build.map(angle, floor=True), shape)
+
+
+@table.rule(torch.complex)
+def complex_of(context: Context, real: Any, imaginary: Any) -> ir.Value:
+    """Both parts make the number."""
+    return context.build.sum([context.build.materialise(x) for x in (real, imaginary)], context.shape)
 
 
 @table.rule(torch.view_as_complex, "view_as_complex")

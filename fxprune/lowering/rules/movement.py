@@ -39,7 +39,7 @@ _FUNCTIONS = """
     split split_with_sizes tensor_split unbind narrow select index_select roll flip fliplr flipud rot90 tile
     repeat_interleave gather diagonal tril triu broadcast_to t take_along_dim cat concat concatenate stack
     hstack vstack pixel_shuffle pixel_unshuffle channel_shuffle ravel hsplit vsplit dstack column_stack
-    atleast_1d native_channel_shuffle diag_embed adjoint constant_pad_nd
+    atleast_1d native_channel_shuffle diag_embed adjoint constant_pad_nd meshgrid block_diag diag
 """.split()
 _MODULES = [
     nn.Flatten,
@@ -87,11 +87,13 @@ MOVES: set[Any] = {
     F.pad,
     F.pixel_shuffle,
     F.pixel_unshuffle,
+    torch.fft.fftshift,
+    torch.fft.ifftshift,
     operator.getitem,
     operator.setitem,
     getattr,  # x.T, x.mT, x.data
 }
-REARRANGES = MOVES - {"expand", "expand_as", "broadcast_to", torch.broadcast_to}
+REARRANGES = MOVES - {"expand", "expand_as", "broadcast_to", torch.broadcast_to, torch.meshgrid}
 """These do not repeat one entry along an axis as broadcasting does."""
 INDEXED = {
     operator.getitem, "gather", torch.gather, "index_select", torch.index_select, "take_along_dim",

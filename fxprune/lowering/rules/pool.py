@@ -14,7 +14,7 @@ from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.choices import numbers
 from fxprune.lowering.rules.pointwise import statistic
-from fxprune.lowering.rules.table import Context, RuleTable, Unknown
+from fxprune.lowering.rules.table import Context, RuleTable, Unknown, describe
 from fxprune.lowering.window_sums import (
     Geometry,
     adaptive_sum,
@@ -55,8 +55,6 @@ _SUMS = (
     "sum",
     torch.nansum,
     "nansum",
-    torch.logsumexp,
-    "logsumexp",
     torch.any,
     "any",
     torch.all,
@@ -69,6 +67,44 @@ def add_up(context: Context, x: Any, *args: Any, keepdim: bool = False, **kwargs
     """``y = sum of x over some axes``."""
     dims, keepdim = _axes(args, keepdim, kwargs)
     return _reduce(context, x, "sum", dims, keepdim)
+
+
+@table.rule(torch.logsumexp, "logsumexp")
+def log_of_sum(context: Context, x: Any, *args: Any, keepdim: bool = False, **kwargs: Any) -> ir.Value:
+    """``y = log(sum of exp(x))``: an entry that is Zero adds one to the sum, as in a softmax."""
+    dims, keepdim = _axes(args, keepdim, kwargs)
+    value = context.build.materialise(x)
+    value = context.build.map(value, floor=True, axes=_dims(value, dims))
+    return _reduce(context, value, "sum", dims, keepdim)
+
+
+@table.rule(torch.prod, "prod", torch.quantile, "quantile", torch.nanquantile, "nanquantile")
+@table.rule(torch.nanmedian, "nanmedian", torch.aminmax, "aminmax")
+def any_entry(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Every entry along the axis reaches the result, and none may go without a change of it."""
+    result, value = context.result, context.build.materialise(x)
+    top = result if isinstance(result, Tensor) else result[0]
+    rest = args[1:] if "quantile" in describe(context.target) else args
+    dim = kwargs.get("dim", rest[0] if rest else None)
+    keepdim = len(top.shape) == len(value.shape)
+    if dim is not None and len(top.shape) not in (len(value.shape), len(value.shape) - 1):
+        raise Unknown("several quantiles at once")
+    found = context.build.reduce(value, "max", _dims(value, dim), keepdim, tuple(top.shape))
+    return found if isinstance(result, Tensor) else type(result)((found, found))
+
+
+@table.rule(torch.diff, "diff")
+def differences(context: Context, x: Any, n: int = 1, dim: int = -1, *args: Any, **kwargs: Any) -> ir.Value:
+    """``y[i] = x[i + 1] - x[i]``, ``n`` times."""
+    if args or "prepend" in kwargs or "append" in kwargs:
+        raise Unknown("differences of what is put together")
+    build, value = context.build, context.build.materialise(x)
+    for _ in range(n):
+        axis = dim % len(value.shape)
+        shape = [size - (d == axis) for d, size in enumerate(value.shape)]
+        parts = [TensorFunction.of("narrow", PREVIOUS, axis, first, shape[axis]) for first in (1, 0)]
+        value = build.sum([build.gather(part, [value], shape) for part in parts], shape)
+    return value
 
 
 @table.rule(torch.mean, "mean")
@@ -117,10 +153,13 @@ def extreme(context: Context, x: Any, dim: Any = None, keepdim: bool = False) ->
     return top, numbers(context, context.result[1])
 
 
-@table.rule(torch.cumsum, "cumsum")
+@table.rule(torch.cumsum, "cumsum", "cumsum_", torch.cumprod, "cumprod", torch.logcumsumexp, "logcumsumexp")
 def cumsum(context: Context, x: Any, dim: int, **kwargs: Any) -> ir.Value:
-    """Every entry reaches those after it on the axis."""
-    return accumulate(context, context.build.materialise(x), dim)
+    """Every entry reaches those after it on the axis; products and logs of sums count as present."""
+    value = context.build.materialise(x)
+    if context.target not in (torch.cumsum, "cumsum", "cumsum_"):
+        value = context.build.map(value, floor=True)
+    return accumulate(context, value, dim)
 
 
 def accumulate(context: Context, x: ir.Value, dim: int, *, backwards: bool = False) -> ir.Value:
@@ -270,9 +309,18 @@ def adaptive_pool(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Val
     return _adaptive(context, x, how, rank)
 
 
-@table.rule(F.lp_pool2d, nn.LPPool2d)
+@table.rule(F.lp_pool1d, F.lp_pool2d, F.lp_pool3d, nn.LPPool1d, nn.LPPool2d, nn.LPPool3d)
 def lp_pool(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
-    raise Unknown("power-average pooling")
+    """``y = (sum of x^p)^(1/p)`` over every window: present where an entry of it is."""
+    rank = len(context.shape) - 2
+    given = dict(zip(("norm_type", "kernel_size", "stride", "ceil_mode"), args, strict=False)) | kwargs
+    if context.module is not None:
+        given = {name: getattr(context.module, name) for name in ("kernel_size", "stride", "ceil_mode")}
+    kernel, stride = _tuple(given["kernel_size"], rank), given.get("stride")
+    function = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[rank - 1]
+    ceil = bool(given.get("ceil_mode"))
+    own = TensorFunction.of(function, PREVIOUS, kernel, stride, 0, ceil)
+    return _windowed(context, x, "mean", own, kernel, stride, 0, 1, rank)
 
 
 @table.rule(F.interpolate, nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)

@@ -11,13 +11,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxprune.graph import ir
 from fxprune.lowering.builder import Builder
 from fxprune.lowering.constant import Constant
 
-__all__ = ["Context", "Rule", "RuleTable", "Rules", "Unknown", "merge", "own_rules", "positional"]
+__all__ = [
+    "Context",
+    "Rule",
+    "RuleTable",
+    "Rules",
+    "Unknown",
+    "describe",
+    "find_rule",
+    "merge",
+    "own_rules",
+    "positional",
+]
 
 Rule = Callable[..., Any]
 
@@ -100,6 +112,30 @@ def own_rules(rules: Rules | None) -> dict[Any, Rule]:
                 f"rules: the rule of {target!r} is {rule!r}; take a function rule(context, *args, **kwargs)"
             )
     return found
+
+
+def find_rule(rules: Mapping[Any, Rule], target: Any) -> Rule | None:
+    """Find the rule of a target; that of a library's operator goes by name, as "torchvision.roi_align"."""
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    return rules.get(target) or (rules.get(describe(target)) if is_operator(target) else None)
+
+
+def is_operator(target: Any) -> bool:
+    """Whether a target is an operator that a library has registered with torch."""
+    return isinstance(target, torch._ops.OpOverloadPacket)
+
+
+def describe(target: Any) -> str:
+    """Name a target as people know it.
+
+    >>> describe(torch.cosine_similarity), describe("masked_fill"), describe(torch.ops.aten.add)
+    ('cosine_similarity', 'masked_fill', 'aten.add')
+    """
+    if isinstance(target, str):
+        return target
+    name = str(target) if is_operator(target) else getattr(target, "__qualname__", repr(target))
+    return name.removeprefix("_VariableFunctionsClass.")
 
 
 OPERANDS = (

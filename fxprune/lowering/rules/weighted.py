@@ -192,8 +192,21 @@ def conv_transpose(
 
 
 @table.rule(nn.Bilinear, F.bilinear)
-def bilinear(context: Context, *args: Any) -> ir.Value:
-    raise Unknown("bilinear layer")
+def bilinear(context: Context, a: Any, b: Any, weight: Any = None, bias: Any = None) -> ir.Value:
+    """``y[o] = sum_ij a[i] W[o, i, j] b[j] + bias[o]``: a linear layer on all products."""
+    build = context.build
+    module: Any = context.module
+    ref = operand(weight) if module is None else module_weight(context)
+    made, rows, columns = ref.shape
+    batch = "defgh"[: len(a.shape) - 1]
+    pairs = build.mix(
+        f"{batch}i,{batch}j->{batch}ij", build.materialise(a), build.materialise(b), (*a.shape, columns)
+    )
+    flat = TensorFunction.of("flatten", PREVIOUS, len(batch))
+    pairs = build.gather(flat, [pairs], (*a.shape[:-1], rows * columns))
+    view = (ref.view or TensorFunction()).then("flatten", PREVIOUS, 1)
+    whole = ir.WeightRef(ref.name, (made, rows * columns), view, ref.direct, ref.computed)
+    return build.linear(pairs, whole, bias=bias if module is None else module.bias, by=weight)
 
 
 @table.rule(nn.Embedding, F.embedding, torch.embedding)
