@@ -187,7 +187,9 @@ _BUILT = (fx.Node, tuple, list, dict, slice)
 
 
 def _key(entry: Any) -> Any:
-    return ("enter", entry.path) if isinstance(entry, Scope) else (entry.op, entry.target)
+    if isinstance(entry, Scope):
+        return "enter", entry.path
+    return entry.op, entry.target, tuple(entry.kwargs)  # two objects of a class may hold other attributes
 
 
 def _equal(a: Any, b: Any) -> bool:

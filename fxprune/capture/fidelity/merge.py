@@ -20,6 +20,7 @@ from fxprune.capture.errors import CaptureError
 from fxprune.capture.fidelity.compare import align_entries, equal_tensors
 from fxprune.capture.modes import ModeBranch, Switches
 from fxprune.capture.module import assemble
+from fxprune.capture.tracer.contents import is_record
 from fxprune.capture.tracer.spelling import changes_input, is_pure
 from fxprune.capture.tracer.tape import DtypeOf, Scope
 from fxprune.capture.tracer.trace import Trace
@@ -233,6 +234,10 @@ def _shapes_of(value: Any) -> Any:
         return value.shape
     if isinstance(value, tuple | list):
         return [_shapes_of(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _shapes_of(item) for key, item in value.items()}
+    if is_record(value):  # what it holds may be None in one mode
+        return type(value), {key: _shapes_of(item) for key, item in vars(value).items()}
     return type(value)
 
 

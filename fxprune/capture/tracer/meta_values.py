@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -61,21 +61,19 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def like_dict(value: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
-    """``items`` in a dict of the class of ``value``, which may be a dataclass, as the outputs of transformers.
+    """``items`` in a dict of the class of ``value``, which may be a dataclass, as a ``ModelOutput``.
 
     Example:
         >>> from collections import OrderedDict
         >>> like_dict(OrderedDict(a=1), {"a": 2})
         OrderedDict({'a': 2})
     """
-    kind: Any = type(value)
-    if kind is dict:
+    if type(value) is dict or type(value).__module__.startswith("torch.fx."):
         return items
-    if is_dataclass(value):
-        return cast(dict[Any, Any], kind(**items))
+    # Not its constructor: that may look at the items, which may be nodes of a graph.
     made: dict[Any, Any] = copy.copy(cast(dict[Any, Any], value))
-    made.clear()
-    made.update(items)
+    for key, item in items.items():
+        made[key] = item
     return made
 
 

@@ -20,7 +20,7 @@ from fxprune.capture.errors import TRACE_ERRORS, CaptureError
 from fxprune.capture.tracer.call_targets import MethodCall
 from fxprune.capture.tracer.meta_values import map_structure
 from fxprune.capture.tracer.sample_values import MadeUp, needs_numbers
-from fxprune.capture.tracer.spelling import RESHAPING, VALUE_READERS, spelling
+from fxprune.capture.tracer.spelling import RESHAPING, VALUE_READERS, selects, spelling
 from fxprune.capture.tracer.tape import Tape
 from fxprune.capture.tracer.traced_numbers import plain_number
 
@@ -69,7 +69,13 @@ class Recorder(TorchFunctionMode):
         op, target, operands = spelling(func, args, kwargs)
         if target in RESHAPING:
             self.tape.keep_shape(args[0])
-        return self.tape.record(op, target, operands, kwargs, self.tape.shadows.run(func, args, kwargs))
+        try:
+            out = self.tape.shadows.run(func, args, kwargs)
+        except (RuntimeError, NotImplementedError) as error:
+            if not selects(func, args) or not needs_numbers(error):
+                raise
+            return self._made_up(op, target, func, operands, kwargs, args)
+        return self.tape.record(op, target, operands, kwargs, out)
 
     def _check_length(self, tensor: Tensor, name: str) -> None:
         if self.tape.find(tensor) in self.tape.unsized:
@@ -148,17 +154,25 @@ class Recorder(TorchFunctionMode):
         """A ``call_function`` node for a method whose result depends on numbers."""
         return self._made_up("call_function", target, target, args, kwargs)
 
-    def _made_up(self, op: str, target: Any, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """A node for what looks at its data; how long its results are is not to be relied upon."""
+    def _made_up(
+        self, op: str, target: Any, function: Callable[..., Any], args: Any, kwargs: Any, given: Any = None
+    ) -> Any:
+        """A node for what looks at its data; how long its results are is not to be relied upon.
+
+        ``given``: the arguments of ``function`` where those of the node stand in another order.
+        """
         with self.paused():
-            out = self._on_numbers(function, args, kwargs)
+            if given is None:
+                out = self._on_numbers(function, args, kwargs, MadeUp())
+            else:
+                out = self._on_numbers(function, given, kwargs, MadeUp(masks=True))
         with torch._C.DisableTorchFunction():
             out = map_structure(_at_least_one, out)
             return self.tape.record(op, target, args, kwargs, out, unsized=True)
 
-    def _on_numbers(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _on_numbers(self, function: Callable[..., Any], args: Any, kwargs: Any, numbers: MadeUp) -> Any:
         """The result for made-up data; only its shapes matter."""
-        shadows, numbers = self.tape.shadows, MadeUp()
+        shadows = self.tape.shadows
 
         def argument(value: Any) -> Any:
             return numbers.of(value) if isinstance(value, Tensor) else plain_number(value)

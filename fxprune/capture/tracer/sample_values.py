@@ -28,10 +28,11 @@ def needs_numbers(error: BaseException) -> bool:
 
 
 class MadeUp(Shadows):
-    """Stands in for :class:`Shadows`, with tensors on the CPU."""
+    """Stands in for :class:`Shadows`, with tensors on the CPU; ``masks`` is what every boolean is."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, masks: bool = False) -> None:
         super().__init__()
+        self._masks = masks
         self._generator = torch.Generator().manual_seed(0)
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -41,7 +42,8 @@ class MadeUp(Shadows):
             if tensor.is_floating_point():
                 made = torch.rand(tensor.shape, generator=self._generator).to(tensor.dtype)
             else:
-                made = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                fill = int(self._masks and tensor.dtype == torch.bool)
+                made = torch.full(tensor.shape, fill, dtype=tensor.dtype)
             found = tensor, made
             self._twins[id(tensor)] = found
             self._twins[id(made)] = made, made

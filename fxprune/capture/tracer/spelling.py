@@ -16,10 +16,20 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils._device import _device_constructors
 
-__all__ = ["CONSTRUCTORS", "RANDOM", "RESHAPING", "VALUE_READERS", "changes_input", "is_pure", "spelling"]
+__all__ = [
+    "CONSTRUCTORS",
+    "RANDOM",
+    "RESHAPING",
+    "VALUE_READERS",
+    "changes_input",
+    "is_pure",
+    "selects",
+    "spelling",
+]
 
 # Functions that make tensors from nothing: they get the meta device while shapes are worked out.
 CONSTRUCTORS: frozenset[Any] = frozenset(_device_constructors())
@@ -113,6 +123,19 @@ IN_PLACE_OPERATORS = frozenset(
     for name, function in OPERATORS.items()
     if name.endswith("_") and function.__name__.startswith("i") and function is not operator.invert
 ) | {operator.setitem}
+
+SELECTIONS = frozenset(("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "_unique2"))
+"""Their results are as long as the numbers in a tensor say."""
+
+
+def selects(function: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether the result of a call is as long as numbers say: the entries where a mask holds."""
+    name = getattr(function, "__name__", "")
+    if name in ("__getitem__", "__setitem__"):
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(part, Tensor) and part.dtype in (torch.bool, torch.uint8) for part in index)
+    return name in SELECTIONS or (name == "where" and len(args) == 1)
+
 
 RANDOM = frozenset(
     (

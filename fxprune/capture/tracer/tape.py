@@ -118,7 +118,8 @@ class Tape:
         node = self.node(op, target, args, kwargs)
         writes = changes_input(node) if writes is None else writes
         longs = [n.meta["val"] for n in node.all_input_nodes if n in self.unsized]
-        if unsized or any(_length(val) == _length(out) for val in longs):
+        counts = isinstance(out, int) and bool(longs)
+        if unsized or counts or any(_length(val) == _length(out) for val in longs):
             self.unsized.add(node)
         result = self.wrap(out, node, writes)
         node.meta["val"] = map_structure(plain_number, result)
@@ -131,11 +132,16 @@ class Tape:
         if not self.running:
             return value
         node = self.node("call_function", function, args, {})
+        if any(source in self.unsized for source in node.all_input_nodes):
+            self.unsized.add(node)
         node.meta["val"] = value
         return self._traced(value, node)
 
     def decided(self, function: Callable[..., Any], number: Any, other: Any, result: bool) -> None:
         """A comparison of sizes: the graph holds where it comes out the same."""
+        other_node = getattr(other, "node", None)
+        if self.running and (number.node in self.unsized or other_node in self.unsized):
+            raise CaptureError("a comparison asks for the numbers in a tensor: they decide a length")
         if self.running:
             self.decisions.append(Decision(function, number.node, self.arg(other), result, self.scope.path))
 
@@ -157,6 +163,8 @@ class Tape:
             node = self.node("call_function", getattr, (tensor, "shape"), {})
             node.meta["val"] = tensor.shape
             self._sizes[key] = self.wrap(tensor.shape, node, False)
+            if owner in self.unsized and tensor.dim():
+                self.unsized.add(self._sizes[key][0].node)
         return self._sizes[key]
 
     def keep_shape(self, tensor: Tensor) -> None:

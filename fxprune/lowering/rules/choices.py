@@ -93,13 +93,13 @@ def any_of(context: Context, x: Any, index: Any) -> ir.Value:
     parts = list(index) if isinstance(index, (tuple, list)) else [index]
     known = [part for part in parts if part is not None and part is not Ellipsis]
     ranks = [_rank(part) for part in known]
+    if any(isinstance(part, ir.Value) and _is_bool(context, part) for part in parts):
+        return _where_mask_holds(context, value, parts)
     dim, loose, plain = 0, [], []
     for part in parts:
         if part is Ellipsis:
             dim += len(value.shape) - sum(ranks)
         elif isinstance(part, ir.Value):
-            if _is_bool(context, part):
-                raise Unknown("entries picked by a mask that depends on the input")
             loose.append(dim)
             part = torch.zeros(part.shape, dtype=torch.int64)
         elif isinstance(part, Constant):
@@ -110,6 +110,38 @@ def any_of(context: Context, x: Any, index: Any) -> ir.Value:
     value = build.reduce(value, "max", loose, True, own)
     pick = TensorFunction.of(operator.getitem, PREVIOUS, tuple(plain))
     return build.gather(pick, [value], context.shape)
+
+
+def _where_mask_holds(context: Context, value: ir.Value, parts: Sequence[Any]) -> ir.Value:
+    """``x[:, mask]``: how many entries are picked is not known, and each may be any that the mask covers."""
+    build, shape = context.build, context.shape
+    (mask,) = (part for part in parts if isinstance(part, ir.Value))
+    others = [part for part in parts if part is not mask]
+    if any(part != slice(None) and part is not Ellipsis for part in others) or Ellipsis in parts[:-1]:
+        raise Unknown("entries picked by a mask that depends on the input, and by other indices")
+    first = parts.index(mask)
+    covered = range(first, first + len(mask.shape))
+    rest = [size for d, size in enumerate(value.shape) if d not in covered]
+    value = build.reduce(value, "max", covered, False, rest)
+    one = [*rest[:first], 1, *rest[first:]]
+    return build.affine(build.gather(TensorFunction.of("unsqueeze", PREVIOUS, first), [value], one), shape)
+
+
+@table.rule(torch.masked_select, "masked_select", torch.unique, "unique", torch._unique2)
+@table.rule(torch.unique_consecutive, "unique_consecutive")
+def some(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Entries of the whole tensor in a row; what counts them or says where they stood carries no path."""
+    result, build = context.result, context.build
+    top = result if isinstance(result, Tensor) else result[0]
+    value = build.materialise(x)
+    if kwargs.get("dim") is not None or len(top.shape) != 1:
+        raise Unknown("different rows along an axis")
+    found = build.affine(build.reduce(value, "max", range(len(value.shape)), True, [1] * len(value.shape)))
+    found = build.gather(TensorFunction.of("reshape", PREVIOUS, (1,)), [found], (1,))
+    found = build.affine(found, top.shape)
+    if isinstance(result, Tensor):
+        return found
+    return (found, *(numbers(context, other) for other in result[1:]))
 
 
 def _rank(part: Any) -> int:

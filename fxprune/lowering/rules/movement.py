@@ -19,7 +19,7 @@ from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.literals import literals_of
-from fxprune.lowering.rules.choices import any_along, any_of, written_anywhere
+from fxprune.lowering.rules.choices import any_along, any_of, numbers, written_anywhere
 from fxprune.lowering.rules.pointwise import present
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 
@@ -346,8 +346,10 @@ def constants(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
 
 
 @table.rule(torch.where, "where")
-def where(context: Context, condition: Any, a: Any, b: Any) -> ir.Value:
-    """Each side where it is chosen; both, where the choice depends on the input."""
+def where(context: Context, condition: Any, a: Any = None, b: Any = None) -> Any:
+    """Each side where it is chosen; both, where the input chooses. Alone: places, on no path."""
+    if a is None:
+        return tuple(numbers(context, places) for places in context.result)
     build, shape = context.build, context.shape
     sides = []
     chosen = condition.numbers() if isinstance(condition, Constant) else None
