@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import enum
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
-__all__ = ["has_content", "has_tensor", "is_record"]
+__all__ = ["ATOMS", "LITERALS", "has_content", "has_tensor", "is_record", "length"]
+
+LITERALS = (type(None), bool, int, float, str, torch.dtype)
+ATOMS = (
+    *LITERALS, complex, bytes, torch.memory_format, torch.layout, torch.device, type(...), enum.Enum, fx.Node
+)  # fmt: skip
 
 
 def is_record(value: Any) -> bool:
@@ -34,3 +41,8 @@ def has_tensor(value: Any) -> bool:
     if isinstance(value, dict):
         return any(has_tensor(item) for item in value.values())
     return isinstance(value, Tensor)
+
+
+def length(value: Any) -> int | None:
+    """Size of the first axis of a tensor; None for anything else."""
+    return value.shape[0] if isinstance(value, Tensor) and value.dim() else None

@@ -7,7 +7,6 @@ are known by identity; sizes are numbers that carry their node.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
 import operator
 from collections import OrderedDict
@@ -21,18 +20,13 @@ from torch import Tensor, fx, nn
 from fxprune.capture.errors import CaptureError
 from fxprune.capture.recompute import Region
 from fxprune.capture.tracer.call_targets import ObjectOf
-from fxprune.capture.tracer.contents import has_content, has_tensor, is_record
+from fxprune.capture.tracer.contents import ATOMS, LITERALS, has_content, has_tensor, is_record, length
 from fxprune.capture.tracer.memos import Memos
 from fxprune.capture.tracer.meta_values import Shadows, map_structure
 from fxprune.capture.tracer.spelling import changes_input
 from fxprune.capture.tracer.traced_numbers import TracedFloat, TracedInt, plain_number
 
 __all__ = ["Decision", "DtypeOf", "Scope", "Tape"]
-
-LITERALS = (type(None), bool, int, float, str, torch.dtype)
-ATOMS = (
-    *LITERALS, complex, bytes, torch.memory_format, torch.layout, torch.device, type(...), enum.Enum, fx.Node
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +113,7 @@ class Tape:
         writes = changes_input(node) if writes is None else writes
         longs = [n.meta["val"] for n in node.all_input_nodes if n in self.unsized]
         counts = isinstance(out, int) and bool(longs)
-        if unsized or counts or any(_length(val) == _length(out) for val in longs):
+        if unsized or counts or any(length(val) == length(out) for val in longs):
             self.unsized.add(node)
         result = self.wrap(out, node, writes)
         node.meta["val"] = map_structure(plain_number, result)
@@ -403,7 +397,3 @@ class Tape:
                 self._nodes[key] = before
         del self._undo[start[1] :], self.scope.entries[start[2] :], self.decisions[start[3] :]
         self._sizes.clear()
-
-
-def _length(value: Any) -> int | None:
-    return value.shape[0] if isinstance(value, Tensor) and value.dim() else None

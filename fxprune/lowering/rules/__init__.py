@@ -11,6 +11,7 @@ from fxprune.lowering.rules import (
     distances,
     movement,
     norm,
+    own_functions,
     pointwise,
     pool,
     recurrent,
@@ -34,6 +35,7 @@ RULES: dict[Any, Rule] = merge(
         choices.table,
         distances.table,
         sampling.table,
+        own_functions.table,
     ]
 )
 

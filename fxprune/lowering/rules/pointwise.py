@@ -15,7 +15,7 @@ from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 
-__all__ = ["MOVES_TYPE", "table"]
+__all__ = ["MOVES_TYPE", "has_floor", "table"]
 
 table = RuleTable()
 
@@ -51,7 +51,7 @@ def _spellings() -> set[Any]:
     return found
 
 
-def _has_floor(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def has_floor(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether f(0) != 0, found by evaluating f there: sigmoid(0) = 0.5, softmax(0) = 1, gelu(0) = 0."""
     if context.module is not None and isinstance(context.module, nn.Module):
         function: Any = context.module
@@ -101,7 +101,7 @@ def elementwise(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value
         return context.build.sum([value, *others], shape)
     constants = [a for a in tensors_in((args, kwargs)) if isinstance(a, Constant) and a.reads is not None]
     slopes = list(context.module.parameters()) if context.module is not None else []
-    floor = _has_floor(context, (x, *args), kwargs)
+    floor = has_floor(context, (x, *args), kwargs)
     if not constants and not slopes:
         return context.build.map(context.build.affine(value, shape), floor=floor)
     result = context.build.map_anew(context.build.affine(value, shape), floor=floor)

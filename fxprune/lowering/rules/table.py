@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.capture.tracer.call_targets import AutogradCall
 from fxprune.graph import ir
 from fxprune.lowering.builder import Builder
 from fxprune.lowering.constant import Constant
@@ -118,6 +119,8 @@ def find_rule(rules: Mapping[Any, Rule], target: Any) -> Rule | None:
     """Find the rule of a target; that of a library's operator goes by name, as "torchvision.roi_align"."""
     if isinstance(target, torch._ops.OpOverload):
         target = target.overloadpacket
+    if isinstance(target, AutogradCall):
+        return rules.get(target) or rules.get(AutogradCall)
     return rules.get(target) or (rules.get(describe(target)) if is_operator(target) else None)
 
 
