@@ -1,7 +1,7 @@
 """Models of other libraries and nets of single operations: captured, exact, prunable, smaller?
 
-Each model is built small, from a configuration, with random weights (`more_models.py`, `more_nets.py`), and is
-run in a process of its own. It runs once in eager mode before it is captured, and what it gave is compared. A
+Each model is built small, from a configuration, with random weights (`more_models.py`, `more_nets.py`), and
+is run in a process of its own. It runs once in eager mode before it is captured; what it gave is compared. A
 line per model goes to a file next to this script as it is done, so that a run goes on where it was stopped:
 
     python benchmarks/coverage_more.py              # all
@@ -39,6 +39,7 @@ RESULTS = HERE / "coverage_more.jsonl"
 TABLE = HERE.parent / "docs" / "coverage_more.md"
 LIMIT_S = 240
 QUICK = False
+"""Capture and lower only, for a first look."""
 MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {**more_models.MODELS, **more_nets.MODELS}
 CHECKS = ("captured", "eval", "train", "lowered", "magnitude", "step", "synflow", "channel")
 PACKAGES = {"torch_geometric": "torch-geometric"}
@@ -210,9 +211,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Coverage beyond timm and torchvision",
         "",
-        "Small models with random weights, each in a process of its own; outputs are compared with those of the",
-        "eager model, run before. *Prunable* is the share of matrix weights; *channel* means 30 % of the channels",
-        "removed, compacted, equal outputs. Written by `benchmarks/coverage_more.py`.",
+        "Small models with random weights, each in a process of its own; outputs are compared with those of",
+        "the eager model, run before. *Prunable* is the share of matrix weights; *channel* means 30 % of the",
+        "channels removed, compacted, equal outputs. Written by `benchmarks/coverage_more.py`.",
         "",
         "| library | models | captured | exact eval | exact train | nothing opaque | prunable >= 97 % "
         "| magnitude | training step | SynFlow | channel | clean |",
@@ -224,20 +225,18 @@ def table(rows: list[dict[str, Any]]) -> str:
         plain = sum(row.get("opaque") == [] for row in own)
         most = sum(row.get("share", 0) >= PRUNABLE for row in own)
         clean = sum(not faults(row) for row in own)
-        lines.append(
-            f"| {library} {version(library)} | {len(own)} | {good['captured']} | {good['eval']} | {good['train']} "
-            f"| {plain} | {most} | {good['magnitude']} | {good['step']} | {good['synflow']} | {good['channel']} "
-            f"| {clean} |"
-        )
+        numbers = [len(own), *(good[check] for check in CHECKS[:3]), plain, most]
+        numbers += [good[check] for check in ("magnitude", "step", "synflow", "channel")]
+        lines.append(f"| {library} {version(library)} | {' | '.join(map(str, numbers))} | {clean} |")
     lines += ["", "## What is left", ""]
     for row in rows:
         lines += [f"* `{row['name']}`: {fault}" for fault in faults(row)]
     lines += ["", "## All", "", "| model | weights | prunable | opaque | capture s | lower s | all s |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for row in rows:
-        numbers = [row.get(key, "") for key in ("parameters", "share", "capture_s", "lower_s", "seconds")]
-        own = f"{numbers[0]} | {numbers[1]} | {len(row.get('opaque', ()))} | {numbers[2]} | {numbers[3]} | {numbers[4]}"
-        lines.append(f"| {row['name']} | {own} |")
+        row = {**row, "opaque": len(row.get("opaque", ()))}
+        keys = ("name", "parameters", "share", "opaque", "capture_s", "lower_s", "seconds")
+        lines.append(f"| {' | '.join(str(row.get(key, '')) for key in keys)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Small models of other libraries for `coverage_more.py`: name -> model with random weights, and its inputs."""
+"""Small models of other libraries for `coverage_more.py`: name -> model with random weights, and inputs."""
 
 from __future__ import annotations
 
@@ -85,8 +85,17 @@ def heard(name: str, length: int = 1600, **own: Any) -> dict[str, Build]:
     convs = {"conv_dim": (8, 8), "conv_kernel": (10, 8), "conv_stride": (5, 4), "num_feat_extract_layers": 2}
     own = {**convs, "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, **own}
     inputs = lambda: {"input_values": sound(length)}  # noqa: E731
-    return {f"transformers:{name.lower()}": hf(name + "ForCTC", name + "Config", inputs, vocab_size=12,
-                                               mask_time_length=2, mask_feature_length=2, **own)}  # fmt: skip
+    return {
+        f"transformers:{name.lower()}": hf(
+            name + "ForCTC",
+            name + "Config",
+            inputs,
+            vocab_size=12,
+            mask_time_length=2,
+            mask_feature_length=2,
+            **own,
+        )
+    }
 
 
 def both() -> dict[str, Any]:
@@ -97,10 +106,22 @@ def pair() -> dict[str, Any]:
     return {"input_ids": words(), "pixel_values": image()}
 
 
-VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-          "image_size": 32, "patch_size": 8}  # fmt: skip
-TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "vocab_size": 60, "max_position_embeddings": 32}  # fmt: skip
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 60,
+    "max_position_embeddings": 32,
+}
 STAGES: dict[str, Any] = {
     "depths": [1, 1],
     "embed_dim": 8,
@@ -137,7 +158,7 @@ TRANSFORMERS: dict[str, Build] = {
         upsampling_kernel_size=2,
         local_transformer_stride=4,
         num_hash_buckets=50,
-    ),  # fmt: skip
+    ),
     **text("XLNet", "LMHeadModel"),
     **text("XLM", "WithLMHeadModel", emb_dim=16),
     **text("ModernBert", "ForMaskedLM", global_attn_every_n_layers=2, local_attention=4),
@@ -188,7 +209,7 @@ TRANSFORMERS: dict[str, Build] = {
         topk_group=1,
         first_k_dense_replace=1,
         num_key_value_heads=2,
-    ),  # fmt: skip
+    ),
     **text("GptOss", layer_types=["sliding_attention", "full_attention"], sliding_window=4),
     **text("Mamba", state_size=4, time_step_rank=4),
     **text("Mamba2", num_heads=4, head_dim=8, state_size=4, n_groups=1, chunk_size=4),
@@ -202,7 +223,7 @@ TRANSFORMERS: dict[str, Build] = {
         mamba_d_state=4,
         mamba_dt_rank=4,
         use_mamba_kernels=False,
-    ),  # fmt: skip
+    ),
     **text("Rwkv", attention_hidden_size=16, context_length=32),
     **text("RecurrentGemma", lru_width=16, block_types=["recurrent", "attention"], attention_window_size=4),
     **text(
@@ -213,7 +234,7 @@ TRANSFORMERS: dict[str, Build] = {
         mamba_d_state=4,
         mamba_n_groups=1,
         mamba_chunk_size=4,
-    ),  # fmt: skip
+    ),
     **text("Lfm2", layer_types=["conv", "full_attention"], block_multiple_of=8),
     **text("T5", "ForConditionalGeneration", inputs=both),
     **text("UMT5", "ForConditionalGeneration", inputs=both),
@@ -224,7 +245,7 @@ TRANSFORMERS: dict[str, Build] = {
         inputs=both,
         num_sparse_encoder_layers=1,
         num_sparse_decoder_layers=1,
-    ),  # fmt: skip
+    ),
     **text("Bart", "ForConditionalGeneration", inputs=both),
     **text("Marian", "MTModel", inputs=both, decoder_vocab_size=60),
     **text("Pegasus", "ForConditionalGeneration", inputs=both),
@@ -237,7 +258,7 @@ TRANSFORMERS: dict[str, Build] = {
         attention_window=[4, 4],
         max_encoder_position_embeddings=32,
         max_decoder_position_embeddings=32,
-    ),  # fmt: skip
+    ),
     **text(
         "ProphetNet",
         "ForConditionalGeneration",
@@ -245,7 +266,7 @@ TRANSFORMERS: dict[str, Build] = {
         num_encoder_layers=2,
         num_encoder_attention_heads=2,
         num_decoder_attention_heads=2,
-    ),  # fmt: skip
+    ),
     **heard("Wav2Vec2"),
     **heard("Hubert"),
     **heard("WavLM"),
@@ -296,7 +317,7 @@ TRANSFORMERS: dict[str, Build] = {
         key_dim=[8, 8, 8],
         patch_size=16,
         side=64,
-    ),  # fmt: skip
+    ),
     **seen(
         "PoolFormer",
         hidden_sizes=[8, 8, 16, 16],
@@ -304,7 +325,7 @@ TRANSFORMERS: dict[str, Build] = {
         patch_sizes=[7, 3, 3, 3],
         patch_size=16,
         side=64,
-    ),  # fmt: skip
+    ),
     **seen(
         "Pvt",
         hidden_sizes=[8, 8, 16, 16],
@@ -314,7 +335,7 @@ TRANSFORMERS: dict[str, Build] = {
         image_size=64,
         side=64,
         patch_sizes=[4, 2, 2, 2],
-    ),  # fmt: skip
+    ),
     **seen(
         "Segformer",
         "ForSemanticSegmentation",
@@ -323,7 +344,7 @@ TRANSFORMERS: dict[str, Build] = {
         side=64,
         num_attention_heads=[1, 2, 2, 2],
         decoder_hidden_size=16,
-    ),  # fmt: skip
+    ),
     **seen(
         "MobileViT",
         "ForImageClassification",
@@ -332,7 +353,7 @@ TRANSFORMERS: dict[str, Build] = {
         side=64,
         image_size=64,
         patch_size=2,
-    ),  # fmt: skip
+    ),
     **seen(
         "EfficientNet", width_coefficient=0.2, depth_coefficient=0.2, hidden_dim=64, image_size=64, side=64
     ),
@@ -348,7 +369,7 @@ TRANSFORMERS: dict[str, Build] = {
         neck_hidden_sizes=[8, 8, 8, 8],
         fusion_hidden_size=8,
         is_hybrid=False,
-    ),  # fmt: skip
+    ),
     **seen(
         "GLPN",
         "ForDepthEstimation",
@@ -357,7 +378,7 @@ TRANSFORMERS: dict[str, Build] = {
         side=64,
         num_attention_heads=[1, 2, 2, 2],
         decoder_hidden_size=16,
-    ),  # fmt: skip
+    ),
     **seen("Yolos", "ForObjectDetection", image_size=[32, 32], num_detection_tokens=5),
     **seen(
         "Swin2SR",
@@ -367,7 +388,7 @@ TRANSFORMERS: dict[str, Build] = {
         num_heads=[2, 2],
         window_size=4,
         patch_size=1,
-    ),  # fmt: skip
+    ),
     **seen(
         "ViTMAE",
         "ForPreTraining",
@@ -375,7 +396,7 @@ TRANSFORMERS: dict[str, Build] = {
         decoder_hidden_size=16,
         decoder_num_attention_heads=2,
         decoder_intermediate_size=32,
-    ),  # fmt: skip
+    ),
     **seen(
         "Hiera",
         embed_dim=8,
@@ -386,7 +407,7 @@ TRANSFORMERS: dict[str, Build] = {
         query_stride=[2, 2],
         num_query_pool=1,
         masked_unit_size=[4, 4],
-    ),  # fmt: skip
+    ),
     **seen("VitDet", "Model", window_size=2, window_block_indices=[0]),
     "transformers:clip": hf(
         "CLIPModel", "CLIPConfig", pair, text_config=TEXT, vision_config=VISION, projection_dim=8
@@ -797,8 +818,10 @@ def _geometric(layer: str, **own: Any) -> Build:
 
 
 def _smp(kind: str, **own: Any) -> Build:
-    return _library("segmentation_models_pytorch", lambda smp: (
-        getattr(smp, kind)("resnet18", encoder_weights=None, classes=2, **own), image(64)))  # fmt: skip
+    return _library(
+        "segmentation_models_pytorch",
+        lambda smp: (getattr(smp, kind)("resnet18", encoder_weights=None, classes=2, **own), image(64)),
+    )
 
 
 def _monai(kind: str, side: int = 32, **own: Any) -> Build:
@@ -807,14 +830,51 @@ def _monai(kind: str, side: int = 32, **own: Any) -> Build:
 
 
 MORE: dict[str, Build] = {
-    "x_transformers:decoder": _library("x_transformers", lambda x: (x.TransformerWrapper(
-        num_tokens=60, max_seq_len=16, attn_layers=x.Decoder(dim=16, depth=2, heads=2, attn_dim_head=8)), words())),
-    "x_transformers:rotary_glu": _library("x_transformers", lambda x: (x.TransformerWrapper(
-        num_tokens=60, max_seq_len=16, attn_layers=x.Decoder(dim=16, depth=2, heads=2, attn_dim_head=8,
-        rotary_pos_emb=True, ff_glu=True, use_rmsnorm=True, attn_qk_norm=True, layer_dropout=0.2)), words())),
-    "x_transformers:alibi": _library("x_transformers", lambda x: (x.TransformerWrapper(
-        num_tokens=60, max_seq_len=16, attn_layers=x.Encoder(dim=16, depth=2, heads=2, attn_dim_head=8,
-        alibi_pos_bias=True, attn_talking_heads=True)), words())),
+    "x_transformers:decoder": _library(
+        "x_transformers",
+        lambda x: (
+            x.TransformerWrapper(
+                num_tokens=60,
+                max_seq_len=16,
+                attn_layers=x.Decoder(dim=16, depth=2, heads=2, attn_dim_head=8),
+            ),
+            words(),
+        ),
+    ),
+    "x_transformers:rotary_glu": _library(
+        "x_transformers",
+        lambda x: (
+            x.TransformerWrapper(
+                num_tokens=60,
+                max_seq_len=16,
+                attn_layers=x.Decoder(
+                    dim=16,
+                    depth=2,
+                    heads=2,
+                    attn_dim_head=8,
+                    rotary_pos_emb=True,
+                    ff_glu=True,
+                    use_rmsnorm=True,
+                    attn_qk_norm=True,
+                    layer_dropout=0.2,
+                ),
+            ),
+            words(),
+        ),
+    ),
+    "x_transformers:alibi": _library(
+        "x_transformers",
+        lambda x: (
+            x.TransformerWrapper(
+                num_tokens=60,
+                max_seq_len=16,
+                attn_layers=x.Encoder(
+                    dim=16, depth=2, heads=2, attn_dim_head=8, alibi_pos_bias=True, attn_talking_heads=True
+                ),
+            ),
+            words(),
+        ),
+    ),
     "ultralytics:yolov5": _yolo("yolov5n"),
     "ultralytics:yolov8": _yolo("yolov8n"),
     "ultralytics:yolo11": _yolo("yolo11n"),
@@ -829,61 +889,178 @@ MORE: dict[str, Build] = {
     "torch_geometric:transformer": _geometric("TransformerConv"),
     "segmentation_models_pytorch:unet": _smp("Unet", decoder_channels=(16, 8, 8, 8, 8)),
     "segmentation_models_pytorch:unetplusplus": _smp("UnetPlusPlus", decoder_channels=(16, 8, 8, 8, 8)),
-    "segmentation_models_pytorch:fpn": _smp("FPN", decoder_pyramid_channels=16, decoder_segmentation_channels=8),
+    "segmentation_models_pytorch:fpn": _smp(
+        "FPN", decoder_pyramid_channels=16, decoder_segmentation_channels=8
+    ),
     "segmentation_models_pytorch:pan": _smp("PAN", decoder_channels=8),
     "segmentation_models_pytorch:linknet": _smp("Linknet"),
-    "segmentation_models_pytorch:manet": _smp("MAnet", decoder_channels=(16, 8, 8, 8, 8), decoder_pab_channels=8),
+    "segmentation_models_pytorch:manet": _smp(
+        "MAnet", decoder_channels=(16, 8, 8, 8, 8), decoder_pab_channels=8
+    ),
     "segmentation_models_pytorch:deeplab": _smp("DeepLabV3Plus", decoder_channels=16),
     "segmentation_models_pytorch:upernet": _smp("UPerNet", decoder_channels=16),
-    "monai:unet": _monai("UNet", spatial_dims=3, in_channels=1, out_channels=2, channels=(4, 8, 8),
-                         strides=(2, 2), num_res_units=1, side=16),
-    "monai:unetr": _monai("UNETR", in_channels=1, out_channels=2, img_size=32, feature_size=4, hidden_size=16,
-                          mlp_dim=16, num_heads=2),
-    "monai:swin_unetr": _monai("SwinUNETR", in_channels=1, out_channels=2, feature_size=12, spatial_dims=2,
-                               side=64),
-    "monai:segresnet": _monai("SegResNet", spatial_dims=3, init_filters=8, blocks_down=(1, 1), blocks_up=(1,)),
-    "monai:dynunet": _monai("DynUNet", spatial_dims=2, in_channels=1, out_channels=2, kernel_size=[3, 3, 3],
-                            strides=[1, 2, 2], upsample_kernel_size=[2, 2], filters=[4, 8, 8]),
-    "monai:attention_unet": _monai("AttentionUnet", spatial_dims=2, in_channels=1, out_channels=2,
-                                   channels=(4, 8, 8), strides=(2, 2)),
+    "monai:unet": _monai(
+        "UNet",
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=2,
+        channels=(4, 8, 8),
+        strides=(2, 2),
+        num_res_units=1,
+        side=16,
+    ),
+    "monai:unetr": _monai(
+        "UNETR",
+        in_channels=1,
+        out_channels=2,
+        img_size=32,
+        feature_size=4,
+        hidden_size=16,
+        mlp_dim=16,
+        num_heads=2,
+    ),
+    "monai:swin_unetr": _monai(
+        "SwinUNETR", in_channels=1, out_channels=2, feature_size=12, spatial_dims=2, side=64
+    ),
+    "monai:segresnet": _monai(
+        "SegResNet", spatial_dims=3, init_filters=8, blocks_down=(1, 1), blocks_up=(1,)
+    ),
+    "monai:dynunet": _monai(
+        "DynUNet",
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=2,
+        kernel_size=[3, 3, 3],
+        strides=[1, 2, 2],
+        upsample_kernel_size=[2, 2],
+        filters=[4, 8, 8],
+    ),
+    "monai:attention_unet": _monai(
+        "AttentionUnet", spatial_dims=2, in_channels=1, out_channels=2, channels=(4, 8, 8), strides=(2, 2)
+    ),
     "monai:vnet": _monai("VNet", spatial_dims=3),
-    "diffusers:unet": _library("diffusers", lambda d: (d.UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, block_out_channels=(8, 16), layers_per_block=1,
-        norm_num_groups=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"), attention_head_dim=8,
-        up_block_types=("AttnUpBlock2D", "UpBlock2D")), (image(8), torch.tensor([1, 5])))),
-    "diffusers:unet_condition": _library("diffusers", lambda d: (d.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=8,
-        attention_head_dim=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")),
-        (torch.randn(2, 4, 8, 8), torch.tensor([1, 5]), torch.randn(2, 3, 8)))),
-    "diffusers:vae": _library("diffusers", lambda d: (d.AutoencoderKL(
-        block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2), image(16))),
-    "diffusers:dit": _library("diffusers", lambda d: (d.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8,
-        num_embeds_ada_norm=10), {"hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([1, 5]),
-                                  "class_labels": torch.tensor([1, 2])})),
-    "torchaudio:conformer": _library("torchaudio.models", lambda a: (
-        a.Conformer(8, 2, 16, 2, 3), (torch.randn(2, 10, 8), torch.tensor([10, 7])))),
-    "torchaudio:emformer": _library("torchaudio.models", lambda a: (
-        a.Emformer(8, 2, 16, 2, 4, right_context_length=1), (torch.randn(2, 9, 8), torch.tensor([8, 6])))),
-    "torchaudio:convtasnet": _library("torchaudio.models", lambda a: (
-        a.ConvTasNet(2, 16, 8, 8, 3, 16, 2, 1), torch.randn(2, 1, 160))),
-    "torchaudio:wav2letter": _library("torchaudio.models", lambda a: (a.Wav2Letter(5, "mfcc", 8), torch.randn(2, 8, 40))),
-    "torchaudio:deepspeech": _library("torchaudio.models", lambda a: (a.DeepSpeech(8, 16, 5), torch.randn(2, 1, 20, 8))),
-    "torchaudio:hdemucs": _library("torchaudio.models", lambda a: (
-        a.HDemucs(["a"], channels=4, nfft=256, depth=3), torch.randn(1, 2, 2048))),
-    "kornia:hardnet": _library("kornia.feature", lambda k: (k.HardNet(pretrained=False), torch.randn(2, 1, 32, 32))),
-    "kornia:defmo_tfeat": _library("kornia.feature", lambda k: (k.TFeat(pretrained=False), torch.randn(2, 1, 32, 32))),
+    "diffusers:unet": _library(
+        "diffusers",
+        lambda d: (
+            d.UNet2DModel(
+                sample_size=8,
+                in_channels=3,
+                out_channels=3,
+                block_out_channels=(8, 16),
+                layers_per_block=1,
+                norm_num_groups=4,
+                down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                attention_head_dim=8,
+                up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            ),
+            (image(8), torch.tensor([1, 5])),
+        ),
+    ),
+    "diffusers:unet_condition": _library(
+        "diffusers",
+        lambda d: (
+            d.UNet2DConditionModel(
+                sample_size=8,
+                block_out_channels=(8, 16),
+                layers_per_block=1,
+                norm_num_groups=4,
+                cross_attention_dim=8,
+                attention_head_dim=2,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            ),
+            (torch.randn(2, 4, 8, 8), torch.tensor([1, 5]), torch.randn(2, 3, 8)),
+        ),
+    ),
+    "diffusers:vae": _library(
+        "diffusers",
+        lambda d: (
+            d.AutoencoderKL(
+                block_out_channels=(8, 8),
+                layers_per_block=1,
+                norm_num_groups=4,
+                latent_channels=4,
+                down_block_types=("DownEncoderBlock2D",) * 2,
+                up_block_types=("UpDecoderBlock2D",) * 2,
+            ),
+            image(16),
+        ),
+    ),
+    "diffusers:dit": _library(
+        "diffusers",
+        lambda d: (
+            d.DiTTransformer2DModel(
+                num_attention_heads=2,
+                attention_head_dim=8,
+                in_channels=4,
+                num_layers=1,
+                sample_size=8,
+                num_embeds_ada_norm=10,
+            ),
+            {
+                "hidden_states": torch.randn(2, 4, 8, 8),
+                "timestep": torch.tensor([1, 5]),
+                "class_labels": torch.tensor([1, 2]),
+            },
+        ),
+    ),
+    "torchaudio:conformer": _library(
+        "torchaudio.models",
+        lambda a: (a.Conformer(8, 2, 16, 2, 3), (torch.randn(2, 10, 8), torch.tensor([10, 7]))),
+    ),
+    "torchaudio:emformer": _library(
+        "torchaudio.models",
+        lambda a: (
+            a.Emformer(8, 2, 16, 2, 4, right_context_length=1),
+            (torch.randn(2, 9, 8), torch.tensor([8, 6])),
+        ),
+    ),
+    "torchaudio:convtasnet": _library(
+        "torchaudio.models", lambda a: (a.ConvTasNet(2, 16, 8, 8, 3, 16, 2, 1), torch.randn(2, 1, 160))
+    ),
+    "torchaudio:wav2letter": _library(
+        "torchaudio.models", lambda a: (a.Wav2Letter(5, "mfcc", 8), torch.randn(2, 8, 40))
+    ),
+    "torchaudio:deepspeech": _library(
+        "torchaudio.models", lambda a: (a.DeepSpeech(8, 16, 5), torch.randn(2, 1, 20, 8))
+    ),
+    "torchaudio:hdemucs": _library(
+        "torchaudio.models",
+        lambda a: (a.HDemucs(["a"], channels=4, nfft=256, depth=3), torch.randn(1, 2, 2048)),
+    ),
+    "kornia:hardnet": _library(
+        "kornia.feature", lambda k: (k.HardNet(pretrained=False), torch.randn(2, 1, 32, 32))
+    ),
+    "kornia:defmo_tfeat": _library(
+        "kornia.feature", lambda k: (k.TFeat(pretrained=False), torch.randn(2, 1, 32, 32))
+    ),
     "kornia:disk": _library("kornia.feature", lambda k: (k.DISK().unet, torch.randn(1, 3, 32, 32))),
-    "open_clip:clip": _library("open_clip.model", lambda o: (o.CLIP(
-        8, o.CLIPVisionCfg(layers=2, width=16, head_width=8, image_size=32, patch_size=8),
-        o.CLIPTextCfg(context_length=7, vocab_size=60, width=16, heads=2, layers=2)), (image(), words()))),
-    "open_clip:coca": _library("open_clip.coca_model", lambda o: (o.CoCa(
-        16, o.MultimodalCfg(context_length=7, vocab_size=60, width=16, heads=2, layers=1, attn_pooler_heads=2),
-        o.CLIPTextCfg(context_length=7, vocab_size=60, width=16, heads=2, layers=1),
-        o.CLIPVisionCfg(layers=1, width=16, head_width=8, image_size=32, patch_size=8)), (image(), words()))),
-}  # fmt: skip
+    "open_clip:clip": _library(
+        "open_clip.model",
+        lambda o: (
+            o.CLIP(
+                8,
+                o.CLIPVisionCfg(layers=2, width=16, head_width=8, image_size=32, patch_size=8),
+                o.CLIPTextCfg(context_length=7, vocab_size=60, width=16, heads=2, layers=2),
+            ),
+            (image(), words()),
+        ),
+    ),
+    "open_clip:coca": _library(
+        "open_clip.coca_model",
+        lambda o: (
+            o.CoCa(
+                16,
+                o.MultimodalCfg(
+                    context_length=7, vocab_size=60, width=16, heads=2, layers=1, attn_pooler_heads=2
+                ),
+                o.CLIPTextCfg(context_length=7, vocab_size=60, width=16, heads=2, layers=1),
+                o.CLIPVisionCfg(layers=1, width=16, head_width=8, image_size=32, patch_size=8),
+            ),
+            (image(), words()),
+        ),
+    ),
+}
 
 MODELS: dict[str, Build] = {
     name: build
