@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -96,3 +97,34 @@ def test_code_that_asks_how_many_keeps_its_module_whole() -> None:
     for seed in range(4):
         x = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(seed)) * 3
         assert torch.equal(gm(x), net(x))
+
+
+def test_a_part_that_draws_in_training_stays_whole_and_leaves_the_rest() -> None:
+    class Dropping(nn.Module):
+        """Masks by a number of Python's, and skips a layer by one of PyTorch's."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                x = x * random.random()
+                if torch.rand([]) < 0.5:
+                    return x
+            result: Tensor = self.layer(x)
+            return result
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), Dropping(), nn.Linear(6, 2))
+    with pytest.warns(UserWarning, match="1 .Dropping. kept whole"):
+        gm = capture(net, torch.randn(2, 4))
+    x = torch.randn(2, 4)
+    for training in (False, True):
+        gm.train(training), net.train(training)
+        for seed in range(4):
+            results = []
+            for network in (gm, net):
+                torch.manual_seed(seed), random.seed(seed)
+                results.append(network(x))
+            assert torch.equal(*results)

@@ -124,6 +124,8 @@ class Caller:
             return result
         except TRACE_ERRORS:
             tape.rollback(start)
+            if self.setting.watching:  # else the modules around would seem to have drawn
+                restore_rng(before)
             raise
 
     def without_methods(
