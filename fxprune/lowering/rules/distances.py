@@ -58,7 +58,7 @@ def pairwise_distance(
 ) -> ir.Value:
     """``y = |a - b|`` along the last axis."""
     x2 = more.get("x2", x2)
-    shape = torch.broadcast_tensors(*(torch.empty(x.shape, device="meta") for x in (x1, x2)))[0].shape
+    shape = tuple(torch.broadcast_shapes(x1.shape, x2.shape))  # type: ignore[no-untyped-call]
     apart = _difference(context, x1, x2, shape)
     return context.build.reduce(apart, "sum", (len(shape) - 1,), keepdim, context.shape)
 
@@ -69,7 +69,7 @@ def cosine_similarity(
 ) -> ir.Value:
     """``y = sum of a b / (|a| |b|)`` along an axis."""
     build, sides, x2 = context.build, [], more.get("x2", x2)
-    shape = torch.broadcast_tensors(*(torch.empty(x.shape, device="meta") for x in (x1, x2)))[0].shape
+    shape = tuple(torch.broadcast_shapes(x1.shape, x2.shape))  # type: ignore[no-untyped-call]
     axis = dim % len(shape) - len(shape)
     for side in (x1, x2):
         value = build.materialise(side)
