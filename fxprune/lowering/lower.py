@@ -7,6 +7,7 @@ place; what nobody knows becomes an opaque op, never a guess.
 
 from __future__ import annotations
 
+import copy
 import functools
 import operator
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from torch import Tensor, fx, nn
 from fxprune.capture import CaptureError, capture_leaf
 from fxprune.capture.leaves import dense_class
 from fxprune.capture.module import leaf_attributes
+from fxprune.capture.tracer.contents import is_record
 from fxprune.capture.tracer.meta_values import map_structure
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import TensorFunction
@@ -249,6 +251,8 @@ class _Walk:
         args, kwargs = self._read(node.args), self._read(node.kwargs)
         if node.target is operator.getitem and isinstance(args[0], (list, tuple, dict)):
             return args[0][args[1]]
+        if node.target is getattr and not isinstance(args[0], (ir.Value, Constant)):
+            return getattr(args[0], args[1])  # a record that a part made
         module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         target: Any = node.target
         if module is not None:
@@ -357,6 +361,10 @@ class _Walk:
         reads = lost([*parts, Reads(tuple(names), dict)])
 
         def build(leaf: Any) -> Any:
+            if is_record(leaf):
+                made = copy.copy(leaf)
+                vars(made).update({name: map_structure(build, item) for name, item in vars(leaf).items()})
+                return made
             if not isinstance(leaf, Tensor):
                 return leaf
             output = self.build.opaque(values, leaf.shape, reason)

@@ -14,6 +14,7 @@ import torchvision
 from torch import Tensor, nn
 
 from fxprune.capture import capture
+from fxprune.lowering import lower
 
 
 class Output(OrderedDict[str, Any]):
@@ -82,6 +83,9 @@ def test_a_state_that_training_does_not_have() -> None:
         assert (mine.state is None) == training
         if not training:
             assert torch.equal(mine.state.layers[0], other.state.layers[0])
+    graph = lower(gm, strict=True)
+    assert set(graph.kernels) == {"last.weight"}
+    assert "inner" in {op.layer for op in graph.opaque}
 
 
 def test_operators_of_libraries_and_numbers_of_numpy_are_written_down() -> None:
