@@ -26,6 +26,7 @@ from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.parameters import unwrap
 from fxprune.scoring.least_squares import fit_kept
 from fxprune.scoring.sequential import Layer, solve_layers
+from fxprune.scoring.surgeon import damping
 from fxprune.scoring.walk import Stage
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.masks import Masks, kept, nonzeros
@@ -42,7 +43,7 @@ def reconstruct(
     *,
     example_inputs: Any = None,
     loss_fn: Callable[..., Tensor] | None = None,
-    damp: float = 0.01,
+    damp: float | None = None,
     bias: bool = True,
     norms: bool = True,
     propagate: bool = True,
@@ -62,7 +63,9 @@ def reconstruct(
         reference: the network before it was pruned, with the same parameters by name.
         example_inputs: as for :func:`fxprune.apply`, for a model that is not captured yet.
         loss_fn: ``loss_fn(model, batch)``, where batches are mappings that do not name the model's inputs.
-        damp: how much weights are held to the dense ones, as a share of the mean square input.
+        damp: how much weights are held to the dense ones, as a share of the mean square input. None, for
+            10 / sqrt(rows) of a layer with so many vectors of inputs, and at least 0.01: weights that are
+            fitted to few inputs are worse on others.
         bias: whether biases of fitted layers are fitted with them.
         norms: whether batch norms get statistics that give their outputs the dense mean and variance.
         propagate: False, to fit every layer on its own, on the inputs that the pruned network gives it.
@@ -106,11 +109,11 @@ def _solve(problem: Problem, fit: _Fit, norms: bool, propagate: bool) -> dict[st
     return found
 
 
-def _check(model: nn.Module, reference: nn.Module, damp: float, iterations: int) -> None:
+def _check(model: nn.Module, reference: nn.Module, damp: float | None, iterations: int) -> None:
     for argument, value in (("model", model), ("reference", reference)):
         if not isinstance(value, nn.Module):
             raise TypeError(f"{argument}: expected a torch.nn.Module, got a {type(value).__name__}")
-    if isinstance(damp, bool) or not damp >= 0:
+    if isinstance(damp, bool) or (damp is not None and not damp >= 0):
         raise ValueError(f"damp={damp!r}: expected a share of the mean square input, at least 0")
     if type(iterations) is not int or iterations < 1:
         raise ValueError(f"iterations={iterations!r}: expected a number of steps, at least 1")
@@ -191,7 +194,13 @@ class _Fit:
     """Solves layers, and holds what is found besides weights: biases, statistics of batch norms."""
 
     def __init__(
-        self, student: nn.Module, twin: nn.Module, damp: float, bias: bool, iterations: int, masks: Masks
+        self,
+        student: nn.Module,
+        twin: nn.Module,
+        damp: float | None,
+        bias: bool,
+        iterations: int,
+        masks: Masks,
     ) -> None:
         self.student, self.twin, self.damp, self.bias = student, twin, damp, bias
         self.iterations, self.masks = iterations, masks
@@ -210,7 +219,10 @@ class _Fit:
             if means is not None:
                 moments = moments - matrix.total * means[0].unsqueeze(-1) * means[0].unsqueeze(-2)
                 cross = cross - matrix.total * means[0].unsqueeze(-1) * means[1].unsqueeze(-2)
-            hold = self.damp * matrix.moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+            hold = (
+                damping(self.damp, matrix.rows)
+                * matrix.moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+            )
             target = cross @ wanted + hold * wanted
             held = moments + hold * torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
             start = weight.view(-1)[matrix.positions]

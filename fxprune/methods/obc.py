@@ -11,7 +11,7 @@ from fxprune.scoring.contract import Found, Method, Problem
 from fxprune.scoring.gradients import count_of
 from fxprune.scoring.layer_plan import Plan, choose_in_layer, solve_in_rounds
 from fxprune.scoring.sequential import Layer
-from fxprune.scoring.surgeon import damped, dense_scores
+from fxprune.scoring.surgeon import damped, damping, dense_scores
 from fxprune.sparsity.budget import apportion
 from fxprune.sparsity.granularity import WEIGHT
 
@@ -20,7 +20,7 @@ CHUNK = 1 << 25
 """Numbers in the inverses that are handled at a time."""
 
 
-def obc(*, batches: int = 1, damp: float = 0.01, most: int = 1024, propagate: bool = True) -> Method:
+def obc(*, batches: int = 1, damp: float | None = None, most: int = 1024, propagate: bool = True) -> Method:
     """Optimal brain compression (Frantar, Singh, Alistarh 2022, arXiv 2208.11580).
 
     From every output the weight with the least ``w^2 / [H^-1]_jj`` goes, all others change by
@@ -29,7 +29,8 @@ def obc(*, batches: int = 1, damp: float = 0.01, most: int = 1024, propagate: bo
 
     Options:
         batches: number of batches that are run
-        damp: added to the diagonal of the inputs' moments, as a share of its mean
+        damp: added to the diagonal of the inputs' moments, as a share of its mean; None, for 10 / sqrt(rows)
+            of a layer with so many vectors of inputs in the data, and at least 0.01
         most: inputs that a layer may have; beyond it, `sparsegpt` is the method to take
         propagate: whether a layer sees what the pruned layers before it give, instead of the dense ones
 
@@ -38,7 +39,7 @@ def obc(*, batches: int = 1, damp: float = 0.01, most: int = 1024, propagate: bo
     """
     count_of(NAME, "batches", batches)
     count_of(NAME, "most", most)
-    if not damp >= 0:
+    if damp is not None and not damp >= 0:
         raise ValueError(f"method {NAME!r}: damp={damp!r}, expected a share of the mean diagonal, at least 0")
 
     def solve(plan: Plan, layer: Layer) -> tuple[Tensor, Tensor]:
@@ -79,11 +80,13 @@ class _Rows:
     inverse: Tensor
 
 
-def _solved(layer: Layer, plan: Plan, damp: float) -> tuple[Tensor, Tensor]:
+def _solved(layer: Layer, plan: Plan, damp: float | None) -> tuple[Tensor, Tensor]:
     groups = [
         _Rows(places.mT, torch.linalg.inv(moments))
         for matrix in layer.matrices
-        for places, moments in zip(matrix.positions, damped(matrix.moments, damp), strict=True)
+        for places, moments in zip(
+            matrix.positions, damped(matrix.moments, damping(damp, matrix.rows)), strict=True
+        )
     ]
     if plan.granularity == WEIGHT and not plan.masks:
         mask = _traced_mask(layer, groups, plan.layers[layer.name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from fxprune.scoring.contract import Found, Method, Problem
 from fxprune.scoring.gradients import count_of
 from fxprune.scoring.layer_plan import Plan, choose_in_layer, solve_in_rounds
 from fxprune.scoring.sequential import Layer, Matrix
-from fxprune.scoring.surgeon import Chooser, dense_scores, inverse_root, surgery
+from fxprune.scoring.surgeon import Chooser, damping, dense_scores, inverse_root, surgery
 from fxprune.sparsity.budget import Budget, apportion
 from fxprune.sparsity.channel_granularity import Oriented
 from fxprune.sparsity.granularity import NEVER, NM, WEIGHT, Granularity
@@ -20,7 +21,14 @@ from fxprune.sparsity.select import select
 NAME = "sparsegpt"
 
 
-def sparsegpt(*, batches: int = 1, damp: float = 0.01, block: int = 128, propagate: bool = True) -> Method:
+def sparsegpt(
+    *,
+    batches: int = 1,
+    damp: float | None = None,
+    block: int = 128,
+    propagate: bool = True,
+    split: Literal["equal", "error"] = "equal",
+) -> Method:
     """One-shot pruning with updates of the weights that stay (Frantar, Alistarh 2023, arXiv 2301.00774).
 
     Input by input, weights are removed by ``w^2 / [H^-1]_jj``, H the second moments of a layer's inputs, and
@@ -29,18 +37,21 @@ def sparsegpt(*, batches: int = 1, damp: float = 0.01, block: int = 128, propaga
 
     Options:
         batches: number of batches that are run
-        damp: added to the diagonal of the inputs' moments, as a share of its mean
+        damp: added to the diagonal of the inputs' moments, as a share of its mean; None, for 10 / sqrt(rows)
+            of a layer with so many vectors of inputs in the data, and at least the paper's 0.01
         block: inputs whose weights are chosen together (the paper's Bs); in a pattern n:m, m of them
         propagate: whether a layer sees what the pruned layers before it give, instead of the dense ones
+        split: under ``budget="global"`` every layer loses an "equal" share, as in the paper, or the one at
+            which a further weight costs all the same "error", relative to the outputs of its layer
 
-    Under ``budget="global"`` every layer loses the same share, as in the paper. Blocks and kernels are chosen
+    Blocks and kernels are chosen
     by the sum of their scores when their layer is solved, channels by the scores in the dense network.
     Deviations from the authors' code: the budget is kept to one weight; blocks share it by their inputs that
     are not always zero, and weights of inputs that are go first, but are not changed where they stay.
     """
     count_of(NAME, "batches", batches)
     count_of(NAME, "block", block)
-    if not damp >= 0:
+    if damp is not None and not damp >= 0:
         raise ValueError(f"method {NAME!r}: damp={damp!r}, expected a share of the mean diagonal, at least 0")
 
     def find(problem: Problem) -> Found:
@@ -51,6 +62,7 @@ def sparsegpt(*, batches: int = 1, damp: float = 0.01, block: int = 128, propaga
             batches=batches,
             propagate=propagate,
             method=NAME,
+            split=split,
         )
 
     return Method(
@@ -73,17 +85,17 @@ class _Ready:
     dead: Tensor
 
 
-def _ready(matrix: Matrix, damp: float, taps_first: bool = False) -> _Ready:
+def _ready(matrix: Matrix, damp: float | None, taps_first: bool = False) -> _Ready:
     positions, moments = matrix.positions, matrix.moments
     if taps_first and matrix.taps > 1:
         inputs = torch.arange(positions.shape[1], device=positions.device)
         order = inputs.view(-1, matrix.taps).mT.flatten()
         positions, moments = positions[:, order], moments[:, order][:, :, order]
     dead = moments.diagonal(dim1=-2, dim2=-1) == 0
-    return _Ready(positions, inverse_root(moments, damp), dead)
+    return _Ready(positions, inverse_root(moments, damping(damp, matrix.rows)), dead)
 
 
-def solve_layer(layer: Layer, plan: Plan, damp: float, block: int) -> tuple[Tensor, Tensor]:
+def solve_layer(layer: Layer, plan: Plan, damp: float | None, block: int) -> tuple[Tensor, Tensor]:
     """Return the mask and the new weights of one layer."""
     if not plan.masks and plan.layers[layer.name] == int(layer.mask.sum()):
         return layer.mask, layer.weight
@@ -134,7 +146,7 @@ def _pattern(plan: Plan, layer: Layer) -> Granularity | None:
 
 
 def _column_blocks(
-    layer: Layer, plan: Plan, pattern: Granularity, damp: float, block: int
+    layer: Layer, plan: Plan, pattern: Granularity, damp: float | None, block: int
 ) -> tuple[Tensor, Tensor]:
     """Choose weights block by block of inputs, each when the blocks before it are done."""
     mask, weight = layer.mask.clone(), layer.weight.clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,10 +20,13 @@ from fxprune.sparsity.masks import Masks, kept
 from fxprune.sparsity.schedule import OneShot
 from fxprune.sparsity.select import select
 
-__all__ = ["Plan", "choose_in_layer", "plan_layers", "solve_in_rounds"]
+__all__ = ["Plan", "Split", "choose_in_layer", "output_energy", "plan_layers", "solve_in_rounds"]
 
 LayerScores = Callable[[Layer], Tensor]
 """The scores of a layer's weights, in their shape; higher = keep."""
+
+Split = Literal["equal", "error"]
+"""How layers share a budget that names none of them."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +49,19 @@ def solve_in_rounds(
     batches: int,
     propagate: bool,
     method: str,
+    split: Split = "equal",
 ) -> Found:
     """Plan and solve all layers, once, or in the rounds of ``problem.schedule``, each from the one before it.
 
-    ``solver`` gets the plan and a layer; ``scores`` are those that channels are chosen by. The others are
-    the arguments of :func:`fxprune.scoring.sequential.solve_layers`.
+    ``solver`` gets the plan and a layer; ``scores`` are those that channels are chosen by, and the squared
+    errors by which layers share a budget under ``split="error"``. The others are the arguments of
+    :func:`fxprune.scoring.sequential.solve_layers`.
     """
     masks, weights = dict(problem.masks), dict[str, Tensor]()
     for budget in list(round_budgets(problem, schedule=OneShot(), regrow=False, name=method)):
         now = replace(problem, masks=masks, budget=budget.capped(problem.granularity.room(masks)))
         options: dict[str, Any] = {"batches": batches, "method": method, "start": weights}
-        plan = plan_layers(now, scores, **options)
+        plan = plan_layers(now, scores, split=split, **options)
         masks, weights = solve_layers(now, partial(solver, plan), propagate=propagate, **options)
         if problem.group is not None:
             agree(masks, problem.group)
@@ -64,32 +69,66 @@ def solve_in_rounds(
 
 
 def plan_layers(
-    problem: Problem, scores: LayerScores, *, batches: int, method: str, start: Weights | None = None
+    problem: Problem,
+    scores: LayerScores,
+    *,
+    batches: int,
+    method: str,
+    start: Weights | None = None,
+    split: Split = "equal",
 ) -> Plan:
     """Plan the layers of a problem.
 
-    A budget without layers is split so that every layer loses the same share of what it has. Channels run
-    through several layers: they are chosen here, by ``scores`` of all layers in the dense network.
+    A budget without layers is split so that every layer loses the same share of what it has, or, by "error",
+    as weights would share it that compete over the network by their scores relative to the energy of their
+    layer's outputs. Channels run through several layers: they are chosen here, by ``scores`` of all layers in
+    the dense network.
 
     The arguments are those of :func:`solve_in_rounds`.
     """
+    dense = partial(_scores_of_all, problem, batches=batches, method=method, start=start)
     if isinstance(problem.granularity, ChannelGroups):
-        found: dict[str, Tensor] = {}
-
-        def note(layer: Layer) -> tuple[Tensor, Tensor]:
-            found[layer.name] = scores(layer).to(problem.weights[layer.name].device)
-            return layer.mask, layer.weight
-
-        solve_layers(problem, note, batches=batches, propagate=False, method=method, start=start, silent=True)
-        ordered = {name: found[name] for name in problem.weights}
-        masks = select_within(problem, ordered, problem.budget, problem.masks, method)
+        masks = select_within(problem, dense(scores), problem.budget, problem.masks, method)
         return Plan(problem.granularity, masks=masks)
     room = problem.granularity.room(problem.masks)
     layers = problem.budget.layers
+    if layers is None and split == "error":
+        relative = dense(lambda layer: scores(layer) / output_energy(layer))
+        layers = kept(select_within(problem, relative, problem.budget, problem.masks, method))
     if layers is None:
         shares = {name: float(max(number, 1)) for name, number in kept(problem.masks).items()}
         layers = apportion(min(problem.budget.total, sum(room.values())), shares, room)
     return Plan(problem.granularity, {name: min(number, room[name]) for name, number in layers.items()})
+
+
+def _scores_of_all(
+    problem: Problem, scores: LayerScores, *, batches: int, method: str, start: Weights | None
+) -> dict[str, Tensor]:
+    """The scores of all layers, on the inputs that the dense network gives them."""
+    found: dict[str, Tensor] = {}
+
+    def note(layer: Layer) -> tuple[Tensor, Tensor]:
+        found[layer.name] = scores(layer).to(problem.weights[layer.name].device)
+        return layer.mask, layer.weight
+
+    solve_layers(problem, note, batches=batches, propagate=False, method=method, start=start, silent=True)
+    return {name: found[name] for name in problem.weights}
+
+
+def output_energy(layer: Layer) -> float:
+    """Sum the squares of a layer's outputs, without biases, over the data; never 0.
+
+    Weights without inputs count as if their inputs were as large as those of the others on average.
+    """
+    weight = layer.weight.reshape(-1)
+    energy, seen = 0.0, 0.0
+    for matrix in layer.matrices:
+        values = weight[matrix.positions]
+        energy += float((values * (matrix.moments @ values)).sum())
+        seen += float(values.square().sum())
+    unseen = float(weight[layer.unseen].square().sum())
+    energy += unseen * (energy / seen if seen else 1.0)
+    return energy if energy > 0 else 1.0
 
 
 def choose_in_layer(plan: Plan, layer: Layer, scores: Tensor) -> Tensor:

@@ -32,7 +32,8 @@ class Matrix:
     """A part of a parameter with inputs of its own: a stack of matrices.
 
     ``positions``: places in the flattened parameter, (parts, inputs, outputs). ``moments``: (parts, inputs,
-    inputs), the sums of products of inputs. ``taps``: inputs come in runs of so many taps of one channel.
+    inputs), the sums of products of ``rows`` vectors of inputs. ``taps``: inputs come in runs of so many taps
+    of one channel.
     Beside a dense twin: ``cross``, the sums of products of inputs and the twin's inputs, ``sums`` of the one
     and the other, (2, parts, inputs), and ``total``, the number of them.
     """
@@ -43,6 +44,7 @@ class Matrix:
     cross: Tensor | None = None
     sums: Tensor | None = None
     total: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ class _Run:
                 own = positions[where].to(weight.device)
                 cross = None if part.cross is None else part.cross[live]
                 sums = None if part.sums is None else part.sums[:, live]
-                matrices.append(Matrix(own, moments[live], geometry.taps, cross, sums, part.total))
+                matrices.append(Matrix(own, moments[live], geometry.taps, cross, sums, part.total, part.rows))
         if not bool(taken.all()):
             share = int((~taken).sum())
             slices = (~taken).view(len(weight), -1).all(1).nonzero().flatten().tolist()

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Chooser", "damped", "dense_scores", "inverse_root", "scores_of", "surgery"]
+__all__ = ["Chooser", "damped", "damping", "dense_scores", "inverse_root", "scores_of", "surgery"]
 
 
 class Moments(Protocol):
@@ -26,6 +26,10 @@ class Moments(Protocol):
     def moments(self) -> Tensor:
         """(parts, inputs, inputs)."""
 
+    @property
+    def rows(self) -> int:
+        """Vectors of inputs that the moments are sums over."""
+
 
 Chooser = Callable[[int, int, Tensor], Tensor]
 """``chooser(first, last, scores)``: the weights to keep (bool) of inputs ``first`` to ``last``, which have
@@ -36,6 +40,19 @@ LEAF = 8
 
 ATTEMPTS = 6
 """Times that the damping may be multiplied by ten until the Hessian has a root."""
+
+
+def damping(asked: float | None, rows: int) -> float:
+    """Return the damping that was asked for, or else one that falls with the number of vectors of inputs.
+
+    Moments of few inputs say little of others: fitted to them alone, weights are worse on new data than
+    weights that were not fitted at all. ``10 / sqrt(rows)``, and not less than 0.01, was within a tenth of
+    the best held-out error in layers of an image classifier, from 64 to 3000 rows.
+
+    >>> damping(None, 400), damping(None, 10**8), damping(0.1, 400)
+    (0.5, 0.01, 0.1)
+    """
+    return max(0.01, 10 / max(rows, 1) ** 0.5) if asked is None else asked
 
 
 def damped(hessian: Tensor, damp: float) -> Tensor:
@@ -89,7 +106,7 @@ def scores_of(weights: Tensor, root: Tensor) -> Tensor:
     return (weights / root.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)).square()
 
 
-def dense_scores(weight: Tensor, matrices: Sequence[Moments], unseen: Tensor, damp: float) -> Tensor:
+def dense_scores(weight: Tensor, matrices: Sequence[Moments], unseen: Tensor, damp: float | None) -> Tensor:
     """Compute ``w^2 / [H^-1]_jj``: the error if a weight goes and all others of its output make up for it.
 
     Weights of inputs that are always zero have none; the weights at the places ``unseen``, whose inputs are
@@ -98,7 +115,7 @@ def dense_scores(weight: Tensor, matrices: Sequence[Moments], unseen: Tensor, da
     scores = weight.square()
     flat, scales = scores.view(-1), []
     for matrix in matrices:
-        inverse = inverse_root(matrix.moments, damp).square().sum(-2)
+        inverse = inverse_root(matrix.moments, damping(damp, matrix.rows)).square().sum(-2)
         dead = matrix.moments.diagonal(dim1=-2, dim2=-1) == 0
         scale = torch.where(dead, 0.0, 1 / inverse)
         flat[matrix.positions] *= scale.unsqueeze(-1)

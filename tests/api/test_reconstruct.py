@@ -1,6 +1,7 @@
 """Reconstruction against torch.linalg.lstsq, layer by layer."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -84,6 +85,26 @@ def test_damping_holds_weights_to_the_dense_ones() -> None:
         torch.cat([x, root]), torch.cat([x @ weight.T, root @ weight.T]), fxprune.masks(pruned)["0.weight"]
     )
     assert torch.allclose(fitted.get_parameter("0.weight"), expected, atol=1e-5)
+
+
+def test_few_inputs_do_not_spoil_the_outputs_for_others() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(80, 40)).double()
+    every = torch.relu(torch.randn(3000, 20).double() @ torch.randn(20, 80).double()) + torch.rand(3000, 80)
+    given, others = (every[:60], torch.zeros(60)), every[60:]
+    pruned = prune(model, given)
+
+    def error(one: nn.Module) -> float:
+        return float((one(others) - model(others)).detach().square().sum())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        held = fxprune.reconstruct(pruned, given, model, progress=False)
+        spoilt = fxprune.reconstruct(pruned, given, model, damp=1e-4, progress=False)
+        same = fxprune.reconstruct(pruned, given, model, damp=10 / 60**0.5, progress=False)
+    assert torch.equal(held.get_parameter("0.weight"), same.get_parameter("0.weight"))
+    assert error(held) < 0.8 * error(pruned)
+    assert error(held) < 0.9 * error(spoilt)
 
 
 def test_convolutions_in_groups() -> None:

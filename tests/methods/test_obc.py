@@ -20,7 +20,9 @@ def layer_and_inputs(inputs: int, outputs: int) -> tuple[nn.Sequential, Tensor]:
 
 
 def solve(model: nn.Module, x: Tensor, sparsity: float, **options: Any) -> Any:
-    return methods.get("obc", **options).find(problem(model, sparsity, data=(x, torch.zeros(len(x)))))
+    return methods.get("obc", **{"damp": DAMP, **options}).find(
+        problem(model, sparsity, data=(x, torch.zeros(len(x))))
+    )
 
 
 def best(weight: Tensor, h: Tensor, keep: list[int]) -> tuple[float, Tensor]:

@@ -55,7 +55,7 @@ def correlated(rows: int, inputs: int) -> Tensor:
 
 def solve(model: nn.Module, x: Tensor, sparsity: float = 0.5, **options: Any) -> tuple[Any, Any]:
     fields = {name: options.pop(name) for name in ("granularity", "group", "masks") if name in options}
-    method = methods.get("sparsegpt", **options)
+    method = methods.get("sparsegpt", **{"damp": DAMP, **options})
     return method.find(problem(model.eval(), sparsity, data=(x, torch.zeros(len(x))), **fields))  # type: ignore[return-value]
 
 
@@ -175,7 +175,7 @@ def test_attention_is_solved_by_the_inputs_of_each_projection() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).double().eval()
     x = torch.randn(20, 5, 8).double() @ torch.randn(8, 8).double()
     pruned = fxprune.apply(
-        layer, "sparsegpt", 0.5, example_inputs=x, data=(x, torch.zeros(20)), progress=False
+        layer, "sparsegpt", 0.5, example_inputs=x, data=(x, torch.zeros(20)), damp=DAMP, progress=False
     )
     mask, expected = dense_obs(layer.self_attn.in_proj_weight.detach(), x.flatten(0, 1), 96)
     assert torch.equal(fxprune.masks(pruned)["self_attn.in_proj_weight"], mask)
@@ -214,7 +214,7 @@ def test_micro_batches_and_several_batches_are_one_batch() -> None:
     whole = solve(model, x)
     labels = torch.zeros(20)
     data = [(part, labels) for part in x.split(20)]
-    method = methods.get("sparsegpt", batches=3)
+    method = methods.get("sparsegpt", batches=3, damp=DAMP)
     parts = method.find(problem(model, 0.5, data=data, micro_batch=7))
     for one, other in zip(whole, parts, strict=True):
         assert all(torch.allclose(one[name].double(), other[name].double()) for name in one)
@@ -265,6 +265,50 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert close[masks["0.weight"] == mask].float().mean() > 0.95
 
 
+def test_the_damping_falls_with_the_number_of_inputs() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 5)).double(), correlated(400, 12)
+    masks, weights = solve(model, x, damp=None)
+    expected = solve(model, x, damp=0.5)  # 10 / sqrt(400)
+    assert torch.equal(masks["0.weight"], expected[0]["0.weight"])
+    assert torch.equal(weights["0.weight"], expected[1]["0.weight"])
+
+
+def test_few_inputs_do_not_spoil_the_outputs_for_others() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(80, 40)).double()
+    every = torch.relu(torch.randn(3000, 20).double() @ torch.randn(20, 80).double()) + torch.rand(3000, 80)
+    given, others = every[:60], every[60:]
+
+    def error(damp: float | None) -> float:
+        masks, weights = solve(model, given, damp=damp)
+        change = weights["0.weight"] * masks["0.weight"] - model[0].weight
+        return float((others @ change.T).detach().square().sum())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert error(None) < 0.9 * error(0.01)
+
+
+def test_layers_share_a_budget_by_the_errors_of_their_outputs() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 8)).double()
+    model[0].weight.data[:, 3:] *= 0.05  # most of this layer may go at little cost
+    x = correlated(60, 12)
+    hidden = torch.tanh(model[0](x)).detach()
+    relative = []
+    for inputs, layer in ((x, model[0]), (hidden, model[2])):
+        weight = layer.weight.detach()
+        relative.append(weight**2 / hessian(inputs).inverse().diagonal() / (inputs @ weight.T).square().sum())
+    threshold = torch.cat([one.flatten() for one in relative]).sort().values[100]
+    masks, _ = solve(model, x, split="error")
+    numbers = [int((one >= threshold).sum()) for one in relative]
+    assert [int(mask.sum()) for mask in masks.values()] == numbers
+    assert numbers[0] < 40
+    equal, _ = solve(model, x)
+    assert [int(mask.sum()) for mask in equal.values()] == [60, 40]
+
+
 def test_what_was_pruned_stays_pruned() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(12, 5)).double(), correlated(40, 12)
@@ -303,7 +347,7 @@ def test_a_model_without_a_graph_is_solved_in_order() -> None:
         warnings.simplefilter("ignore")
         pruned = fxprune.apply(
             model, "sparsegpt", 0.5, example_inputs=x, data=(x, torch.zeros(60)), returns="module",
-            budget="uniform", progress=False,
+            budget="uniform", damp=DAMP, progress=False,
         )  # fmt: skip
     plain = nn.Sequential(model.one, nn.ReLU(), model.two)
     masks, weights = solve(plain, x)
@@ -374,7 +418,7 @@ def test_experts_of_transformers_are_solved_by_the_tokens_they_get() -> None:
         warnings.simplefilter("ignore")
         pruned = fxprune.apply(
             model, "sparsegpt", 0.5, example_inputs={"input_ids": ids[:2]}, returns="module", progress=False,
-            data=({"input_ids": ids}, torch.zeros(16)), propagate=False,
+            data=({"input_ids": ids}, torch.zeros(16)), propagate=False, damp=DAMP,
         )  # fmt: skip
     name = "model.layers.0.mlp.experts.gate_up_proj"
     mask, values = fxprune.masks(pruned)[name], pruned.get_parameter(name)
