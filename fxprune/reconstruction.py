@@ -25,8 +25,7 @@ from fxprune.rewrite.masking.computed import computed_weights, settled
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.parameters import unwrap
 from fxprune.scoring.least_squares import fit_kept
-from fxprune.scoring.sequential import Layer, solve_layers
-from fxprune.scoring.surgeon import damping
+from fxprune.scoring.sequential import Layer, Matrix, solve_layers
 from fxprune.scoring.walk import Stage
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.masks import Masks, kept, nonzeros
@@ -64,8 +63,8 @@ def reconstruct(
         example_inputs: as for :func:`fxprune.apply`, for a model that is not captured yet.
         loss_fn: ``loss_fn(model, batch)``, where batches are mappings that do not name the model's inputs.
         damp: how much weights are held to the dense ones, as a share of the mean square input. None, for
-            10 / sqrt(rows) of a layer with so many vectors of inputs, and at least 0.01: weights that are
-            fitted to few inputs are worse on others.
+            8 times the inputs of an output over the vectors of inputs in the data, from 0.01 to 10: weights
+            that are fitted to little data are worse on other data.
         bias: whether biases of fitted layers are fitted with them.
         norms: whether batch norms get statistics that give their outputs the dense mean and variance.
         propagate: False, to fit every layer on its own, on the inputs that the pruned network gives it.
@@ -190,6 +189,12 @@ def _with_values(twin: nn.Module, reference: nn.Module) -> nn.Module:
     return twin
 
 
+def _damping(asked: float | None, matrix: Matrix) -> float:
+    """The damping that was asked for, or one in proportion to inputs per vector of inputs."""
+    inputs = matrix.moments.shape[-1]
+    return min(10.0, max(0.01, 8 * inputs / max(matrix.rows, 1))) if asked is None else asked
+
+
 class _Fit:
     """Solves layers, and holds what is found besides weights: biases, statistics of batch norms."""
 
@@ -220,7 +225,7 @@ class _Fit:
                 moments = moments - matrix.total * means[0].unsqueeze(-1) * means[0].unsqueeze(-2)
                 cross = cross - matrix.total * means[0].unsqueeze(-1) * means[1].unsqueeze(-2)
             hold = (
-                damping(self.damp, matrix.rows)
+                _damping(self.damp, matrix)
                 * matrix.moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
             )
             target = cross @ wanted + hold * wanted

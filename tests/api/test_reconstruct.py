@@ -101,10 +101,18 @@ def test_few_inputs_do_not_spoil_the_outputs_for_others() -> None:
         warnings.simplefilter("ignore")
         held = fxprune.reconstruct(pruned, given, model, progress=False)
         spoilt = fxprune.reconstruct(pruned, given, model, damp=1e-4, progress=False)
-        same = fxprune.reconstruct(pruned, given, model, damp=10 / 60**0.5, progress=False)
+        same = fxprune.reconstruct(pruned, given, model, damp=10, progress=False)
     assert torch.equal(held.get_parameter("0.weight"), same.get_parameter("0.weight"))
     assert error(held) < 0.8 * error(pruned)
     assert error(held) < 0.9 * error(spoilt)
+
+
+def test_the_damping_is_8_times_the_inputs_over_the_rows() -> None:
+    model, given = nn.Sequential(nn.Linear(12, 5)).double(), data(400, 12)
+    pruned = prune(model, given)
+    default = fxprune.reconstruct(pruned, given, model, progress=False)
+    same = fxprune.reconstruct(pruned, given, model, damp=8 * 12 / 400, progress=False)
+    assert torch.equal(default.get_parameter("0.weight"), same.get_parameter("0.weight"))
 
 
 def test_convolutions_in_groups() -> None:
