@@ -114,6 +114,9 @@ def assemble(
     keep_regions(graph)
     result = CapturedModule(root, graph, type(model).__name__)
     vars(result).update(vars(root))
+    for table in HOOK_TABLES:  # a hook that is given its module gets this one: the other may go
+        hooks = vars(result)[table]
+        hooks.update({key: type(hook)(hook.hook, result) for key, hook in hooks.items() if _is_bound(hook)})
     if any(getattr(model, table) for table in (*KINDS, *BACKWARD_TABLES)):
         # Its hooks may read any attribute of the model.
         others = {key: value for key, value in vars(model).items() if key not in ("forward", "_graph")}
@@ -133,6 +136,11 @@ def _names_left_behind(model: nn.Module) -> frozenset[str]:
     return frozenset(
         name for name in dir(type(model)) if not name.startswith("_") and not hasattr(fx.GraphModule, name)
     )
+
+
+def _is_bound(hook: Any) -> bool:
+    """Whether a registered hook refers to the module that it was registered on."""
+    return bool(getattr(hook, "with_module", False))
 
 
 def _without_traced_hooks(model: nn.Module, targets: set[str], kept: Collection[Hook]) -> nn.Module:

@@ -92,8 +92,9 @@ def explain_misfit(inputs: Any, model: nn.Module) -> str | None:
     given = list(tensors_in(inputs))
     wanted = _expected(model)
     if len(given) != len(wanted):
-        if len(wanted) < 2 and len(given) < 2:
-            return None
+        captured = isinstance(getattr(model, "graph", None), torch.fx.Graph)
+        if not captured or (len(wanted) < 2 and len(given) < 2):
+            return None  # a first layer does not say how many inputs there are
         return f"data: x holds {len(given)} tensors, {type(model).__name__} takes {len(wanted)}"
     for index, (x, (dtype, shape)) in enumerate(zip(given, wanted, strict=True)):
         remedy = _remedy(x, dtype, shape)

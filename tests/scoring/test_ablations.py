@@ -112,7 +112,8 @@ def test_every_method_takes_them() -> None:
     assert all(option.help for option in common.values())
     for name in methods.names():
         assert not common.keys() & methods.options(name).keys()
-        assert methods.get(name, shuffle="layer").name == name
+        if not methods.get(name).updates:  # new weights fit the method's own masks alone
+            assert methods.get(name, shuffle="layer").name == name
 
 
 def test_weights_are_drawn_anew_from_their_own_distribution() -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all; a run that was killed ends as if nothing had been."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -26,7 +27,8 @@ def killed_run(kind: str, folder: Path, lines: int, delay: float) -> list[str]:
     said = [here.recv() for _ in range(lines)]
     time.sleep(delay)
     assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it was done already
+        os.kill(process.pid, signal.SIGKILL)
     process.join()
     return said
 

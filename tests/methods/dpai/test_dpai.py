@@ -567,6 +567,7 @@ def test_the_bar_shows_what_grows_and_an_interrupt_comes_through(small: ChannelG
     assert all(bool(mask.all()) for mask in asked.masks.values())
 
 
+@pytest.mark.filterwarnings("ignore:sparsity=0.7. more than the 0.5 of 2.4")
 @pytest.mark.parametrize("granularity", ["kernel", "nm(2,4)", "block(2,2)"])
 @pytest.mark.parametrize("schedule", [None, "linear(3)", "exponential(4)"])
 def test_granularities_and_schedules(granularity: str, schedule: str | None) -> None:
