@@ -158,7 +158,8 @@ class Tape:
             node.meta["val"] = tensor.shape
             self._sizes[key] = self.wrap(tensor.shape, node, False)
             if owner in self.unsized and tensor.dim():
-                self.unsized.add(self._sizes[key][0].node)
+                length: Any = self._sizes[key][0]
+                self.unsized.add(length.node)
         return self._sizes[key]
 
     def keep_shape(self, tensor: Tensor) -> None:

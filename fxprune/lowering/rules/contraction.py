@@ -187,7 +187,7 @@ def chain(context: Context, *matrices: Any) -> ir.Value:
     """``a @ b @ c``, from the left, or from the first matrix that depends on the input."""
     parts = list(matrices[0]) if isinstance(matrices[0], (list, tuple)) else list(matrices)
     first = next(i for i, x in enumerate(parts) if isinstance(x, ir.Value))
-    made: Any = parts[first]
+    made: ir.Value = parts[first]
     for other in parts[first + 1 :]:
         shape = (*made.shape[:-1], *other.shape[1:])
         made = product(context, made, other, shape)
