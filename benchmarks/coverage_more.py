@@ -37,6 +37,14 @@ from fxprune.lowering import matrices_outside
 HERE = Path(__file__).parent
 RESULTS = HERE / "coverage_more.jsonl"
 TABLE = HERE.parent / "docs" / "coverage_more.md"
+FOLDERS = re.compile(r"/[\w./-]*/(?=[\w.-]+\.py)")
+
+
+def without_folders(text: str) -> str:
+    """Leave the names of files, and drop where they are on this machine."""
+    return FOLDERS.sub("", text)
+
+
 LIMIT_S = 240
 QUICK = False
 """Capture and lower only, for a first look."""
@@ -94,10 +102,12 @@ def tried(row: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
             warnings.simplefilter("always")
             result = work()
     except Exception as error:  # anything at all is what is looked for here
-        row[name] = f"{type(error).__name__}: {error}"[:400]
+        row[name] = without_folders(f"{type(error).__name__}: {error}")[:400]
         return None
     row[name] = result if isinstance(result, str) else ""
-    notes = [str(w.message) for w in noted if str(w.message).startswith(("capture:", "apply:"))]
+    notes = [
+        without_folders(str(w.message)) for w in noted if str(w.message).startswith(("capture:", "apply:"))
+    ]
     if notes:
         row.setdefault("notes", {})[name] = [note[:300] for note in notes[:6]]
     return result
@@ -172,7 +182,7 @@ def child(name: str, pipe: Connection) -> None:
     try:
         row = measure(name)
     except Exception as error:
-        row = {"name": name, "broken": f"{type(error).__name__}: {error}"[:300]}
+        row = {"name": name, "broken": without_folders(f"{type(error).__name__}: {error}")[:300]}
     pipe.send(row)
 
 
