@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-__all__ = ["Region", "keep_regions"]
+__all__ = ["OpenRegions", "Region", "keep_regions"]
 
 ASSIGNED = re.compile(r"^(\w+)(?: : [^=]+)? = ")
 FREED = re.compile(r";  ((?:\w+ = )+)None$")
@@ -27,6 +27,30 @@ class Region:
 
     number: int
     training: bool = False
+
+
+class OpenRegions:
+    """The regions that code under a trace is in, outermost first; what is inside of one is part of it."""
+
+    def __init__(self) -> None:
+        self.keys: list[object] = []
+        self.number = 0
+
+    @property
+    def current(self) -> Region | None:
+        """The region that a node made now belongs to."""
+        return Region(self.number) if self.keys else None
+
+    def begin(self, key: object) -> None:
+        """Enter a region; ``key`` is any object that its end will name."""
+        self.number += not self.keys
+        self.keys.append(key)
+
+    def end(self, key: object) -> None:
+        """Leave a region, if it was not forgotten with the part of the trace in which it began."""
+        if any(one is key for one in self.keys):
+            while self.keys.pop() is not key:
+                pass
 
 
 def keep_regions(graph: fx.Graph) -> None:

@@ -136,3 +136,16 @@ class Chooses(nn.Module):
 def test_a_forward_that_an_instance_has_is_entered() -> None:
     gm = capture(nn.Sequential(Chooses()), torch.ones(3, 4))
     assert called(gm) == ["0.layer", "0.layer"]
+
+
+@pytest.mark.filterwarnings("ignore:.*kept whole")
+@pytest.mark.parametrize("change", ["half", "meta"])
+def test_a_table_kept_in_another_type_or_place_is_no_obstacle(change: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Biased(), nn.ReLU()).eval(), torch.randn(3, 2, 4)
+    model(x)
+    model = model.half() if change == "half" else model.to("meta")
+    if change == "meta":
+        model[0].cache["table"] = model[0].cache["table"].to("meta")
+    gm = capture(model, torch.ones(5, 2, 4, dtype=torch.float16 if change == "half" else torch.float32))
+    assert "0" in called(gm) or "0.layer" in called(gm)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fxprune
 from fxprune.capture import capture
+from fxprune.capture.recompute import OpenRegions
 
 
 class Block(nn.Module):
@@ -127,3 +128,53 @@ def test_names_in_texts_and_results_in_lists() -> None:
     gm = capture(model, x)
     assert torch.equal(gm(x), model(x))
     assert all(map(torch.equal, gradients(gm, x), gradients(model, x)))
+
+
+class Fails(nn.Module):
+    """A checkpointed part that has to stay whole, before a part that is not checkpointed."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.part, self.last = Asks(reentrant), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.part(x)).relu()
+
+
+class Asks(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant, self.layer = reentrant, nn.Linear(4, 4)
+
+    def inner(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y if float(y.sum()) > 0 else -y
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:.*kept whole")
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_region_that_fails_ends_with_its_part(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Fails(reentrant), torch.randn(3, 4, requires_grad=True)
+    gm = capture(model, x)
+    assert [node.target for node in gm.graph.nodes if node.op == "call_module"] == ["part", "last"]
+    assert not [node for node in gm.graph.nodes if "checkpoint" in node.meta]
+    assert torch.equal(gm(x), model(x))
+
+
+def test_a_region_ends_with_those_that_began_inside_of_it_and_once() -> None:
+    regions, outer, inner = OpenRegions(), object(), object()
+    assert regions.current is None
+    regions.begin(outer)
+    first = regions.current
+    regions.begin(inner)
+    assert regions.current == first
+    regions.end(outer)
+    regions.end(inner)
+    regions.end(outer)
+    assert regions.current is None
+    regions.begin(outer)
+    assert regions.current != first

@@ -98,7 +98,7 @@ class Memos:
     def _explains(self, cache: Cache, model: nn.Module) -> bool:
         last = self._nodes.get(id(cache.entries.get(cache.key)))
         chain = [] if last is None else _ancestors(last)
-        if last is None or not all(is_pure(node) for node in chain):
+        if last is None or cache.kept.is_meta or not all(is_pure(node) for node in chain):
             return False
         values: dict[fx.Node, Any] = {}
         with torch._C.DisableTorchFunction():
@@ -112,7 +112,9 @@ class Memos:
                     values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 else:
                     values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return isinstance(values[last], Tensor) and torch.equal(values[last], cache.kept.detach())
+        new, old = values[last], cache.kept.detach()
+        alike = isinstance(new, Tensor) and (new.dtype, new.device) == (old.dtype, old.device)
+        return alike and torch.equal(new, old)
 
 
 def _ancestors(last: fx.Node) -> list[fx.Node]:

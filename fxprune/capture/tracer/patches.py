@@ -77,10 +77,11 @@ def _apply(recorder: Recorder) -> Any:
         if not recorder.recording:
             return target(*args, **kwargs)
         if cls is torch.utils.checkpoint.CheckpointFunction:
-            recorder.tape.begin_checkpoint()
-            out = args[0](*args[2:], **kwargs)
-            recorder.tape.end_checkpoint()
-            return out
+            recorder.tape.regions.begin(args)
+            try:
+                return args[0](*args[2:], **kwargs)
+            finally:
+                recorder.tape.regions.end(args)
         with recorder.paused(), torch.no_grad():
             out = target(*args, **kwargs)
         with torch._C.DisableTorchFunction():
@@ -117,10 +118,8 @@ def _checkpointing(recorder: Recorder, name: str) -> Callable[..., Any]:
     def call(hooks: Any, *error: Any) -> Any:
         if type(hooks).__module__ != torch.utils.checkpoint.__name__:
             return original(hooks, *error)
-        if name == "__enter__":
-            recorder.tape.begin_checkpoint()
-        else:
-            recorder.tape.end_checkpoint()
+        change = recorder.tape.regions.begin if name == "__enter__" else recorder.tape.regions.end
+        change(hooks)
         return None
 
     return call

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.capture.errors import CaptureError
-from fxprune.capture.recompute import Region
+from fxprune.capture.recompute import OpenRegions
 from fxprune.capture.tracer.call_targets import ObjectOf
 from fxprune.capture.tracer.contents import ATOMS, LITERALS, has_content, has_tensor, is_record, length
 from fxprune.capture.tracer.memos import Memos
@@ -92,7 +92,7 @@ class Tape:
         self._alive: list[Any] = []
         self._live: set[fx.Node] = set()
         self._sizes: dict[tuple[Scope, fx.Node], torch.Size] = {}
-        self._checkpoints, self._depth = 0, 0
+        self.regions = OpenRegions()
 
     # -- what happened --------------------------------------------------------------------------------------
     def record(
@@ -199,18 +199,9 @@ class Tape:
 
     def place(self, node: fx.Node) -> None:
         node.meta["nn_module_stack"] = self.scope.stack
-        if self._depth:
-            node.meta["checkpoint"] = Region(self._checkpoints)
+        if self.regions.current is not None:
+            node.meta["checkpoint"] = self.regions.current
         self.scope.entries.append(node)
-
-    def begin_checkpoint(self) -> None:
-        """Nodes from here on are in a region of ``torch.utils.checkpoint``; inner regions are part of it."""
-        self._depth += 1
-        self._checkpoints += self._depth == 1
-
-    def end_checkpoint(self) -> None:
-        """The innermost region ends."""
-        self._depth -= 1
 
     def arg(self, value: Any) -> Any:
         """Return what stands for ``value`` in a node's arguments."""
@@ -381,11 +372,12 @@ class Tape:
         finally:
             self.scope = outer
 
-    def checkpoint(self) -> tuple[fx.Node | None, int, int, int]:
+    def checkpoint(self) -> tuple[fx.Node | None, int, int, int, int]:
         last = next(iter(reversed(self.graph.nodes)), None)
-        return last, len(self._undo), len(self.scope.entries), len(self.decisions)
+        regions = len(self.regions.keys)
+        return last, len(self._undo), len(self.scope.entries), len(self.decisions), regions
 
-    def rollback(self, start: tuple[fx.Node | None, int, int, int]) -> None:
+    def rollback(self, start: tuple[fx.Node | None, int, int, int, int]) -> None:
         """Forget what was recorded since ``checkpoint`` returned ``start``."""
         for node in list(reversed(self.graph.nodes)):
             if node is start[0]:
@@ -397,4 +389,5 @@ class Tape:
             else:
                 self._nodes[key] = before
         del self._undo[start[1] :], self.scope.entries[start[2] :], self.decisions[start[3] :]
+        del self.regions.keys[start[4] :]
         self._sizes.clear()
