@@ -207,6 +207,9 @@ class ChannelGraph:
         """Number of prunable weights."""
         return sum(kernels.shape.numel() for kernels in self.kernels.values())
 
+    def __str__(self) -> str:
+        return self.summary()
+
     def summary(self) -> str:
         """One line of text per op, and the totals; see :func:`fxprune.graph.display.summary`."""
         return display.summary(self.name, self.ops, self.kernels)

@@ -64,9 +64,9 @@ def like_dict(value: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]
     """``items`` in a dict of the class of ``value``, which may be a dataclass, as a ``ModelOutput``.
 
     Example:
-        >>> from collections import OrderedDict
-        >>> like_dict(OrderedDict(a=1), {"a": 2})
-        OrderedDict({'a': 2})
+        >>> from collections import Counter
+        >>> like_dict(Counter(a=1), {"a": 2})
+        Counter({'a': 2})
     """
     if type(value) is dict or type(value).__module__.startswith("torch.fx."):
         return items

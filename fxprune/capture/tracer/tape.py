@@ -135,7 +135,9 @@ class Tape:
         """A comparison of sizes: the graph holds where it comes out the same."""
         other_node = getattr(other, "node", None)
         if self.running and (number.node in self.unsized or other_node in self.unsized):
-            raise CaptureError("a comparison asks for the numbers in a tensor: they decide a length")
+            raise CaptureError(
+                "a comparison of lengths asks for the numbers in a tensor: they decide a length"
+            )
         if self.running:
             self.decisions.append(Decision(function, number.node, self.arg(other), result, self.scope.path))
 

@@ -138,6 +138,8 @@ def describe(target: Any) -> str:
     if isinstance(target, str):
         return target
     name = str(target) if is_operator(target) else getattr(target, "__qualname__", repr(target))
+    if "<locals>" in name:  # what a function made and gave another name, as PyTorch's dispatchers are
+        name = target.__name__
     return name.removeprefix("_VariableFunctionsClass.")
 
 

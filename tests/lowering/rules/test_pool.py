@@ -39,7 +39,7 @@ def test_a_pool_by_module_and_by_function(kind: str, rank: int) -> None:
 
 @pytest.mark.parametrize(
     ("layer", "reason"),
-    [(nn.LPPool2d(2, 2), "power-average pooling"), (nn.Fold(2, 1), "fold of a single sample")],
+    [(nn.FractionalMaxPool2d(2, 2), "fractional_max_pool2d"), (nn.Fold(2, 1), "fold of a single sample")],
 )
 def test_what_has_no_rule_says_so(layer: Callable[[Tensor], Tensor], reason: str) -> None:
     shape = (1, 4, 4) if isinstance(layer, nn.Fold) else (1, 2, 4, 4)
