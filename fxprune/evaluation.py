@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
+from fxprune.capture.errors import check_module
 from fxprune.network import inside
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.scoring.data import Batch, stream
@@ -74,6 +75,9 @@ def evaluate(
     >>> found.agreement, round(found.kl, 6), found.positions
     (1.0, 0.0, 4)
     """
+    check_module(model)
+    if reference is not None:
+        check_module(reference, "reference")
     sums = _Sums()
     networks = [inside(one) for one in (model, reference) if one is not None]
     device = next((parameter.device for parameter in networks[0].parameters()), torch.device("cpu"))
@@ -259,6 +263,7 @@ def recalibrate(model: nn.Module, data: Any, loss_fn: Callable[..., Tensor] | No
     >>> recalibrate(net, [(x, x), (x + 2, x)])[0].running_mean
     tensor([3.])
     """
+    check_module(model)
     result = duplicate(model)
     inner = inside(result)
     norms = [

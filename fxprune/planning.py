@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.api import ask, search
 from fxprune.channels.cost import count_macs, count_parameters
 from fxprune.latency.cost import Latency
 from fxprune.methods import Method, Problem
@@ -17,6 +16,7 @@ from fxprune.network import Network
 from fxprune.plans import Plan, PlannedLayer, TargetPoint, channels_in_words
 from fxprune.progress import Display
 from fxprune.request import Exclusion, Request
+from fxprune.search import ask, search
 from fxprune.sparsity.budget import Allocation, Budget, count
 from fxprune.sparsity.granularity import Channel, Granularity
 from fxprune.sparsity.group_selection import ChannelGroups, Choice
@@ -71,6 +71,11 @@ def plan(
     )  # fmt: skip
     if not isinstance(wish.granularity, Channel):
         raise ValueError(f"granularity={granularity!r}: a plan is of channels; take 'channel' or 'head'")
+    if wish.method.updates:
+        raise ValueError(
+            f"method={wish.method.name!r}: it changes the weights that stay, which a plan does not hold; "
+            "take apply, or another method"
+        )
     seen: list[Choice] = []
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         network, problem, masks, _, _ = search(model, example_inputs, wish, Display(enabled=progress), seen)

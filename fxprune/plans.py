@@ -91,11 +91,16 @@ class Plan:
             raise ValueError(f"{os.fspath(path)!r}: no plan, it is not JSON ({error})") from error
         if not isinstance(found, dict) or found.pop("fxprune_plan", None) != VERSION:
             raise ValueError(f"{os.fspath(path)!r}: no plan of version {VERSION}; make one with fxprune.plan")
-        for name in ("cost", "parameters", "macs", "excluded"):
-            found[name] = tuple(found[name])
-        found["layers"] = tuple(PlannedLayer(**_pairs(layer)) for layer in found["layers"])
-        found["curve"] = tuple(TargetPoint(**point) for point in found["curve"])
-        return cls(**found)
+        try:
+            for name in ("cost", "parameters", "macs", "excluded"):
+                found[name] = tuple(found[name])
+            found["layers"] = tuple(PlannedLayer(**_pairs(layer)) for layer in found["layers"])
+            found["curve"] = tuple(TargetPoint(**point) for point in found["curve"])
+            return cls(**found)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{os.fspath(path)!r}: a damaged plan ({error}); make one with fxprune.plan"
+            ) from error
 
     def granularity(self) -> Channel:
         """Return the granularity that masks of this plan are made with."""

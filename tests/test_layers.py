@@ -17,8 +17,8 @@ RANKS = {
     "keywords": -1, "option_notes": -1, "sharded_types": -1,
     "capture": 0, "graph": 0, "progress": 0, "data": 0, "zoo": 0, "plot": 0, "lowering": 1, "paths": 2,
     "channels": 3, "sparsity": 4, "scoring": 5, "methods": 6, "rewrite": 6, "metrics": 6, "request": 7,
-    "latency": 7, "network": 8, "sharding": 8, "timed": 8.5, "plans": 6.5, "api": 9, "grouping": 9,
-    "reconstruction": 9, "evaluation": 9,
+    "latency": 7, "network": 8, "sharding": 8, "timed": 8.5, "plans": 6.5, "search": 8.7, "api": 9,
+    "grouping": 9, "reconstruction": 9, "evaluation": 9,
     "planning": 9.5, "training": 10,
     "sweeps": 11, "__init__": 12, "cli": 13, "__main__": 14,
 }  # fmt: skip

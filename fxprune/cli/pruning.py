@@ -101,23 +101,23 @@ def prune(
     asked = {"budget": read_budget(budget), "granularity": granularity, **channel, "schedule": schedule,
              "exclude": tuple(exclude or ())}  # fmt: skip
     if plan is not None:
-        chosen, asked = _by_plan(plan, {**asked, **given}), {}
+        chosen = _by_plan(plan, {**asked, **given, "sparsity": sparsity, "data": source.get("data")})
         method, sparsity, seed = chosen.method, chosen.sparsity, chosen.seed
     _check_files(model, out, export or (), compact)
     display = Display()
     with display.step(f"load {model}"):
         network, inputs = load_network(model, seed, **origin)
         batches = load_batches(model, network, inputs, seed, **source)
+    asked = {} if plan is not None else {"data": batches, "seed": seed, **asked}
     own = folder_of(model) is not None  # a model of transformers stays of its own class
     pruned = fxprune.apply(
         network,
         chosen,
-        sparsity,
+        None if plan is not None else sparsity,
         example_inputs=inputs,
-        data=batches,
         returns="module" if own else "graph",
         **asked,
-        seed=seed, device=device, on_collapse=on_collapse,  # type: ignore[arg-type]  # apply says which words
+        device=device, on_collapse=on_collapse,  # type: ignore[arg-type]  # apply says which words
     )  # fmt: skip
     with display.step("analyze"):
         report = fxprune.analyze(pruned, example_inputs=inputs if own else None)

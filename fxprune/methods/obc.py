@@ -11,7 +11,7 @@ from fxprune.scoring.contract import Found, Method, Problem
 from fxprune.scoring.gradients import count_of
 from fxprune.scoring.layer_plan import Plan, choose_in_layer, solve_in_rounds
 from fxprune.scoring.sequential import Layer
-from fxprune.scoring.surgeon import damped, damping, dense_scores
+from fxprune.scoring.surgeon import check_damp, damped, damping, dense_scores
 from fxprune.sparsity.budget import apportion
 from fxprune.sparsity.granularity import WEIGHT
 
@@ -39,8 +39,7 @@ def obc(*, batches: int = 1, damp: float | None = None, most: int = 1024, propag
     """
     count_of(NAME, "batches", batches)
     count_of(NAME, "most", most)
-    if damp is not None and not damp >= 0:
-        raise ValueError(f"method {NAME!r}: damp={damp!r}, expected a share of the mean diagonal, at least 0")
+    check_damp(NAME, damp)
 
     def solve(plan: Plan, layer: Layer) -> tuple[Tensor, Tensor]:
         inputs = max((matrix.positions.shape[1] for matrix in layer.matrices), default=0)

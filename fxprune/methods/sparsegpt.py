@@ -12,7 +12,7 @@ from fxprune.scoring.contract import Found, Method, Problem
 from fxprune.scoring.gradients import count_of
 from fxprune.scoring.layer_plan import Plan, choose_in_layer, solve_in_rounds
 from fxprune.scoring.sequential import Layer, Matrix
-from fxprune.scoring.surgeon import Chooser, damping, dense_scores, inverse_root, surgery
+from fxprune.scoring.surgeon import Chooser, check_damp, damping, dense_scores, inverse_root, surgery
 from fxprune.sparsity.budget import Budget, apportion
 from fxprune.sparsity.channel_granularity import Oriented
 from fxprune.sparsity.granularity import NEVER, NM, WEIGHT, Granularity
@@ -51,8 +51,7 @@ def sparsegpt(
     """
     count_of(NAME, "batches", batches)
     count_of(NAME, "block", block)
-    if damp is not None and not damp >= 0:
-        raise ValueError(f"method {NAME!r}: damp={damp!r}, expected a share of the mean diagonal, at least 0")
+    check_damp(NAME, damp)
 
     def find(problem: Problem) -> Found:
         return solve_in_rounds(

@@ -12,7 +12,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Chooser", "damped", "damping", "dense_scores", "inverse_root", "scores_of", "surgery"]
+__all__ = [
+    "Chooser",
+    "check_damp",
+    "damped",
+    "damping",
+    "dense_scores",
+    "inverse_root",
+    "scores_of",
+    "surgery",
+]
 
 
 class Moments(Protocol):
@@ -40,6 +49,14 @@ LEAF = 8
 
 ATTEMPTS = 6
 """Times that the damping may be multiplied by ten until the Hessian has a root."""
+
+
+def check_damp(method: str, damp: float | None) -> None:
+    """Raise ``ValueError`` for a damping that is no share, in the name of ``method``."""
+    if damp is not None and not damp >= 0:
+        raise ValueError(
+            f"method {method!r}: damp={damp!r}, expected a share of the mean diagonal, at least 0"
+        )
 
 
 def damping(asked: float | None, rows: int) -> float:

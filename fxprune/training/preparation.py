@@ -45,7 +45,8 @@ def prepare_smaller(model: fx.GraphModule, before: Problem, wish: Request) -> Pr
         layers = {name: min(old.layers[name], size) for name, size in sizes.items()}
     total = old.total if layers is None else sum(layers.values())
     cast(fx.GraphModule, problem.model).meta["fxprune"] = model.meta["fxprune"]
-    return replace(problem, budget=replace(old, total=total, sizes=sizes, layers=layers))
+    budget = replace(old, total=total, sizes=sizes, layers=layers)
+    return replace(problem, budget=budget, generator=before.generator)
 
 
 def take_granularity(granularity: str | Granularity, options: dict[str, Any]) -> Granularity:

@@ -158,6 +158,15 @@ def test_a_masked_graph_is_recalibrated() -> None:
     assert torch.allclose(found.get_buffer("1.running_mean"), y.mean((0, 2, 3)), atol=1e-5)
 
 
+def test_what_is_no_network_is_named() -> None:
+    batch: Any = (torch.ones(1, 2), torch.zeros(1))
+    for call in (fxprune.evaluate, fxprune.recalibrate):
+        with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got the class Linear"):
+            call(nn.Linear, batch)  # type: ignore[operator]
+    with pytest.raises(TypeError, match="reference: expected"):
+        fxprune.evaluate(nn.Linear(2, 2), batch, reference=3)  # type: ignore[arg-type]
+
+
 def test_nothing_to_recalibrate_is_told_of() -> None:
     with pytest.raises(ValueError, match="it has no batch norm with running statistics"):
         fxprune.recalibrate(nets()[0], (torch.ones(2, 4), torch.ones(2)))

@@ -48,6 +48,27 @@ def test_the_kept_weights_have_the_new_values(returns: str, device: str | None) 
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_the_weights_are_those_of_the_round_that_was_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ``of="latency"`` a method finds masks again and again, and the best need not be the last."""
+    factors = iter([3.0, 5.0, 7.0])
+
+    def scaled(problem: Problem) -> Any:
+        factor = next(factors)
+        return {n: m.clone() for n, m in problem.masks.items()}, {
+            n: factor * w for n, w in problem.weights.items()
+        }
+
+    def find_in_time(network: Any, problem: Problem, wish: Any, find: Any) -> Any:
+        return [find(problem) for _ in range(3)][1], None
+
+    monkeypatch.setattr("fxprune.search.is_timed", lambda problem: True)
+    monkeypatch.setattr("fxprune.search.find_in_time", find_in_time)
+    model = net()
+    method = fxprune.Method("scaled", scaled, updates=True)
+    pruned = fxprune.apply(model, method, 0.0, example_inputs=X, progress=False)
+    assert torch.equal(pruned.get_parameter("0.weight"), 5.0 * model[0].weight)
+
+
 def test_tied_weights_stay_tied() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     model[2].weight = model[0].weight

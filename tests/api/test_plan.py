@@ -1,6 +1,7 @@
 """A plan before the cut: it changes nothing, says what would go, and does it when applied."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     wider = nn.Sequential(nn.Conv2d(3, 9, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(9 * 64, 4))
     with pytest.raises(ValueError, match=r"another network: '0\.weight' has 8 outputs in the plan, 9 in"):
         fxprune.apply(wider, plan, example_inputs=X)
-    with pytest.raises(ValueError, match="a plan has its budget, granularity"):
+    with pytest.raises(ValueError, match="a plan has its sparsity, budget, granularity"):
         fxprune.apply(model, plan, example_inputs=X, granularity="channel")
     object.__setattr__(plan.layers[-1], "removed", "0")
     with pytest.raises(ValueError, match="channels that cannot go"):
@@ -158,6 +159,35 @@ def net():
 """
 
 
+@pytest.mark.parametrize(
+    "more", [{"sparsity": 0.3}, {"data": DATA}, {"loss_fn": nn.MSELoss()}, {"seed": 1}, {"of": "macs"}]
+)
+def test_a_plan_takes_nothing_that_it_would_ignore(more: dict[str, Any]) -> None:
+    plan = make(net())
+    with pytest.raises(ValueError, match="a plan has its sparsity, budget"):
+        fxprune.apply(net(), plan, example_inputs=X, **more)
+
+
+def test_a_method_that_changes_weights_makes_no_plan() -> None:
+    with pytest.raises(ValueError, match=r"'sparsegpt'.*changes the weights"):
+        make(net(), "sparsegpt", data=DATA)
+
+
+@pytest.mark.parametrize("damage", ["no costs", "odd layer", "odd curve"])
+def test_a_damaged_plan_is_an_error_that_says_so(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    found = json.loads(make(net()).to_json())
+    if damage == "no costs":
+        del found["cost"]
+    elif damage == "odd layer":
+        found["layers"][0] = 3
+    else:
+        found["curve"] = [{"at": 1}]
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=r"plan\.json.*damaged plan"):
+        fxprune.Plan.load(path)
+
+
 def test_the_command_line_plans_and_prunes_by_the_plan(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "small.py").write_text(FILE)
     source, out = f"{tmp_path / 'small.py'}:net", tmp_path / "plan.json"
@@ -167,7 +197,8 @@ def test_the_command_line_plans_and_prunes_by_the_plan(tmp_path: Path, capsys: A
     assert fxprune.Plan.load(out).layers[0].outputs == (16, 8)
     assert run(["prune", source, "--plan", str(out), "--compact", "--json"]) == 0
     assert '"method": "magnitude"' in capsys.readouterr().out
-    assert run(["prune", source, "--plan", str(out), "--granularity", "channel"]) == 2
-    assert "--plan" in capsys.readouterr().err
+    for flag, value in (("--granularity", "channel"), ("--sparsity", "0.3"), ("--data", "digits")):
+        assert run(["prune", source, "--plan", str(out), flag, value]) == 2
+        assert f"what {flag} would" in capsys.readouterr().err
     assert run(["prune", source, "--plan", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err

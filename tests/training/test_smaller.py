@@ -121,6 +121,15 @@ def test_a_state_of_another_compaction_is_refused() -> None:
         second.load_state_dict(first.state_dict())
 
 
+def test_random_draws_go_on() -> None:
+    pruner = made(criterion="random")
+    pruner.step(1)
+    pruner.compact()
+    before = pruner.state_dict()["generator"].clone()
+    pruner.step(2)
+    assert not torch.equal(pruner.state_dict()["generator"], before)
+
+
 def test_masks_stay_on_what_is_left_of_single_weights() -> None:
     pruner = made(0.9, granularity="weight")
     pruner.step(4)

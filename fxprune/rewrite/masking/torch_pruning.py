@@ -39,10 +39,10 @@ def take_over(model: nn.Module) -> None:
             if isinstance(hook, BasePruningMethod) and hook._tensor_name == name:
                 del module._forward_pre_hooks[key]
         # In its old place: the order of parameters is that of the original.
-        module._parameters = {
-            key.removesuffix(ORIGINAL) if key == name + ORIGINAL else key: parameter if key == name + ORIGINAL
-            else value for key, value in module._parameters.items()
-        }  # fmt: skip
+        parameters = list(module._parameters.items())
+        module._parameters = dict(
+            (name, parameter) if value is original else (key, value) for key, value in parameters
+        )
         del module._buffers[name + SUFFIX]
         vars(module).pop(name, None)
 

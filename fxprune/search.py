@@ -1,0 +1,223 @@
+"""Find the masks of a model in four steps: capture, lower, score, select; only this file knows their order.
+
+All arguments are checked before the first step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+
+from fxprune import sharding
+from fxprune.capture import CaptureError, capture
+from fxprune.capture.inputs import example_inputs_for
+from fxprune.graph import ChannelGraph
+from fxprune.latency import LatencyTarget, check_runtime
+from fxprune.lowering import Rules, graph_of_run, hidden_layers, lower
+from fxprune.methods import Method, Problem, Weights, new_weights, separate
+from fxprune.network import Network, adopted, build_problem, checked, inside, warn_of_rest
+from fxprune.paths.count import reach
+from fxprune.progress import Display
+from fxprune.request import (
+    GENERAL,
+    Exclusion,
+    Request,
+    blamed_on_data,
+    default_sparsity,
+    exclusions,
+    method_of,
+    with_shapes,
+)
+from fxprune.rewrite import plain, read
+from fxprune.rewrite.masking.computed import computed_weights, settled
+from fxprune.rewrite.masking.copying import duplicate
+from fxprune.sparsity.budget import Allocation
+from fxprune.sparsity.collapse import dead_layers, repair
+from fxprune.sparsity.granularity import CHANNEL_OPTIONS, Channel, Granularity
+from fxprune.sparsity.granularity import resolve as resolve_granularity
+from fxprune.sparsity.group_selection import ChannelGroups, Choice
+from fxprune.sparsity.masks import Masks
+from fxprune.sparsity.schedule import DensityFunction, Schedule
+from fxprune.timed import find_in_time, is_timed
+
+__all__ = ["Found", "ask", "known_masks", "search"]
+
+LISTED = 20
+"""Collapsed layers that a message names; the report names them all."""
+
+
+def _taken(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Take the options called ``names`` out of ``options``, and return them."""
+    return {name: options.pop(name) for name in names if name in options}
+
+
+def ask(
+    model: nn.Module,
+    method: str | Method,
+    sparsity: float | None,
+    *,
+    budget: Allocation | None = None,
+    granularity: str | Granularity = "weight",
+    exclude: Exclusion | Iterable[Exclusion] = (),
+    data: Any = None,
+    loss_fn: Callable[..., torch.Tensor] | None = None,
+    schedule: str | Schedule | DensityFunction | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    returns: str = "graph",
+    on_collapse: str = "warn",
+    rules: Rules | None = None,
+    **method_options: Any,
+) -> Request:
+    """Check the arguments of :func:`apply`, and hold them as a request."""
+    general, channels = _taken(method_options, GENERAL), _taken(method_options, CHANNEL_OPTIONS)
+    network, grain = inside(model), resolve_granularity(granularity, **channels)
+    wish = Request(
+        method_of(method, method_options), default_sparsity(grain) if sparsity is None else sparsity, data,
+        loss_fn, "global" if budget is None else budget, grain, schedule, exclusions(exclude), seed, device,
+        returns, on_collapse, rules=rules, asked=sparsity is not None, **general,
+    )  # fmt: skip
+    wish.check(network)
+    sharding.check(network, wish)
+    if isinstance(grain, Channel):
+        check_runtime(grain.runtime)
+    return wish
+
+
+Found = tuple[Network, Problem, Masks, Weights, LatencyTarget | None]
+"""The network, the problem, the masks and new weights that were found, and the times, if asked for."""
+
+
+def search(
+    given: nn.Module, example_inputs: Any, wish: Request, display: Display, seen: list[Choice] | None = None
+) -> Found:
+    """Capture, lower, score and select; ``seen`` notes what channel groups are chosen by."""
+    given = adopted(given, wish.returns)
+    model = inside(given)
+    inputs, wish = with_shapes(model, example_inputs, wish)
+    with blamed_on_data(model, example_inputs, wish):
+        network = _network(given, inputs, wish, display)
+    before = network.before
+    asked = build_problem(network, wish, display, _everybody())
+    if seen is not None and isinstance(asked.granularity, ChannelGroups):
+        asked = replace(asked, granularity=replace(asked.granularity, seen=seen))
+    # A method scores and selects.
+    with sharding.asked(asked, model, wish.method) as question:
+        problem = question.problem
+        question.masks, weights, time = _masks(network, problem, wish)
+    with display.step(f"look for layers without a path (on_collapse={wish.on_collapse!r})"):
+        masks = question.masks
+        if isinstance(network.captured, fx.GraphModule):
+            masks = _without_collapse(problem, masks, before, wish)
+    return network, problem, masks, weights, time
+
+
+def _masks(network: Network, problem: Problem, wish: Request) -> tuple[Masks, Weights, LatencyTarget | None]:
+    """Find masks by the method, and new weights; under ``of="latency"`` until the time is right."""
+    rounds: list[tuple[Masks, Weights]] = []
+
+    def find(problem: Problem) -> Masks:
+        found, values = separate(wish.method.find(problem))
+        masks = checked(wish.method, found, problem)
+        rounds.append((masks, new_weights(wish.method, values, masks, problem)))
+        return masks
+
+    masks, time = find_in_time(network, problem, wish, find) if is_timed(problem) else (find(problem), None)
+    # The masks of the best round come with the weights of that round, which need not be the last.
+    return masks, next(weights for of_round, weights in rounds if of_round is masks), time
+
+
+def _network(given: nn.Module, example_inputs: Any, wish: Request, display: Display) -> Network:
+    """Capture and lower a model; one that cannot be captured is looked at in a run."""
+    model = inside(given)
+    before, source = read(model), plain(model)
+    flat = settled(source)  # computed weights are scored as they are, like any other
+    own = next((name for name in computed_weights(source) if "." not in name), None)
+    if own is not None and wish.returns == "graph":
+        raise ValueError(f"model: its own {own!r} is computed by a parametrization; take returns='module'")
+    with display.step("capture"):
+        try:
+            gm = capture(flat, example_inputs)
+            again = flat is not source and wish.returns == "graph"
+            form = duplicate(capture(source, example_inputs)) if again else None
+        except CaptureError as error:
+            graph = _uncaptured(flat, example_inputs, wish, error)
+            return Network(given, source, duplicate(flat), graph, before, flat)
+    with display.step("lower"):
+        graph = lower(gm, rules=wish.rules)
+    alone = "graph" not in wish.method.needs and not isinstance(wish.granularity, Channel)
+    hidden = hidden_layers(gm, graph) if alone and wish.on_collapse != "repair" else {}
+    warn_of_rest(gm, graph, hidden, stacklevel=5)
+    return Network(given, source, gm, graph, before, flat, form, hidden)
+
+
+def _uncaptured(flat: nn.Module, example_inputs: Any, wish: Request, error: CaptureError) -> ChannelGraph:
+    """Find the weights of a model that has no graph, or say why that is of no use here."""
+    if wish.returns == "graph":
+        raise CaptureError(f"{error}; or returns='module', which prunes without a graph") from error
+    if "graph" in wish.method.needs:
+        raise CaptureError(
+            f"{error}; method {wish.method.name!r} asks about paths, which need the graph; magnitude, random,"
+            " snip, force, grasp and ntk-sap do without"
+        ) from error
+    if isinstance(wish.granularity, Channel):
+        raise CaptureError(f"{error}; channels need the graph, granularity='weight' does not") from error
+    args, kwargs = example_inputs_for(flat, example_inputs)
+    graph = graph_of_run(duplicate(flat), args, kwargs, str(error))
+    warnings.warn(
+        f"{error}; pruned without a graph: no paths, no channels, no look for collapsed layers",
+        stacklevel=5,  # the line that called apply
+    )
+    return graph
+
+
+def _everybody() -> dist.ProcessGroup | None:
+    """Return the processes that score together: all of them, where there are several."""
+    running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if running else None
+
+
+def _without_collapse(problem: Problem, masks: Masks, before: Masks, wish: Request) -> Masks:
+    """Repair collapsed layers, or raise or warn of them by name, as ``on_collapse`` says."""
+    if all(bool(mask.all()) for mask in masks.values()):
+        return masks
+    others = {name: mask.to(problem.device) for name, mask in before.items() if name not in masks}
+    dead = _dead(problem.graph, {**others, **masks})
+    if dead and wish.on_collapse == "repair":
+        masks = repair(
+            problem.graph,
+            masks,
+            problem.weights,
+            problem.budget,
+            within=problem.masks,
+            fixed=others,
+            granularity=problem.granularity,
+        )
+        dead = _dead(problem.graph, {**others, **masks})
+    if not dead:
+        return masks
+    where = ", ".join(dead[:LISTED]) + (f" and {len(dead) - LISTED} more" if len(dead) > LISTED else "")
+    lost = "no path is left at all" if len(dead) == len(problem.graph.kernels) else "no path is left through"
+    message = (
+        f"layer collapse: method {wish.method.name!r} at sparsity {wish.sparsity}: {lost}: {where}; "
+        "lower the sparsity, take another method or budget, or on_collapse='repair'"
+    )
+    if wish.on_collapse == "raise":
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=4)  # the line that called apply
+    return masks
+
+
+def _dead(graph: ChannelGraph, masks: Masks) -> tuple[str, ...]:
+    return dead_layers(graph, reach(graph, known_masks(graph, masks)))
+
+
+def known_masks(graph: ChannelGraph, masks: Masks) -> Masks:
+    """The masks of parameters that the graph has kernels of; users may mask others, and they stay masked."""
+    return {name: mask for name, mask in masks.items() if name in graph.kernels}
