@@ -76,9 +76,9 @@ def guarded_sizes(graph: fx.Graph) -> set[tuple[str, int]]:
 def guard_decisions(
     graph: fx.Graph, decisions: Iterable[Decision], pairs: dict[fx.Node, fx.Node], model: str
 ) -> None:
-    """Guard the decisions that the model made by its batch size.
+    """Guard the decisions that the model made by the size of its inputs.
 
-    ``pairs`` maps nodes of a trace with another batch size to those of ``graph``: numbers that differ follow
+    ``pairs`` maps nodes of a trace with other sizes to those of ``graph``: numbers that differ follow
     it.
     """
     partners = {first: second for second, first in pairs.items()}
@@ -100,7 +100,7 @@ def guard_decisions(
         check = writer.make(function, key[1:], True)
         place = f"module {decision.path!r}" if decision.path else "its forward"
         told = (
-            f"{model}: {place} decides by the batch size (captured where {values[0]} "
+            f"{model}: {place} decides by the size of its inputs (captured where {values[0]} "
             f"{SIGNS[function]} {values[1]}); capture it again for this one"
         )
         writer.make(torch._assert, (check, told), None)

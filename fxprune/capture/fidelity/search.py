@@ -101,16 +101,40 @@ class _Search:
             self.forget_memos(base)
             if self.keep_whole({**base.reasons, **_writers(base)}):
                 continue
-            self.one_image_size = self.fixed_images(base)
-            probe = self.attempt(training=True, batch=True, types=True)
-            found = compare(base, probe) if probe else Differences({""})
-            take_regions(found)
+            found = self.probe(base)
             if not found:
                 resolve_types(base, found)
                 return self.finish(base, Switches(self.model), found)
             result = self.resolve(base, found)
             if result is not None:
                 return result
+
+    def probe(self, base: Trace) -> Differences:
+        """Find what changes in training, at another batch size and in other types, and mind image sizes."""
+
+        def changed(**more: bool) -> Differences:
+            probe = self.attempt(training=True, batch=True, types=True, **more)
+            found = compare(base, probe) if probe else Differences({""})
+            take_regions(found)
+            return found
+
+        self.one_image_size = False
+        if self.has_images():
+            # Mostly nothing changes with all four at once, which is one trace less than images by themselves.
+            found = changed(images=True)
+            if not found:
+                return found
+            self.one_image_size = self.fixed_images(base)
+        return changed()
+
+    def has_images(self) -> bool:
+        """Whether an argument is an image, a clip or a sequence of indices, which come in several sizes."""
+        found: list[bool] = []
+        map_structure(
+            lambda x: found.append(bool(_extent(x))) if isinstance(x, Tensor) else None,
+            (self.args, dict(self.kwargs)),
+        )
+        return any(found)
 
     def resolve(self, base: Trace, together: Differences) -> Faithful | None:
         """Each change alone; None if another module has to stay whole and all starts again."""
@@ -268,7 +292,7 @@ class _Search:
         return None if other and not training and result.reasons.keys() - self.whole else result
 
     def finish(self, base: Trace, switches: Switches, larger: Differences) -> Faithful:
-        """``larger`` compares ``base`` with a trace of a larger batch."""
+        """``larger`` compares ``base`` with a trace of larger inputs."""
         name = type(self.model).__name__
         guard_decisions(base.graph, base.decisions, larger.pairs, name)
         remove_dead_code(base.graph)

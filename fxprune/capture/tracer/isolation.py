@@ -15,7 +15,7 @@ from torch import nn
 
 from fxprune.capture.hooks import FORWARD_TABLES
 from fxprune.capture.tracer.reachable import CACHED, Place, Reachable
-from fxprune.capture.tracer.snapshots import content, rebound_entry, restore
+from fxprune.capture.tracer.snapshots import content, is_same, rebound_entry, restore
 
 __all__ = ["Changes", "ModelState", "restore_rng", "rng_state"]
 
@@ -64,6 +64,8 @@ class ModelState:
     ) -> None:
         """Restore the state; the arguments are those of :meth:`restored`."""
         for container, old in self._saved:
+            if is_same(container.value, old):
+                continue
             owner, name = container.owner, rebound_entry(container.value, old, allowed)
             if name is not None and changes is not None and (owner.hook or owner.name not in FORWARD_TABLES):
                 found = changes.hooks if owner.hook else changes.attributes

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fxprune.capture.errors import CaptureError
 from fxprune.capture.tracer.spelling import CONSTRUCTORS, RANDOM
@@ -39,6 +40,12 @@ UNSETTLED = RANDOM | {
     "new_empty",
     "new_empty_strided",
 }
+NORMS = frozenset((torch.batch_norm, F.batch_norm))
+ACTIVATIONS = frozenset((
+    F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.hardtanh, F.leaky_relu, F.elu, F.selu,
+    F.celu, F.mish, F.softplus, F.sigmoid, F.tanh, F.logsigmoid, torch.relu, torch.sigmoid, torch.tanh,
+    Tensor.relu, Tensor.sigmoid, Tensor.tanh,
+))  # fmt: skip
 MOVERS = frozenset(("cpu", "cuda", "xpu", "ipu", "hpu", "mtia", "pin_memory"))
 
 
@@ -140,7 +147,7 @@ class Shadows:
             result = map_structure(_made, self._known[key])
         else:
             result = _recurrent(name, args)
-            result = _normed(function, args) if result is None else result
+            result = _unchanged_shape(function, args, kwargs) if result is None else result
             result = self._computed(function, args, kwargs) if result is None else result
             if key is not None and _storable(result):
                 self._known[key] = map_structure(_Spec.of, result)
@@ -210,12 +217,20 @@ def _recurrent(name: str, args: tuple[Any, ...]) -> Any:
     return (out, *(torch.empty_like(x) for x in (args[1] if name == "lstm" else (state,))))
 
 
-def _normed(function: Callable[..., Any], args: tuple[Any, ...]) -> Tensor | None:
-    """The shape of a batch norm's result, which PyTorch works out in a hundred small steps."""
-    if function is not torch.batch_norm or not isinstance(args[0], Tensor) or args[0].dim() < 2:
+def _unchanged_shape(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """The result of what keeps the shape of its input, which PyTorch works out in many small steps."""
+    x, norm = args[0] if args else None, function in NORMS
+    if not (norm or function in ACTIVATIONS) or not isinstance(x, Tensor) or not x.is_floating_point():
         return None
-    sizes = {parameter.shape for parameter in args[1:5] if isinstance(parameter, Tensor)}
-    return torch.empty_like(args[0]) if sizes <= {args[0].shape[1:2]} else None
+    others = [*args[1:], *kwargs.values()]
+    if not norm:
+        writes = any(other is True for other in others)  # in place
+        return None if writes or any(isinstance(other, Tensor) for other in others) else torch.empty_like(x)
+    sizes = {other.shape for other in others if isinstance(other, Tensor)}
+    fits = x.dim() > 1 and x.numel() > x.shape[1] and sizes <= {x.shape[1:2]}  # else it may raise
+    return torch.empty_like(x) if fits else None
 
 
 @dataclass(frozen=True)

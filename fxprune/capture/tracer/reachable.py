@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -34,6 +34,7 @@ COLLECTIONS = (dict, list, set, deque)
 ATOMS = frozenset(
     (bool, int, float, complex, str, bytes, type(None), range, slice, torch.Size, torch.dtype, torch.device)
 )
+EMPTIED = frozenset((dict, OrderedDict, set))
 CREATORS = ("__init__", "__new__", "__post_init__", "__init_subclass__")
 
 
@@ -102,6 +103,11 @@ class Reachable:
         kind = type(value)
         if kind in ATOMS or issubclass(kind, Tensor | ModuleType):
             return
+        if kind in EMPTIED and not value:  # most of a module's tables of hooks
+            if id(value) not in self._seen:
+                self._seen[id(value)] = value
+                self.containers.append(Container(owner, value))
+            return
         function = _unwrapped(value)
         if isinstance(function, SPECIAL):
             self.places.append(Place(holder, key, value, function))
@@ -133,6 +139,8 @@ class Reachable:
         for name, item in list(attributes.items()):
             if own:
                 owner = Owner(self._paths[id(value)], None if name in TABLES else name)
+            if type(item) in ATOMS:
+                continue
             later = own and name in FORWARD_TABLES
             (self._code if later else self._attributes).append((owner, attributes, name, item))
 
@@ -229,7 +237,7 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
 def _has_attributes(value: Any) -> bool:
     """Whether an object keeps its state in attributes; those of foreign libraries are left alone."""
     kind = type(value)
-    if not isinstance(getattr(value, "__dict__", None), dict):
+    if kind is OrderedDict or not isinstance(getattr(value, "__dict__", None), dict):
         return False
     own = kind.__module__ in WRAPPERS or kind is SimpleNamespace
     return own or _is_users(kind.__module__) or kind.__module__.startswith("torch.")
