@@ -35,7 +35,7 @@ MEANT: Mapping[str, tuple[str, str]] = {
     "steps": ("total", "the number of calls of step, of a fxprune.Pruner"),
     "inplace": ("returns", "returns='inplace'"),
     "pattern": ("granularity", "such as '2:4'"),
-    "scope": ("budget", "'global', 'uniform' or 'erk'"),
+    "scope": ("budget", "'global', 'uniform', 'erk' or 'owl'"),
 }
 """Names from other tools and papers -> the argument that says the same here, and a word about it."""
 

@@ -27,6 +27,7 @@ from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.parameters import check, unwrap
 from fxprune.rewrite.masking.torch_pruning import masks_of_torch
 from fxprune.scoring.contract import Progress
+from fxprune.scoring.outliers import outlier_budget
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.granularity import WEIGHT, Channel
 from fxprune.sparsity.group_selection import ChannelGroups
@@ -127,6 +128,8 @@ def build_problem(
         micro_batch=wish.micro_batch,
         group=group,
     )
+    if wish.budget == "owl":
+        problem = replace(problem, budget=outlier_budget(problem))
     return _with_times(problem)
 
 

@@ -221,9 +221,9 @@ class _Fit:
             keep, wanted = layer.mask.view(-1)[matrix.positions], dense.reshape(-1)[matrix.positions]
             moments, cross = matrix.moments, matrix.moments if matrix.cross is None else matrix.cross
             means = None if matrix.sums is None or bias is None else matrix.sums / matrix.total
-            if means is not None:
+            if means is not None:  # the last are those of the twin, if there is one
                 moments = moments - matrix.total * means[0].unsqueeze(-1) * means[0].unsqueeze(-2)
-                cross = cross - matrix.total * means[0].unsqueeze(-1) * means[1].unsqueeze(-2)
+                cross = cross - matrix.total * means[0].unsqueeze(-1) * means[-1].unsqueeze(-2)
             hold = (
                 _damping(self.damp, matrix)
                 * matrix.moments.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
@@ -234,7 +234,7 @@ class _Fit:
             values = fit_kept(held, target, keep, start, iterations=self.iterations, tolerance=1e-6)
             weight.view(-1)[matrix.positions] = values
             if means is not None and bias is not None:
-                shift = (means[1].unsqueeze(-2) @ wanted - means[0].unsqueeze(-2) @ values).flatten()
+                shift = (means[-1].unsqueeze(-2) @ wanted - means[0].unsqueeze(-2) @ values).flatten()
                 self._put_bias(bias, shift)
         return layer.mask, weight
 

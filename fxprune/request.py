@@ -80,6 +80,8 @@ class Request:
             raise ValueError(f"on_collapse={self.on_collapse!r}: expected 'warn', 'raise' or 'repair'")
         if self.loss_fn is not None and not callable(self.loss_fn):
             raise TypeError(f"loss_fn={self.loss_fn!r}: expected a function of (output, target)")
+        if self.budget == "owl" and self.data is None:
+            raise ValueError("budget='owl': the shares of layers follow from activations; it needs data=...")
         if not isinstance(self.budget, Mapping):
             _check_pattern(self.granularity, self.sparsity)
         _check_seed(self.seed)

@@ -49,7 +49,7 @@ Method = Annotated[
     ),
 ]  # fmt: skip
 Budget = Annotated[
-    str, typer.Option(help="global, uniform, erk, or sparsities by layer: 'fc=0.5,layer1.*=0.8'.")
+    str, typer.Option(help="global, uniform, erk, owl, or sparsities by layer: 'fc=0.5,layer1.*=0.8'.")
 ]
 Granularity = Annotated[str, typer.Option(help="weight, kernel, channel, head, 2:4 or block(16,16).")]
 Out = Annotated[

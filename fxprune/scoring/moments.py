@@ -76,10 +76,10 @@ class Geometry:
 class Part:
     """One geometry of a parameter, with the moments of its inputs.
 
-    ``moments``: (parts, inputs, inputs), the sum of products of inputs; ``rows``: how many vectors of inputs
-    there were that are not all zero. Where the inputs in a dense twin of the network are known, ``cross``
-    are the products of own inputs and those, ``sums`` the sums of both, (2, parts, inputs), and ``total`` the
-    number of vectors.
+    ``moments``: (parts, inputs, inputs), the sum of products of inputs; ``sums``: (1, parts, inputs), their
+    sums; ``total``: how many vectors of inputs there were, ``rows``: how many that are not all zero. Where
+    the inputs in a dense twin of the network are known, ``cross`` are the products of own inputs and those,
+    and ``sums`` has those of both, (2, parts, inputs).
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -95,15 +95,17 @@ class Part:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.moments is None:
             self.moments = wide.new_zeros(len(wide), wide.shape[2], wide.shape[2])
+            self.sums = wide.new_zeros(1 if dense is None else 2, len(wide), wide.shape[2])
+            self.cross = None if dense is None else torch.zeros_like(self.moments)
+        assert self.sums is not None
         self.moments.baddbmm_(wide.mT, wide)
+        self.sums[0] += wide.sum(1)
         if dense is not None:
+            assert self.cross is not None
             other = dense.to(wide.dtype)
-            if self.cross is None or self.sums is None:
-                self.cross = torch.zeros_like(self.moments)
-                self.sums = wide.new_zeros(2, len(wide), wide.shape[2])
             self.cross.baddbmm_(wide.mT, other)
-            self.sums += torch.stack([wide.sum(1), other.sum(1)])
-            self.total += wide.shape[1]
+            self.sums[1] += other.sum(1)
+        self.total += wide.shape[1]
         self.rows += int(wide.detach().abs().amax(-1).count_nonzero(-1).amax())
 
 

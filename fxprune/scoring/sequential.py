@@ -32,10 +32,11 @@ class Matrix:
     """A part of a parameter with inputs of its own: a stack of matrices.
 
     ``positions``: places in the flattened parameter, (parts, inputs, outputs). ``moments``: (parts, inputs,
-    inputs), the sums of products of ``rows`` vectors of inputs. ``taps``: inputs come in runs of so many taps
-    of one channel.
-    Beside a dense twin: ``cross``, the sums of products of inputs and the twin's inputs, ``sums`` of the one
-    and the other, (2, parts, inputs), and ``total``, the number of them.
+    inputs), the sums of products of ``rows`` vectors of inputs that are not zero, of ``total``; ``sums`` of
+    these, (1, parts, inputs). ``taps``: inputs come in runs of so many taps of one channel. Of several
+    processes, moments, sums and ``total`` are means.
+    Beside a dense twin: ``cross``, the sums of products of inputs and the twin's inputs, and ``sums`` of the
+    one and the other, (2, parts, inputs).
     """
 
     positions: Tensor
@@ -300,9 +301,9 @@ def _united(parts: dict[Geometry, Part], group: ProcessGroup | None) -> dict[Geo
     """The parts with the moments of all processes; in the same order in each."""
     if group is None:
         return parts
-    every: dict[Geometry, tuple[tuple[int, ...], str]] = {}
+    every: dict[Geometry, tuple[tuple[int, ...], str, bool]] = {}
     own = {
-        geometry: (tuple(p.moments.shape), str(p.moments.dtype))
+        geometry: (tuple(p.moments.shape), str(p.moments.dtype), p.cross is not None)
         for geometry, p in parts.items()
         if p.moments is not None
     }
@@ -310,15 +311,17 @@ def _united(parts: dict[Geometry, Part], group: ProcessGroup | None) -> dict[Geo
         every |= other
     united = {}
     for geometry in sorted(every, key=repr):
-        shape, dtype = every[geometry]
+        shape, dtype, has_twin = every[geometry]
         part = parts.get(geometry, Part(geometry))
         if part.moments is None:
-            part.moments = torch.zeros(shape, dtype=getattr(torch, str(dtype).rpartition(".")[2]))
-        average([part.moments], group)
-        if part.cross is not None and part.sums is not None:
-            average([part.cross, part.sums], group)
-        rows = torch.tensor([float(part.rows)], dtype=torch.float64)
-        average([rows], group)
-        part.rows = round(float(rows) * dist.get_world_size(group))
+            part.moments = torch.zeros(shape, dtype=getattr(torch, dtype.rpartition(".")[2]))
+            part.sums = part.moments.new_zeros(1 + has_twin, *shape[:2])
+            part.cross = torch.zeros_like(part.moments) if has_twin else None
+        assert part.sums is not None
+        average([part.moments, part.sums, *([] if part.cross is None else [part.cross])], group)
+        numbers = torch.tensor([part.rows, part.total], dtype=torch.float64)
+        average([numbers], group)
+        rows, total = numbers.tolist()
+        part.rows, part.total = round(rows * dist.get_world_size(group)), max(round(total), 1)
         united[geometry] = part
     return united

@@ -14,9 +14,10 @@ from fnmatch import fnmatchcase
 from numbers import Real
 
 Allocation = str | Mapping[str, float]
-"""``"global"``, ``"uniform"``, ``"erk"``, or sparsities by layer: ``{name or fnmatch pattern: sparsity}``."""
+"""``"global"``, ``"uniform"``, ``"erk"``, ``"owl"``, or sparsities by layer: ``{name or fnmatch pattern:
+sparsity}``."""
 
-KINDS = ("global", "uniform", "erk")
+KINDS = ("global", "uniform", "erk", "owl")
 
 
 def count(size: int, density: float) -> int:
@@ -100,6 +101,8 @@ def plan(
       (sum of dims) / (product of dims) of its weight, capped at 1 (Evci et al. 2020, arXiv 1911.11134).
       Shares are rounded by largest remainder, so that the total is that of ``"global"``, to one weight. Where
       there is at least one weight per layer to give, no layer gets none.
+    * ``"owl"``: as ``"global"``; the layers' shares follow from data, see
+      :func:`fxprune.scoring.outliers.outlier_budget`.
     * a dict: each layer keeps ``count(n, 1 - s)`` weights, s being the entry of its name or else of the first
       pattern that fits the parameter's or its module's name; layers that no entry fits take ``sparsity``.
 
@@ -125,7 +128,7 @@ def plan(
         )
     total = count(sum(sizes.values()), 1 - sparsity)
     _check_total(total, sum(sizes.values()), sum(left.values()), sparsity)
-    if allocation == "global":
+    if allocation in ("global", "owl"):
         return Budget(total, sizes, asked=1 - sparsity)
     ratios = dict.fromkeys(sizes, 1.0) if allocation == "uniform" else erk_ratios(shapes)
     layers = apportion(total, {name: ratios[name] * sizes[name] for name in sizes}, left)

@@ -51,7 +51,7 @@ def test_unknown_names_get_the_nearest(name: str, near: str) -> None:
 
 
 def test_a_name_that_is_near_none_gets_the_list() -> None:
-    with pytest.raises(ValueError, match=r"method='zzz' is unknown; there are balance, .*wanda"):
+    with pytest.raises(ValueError, match=r"method='zzz' is unknown; there are alps, .*wanda"):
         methods.get("zzz")
 
 
