@@ -32,6 +32,7 @@ def alps(
     steps: int = 300,
     propagate: bool = True,
     split: Split = "equal",
+    checkpoint_dir: str | None = None,
 ) -> Method:
     """One-shot pruning by ADMM (Meng, Behdin, Wang & Mazumder 2024, arXiv 2406.07831).
 
@@ -50,6 +51,8 @@ def alps(
         propagate: whether a layer sees what the pruned layers before it give, instead of the dense ones
         split: under ``budget="global"`` every layer loses an "equal" share, or the one at which a further
             weight costs all the same "error", relative to the outputs of its layer
+        checkpoint_dir: a folder that keeps solved layers; after a kill the same call with the same data goes
+            on at the next
 
     Any granularity; channels are chosen by the scores of the dense layers, and the weights that stay fitted.
     """
@@ -66,6 +69,8 @@ def alps(
             propagate=propagate,
             method=NAME,
             split=split,
+            checkpoint_dir=checkpoint_dir,
+            options={"damp": damp, "steps": steps},
         )
 
     return Method(

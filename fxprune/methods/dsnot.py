@@ -12,7 +12,7 @@ from fxprune.scoring.gradients import count_of
 from fxprune.scoring.layer_plan import Plan, Split, choose_in_layer, solve_in_rounds
 from fxprune.scoring.sequential import Layer, Matrix
 from fxprune.scoring.surgeon import dense_scores
-from fxprune.sparsity.granularity import WEIGHT
+from fxprune.sparsity.granularity import WEIGHT, Granularity
 from fxprune.sparsity.masks import Masks
 
 NAME = "dsnot"
@@ -26,6 +26,7 @@ def dsnot(
     enough: float = 0.1,
     propagate: bool = True,
     split: Split = "equal",
+    checkpoint_dir: str | None = None,
 ) -> Method:
     """Dynamic sparsity without training (Zhang et al. 2024, arXiv 2310.08915).
 
@@ -45,20 +46,18 @@ def dsnot(
         propagate: whether a layer sees what the pruned layers before it give, instead of the dense ones
         split: under ``budget="global"`` every layer loses an "equal" share, or the one at which a further
             weight costs all the same "error", relative to the outputs of its layer
+        checkpoint_dir: a folder that keeps solved layers; after a kill the same call with the same data goes
+            on at the next
 
     For granularity "weight" only.
     """
-    for name, value in (("batches", batches), ("cycles", cycles)):
-        count_of(NAME, name, value)
+    count_of(NAME, "batches", batches)
+    count_of(NAME, "cycles", cycles)
     if not enough >= 0:
         raise ValueError(f"method {NAME!r}: enough={enough!r}, expected a share, at least 0")
 
     def find(problem: Problem) -> Masks:
-        if problem.granularity != WEIGHT:
-            raise ValueError(
-                f"method {NAME!r}: it exchanges single weights; expected granularity='weight', got "
-                f"{problem.granularity!r}"
-            )
+        _check_granularity(problem.granularity)
         found = solve_in_rounds(
             problem,
             lambda plan, layer: _solved(layer, plan, start, cycles, enough),
@@ -67,6 +66,8 @@ def dsnot(
             propagate=propagate,
             method=NAME,
             split=split,
+            checkpoint_dir=checkpoint_dir,
+            options={"start": start, "cycles": cycles, "enough": enough},
         )
         return found[0] if isinstance(found, tuple) else found
 
@@ -78,6 +79,13 @@ def dsnot(
         paper="Zhang et al. 2024, arXiv 2310.08915",
         scored=False,
     )
+
+
+def _check_granularity(granularity: Granularity) -> None:
+    if granularity != WEIGHT:
+        raise ValueError(
+            f"method {NAME!r}: it exchanges single weights; expected granularity='weight', got {granularity!r}"
+        )
 
 
 def _solved(layer: Layer, plan: Plan, start: str, cycles: int, enough: float) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,14 @@ CHUNK = 1 << 25
 """Numbers in the inverses that are handled at a time."""
 
 
-def obc(*, batches: int = 1, damp: float | None = None, most: int = 1024, propagate: bool = True) -> Method:
+def obc(
+    *,
+    batches: int = 1,
+    damp: float | None = None,
+    most: int = 1024,
+    propagate: bool = True,
+    checkpoint_dir: str | None = None,
+) -> Method:
     """Optimal brain compression (Frantar, Singh, Alistarh 2022, arXiv 2208.11580).
 
     From every output the weight with the least ``w^2 / [H^-1]_jj`` goes, all others change by
@@ -33,6 +40,8 @@ def obc(*, batches: int = 1, damp: float | None = None, most: int = 1024, propag
             of a layer with so many vectors of inputs in the data, and at least 0.01
         most: inputs that a layer may have; beyond it, `sparsegpt` is the method to take
         propagate: whether a layer sees what the pruned layers before it give, instead of the dense ones
+        checkpoint_dir: a folder that keeps solved layers; after a kill the same call with the same data goes
+            on at the next
 
     Under a granularity other than weights masks are chosen by the scores of the dense layer, and the weights
     that stay are then the best for them. Under ``budget="global"`` every layer loses the same share.
@@ -58,6 +67,8 @@ def obc(*, batches: int = 1, damp: float | None = None, most: int = 1024, propag
             batches=batches,
             propagate=propagate,
             method=NAME,
+            checkpoint_dir=checkpoint_dir,
+            options={"damp": damp},
         )
 
     return Method(

@@ -28,6 +28,7 @@ def sparsegpt(
     block: int = 128,
     propagate: bool = True,
     split: Literal["equal", "error"] = "equal",
+    checkpoint_dir: str | None = None,
 ) -> Method:
     """One-shot pruning with updates of the weights that stay (Frantar, Alistarh 2023, arXiv 2301.00774).
 
@@ -43,6 +44,8 @@ def sparsegpt(
         propagate: whether a layer sees what the pruned layers before it give, instead of the dense ones
         split: under ``budget="global"`` every layer loses an "equal" share, as in the paper, or the one at
             which a further weight costs all the same "error", relative to the outputs of its layer
+        checkpoint_dir: a folder that keeps solved layers; after a kill the same call with the same data goes
+            on at the next
 
     Blocks and kernels are chosen
     by the sum of their scores when their layer is solved, channels by the scores in the dense network.
@@ -62,6 +65,8 @@ def sparsegpt(
             propagate=propagate,
             method=NAME,
             split=split,
+            checkpoint_dir=checkpoint_dir,
+            options={"damp": damp, "block": block},
         )
 
     return Method(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from torch import Tensor
 from fxprune.scoring.contract import Found, Problem, Weights, round_budgets, select_within
 from fxprune.scoring.distributed import agree
 from fxprune.scoring.sequential import Layer, solve_layers
+from fxprune.scoring.solved import SolvedLayers
 from fxprune.sparsity.budget import Budget, apportion
 from fxprune.sparsity.granularity import Granularity
 from fxprune.sparsity.group_selection import ChannelGroups
@@ -50,22 +52,43 @@ def solve_in_rounds(
     propagate: bool,
     method: str,
     split: Split = "equal",
+    checkpoint_dir: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Found:
     """Plan and solve all layers, once, or in the rounds of ``problem.schedule``, each from the one before it.
 
     ``solver`` gets the plan and a layer; ``scores`` are those that channels are chosen by, and the squared
-    errors by which layers share a budget under ``split="error"``. The others are the arguments of
+    errors by which layers share a budget under ``split="error"``. ``checkpoint_dir``: where solved layers
+    are kept, with the method's ``options``. The others are the arguments of
     :func:`fxprune.scoring.sequential.solve_layers`.
     """
     masks, weights = dict(problem.masks), dict[str, Tensor]()
-    for budget in list(round_budgets(problem, schedule=OneShot(), regrow=False, name=method)):
+    budgets = list(round_budgets(problem, schedule=OneShot(), regrow=False, name=method))
+    for number, budget in enumerate(budgets):
         now = replace(problem, masks=masks, budget=budget.capped(problem.granularity.room(masks)))
-        options: dict[str, Any] = {"batches": batches, "method": method, "start": weights}
-        plan = plan_layers(now, scores, split=split, **options)
-        masks, weights = solve_layers(now, partial(solver, plan), propagate=propagate, **options)
+        common: dict[str, Any] = {"batches": batches, "method": method, "start": weights}
+        plan = plan_layers(now, scores, split=split, **common)
+        solved = None
+        if checkpoint_dir is not None:
+            facts = {**(options or {}), "batches": batches, "propagate": propagate, **_facts(now, plan)}
+            folder = os.path.join(checkpoint_dir, f"{method}-round-{number}")
+            solved = SolvedLayers(folder, facts, problem.group)
+        masks, weights = solve_layers(
+            now, partial(solver, plan), propagate=propagate, solved=solved, **common
+        )
         if problem.group is not None:
             agree(masks, problem.group)
     return (masks, weights) if weights else masks
+
+
+def _facts(problem: Problem, plan: Plan) -> dict[str, Any]:
+    """All that decides how layers are solved, besides data and options, as JSON values."""
+    weights = {
+        name: [list(weight.shape), float(weight.double().sum()), float(weight.double().square().sum())]
+        for name, weight in problem.weights.items()
+    }
+    masks = {**kept(problem.masks)} if not plan.masks else {**kept(plan.masks)}
+    return {"weights": weights, "masks": masks, "budget": plan.layers, "granularity": repr(plan.granularity)}
 
 
 def plan_layers(

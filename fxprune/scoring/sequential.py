@@ -21,6 +21,7 @@ from fxprune.scoring.contract import Problem, Weights
 from fxprune.scoring.data import batches as read_batches
 from fxprune.scoring.distributed import average, gathered
 from fxprune.scoring.moments import Geometry, Part, Products, Watch
+from fxprune.scoring.solved import SolvedLayers
 from fxprune.scoring.walk import Arguments, Stage, arguments_of, quiet, stages
 from fxprune.sparsity.masks import Masks
 
@@ -87,6 +88,7 @@ def solve_layers(
     unseen: str = "pruned by magnitude",
     twin: nn.Module | None = None,
     passed: Passed | None = None,
+    solved: SolvedLayers | None = None,
 ) -> tuple[Masks, Weights]:
     """Solve every prunable layer in the order in which the network computes.
 
@@ -103,6 +105,7 @@ def solve_layers(
         twin: the same network, dense; it runs beside, and layers get its inputs too.
         passed: called at every node, when the layers in it are solved, with the node of the network and that
             of its twin.
+        solved: layers of a run before, which are taken as they are; new ones are added.
 
     Returns:
         Masks and new weights, on the device of ``problem.weights``.
@@ -110,7 +113,7 @@ def solve_layers(
     Raises ``ValueError`` for inputs of a layer that are not finite. Warns of layers with fewer inputs than
     weights of an output, and of weights whose inputs no product showed.
     """
-    run = _Run(problem, solver, propagate, method)
+    run = _Run(problem, solver, propagate, method, solved)
     calls = arguments_of(problem, read_batches(problem, batches, method), method)
     with quiet(problem.model, method), run.restored(start or {}):
         plan = _reading_plan(problem, calls, run.weights)
@@ -123,8 +126,11 @@ def solve_layers(
 class _Run:
     """The state of a walk: what was read of layers that are still to be solved, and what was found."""
 
-    def __init__(self, problem: Problem, solver: Solver, propagate: bool, method: str) -> None:
+    def __init__(
+        self, problem: Problem, solver: Solver, propagate: bool, method: str, solved: SolvedLayers | None
+    ) -> None:
         self.problem, self.solver, self.propagate, self.method = problem, solver, propagate, method
+        self.solved, self.known = solved, frozenset[str]() if solved is None else solved.names
         self.weights = {name: problem.model.get_parameter(name) for name in problem.weights}
         self.watches: dict[str, Watch] = {}
         self.masks: Masks = {}
@@ -161,7 +167,8 @@ class _Run:
         for index, stage in enumerate(stages(self.problem.model, calls)):
             other = None if beside is None else next(beside)
             for name in plan.get(index, []):
-                self.read(stage, name, other, twin)
+                if name not in self.known:
+                    self.read(stage, name, other, twin)
                 if last[name] == index:
                     next(steps, None)
                     self.solve(name)
@@ -188,6 +195,13 @@ class _Run:
     def solve(self, name: str) -> None:
         """Solve a layer from what was read of it, and put its weights in place."""
         self.at, problem = name, self.problem
+        home = problem.weights[name].device
+        if self.solved is not None and name in self.known:
+            mask, new = (one.to(self.weights[name].device) for one in self.solved.load(name))
+            self.masks[name], self.found[name] = mask.to(home), new.to(home)
+            if self.propagate:
+                self._put(name, new)
+            return
         watch = self.watches.pop(name, Watch({name: self.weights[name]}))
         parts = _united(watch.parts[name], problem.group)
         parameter = self.weights[name]
@@ -198,8 +212,9 @@ class _Run:
             raise ValueError(
                 f"method {self.method!r}: new weights of {name!r} are not finite; ask for more damp"
             )
-        home = problem.weights[name].device
         self.masks[name], self.found[name] = mask.to(home), new.to(home)
+        if self.solved is not None:
+            self.solved.save(name, mask, new)
         if self.propagate:
             self._put(name, new)
 
