@@ -44,8 +44,7 @@ def dsnot(
         enough: the mean error, as a share of the outputs' root mean square, at which an output is done (the
             paper's threshold, there not relative)
         propagate: whether a layer sees what the pruned layers before it give, instead of the dense ones
-        split: under ``budget="global"`` every layer loses an "equal" share, or the one at which a further
-            weight costs all the same "error", relative to the outputs of its layer
+        split: under ``budget="global"``, as of `alps`
         checkpoint_dir: a folder that keeps solved layers; after a kill the same call with the same data goes
             on at the next
 
@@ -84,7 +83,8 @@ def dsnot(
 def _check_granularity(granularity: Granularity) -> None:
     if granularity != WEIGHT:
         raise ValueError(
-            f"method {NAME!r}: it exchanges single weights; expected granularity='weight', got {granularity!r}"
+            f"method {NAME!r}: it exchanges single weights; expected granularity='weight', got "
+            f"{granularity!r}"
         )
 
 

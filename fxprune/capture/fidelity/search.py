@@ -112,8 +112,8 @@ class _Search:
     def probe(self, base: Trace) -> Differences:
         """Find what changes in training, at another batch size and in other types, and mind image sizes."""
 
-        def changed(**more: bool) -> Differences:
-            probe = self.attempt(training=True, batch=True, types=True, **more)
+        def changed(*, images: bool) -> Differences:
+            probe = self.attempt(training=True, batch=True, types=True, images=images)
             found = compare(base, probe) if probe else Differences({""})
             take_regions(found)
             return found
@@ -125,7 +125,7 @@ class _Search:
             if not found:
                 return found
             self.one_image_size = self.fixed_images(base)
-        return changed()
+        return changed(images=False)
 
     def has_images(self) -> bool:
         """Whether an argument is an image, a clip or a sequence of indices, which come in several sizes."""
