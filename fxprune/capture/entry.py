@@ -7,7 +7,7 @@ like the model in training and in evaluation, at any batch size.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -30,11 +30,12 @@ from fxprune.capture.fidelity.compare import Differences
 from fxprune.capture.fidelity.search import faithful_graph, resolve_types
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.inputs import example_inputs_for
+from fxprune.capture.leaf_forms import leaf_form
 from fxprune.capture.leaves import is_compiled
 from fxprune.capture.module import assemble, reserved_names
 from fxprune.capture.tracer.meta_values import map_structure, meta_like
 from fxprune.capture.tracer.sample_values import needs_numbers
-from fxprune.capture.tracer.trace import remove_dead_code, shapes_only, trace
+from fxprune.capture.tracer.trace import Trace, remove_dead_code, shapes_only, trace
 from fxprune.sharded_types import is_dtensor
 
 __all__ = ["capture", "capture_leaf"]
@@ -93,6 +94,7 @@ def capture_leaf(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     attributes: Mapping[str, Attributes] = MappingProxyType({}),
+    traced: dict[Hashable, Trace] | None = None,
 ) -> fx.GraphModule:
     """The inside of one module in evaluation mode, whether or not :func:`capture` would enter it.
 
@@ -101,6 +103,7 @@ def capture_leaf(
         args: its positional arguments; tensors count by their shape and type.
         kwargs: its keyword arguments.
         attributes: those that it and the modules in it had when its model was captured, by path.
+        traced: traces of other leaves, by form; a leaf of a known form takes its trace, and shares its graph.
 
     Raises:
         CaptureError: it cannot be traced, or has hooks that cannot: backward hooks, and PyTorch's own; or it
@@ -118,13 +121,18 @@ def capture_leaf(
         raise CaptureError(f"{type(module).__name__} is scripted: there is no Python code to trace")
     try:
         with restored_attributes(module, attributes):
-            found = trace(module, _shapes(tuple(args)), _shapes(dict(kwargs)), training=False)
+            form = None if traced is None else leaf_form(module, args, kwargs)
+            known = None if traced is None or form is None else traced.get(form)
+            found = known or trace(module, _shapes(tuple(args)), _shapes(dict(kwargs)), training=False)
     except TRACE_ERRORS as error:
         raise CaptureError(
             f"{type(module).__name__}: {first_line(error)} ({where(error, module)})"
         ) from error
-    resolve_types(found, Differences())
-    remove_dead_code(found.graph)
+    if known is None:
+        resolve_types(found, Differences())
+        remove_dead_code(found.graph)
+    if traced is not None and form is not None:
+        traced[form] = found
     return assemble(module, found.graph, found.constants)
 
 

@@ -37,6 +37,7 @@ class Builder:
         self.inner = ""
         self.layer = ""
         self.samples, self.strict = 1, False
+        self.leaves: dict[Any, Any] = {}  # traces of leaves by form, see `capture_leaf`
         # Per value: the part of each axis that is data, where an op before has padded it with zeros.
         self.data_range: dict[int, dict[int, tuple[int, int]]] = {}
         # What later rules need to know of a value: a square; a mean of which value over which axes;

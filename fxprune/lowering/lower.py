@@ -342,7 +342,8 @@ class _Walk:
         # The fused path of nn.TransformerEncoderLayer hides its layers.
         torch.backends.mha.set_fastpath_enabled(False)
         try:
-            inner = capture_leaf(module, meta_args, meta_kwargs, leaf_attributes(self.gm, node))
+            known = leaf_attributes(self.gm, node)
+            inner = capture_leaf(module, meta_args, meta_kwargs, known, self.build.leaves)
         except CaptureError as error:
             return self._opaque(operands, node.meta["val"], f"inside of {layer}: {error}", module)
         finally:
