@@ -30,7 +30,7 @@ import fxprune
 HERE = Path(__file__).parent
 RESULTS = HERE / "one_shot.jsonl"
 PAGE = HERE.parent / "docs" / "one_shot.md"
-METHODS = ("sparsegpt", "wanda", "magnitude")
+METHODS = ("sparsegpt", "alps", "wanda", "magnitude")
 SETTINGS = (
     ("50 %", 0.5, "weight"),
     ("60 %", 0.6, "weight"),

@@ -57,7 +57,7 @@ def leaf_form(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def _module(inner: nn.Module, modules: Mapping[int, int], tensor: Callable[[Tensor], Hashable]) -> Hashable:
-    found: list[Hashable] = [type(inner)]
+    found: list[Any] = [type(inner)]
     for name, value in vars(inner).items():
         if name in FORWARD_TABLES and value:
             raise _NoForm
