@@ -7,6 +7,7 @@ The factory of a method is called like its file. Its keyword arguments are the o
 from __future__ import annotations
 
 import ast
+import difflib
 import json
 import pkgutil
 import textwrap
@@ -19,6 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from fxprune.option_notes import option_notes
+from fxprune.papers import Paper, bibtex, citable, papers_of
 
 FOLDER = Path(__file__).parent.parent / "methods"
 COLUMNS = {"method": 14, "what it does": 42, "needs": 5, "options": 36, "paper": 35}
@@ -44,8 +46,17 @@ class Entry:
 
 def methods(
     json_: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    cite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Print BibTeX entries for a method's papers.", autocompletion=citable
+        ),
+    ] = None,
 ) -> None:
     """List the methods, what they need and their options."""
+    if cite is not None:
+        typer.echo(bibtex(_known_papers(cite)))
+        return
     entries = sorted(read_entries(FOLDER), key=lambda entry: entry.name)
     if json_:
         rows = {
@@ -63,6 +74,17 @@ def methods(
     for entry in entries:
         flags = (f"--{name.replace('_', '-')}={value}" for name, value in entry.options.items())
         typer.echo(_row((entry.name, entry.summary, " ".join(entry.needs), " ".join(flags), entry.paper)))
+
+
+def _known_papers(name: str) -> list[Paper]:
+    """Return the papers of a method; ``ValueError`` with the nearest names for an unknown one."""
+    found = papers_of(name)
+    if not found:
+        known = citable()
+        near = difflib.get_close_matches(name.lower().replace("_", "-"), known, n=3, cutoff=0.6)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+        raise ValueError(f"--cite {name}: no such method; {hint}")
+    return found
 
 
 def _row(cells: Iterable[str]) -> str:
