@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fxprune.training import Pruner, load_ticket, lottery
     from fxprune.training.regularizers import regularizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Method",
