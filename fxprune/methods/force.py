@@ -26,6 +26,9 @@ def force(*, rounds: int = 60, batches: int = 1, mode: Mode = "train", regrow: b
     Where fewer weights than are to be kept have a positive score (the network is cut), those kept before go
     before the others. Deviation from the authors' code: its loss is the negative logit of the true class, and
     a cut network comes back dense.
+
+    Cost: ``rounds * batches`` forward and backward passes.
+    When: as `iter-snip`, where weights that were pruned early should be able to return.
     """
     count_of("force", "batches", batches)
 

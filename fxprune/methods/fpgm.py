@@ -18,6 +18,9 @@ def fpgm() -> Method:
 
     The authors compare within layers, as ``scope="layer"`` does. Distances grow with the size of a filter, so
     they are divided by their mean over the layer, that layers can compete; a single filter has the score 1.
+
+    Cost: the distances of all pairs of output channels in every layer.
+    When: after training, for channels, without data.
     """
     return Method(
         name="fpgm",

@@ -44,6 +44,9 @@ def grasp(
     Deviations from the authors' code: both passes see the same batches, which are not sorted by class, and
     the classifier is not drawn anew for scoring. Attention runs in its plain form here, which has a second
     derivative.
+
+    Cost: per batch, a forward and a backward pass, and one of each that is differentiated again.
+    When: at initialization, with labelled data, in one shot at high sparsities.
     """
     count_of("grasp", "batches", batches)
     if temperature is not None and not temperature > 0:

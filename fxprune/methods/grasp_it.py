@@ -20,6 +20,9 @@ def grasp_it(*, rounds: int = 60, batches: int = 1, mode: Mode = "train") -> Met
         mode: run the model in train mode or in eval mode
 
     Squares are taken in float64, where gradients below 1e-19 do not vanish.
+
+    Cost: ``rounds * batches`` forward and backward passes.
+    When: to compare with FORCE and Iter-SNIP, under the same rounds.
     """
     count_of("grasp-it", "batches", batches)
 

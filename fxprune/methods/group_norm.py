@@ -15,6 +15,9 @@ def group_norm() -> Method:
     Score of a weight: ``w^2``. With ``granularity="channel"`` the score of a group is the sum over its rows
     and columns (eq. 4), divided by the mean over the groups of its family, so that neither the number of its
     weights nor the scale of its layers decides. With any other granularity, magnitude pruning. Needs nothing.
+
+    Cost: one pass over all weights.
+    When: after training, for channels, without data; after `fxprune.regularizer` with the same norm.
     """
     scored = from_scores(_squares, name="group-norm")
 

@@ -22,6 +22,9 @@ def iter_snip(*, rounds: int = 60, batches: int = 1, mode: Mode = "train") -> Me
 
     Deviations from the authors' code: the loss is the cross entropy (theirs is the negative logit of the true
     class; pass it as ``loss_fn``), and ties never keep more than the budget or bring weights back.
+
+    Cost: ``rounds * batches`` forward and backward passes.
+    When: at initialization, with labelled data, at high sparsities.
     """
     count_of("iter-snip", "batches", batches)
 

@@ -32,6 +32,9 @@ def logsynflow(*, rounds: int = 100, resolution: Literal["spatial", "channel"] =
     Its authors score whole architectures with it, in one pass; here it is the criterion of SynFlow's loop.
     Scores of a layer do not add up to R, so that nothing keeps layers from collapsing. Computed from ln R and
     its derivatives, so that it is finite where R is beyond every float.
+
+    Cost: as `synflow`.
+    When: as `synflow`, where that gives too much to few layers; nothing keeps layers from collapsing.
     """
     return Method(
         name="logsynflow",

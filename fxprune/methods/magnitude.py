@@ -12,6 +12,9 @@ def magnitude() -> Method:
     Score: |w|, of the weights as they are given, so that more rounds give the same masks. Needs nothing.
     Weights compete across layers under ``budget="global"``, which starves wide layers at initialisation;
     ``"uniform"`` compares within layers (Han et al. 2015, arXiv 1506.02626).
+
+    Cost: one comparison of all weights.
+    When: after training, before fine-tuning; the baseline that any other method has to beat.
     """
     return Method(
         name="magnitude",

@@ -36,6 +36,9 @@ def npb_synflow(
     The paper gives no values for the two rounds, and its code does not declare them: these are ours. A random
     mask late, at few weights, cuts paths that nothing mends: random rounds end early, and the last round is
     SynFlow's whatever the options.
+
+    Cost: as `synflow`.
+    When: as `synflow`, where more channels should stay in use.
     """
     for option, value, least in (("refresh_every", refresh_every, 1), ("refresh_until", refresh_until, 0)):
         if value < least:

@@ -46,6 +46,9 @@ def ntk_sap(
     BatchNorm statistics are those of the noise, at the weights w m: one pass in train mode sets them, both
     networks then run in eval mode. Biases and norms keep the model's values; the model itself is not touched
     (the authors' code leaves its last draw in it).
+
+    Cost: ``rounds * repetitions`` times three forward passes and a backward one.
+    When: at initialization, without labels; transformers at high sparsities.
     """
     count_of("ntk-sap", "repetitions", repetitions)
     if not epsilon > 0:

@@ -45,6 +45,9 @@ def obc(
 
     Under a granularity other than weights masks are chosen by the scores of the dense layer, and the weights
     that stay are then the best for them. Under ``budget="global"`` every layer loses the same share.
+
+    Cost: grows with the cube of a layer's inputs, times its outputs.
+    When: for pretrained networks with small layers, where `sparsegpt` is too coarse.
     """
     count_of(NAME, "batches", batches)
     count_of(NAME, "most", most)

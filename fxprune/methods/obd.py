@@ -24,6 +24,9 @@ def obd(*, batches: int = 1, samples: int = 64, mode: Mode = "eval") -> Method:
         batches: number of batches that samples are taken from
         samples: at most so many samples, each with a gradient of its own
         mode: run the model in train mode or in eval mode; a single sample has no batch statistics
+
+    Cost: a forward and a backward pass for each of ``samples`` samples.
+    When: after training to a minimum of the loss, with labelled data.
     """
     count_of("obd", "batches", batches)
     count_of("obd", "samples", samples)

@@ -39,7 +39,9 @@ def prospr(
         mode: run the model in train mode or in eval mode
 
     Deviation from the authors' code: with momentum, the first step is differentiated through like the others.
-    Memory grows with the number of steps in full order.
+
+    Cost: ``steps + 1`` forward and backward passes, in full order with memory that grows with ``steps``.
+    When: at initialization, with labelled data, up to about 98 %.
     """
     count_of("prospr", "batches", batches)
     if steps < 0:

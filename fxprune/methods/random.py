@@ -11,6 +11,9 @@ def random() -> Method:
 
     Score: U(0, 1). Needs nothing. With ``budget="erk"`` it is the usual sparse baseline (Liu et al. 2022,
     arXiv 2202.02643), with an exact number of weights in every layer.
+
+    Cost: one comparison of all weights.
+    When: the baseline at initialization, with ``budget="erk"``.
     """
     return Method(
         name="random",

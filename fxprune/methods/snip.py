@@ -28,6 +28,10 @@ def snip(
 
     In train mode, the default, the loss is the one that training starts from. Code that scores in eval mode
     sees BatchNorm's initial statistics instead and keeps other weights.
+
+    Cost: a forward and a backward pass per batch.
+    When: at initialization, with labelled data, in one shot; far above 98 % layers collapse, then
+        `iter-snip`.
     """
     count_of("snip", "batches", batches)
 

@@ -51,6 +51,9 @@ def sparsegpt(
     by the sum of their scores when their layer is solved, channels by the scores in the dense network.
     Deviations from the authors' code: the budget is kept to one weight; blocks share it by their inputs that
     are not always zero, and weights of inputs that are go first, but are not changed where they stay.
+
+    Cost: a forward pass per batch, and for each layer the inverse of a matrix of its inputs' size.
+    When: for large pretrained networks that are not trained afterwards, where `wanda` loses too much.
     """
     count_of(NAME, "batches", batches)
     count_of(NAME, "block", block)

@@ -21,6 +21,9 @@ def taylor(*, batches: int = 1, mode: Mode = "eval") -> Method:
     Options:
         batches: number of batches that are averaged
         mode: run the model in train mode or in eval mode, as a trained network is used
+
+    Cost: a forward and a backward pass per batch.
+    When: after training, with labelled data, for channels and for weights.
     """
     count_of("taylor", "batches", batches)
 

@@ -28,6 +28,9 @@ def wanda(*, batches: int = 1, compare: Literal["output", "layer", "model"] = "o
 
     Within outputs or layers every one of them loses the same share, or what ``budget`` gives its layer.
     Channels compete by their plain scores. A layer that a network applies several times reads all its inputs.
+
+    Cost: a forward pass per batch.
+    When: for large pretrained networks that are not trained afterwards, without labels.
     """
     count_of("wanda", "batches", batches)
 

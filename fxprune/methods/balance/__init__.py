@@ -74,6 +74,9 @@ def balance(
     The history holds ``step``, ``log_paths``, ``nodes``, ``kernels`` and ``objective`` at channel resolution.
     Under a granularity other than weights, and on networks without a circuit (positions that differ, as after
     a pixel shuffle), the ascent is all there is, with DPaI's own steps.
+
+    Cost: ``steps`` counts of paths, or what takes as long.
+    When: as `dpai`, where the objective itself should be as high as can be found.
     """
     for option, value in (("alpha", alpha), ("beta", beta)):
         if not 0 <= value <= 1:

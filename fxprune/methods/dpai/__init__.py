@@ -73,6 +73,10 @@ def dpai(
     networks and counts dead nodes as effective; here counts and derivatives are exact. While the masks make
     no path at all, where the code divides by zero, scores follow the gradient of R with pruned weights
     counting 1e-9 instead of 0, which raises those that the nearest paths lack.
+
+    Cost: at most ``steps`` counts of paths with their derivatives.
+    When: with neither data nor weights; to trade paths against nodes and kernels by ``alpha`` and
+        ``beta``.
     """
     _check_options(alpha, beta, steps, lr, tol)
     search = _Dpai(Objective(alpha, beta), steps, lr, tol, resolution, allocation)

@@ -54,6 +54,9 @@ def npb(
     layer is cut into chunks; no schedule of ``max_per_kernel`` over depth; weights repaired stay in their
     layer, so that every layer keeps exactly its budget. Where weights were pruned before, what the optimum
     would put on them goes to inputs with many paths.
+
+    Cost: one count of paths and one sort per layer.
+    When: with neither data nor weights, at extreme sparsities, where many channels should stay in use.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"method 'npb': alpha={alpha!r}, expected a number from 0 to 1")

@@ -39,6 +39,9 @@ def phew(*, kernel: bool = False) -> Method:
     enter projections at the wrong channel); randomness is seeded. Once fewer than one step in twenty passes a
     weight that is still wanted (a low sparsity, weights of zero), the rest is drawn without replacement, with
     the probability of being passed by a walk that is as likely in any channel.
+
+    Cost: grows with the number of weights that are kept, whatever the batch.
+    When: at initialization, without data, where every weight kept should lie on a path.
     """
 
     def find(problem: Problem) -> Masks:

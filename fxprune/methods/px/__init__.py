@@ -40,6 +40,9 @@ def px(
     the data, and zero elsewhere. At the end, residual branches that have lost their last path get one back
     (the paper's promise, which its scores keep in layers that all paths cross). As long as the classifier
     is dense, all outputs have the same activity, and the order is that of squared weights alone.
+
+    Cost: as `synflow`, and a forward pass per batch and round.
+    When: at initialization or on pretrained weights, with data but without labels.
     """
     count_of("px", "batches", batches)
 

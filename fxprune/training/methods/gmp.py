@@ -34,6 +34,9 @@ def gmp(
         criterion: which weights go, a name of ``list_methods()`` or a ``Method``
         schedule: "cubic", or another name that ``fxprune.apply`` knows
 
+    Cost: nothing beside the training, but for a criterion that looks at data.
+    When: to prune while training or fine-tuning, where there is time for it.
+
     >>> gmp(0.9, 10, end=10).due(7), gmp(0.9, 10, frequency=4).due(7)
     (7, 4)
     """
@@ -47,14 +50,12 @@ def gmp(
     curve = schedules.resolve(schedule, schedules.Cubic(last - first))
 
     def due(at: int) -> int | None:
-        if at < first:
-            return None
-        return last if at >= last else first + (at - first) // every * every
+        latest = last if at >= last else first + (at - first) // every * every
+        return None if at < first else latest
 
     def update(moment: Moment) -> Masks:
         # The curve runs from 1 to the target, both relative to where it starts, in rounds of its own.
-        done = -(-(moment.at - first) * curve.rounds // (last - first))
-        start = 1 - initial
+        done, start = -(-(moment.at - first) * curve.rounds // (last - first)), 1 - initial
         if done == curve.rounds:
             return shrink(moment, 1 - target, chosen)
         return shrink(moment, start * (curve.density(done, (1 - target) / start) if done else 1.0), chosen)

@@ -40,6 +40,9 @@ def rigl(
         drop: the fraction of a layer's weights that goes at first
         stop: the fraction of the training after which masks stay as they are
         grown: a weight that comes back starts from "zero", or from the "dense" value that it was pruned at
+
+    Cost: a gradient of all weights, pruned ones too, every ``frequency`` steps.
+    When: to train sparse from the first step, at a fixed number of weights.
     """
     return _drop_and_grow(
         "rigl", sparsity, total, frequency, drop, stop, grown, _gradient_size, frozenset({"gradients"}),
@@ -67,6 +70,9 @@ def sparse_evolution(
         drop: the fraction of a layer's weights that goes at first
         stop: the fraction of the training after which masks stay as they are
         grown: a weight that comes back starts from "zero", or from the "dense" value that it was pruned at
+
+    Cost: a few comparisons every ``frequency`` steps.
+    When: as `rigl`, without gradients of pruned weights.
     """
     return _drop_and_grow(
         "set", sparsity, total, frequency, drop, stop, grown, _chance, frozenset(),
