@@ -52,7 +52,7 @@ OPENINGS = ("What", "Where", "Which", "How", "Whatever")
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 ROOT = PACKAGE.parent
-FOLDERS = ("tests", "benchmarks", "examples")
+FOLDERS = ("tests", "benchmarks", "examples", "docs")
 OTHERS = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
 
 

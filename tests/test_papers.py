@@ -23,7 +23,7 @@ ARXIV = re.compile(r"\d{4}\.\d{5}")
 
 
 def described() -> dict[str, str]:
-    """What each method itself says of its papers: its docstring and its line in the list."""
+    """Each method's own words on its papers: its docstring and its line in the list."""
     found = {}
     for name in methods.names():
         module = name.replace("-", "_")
