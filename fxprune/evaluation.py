@@ -21,6 +21,7 @@ from fxprune.rewrite.masking.copying import duplicate
 from fxprune.scoring.data import Batch, stream
 from fxprune.scoring.gradients import run
 from fxprune.scoring.walk import checked_tokens
+from fxprune.torch_private import BatchNorm
 
 __all__ = ["Evaluation", "evaluate", "recalibrate"]
 
@@ -269,7 +270,7 @@ def recalibrate(model: nn.Module, data: Any, loss_fn: Callable[..., Tensor] | No
     norms = [
         module
         for module in inner.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        if isinstance(module, BatchNorm) and module.running_mean is not None
     ]
     if not norms:
         raise ValueError("model: it has no batch norm with running statistics")

@@ -29,6 +29,7 @@ from fxprune.scoring.sequential import Layer, Matrix, solve_layers
 from fxprune.scoring.walk import Stage
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.masks import Masks, kept, nonzeros
+from fxprune.torch_private import BatchNorm
 
 __all__ = ["reconstruct"]
 
@@ -260,12 +261,12 @@ class _Fit:
     def match(self, stage: Stage, other: Stage) -> None:
         """At a batch norm, choose the statistics that give its outputs the twin's mean and variance."""
         module = stage.module
-        if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.running_mean is None:
+        if not isinstance(module, BatchNorm) or module.running_mean is None:
             return
         mean, variance = _statistics(stage)
         wanted, spread = _statistics(other)
         dense = other.module
-        assert isinstance(dense, nn.modules.batchnorm._BatchNorm)
+        assert isinstance(dense, BatchNorm)
         assert dense.running_mean is not None
         assert dense.running_var is not None
         assert module.running_var is not None

@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as _module
+
+from fxprune.torch_private import global_forward_hooks, global_forward_pre_hooks
 
 __all__ = [
     "BACKWARD_TABLES",
@@ -36,8 +37,8 @@ KINDS = ("_forward_pre_hooks", "_forward_hooks")
 FORWARD_TABLES = (*KINDS, *(f"{kind}_with_kwargs" for kind in KINDS), "_forward_hooks_always_called")
 BACKWARD_TABLES = ("_backward_hooks", "_backward_pre_hooks")
 GLOBAL_TABLES = {
-    "_forward_pre_hooks": _module._global_forward_pre_hooks,
-    "_forward_hooks": _module._global_forward_hooks,
+    "_forward_pre_hooks": global_forward_pre_hooks,
+    "_forward_hooks": global_forward_hooks,
 }
 """The hooks of all modules, by the name of a module's own table."""
 

@@ -11,19 +11,18 @@ import sys
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from fxprune.capture.modes import ModeSwitch
+from fxprune.torch_private import ConvNd, NormBase
 
 __all__ = ["dense_class", "is_compiled", "is_leaf"]
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 WHOLE = (
     ModeSwitch,
-    _ConvNd,
-    _NormBase,
+    ConvNd,
+    NormBase,
     nn.Bilinear,
     nn.Linear,
     nn.MultiheadAttention,

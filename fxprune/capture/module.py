@@ -16,9 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import _get_qualified_name, map_arg
+from torch.fx.node import map_arg
 
 from fxprune.capture.attributes import Attributes, attributes_of
 from fxprune.capture.errors import CaptureError
@@ -31,6 +30,7 @@ from fxprune.capture.hooks import (
     without_hooks,
 )
 from fxprune.capture.recompute import keep_regions
+from fxprune.torch_private import OpOverload, OpOverloadPacket, qualified_name
 
 __all__ = ["CapturedModule", "assemble", "leaf_attributes", "reserved_names"]
 
@@ -222,11 +222,11 @@ def _written(graph: fx.Graph) -> list[tuple[Any, ...]]:
 def _name(target: Any) -> Any:
     if isinstance(target, str):
         return target
-    if isinstance(target, torch._ops.OpOverloadPacket | torch._ops.OpOverload):
+    if isinstance(target, OpOverloadPacket | OpOverload):
         return _Name("torch", f"ops.{target}")
     places = [(getattr(target, "__module__", None), getattr(target, "__qualname__", ""))]
     if getattr(target, "__name__", None):
-        places.append(_get_qualified_name(target).rpartition(".")[::2])
+        places.append(qualified_name(target).rpartition(".")[::2])
     for module, path in places:
         if module and path and _find(_Name(module, path)) is target:
             return _Name(module, path)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from fxprune.channels.cost import Entries, Term
 from fxprune.channels.groups import Groups
 from fxprune.graph import ChannelGraph, ir
+from fxprune.torch_private import DropoutNd, pytree
 
 __all__ = ["LiveRanges", "Peak", "Storage", "count_memory", "live_ranges"]
 
@@ -214,7 +214,7 @@ def _address(tensor: Tensor) -> int:
 def _same_memory(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     """Return the node whose memory a dropout hands on, or a view that was captured as a copy."""
     if node.op == "call_module":
-        drops = isinstance(gm.get_submodule(str(node.target)), nn.modules.dropout._DropoutNd)
+        drops = isinstance(gm.get_submodule(str(node.target)), DropoutNd)
         return node.all_input_nodes[0] if drops else None
     if node.target in (nn.functional.dropout, torch.dropout):
         return node.all_input_nodes[0]

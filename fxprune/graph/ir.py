@@ -12,7 +12,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fxprune.graph import display
 from fxprune.graph.channel_sources import ChannelName, input_channels, kernel_uses
@@ -46,6 +45,7 @@ from fxprune.graph.ops import (
     refuse_kind,
 )
 from fxprune.graph.verify import verify
+from fxprune.torch_private import pytree
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxprune.torch_private import TorchDispatchMode, pytree
 
 __all__ = ["peak_bytes"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxprune.rewrite.files.export import ONNX_PACKAGES, export
+from fxprune.torch_private import pytree
 
 __all__ = ["RUNTIMES", "check_runtime", "missing_package", "onnx_session", "prepare"]
 

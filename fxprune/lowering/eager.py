@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from fxprune.graph import ir
 from fxprune.lowering.parameters import Parameters
+from fxprune.torch_private import ConvTransposeNd, pytree
 
 __all__ = ["graph_of_run"]
 
@@ -104,7 +103,7 @@ def _kernels(parameters: Parameters, met: dict[str, bool]) -> Iterator[ir.Kernel
     for name in (name for name in parameters.tensors if name in met):
         path, owner = parameters.owners[name]
         shape, layer = parameters.tensors[name].shape, name.rpartition(".")[0] or name
-        transposed = isinstance(owner, _ConvTransposeNd)
+        transposed = isinstance(owner, ConvTransposeNd)
         groups: Any = getattr(owner, "groups", 1)
         groups = groups if isinstance(groups, int) else 1
         into, out = (0, 1) if transposed else (1, 0)

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fxprune.graph import ir
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.reads import Reads, joined, lost
 from fxprune.lowering.rules import movement, norm, pointwise
 from fxprune.lowering.rules.table import substitute, tensors_in
+from fxprune.torch_private import pytree
 
 __all__ = ["reads_of_result"]
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from fxprune.graph import ir
 from fxprune.lowering.parameters import Parameters
+from fxprune.torch_private import ConvNd, NormBase
 
 __all__ = ["hidden_layers", "matrices_outside"]
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
-LAYERS = (nn.Linear, nn.Bilinear, _ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+LAYERS = (nn.Linear, nn.Bilinear, ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+NORMS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def matrices_outside(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, int]:

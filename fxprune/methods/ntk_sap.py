@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map
 
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.module import CapturedModule
@@ -19,6 +17,7 @@ from fxprune.scoring.distributed import average
 from fxprune.scoring.gradients import count_of, run, scoring
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.schedule import Exponential
+from fxprune.torch_private import BatchNorm, pytree
 
 Weights = dict[str, torch.Tensor]
 
@@ -63,7 +62,7 @@ def ntk_sap(
             gates = {name: mask.to(problem.device).float().requires_grad_() for name, mask in masks.items()}
             drawn = {name: _draw(problem, name, init) for name in gates}
             moved = {name: w + epsilon * _noise(problem, w) for name, w in drawn.items()}
-            inputs = tree_map(lambda part: _noise_input(problem, part), shapes)
+            inputs = pytree.tree_map(lambda part: _noise_input(problem, part), shapes)
             with scoring(problem, "eval"):
                 slopes = torch.autograd.grad(
                     _distance(problem, drawn, moved, gates, inputs), list(gates.values()),
@@ -88,7 +87,7 @@ def _distance(problem: Problem, drawn: Weights, moved: Weights, gates: Weights, 
     def outputs(weights: Weights, buffers: Weights) -> list[torch.Tensor]:
         gated = {name: weight * gates[name].to(weight.dtype) for name, weight in weights.items()}
         found = torch.func.functional_call(_Inputs(problem.model), _with_prefix(buffers | gated), (inputs,))
-        return [part for part in tree_leaves(found) if isinstance(part, torch.Tensor)]
+        return [part for part in pytree.tree_leaves(found) if isinstance(part, torch.Tensor)]
 
     buffers = {name: buffer.clone() for name, buffer in problem.model.named_buffers()}
     with torch.no_grad(), _batch_statistics(problem.model):
@@ -118,7 +117,7 @@ def _with_prefix(state: Weights) -> Weights:
 @contextmanager
 def _batch_statistics(model: torch.nn.Module) -> Iterator[None]:
     """Put norms with running statistics into train mode, so that these become those of the next batch."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     try:
         for norm in norms:

@@ -15,7 +15,6 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, hardsigmoid, relu6
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from fxprune.scoring.contract import Problem
 from fxprune.scoring.data import Batch, pieces, seeded
@@ -23,6 +22,7 @@ from fxprune.scoring.data import batches as read_batches
 from fxprune.scoring.distributed import average, holding
 from fxprune.scoring.shapes import FAULTS, explain_misfit
 from fxprune.sparsity.masks import Masks
+from fxprune.torch_private import pytree
 
 Mode = Literal["train", "eval"]
 
@@ -247,7 +247,7 @@ class _ModelWithLoss(torch.nn.Module):
             return self.loss_fn(self.model, batch.inputs)
         output = run(self.model, batch.inputs)
         if self.temperature != 1:
-            output = tree_map_only(torch.Tensor, self._divide, output)
+            output = pytree.tree_map_only(torch.Tensor, self._divide, output)
         if self.loss_fn is not None:
             return _loss_of_pair(self.loss_fn, output, batch.target, self.method)
         return classification_loss(output, batch.target, self.method)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.scoring.contract import Problem
 from fxprune.scoring.data import Batch, pieces
 from fxprune.scoring.distributed import average
 from fxprune.scoring.gradients import run_at
+from fxprune.torch_private import TorchDispatchMode
 
 __all__ = ["input_norms"]
 

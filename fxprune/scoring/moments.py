@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.scoring.inputs import PRODUCTS
+from fxprune.torch_private import TorchDispatchMode
 
 __all__ = ["Part", "Products", "Watch", "unfolded"]
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
 
 from fxprune.scoring.contract import Problem
 from fxprune.scoring.data import Batch, pieces
+from fxprune.torch_private import pytree
 
 __all__ = ["Arguments", "Stage", "arguments_of", "checked_tokens", "quiet", "stages"]
 
@@ -187,7 +187,7 @@ def stages(model: nn.Module, calls: Sequence[Arguments]) -> Iterator[Stage]:
         if copies:
             values = held[piece]
             runner.env = values | {
-                one: tree_map_only(Tensor, copied, values[one]) for one in node.all_input_nodes
+                one: pytree.tree_map_only(Tensor, copied, values[one]) for one in node.all_input_nodes
             }
         return runner.run_node(node)
 

@@ -21,5 +21,6 @@ def test_the_program_runs(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("538 weights left")
+    # Older releases of PyTorch let gloo write lines of its own there.
+    assert any(line.startswith("538 weights left") for line in done.stdout.splitlines()), done.stdout
     assert (tmp_path / "masks.safetensors").exists()

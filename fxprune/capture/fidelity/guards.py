@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.capture.tracer.tape import Decision
+from fxprune.torch_private import check_number
 
 __all__ = ["guard_constants", "guard_decisions", "guard_sizes", "guarded_sizes"]
 
@@ -64,7 +65,7 @@ def guarded_sizes(graph: fx.Graph) -> set[tuple[str, int]]:
     """The arguments and dimensions that a graph checks the size of."""
     found: set[tuple[str, int]] = set()
     for node in graph.nodes:
-        check = node.args[0] if node.target is torch._assert else None
+        check = node.args[0] if node.target is check_number else None
         size = check.args[0] if isinstance(check, fx.Node) and check.target is operator.eq else None
         if isinstance(size, fx.Node) and size.target is operator.getitem:
             shape, dim = size.args
@@ -103,7 +104,7 @@ def guard_decisions(
             f"{model}: {place} decides by the size of its inputs (captured where {values[0]} "
             f"{SIGNS[function]} {values[1]}); capture it again for this one"
         )
-        writer.make(torch._assert, (check, told), None)
+        writer.make(check_number, (check, told), None)
 
 
 def _certain(decision: Decision) -> bool:
@@ -146,4 +147,4 @@ class _Writer:
             f"{message.format(self.model)}, and computes that only; capture it again for another, or prune"
             " with returns='module', which takes any"
         )
-        self.make(torch._assert, (check, told), None)
+        self.make(check_number, (check, told), None)

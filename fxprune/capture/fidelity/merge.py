@@ -13,8 +13,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
 from fxprune.capture.errors import CaptureError
 from fxprune.capture.fidelity.compare import align_entries, equal_tensors
@@ -24,6 +22,7 @@ from fxprune.capture.tracer.contents import is_record
 from fxprune.capture.tracer.spelling import changes_input, is_pure
 from fxprune.capture.tracer.tape import DtypeOf, Scope
 from fxprune.capture.tracer.trace import Trace
+from fxprune.torch_private import DropoutNd, NormBase
 
 __all__ = ["merge"]
 
@@ -220,7 +219,7 @@ def _constant_types(value: Any) -> Any:
 def _still(module: nn.Module) -> bool:
     """Whether training mode runs a module as evaluation does."""
     for inner in module.modules():
-        if isinstance(inner, _NormBase | _DropoutNd | nn.RNNBase):
+        if isinstance(inner, NormBase | DropoutNd | nn.RNNBase):
             return False
     return True
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.modules import module as global_hooks
 
 from fxprune.capture.errors import TRACE_ERRORS, HookError, first_line, where
 from fxprune.capture.hooks import BACKWARD_TABLES, GLOBAL_TABLES, Hook, hook_name, is_of_pytorch
 from fxprune.capture.tracer.recorder import Recorder
 from fxprune.capture.tracer.spelling import is_pure
+from fxprune.torch_private import global_hooks_always_called, global_hooks_with_kwargs
 
 __all__ = ["HookCalls"]
 
@@ -109,8 +109,8 @@ class HookCalls:
 
     def global_hooks(self, kind: str) -> Iterator[_Hook]:
         named, always = (
-            global_hooks._global_forward_hooks_with_kwargs,
-            global_hooks._global_forward_hooks_always_called,
+            global_hooks_with_kwargs,
+            global_hooks_always_called,
         )
         for key, function in GLOBAL_TABLES[kind].items():
             if not is_of_pytorch(function):

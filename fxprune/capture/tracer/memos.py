@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.capture.tracer.spelling import is_pure
+from fxprune.torch_private import DisableTorchFunction
 
 __all__ = ["Cache", "Memos", "find_caches"]
 
@@ -101,7 +102,7 @@ class Memos:
         if last is None or cache.kept.is_meta or not all(is_pure(node) for node in chain):
             return False
         values: dict[fx.Node, Any] = {}
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             for node in chain:
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 if node.op == "get_attr":

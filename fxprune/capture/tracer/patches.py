@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from torch.amp.autocast_mode import _exit_autocast
 
 from fxprune.capture.errors import TRACE_ERRORS
 from fxprune.capture.tracer.call_targets import AutogradCall, ScriptedCall
 from fxprune.capture.tracer.reachable import ATOMS, Place
 from fxprune.capture.tracer.recorder import Recorder
 from fxprune.capture.tracer.sample_values import MadeUp, needs_numbers
+from fxprune.torch_private import DisableTorchFunction, exit_autocast
 
 __all__ = ["patched_functions", "replaced"]
 
@@ -82,9 +82,13 @@ def _apply(recorder: Recorder) -> Any:
                 return args[0](*args[2:], **kwargs)
             finally:
                 recorder.tape.regions.end(args)
+        if cls.__module__ == torch.utils.checkpoint.__name__:
+            # Older releases keep a region's inputs in a function that computes nothing and has a gradient.
+            with recorder.paused(), DisableTorchFunction():
+                return target(torch.empty(0, requires_grad=True))
         with recorder.paused(), torch.no_grad():
             out = target(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return recorder.tape.record("call_function", AutogradCall(cls), args, kwargs, out)
 
     return classmethod(apply)
@@ -95,7 +99,7 @@ def _scripted(recorder: Recorder, home: str, place: Place) -> Callable[..., Any]
     target = ScriptedCall(home, place.key, function)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             try:
                 out = recorder.tape.shadows.run(function, args, kwargs)
             except TRACE_ERRORS as error:
@@ -139,7 +143,7 @@ def _exit(recorder: Recorder) -> Callable[..., Any]:
     def leave(region: Any, *error: Any) -> None:
         node = vars(region).pop("fxprune_node", None)
         if node is not None:
-            recorder.tape.effect(_exit_autocast, (node,))
+            recorder.tape.effect(exit_autocast, (node,))
 
     return leave
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.overrides import TorchFunctionMode
 
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError
@@ -23,6 +22,7 @@ from fxprune.capture.tracer.sample_values import MadeUp, needs_numbers
 from fxprune.capture.tracer.spelling import RESHAPING, VALUE_READERS, selects, spelling
 from fxprune.capture.tracer.tape import Tape
 from fxprune.capture.tracer.traced_numbers import plain_number
+from fxprune.torch_private import DisableTorchFunction, enter_autocast, exit_autocast, set_grad_mode
 
 __all__ = ["Recorder"]
 
@@ -60,11 +60,11 @@ class Recorder(TorchFunctionMode):
             self._check_length(args[0], name)
         if name == "__len__":
             return plain_number(args[0].shape[0])
-        if func is torch._C._set_grad_enabled:
+        if func is set_grad_mode:
             return self._grad_mode(args[0])
-        if func is _enter_autocast:
+        if func is enter_autocast:
             return self.enter_autocast(*args)
-        if func is _exit_autocast:
+        if func is exit_autocast:
             return self.tape.effect(func, args)
         op, target, operands = spelling(func, args, kwargs)
         if target in RESHAPING:
@@ -111,7 +111,7 @@ class Recorder(TorchFunctionMode):
 
     def _grad_mode(self, enabled: bool) -> None:
         """Regions without gradients: their end goes back to what was there when the graph runs."""
-        setter = torch._C._set_grad_enabled
+        setter = set_grad_mode
         if self._grad_modes and self._grad_modes[-1][0] == enabled:
             self.tape.effect(setter, (self._grad_modes.pop()[1],))
         else:
@@ -125,7 +125,7 @@ class Recorder(TorchFunctionMode):
     def enter_autocast(self, device: str, *options: Any) -> fx.Node:
         """A region for the kind of device that the model runs on follows the model to another one."""
         kind = self.tape.device_kind(device) if device == self.device.type else device
-        return self.tape.effect(_enter_autocast, (kind, *options))
+        return self.tape.effect(enter_autocast, (kind, *options))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -147,7 +147,7 @@ class Recorder(TorchFunctionMode):
                     raise
                 return self._made_up("call_module", path, module.forward, args, kwargs)
         writes = bool(getattr(module, "inplace", False))
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return self.tape.record("call_module", path, args, kwargs, out, writes)
 
     def method(self, target: MethodCall, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -166,7 +166,7 @@ class Recorder(TorchFunctionMode):
                 out = self._on_numbers(function, args, kwargs, MadeUp())
             else:
                 out = self._on_numbers(function, given, kwargs, MadeUp(masks=True))
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             out = map_structure(_at_least_one, out)
             return self.tape.record(op, target, args, kwargs, out, unsized=True)
 
@@ -179,7 +179,7 @@ class Recorder(TorchFunctionMode):
 
         self.tape.shadows = numbers
         try:
-            with torch._C.DisableTorchFunction():
+            with DisableTorchFunction():
                 given = [map_structure(argument, item) for item in args]
                 options = {key: map_structure(argument, item) for key, item in kwargs.items()}
             return function(*given, **options)

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._device import _device_constructors
+
+from fxprune.torch_private import device_constructors
 
 __all__ = [
     "CONSTRUCTORS",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 # Functions that make tensors from nothing: they get the meta device while shapes are worked out.
-CONSTRUCTORS: frozenset[Any] = frozenset(_device_constructors())
+CONSTRUCTORS: frozenset[Any] = frozenset(device_constructors())
 
 # What asks for the numbers in a tensor.
 VALUE_READERS = frozenset(

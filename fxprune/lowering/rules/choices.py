@@ -15,6 +15,7 @@ from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
+from fxprune.torch_private import unique2
 
 __all__ = ["any_along", "any_of", "numbers", "table"]
 
@@ -127,7 +128,7 @@ def _where_mask_holds(context: Context, value: ir.Value, parts: Sequence[Any]) -
     return build.affine(build.gather(TensorFunction.of("unsqueeze", PREVIOUS, first), [value], one), shape)
 
 
-@table.rule(torch.masked_select, "masked_select", torch.unique, "unique", torch._unique2)
+@table.rule(torch.masked_select, "masked_select", torch.unique, "unique", unique2)
 @table.rule(torch.unique_consecutive, "unique_consecutive")
 def some(context: Context, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Entries of the whole tensor in a row; what counts them or says where they stood carries no path."""

@@ -14,6 +14,7 @@ from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
+from fxprune.torch_private import nn_functions
 
 __all__ = ["MOVES_TYPE", "has_floor", "table"]
 
@@ -42,7 +43,7 @@ _MODULES = [
 def _spellings() -> set[Any]:
     found: set[Any] = set(_NAMES)
     for name in _NAMES:
-        for room in (torch, F, torch.special, torch._C._nn):
+        for room in (torch, F, torch.special, nn_functions):
             if callable(getattr(room, name, None)):
                 found.add(getattr(room, name))
     # Python's own comparisons and signs, as fx records them on proxies.
@@ -338,7 +339,7 @@ def addcmul(context: Context, x: Any, a: Any, b: Any, *, value: float = 1) -> ir
     return build.sum([build.materialise(x), product], shape)
 
 
-@table.rule(F.glu, nn.GLU, torch._C._nn.glu)
+@table.rule(F.glu, nn.GLU, nn_functions.glu)
 def glu(context: Context, x: ir.Value, dim: int = -1) -> ir.Value:
     """``y = a * sigmoid(b)``, a and b the halves of x."""
     dim = getattr(context.module, "dim", dim)

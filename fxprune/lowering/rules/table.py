@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxprune.capture.tracer.call_targets import AutogradCall
 from fxprune.graph import ir
 from fxprune.lowering.builder import Builder
 from fxprune.lowering.constant import Constant
+from fxprune.torch_private import OpOverload, OpOverloadPacket
 
 __all__ = [
     "Context",
@@ -117,7 +117,7 @@ def own_rules(rules: Rules | None) -> dict[Any, Rule]:
 
 def find_rule(rules: Mapping[Any, Rule], target: Any) -> Rule | None:
     """Find the rule of a target; that of a library's operator goes by name, as "torchvision.roi_align"."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         target = target.overloadpacket
     if isinstance(target, AutogradCall):
         return rules.get(target) or rules.get(AutogradCall)
@@ -126,7 +126,7 @@ def find_rule(rules: Mapping[Any, Rule], target: Any) -> Rule | None:
 
 def is_operator(target: Any) -> bool:
     """Whether a target is an operator that a library has registered with torch."""
-    return isinstance(target, torch._ops.OpOverloadPacket)
+    return isinstance(target, OpOverloadPacket)
 
 
 def describe(target: Any) -> str:

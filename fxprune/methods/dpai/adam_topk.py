@@ -17,6 +17,7 @@ from fxprune.methods.dpai.layer_topk import IndexTopK, MaskTopK, keeps_few
 from fxprune.methods.dpai.objective import LARGEST, SMALLEST, Figures, ScoreGradients, UnitGroup
 from fxprune.methods.dpai.topk_state import GranularTopK, MakeTopK, UnitTopK, group_layers, make_topk
 from fxprune.sparsity.masks import Masks
+from fxprune.torch_private import fused_adam_
 
 __all__ = ["Ascent"]
 
@@ -154,7 +155,7 @@ class Ascent:
 
     def _adam(self, gradient: Tensor, rise: Tensor, mean: Tensor, square: Tensor) -> None:
         """Update ``rise`` upwards (Kingma, Ba 2015, algorithm 1), in the one pass of torch's optimiser."""
-        torch._fused_adam_(
+        fused_adam_(
             [rise], [gradient], [mean], [square], [], [self._clock],
             lr=-self.lr, beta1=BETAS[0], beta2=BETAS[1], eps=EPSILON,
             weight_decay=0.0, amsgrad=False, maximize=False,

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxprune.paths.scaled import EMPTY, Scaled, add, at_power, multiply, normalise, square, zeros_like
+from fxprune.torch_private import TorchDispatchMode, pytree
 
 __all__ = ["Activity"]
 
@@ -70,7 +69,7 @@ class Activity(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def start(self, inputs: Any) -> None:
         """Let paths begin at every floating-point tensor of the inputs."""
-        for part in tree_leaves(inputs):
+        for part in pytree.tree_leaves(inputs):
             if isinstance(part, Tensor) and part.is_floating_point():
                 self.paths[part] = square(part)
 
@@ -90,7 +89,7 @@ class Activity(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.paths[output] = square(output)
             return output
         for table in (self.paths, self.weights):
-            if any(isinstance(x, Tensor) and x in table for x in tree_leaves((before, kwargs))):
+            if any(isinstance(x, Tensor) and x in table for x in pytree.tree_leaves((before, kwargs))):
                 found = rule(func, before, kwargs, output, table)
                 is_first = isinstance(found.values, Tensor) and not isinstance(output, Tensor)
                 _record(table, output[0] if is_first else output, found)
@@ -134,7 +133,7 @@ class Activity(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _same(self, func: Any, args: Any, kwargs: Any, output: Any, table: Any) -> Scaled[int]:
         shape = _first(output).shape
         number: Scaled[int] = next(
-            table[x] for x in tree_leaves(args) if isinstance(x, Tensor) and x in table
+            table[x] for x in pytree.tree_leaves(args) if isinstance(x, Tensor) and x in table
         )
         values = number.values
         return number.with_values(
@@ -194,7 +193,7 @@ class Activity(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _moved(self, func: Any, args: Any, kwargs: Any, output: Any, table: Any) -> Scaled[int]:
         """The operation itself, on second numbers; tensors that are not followed are zeros."""
-        followed = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x in table]
+        followed = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x in table]
         power = max(table[x].level for x in followed)
 
         def number(x: Any) -> Any:
@@ -205,7 +204,7 @@ class Activity(TorchDispatchMode):  # type: ignore[no-untyped-call]
             values = at_power(table[x], power)
             return values.clone() if func._schema.is_mutable else values
 
-        found = func(*tree_map(number, args), **tree_map(number, kwargs))
+        found = func(*pytree.tree_map(number, args), **pytree.tree_map(number, kwargs))
         if isinstance(found, Tensor) and not func.is_view:
             return normalise(found, power)
         return Scaled(found, power, power)
@@ -214,7 +213,7 @@ class Activity(TorchDispatchMode):  # type: ignore[no-untyped-call]
 # -- tensors ----------------------------------------------------------------------------------------------
 def _record(table: Any, output: Any, found: Scaled[int]) -> None:
     """Remember ``found`` for all floating-point tensors of ``output``; its values are nested alike."""
-    for tensor, values in zip(tree_leaves(output), tree_leaves(found.values), strict=True):
+    for tensor, values in zip(pytree.tree_leaves(output), pytree.tree_leaves(found.values), strict=True):
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             values = _laid_out_like(tensor, values.float().expand(tensor.shape))
             table[tensor] = found.with_values(values)

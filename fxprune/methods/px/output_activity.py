@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from fxprune.methods.px.active_paths import Activity
 from fxprune.paths.scaled import EMPTY, Scaled, add, at_power, zeros_like
@@ -16,6 +15,7 @@ from fxprune.scoring.data import Batch
 from fxprune.scoring.distributed import average, largest
 from fxprune.scoring.gradients import run_at, scoring, twice_differentiable
 from fxprune.sparsity.masks import Masks
+from fxprune.torch_private import pytree
 
 __all__ = ["output_activities"]
 
@@ -46,7 +46,9 @@ def _active_paths(problem: Problem, masks: Masks, batch: Batch) -> list[Scaled[i
         activity.start((args, kwargs))
 
     def collect(model: torch.nn.Module, args: Any, output: Any) -> None:
-        real = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+        real = [
+            x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor) and x.is_floating_point()
+        ]
         ends = [activity.paths.get(x, zeros_like(x)) for x in real]
         found[:] = [end.with_values(end.values.double().sum(0)) for end in ends]
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from fxprune.channels.follow import labels_by_weight
 from fxprune.channels.labels import Sides
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut
+from fxprune.torch_private import ConvNd
 
 __all__ = ["Recorded", "constant_entries", "fold", "is_recorded", "record"]
 
@@ -99,7 +99,7 @@ def _contribution(
         return None  # a depthwise output goes with its input
     place = op.layer or op.node
     weight = getattr(module, "weight", None)
-    plain = isinstance(module, (nn.Linear, _ConvNd)) and op.groups == 1 and isinstance(weight, Tensor)
+    plain = isinstance(module, (nn.Linear, ConvNd)) and op.groups == 1 and isinstance(weight, Tensor)
     transposed = op.window is not None and op.window.transposed
     source = node.args[0] if node.args else None
     known = is_recorded(cut.graph, source, value, recorded)

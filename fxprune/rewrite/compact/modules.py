@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
+from fxprune.torch_private import ConvNd, NormBase
 
 __all__ = ["Slices", "is_sizeable", "slice_parameters", "slices_of"]
 
@@ -128,7 +127,7 @@ def _rows_of(places: Tensor, weight: Tensor) -> Tensor:
 
 
 _KNOWN = (
-    nn.Linear, _ConvNd, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU, nn.Embedding,
+    nn.Linear, ConvNd, NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU, nn.Embedding,
 )  # fmt: skip
 
 
@@ -145,13 +144,13 @@ def _set_sizes(module: nn.Module, groups: int | None) -> None:
     m: Any = module
     if isinstance(module, nn.Linear):
         m.out_features, m.in_features = module.weight.shape
-    elif isinstance(module, _ConvNd):
+    elif isinstance(module, ConvNd):
         if groups is not None:
             m.groups = groups
         first, second = module.weight.shape[:2]
         outputs, inputs = (second * m.groups, first) if m.transposed else (first, second * m.groups)
         m.out_channels, m.in_channels = outputs, inputs
-    elif isinstance(module, _NormBase):
+    elif isinstance(module, NormBase):
         known = next((t for t in (m.weight, m.running_mean) if t is not None), None)
         if known is not None:
             m.num_features = len(known)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+
+from fxprune.torch_private import DisableTorchFunction, pytree
 
 __all__ = [
     "RUN_ERRORS",
@@ -107,7 +108,7 @@ class _Widening(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return pytree.tree_map(_widened, result)
 
 

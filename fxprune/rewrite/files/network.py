@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from fxprune.capture import capture
 from fxprune.capture.errors import check_module
@@ -27,6 +26,7 @@ from fxprune.rewrite.masking.install import install, put_masks
 from fxprune.rewrite.masking.masked_module import form_of, original_class
 from fxprune.rewrite.masking.parameters import join, read, unwrap
 from fxprune.sharded_types import is_dtensor
+from fxprune.torch_private import pytree
 
 __all__ = ["NETWORK_VERSION", "follow_recipes", "is_network", "load", "network_file"]
 

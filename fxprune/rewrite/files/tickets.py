@@ -17,6 +17,7 @@ from fxprune.rewrite.files.packing import pack, unpack
 from fxprune.rewrite.masking.parameters import join, mask_at, masked_places, parameter_at, unwrap
 from fxprune.rewrite.masking.storage import zero
 from fxprune.sharded_types import is_dtensor
+from fxprune.torch_private import NormBase
 
 CENTROIDS, SIGNS = "//centroids", "//signs"
 """Names in a file that no parameter can have."""
@@ -139,5 +140,5 @@ def neutralise(model: nn.Module) -> None:
                 parameter.zero_()
             elif attribute == "weight" and parameter.dim() == 1 and not isinstance(module, nn.PReLU):
                 parameter.fill_(1.0)
-        if isinstance(module, nn.modules.batchnorm._NormBase):
+        if isinstance(module, NormBase):
             module.reset_running_stats()

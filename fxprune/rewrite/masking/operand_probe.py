@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.sharded import is_sharded, plain_twin
 from fxprune.rewrite.masking.weight_functions import KERNELS, PRODUCTS, weight_operand
+from fxprune.torch_private import ConvNd
 
 FAILURES = (
     RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ArithmeticError,
@@ -56,7 +56,7 @@ def example_input(module: nn.Module, weight: torch.Tensor, margin: int = 2) -> t
     if isinstance(module, nn.MultiheadAttention):
         sizes = (module.embed_dim, module.kdim, module.vdim)
         return tuple(torch.randn(3, 2, size, **like) for size in sizes)
-    if isinstance(module, _ConvNd):
+    if isinstance(module, ConvNd):
         reach = [d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)]
         return (torch.randn(2, module.in_channels, *(size + margin for size in reach), **like),)
     if isinstance(module, nn.Bilinear):
