@@ -119,6 +119,8 @@ def test_hooks_of_all_modules_are_kept_there() -> None:
     finally:
         before.remove()
         after.remove()
+        private.global_hooks_with_kwargs.pop(after.id, None)  # which PyTorch leaves there
+        private.global_hooks_always_called.pop(after.id, None)
     assert not private.global_forward_hooks
 
 
