@@ -94,8 +94,14 @@ def shown_are_printed(shown: str, printed: str) -> None:
 @pytest.mark.slow  # a resnet18 in full, 20 s
 def test_the_report_in_the_readme_is_the_one_that_is_printed(capsys: Any) -> None:
     report, training = blocks("README.md", "text")
-    exec(compile(blocks("README.md", "python")[0], "README.md", "exec"), {"__name__": "readme"})
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(blocks("README.md", "python")[0], "README.md", "exec"), names)
     shown_are_printed(report, capsys.readouterr().out)
+    measured = blocks("README.md", "python")[1].partition("fxprune.export")[0]
+    exec(compile(measured, "README.md", "exec"), names)
+    for name, network in names["found"].networks.items():
+        macs, size = f"{network.macs / 1e9:.2f} G", f"{network.file_bytes / 1e6:.1f} MB"
+        assert f"| {name} | {macs} | {size} | " in (ROOT / "README.md").read_text(encoding="utf-8")
     assert run(["prune", "timm:resnet18", "--method", "magnitude", "--sparsity", "0.9"]) == 0
     shown_are_printed(report, capsys.readouterr().out)
     assert "95.000% sparse" in training
