@@ -26,7 +26,7 @@ KINDS = {
         "magnitude", "lamp", "synflow", "synflow-l2", "logsynflow", "npb-synflow", "phew", "ntk-sap",
     ),
     "From data, at initialization": ("snip", "iter-snip", "force", "grasp", "grasp-it", "px", "prospr"),
-    "From data, on trained networks": ("taylor", "obd", "wanda", "sparsegpt", "obc"),
+    "From data, on trained networks": ("taylor", "obd", "wanda", "dsnot", "sparsegpt", "alps", "obc"),
     "Channels": ("group-norm", "fpgm", "bn-scale"),
     "While training": ("asni", "gmp", "imp", "rigl", "set"),
 }  # fmt: skip

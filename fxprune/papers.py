@@ -213,6 +213,19 @@ PAPERS: tuple[Paper, ...] = (
         2023, ("sparsegpt",), ICML, arxiv="2301.00774",
     ),
     Paper(
+        "meng2024alps",
+        "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models",
+        "Meng, Xiang and Behdin, Kayhan and Wang, Haoyue and Mazumder, Rahul",
+        2024, ("alps",), NEURIPS, arxiv="2406.07831", volume="37",
+    ),
+    Paper(
+        "zhang2024dynamic",
+        "Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs",
+        "Zhang, Yuxin and Zhao, Lirui and Lin, Mingbao and Sun, Yunyun and Yao, Yiwu and "
+        "Han, Xingjia and Tanner, Jared and Liu, Shiwei and Ji, Rongrong",
+        2024, ("dsnot",), ICLR, arxiv="2310.08915",
+    ),
+    Paper(
         "frantar2022optimal",
         "Optimal Brain Compression: A Framework for Accurate Post-Training Quantization and Pruning",
         "Frantar, Elias and Singh, Sidak Pal and Alistarh, Dan",

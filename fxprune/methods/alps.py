@@ -55,6 +55,9 @@ def alps(
             on at the next
 
     Any granularity; channels are chosen by the scores of the dense layers, and the weights that stay fitted.
+
+    Cost: a forward pass per batch; an eigendecomposition per layer, two products of matrices a step.
+    When: as `sparsegpt`, where masks of less error are worth more time.
     """
     count_of(NAME, "batches", batches)
     count_of(NAME, "steps", steps)
@@ -74,7 +77,7 @@ def alps(
         )
 
     return Method(
-        name=NAME,
+        name="alps",
         find=find,
         needs=frozenset({"data"}),
         summary="finds masks and weights of each layer together, by ADMM; for pretrained networks",

@@ -45,10 +45,10 @@ def dsnot(
             paper's threshold, there not relative)
         propagate: whether a layer sees what the pruned layers before it give, instead of the dense ones
         split: under ``budget="global"``, as of `alps`
-        checkpoint_dir: a folder that keeps solved layers; after a kill the same call with the same data goes
-            on at the next
+        checkpoint_dir: a folder that keeps solved layers; after a kill the same call goes on at the next
 
-    For granularity "weight" only.
+    Cost: a forward pass per batch, and at most ``cycles`` exchanges in every output.
+    When: as `wanda`, where that loses too much and weights must stay; for granularity "weight" only.
     """
     count_of(NAME, "batches", batches)
     count_of(NAME, "cycles", cycles)
@@ -71,7 +71,7 @@ def dsnot(
         return found[0] if isinstance(found, tuple) else found
 
     return Method(
-        name=NAME,
+        name="dsnot",
         find=find,
         needs=frozenset({"data"}),
         summary="exchanges weights of a first mask until mean errors are small; for pretrained networks",

@@ -40,8 +40,7 @@ def obc(
             of a layer with so many vectors of inputs in the data, and at least 0.01
         most: inputs that a layer may have; beyond it, `sparsegpt` is the method to take
         propagate: whether a layer sees what the pruned layers before it give, instead of the dense ones
-        checkpoint_dir: a folder that keeps solved layers; after a kill the same call with the same data goes
-            on at the next
+        checkpoint_dir: a folder that keeps solved layers; after a kill the same call goes on at the next
 
     Under a granularity other than weights masks are chosen by the scores of the dense layer, and the weights
     that stay are then the best for them. Under ``budget="global"`` every layer loses the same share.
@@ -56,10 +55,8 @@ def obc(
     def solve(plan: Plan, layer: Layer) -> tuple[Tensor, Tensor]:
         inputs = max((matrix.positions.shape[1] for matrix in layer.matrices), default=0)
         if inputs > most:
-            raise ValueError(
-                f"method {NAME!r}: {layer.name!r} has {inputs} inputs, more than most={most}; take "
-                "sparsegpt, exclude it, or raise the limit"
-            )
+            said = f"{layer.name!r} has {inputs} inputs, more than most={most}"
+            raise ValueError(f"method {NAME!r}: {said}; take sparsegpt, exclude it, or raise the limit")
         return _solved(layer, plan, damp)
 
     def find(problem: Problem) -> Found:
