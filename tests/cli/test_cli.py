@@ -152,7 +152,7 @@ BAD = [
     (["prune", "resnet18"], "expected timm:NAME, torchvision:NAME, zoo:NAME, hf:FOLDER or path"),
     (["prune", "zoo:alexnet"], "the zoo has conv2"),
     (["prune", "FILE"], "factories.py:factory, a function in it"),
-    (["prune", "FILE:small", "-m", "relative"], "is unknown; there are balance,"),
+    (["prune", "FILE:small", "-m", "relative"], "is unknown; there are alps,"),
     (["prune", "FILE:small", "-m", "gmp"], "fxprune train --method gmp"),
     (["prune", "FILE:small", "-s", "90"], "0.9?"),
     (["prune", "FILE:small", "--pretrained"], "has no published weights"),
