@@ -165,7 +165,10 @@ def _finished(
     """Rewrite the model under its masks, and note where they come from."""
     pruned = rewrite(network, problem, masks, wish, weights)
     facts = {} if wish.asked else {"default": "sparsity"}
-    stamp(pruned, method=wish.method.name, sparsity=wish.sparsity, seed=wish.seed, **facts)
+    sparsity = wish.sparsity
+    if getattr(wish.granularity, "at_most", None) is not None and problem.budget.asked is not None:
+        facts, sparsity = {}, 1 - problem.budget.asked
+    stamp(pruned, method=wish.method.name, sparsity=sparsity, seed=wish.seed, **facts)
     notes = {"latency": time, "history": problem.history or None}
     notes = {name: note for name, note in notes.items() if note is not None}
     if notes and isinstance(pruned, fx.GraphModule):

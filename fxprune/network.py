@@ -130,7 +130,18 @@ def build_problem(
     )
     if wish.budget == "owl":
         problem = replace(problem, budget=outlier_budget(problem))
-    return _with_times(problem)
+    return _with_limit(_with_times(problem))
+
+
+def _with_limit(problem: Problem) -> Problem:
+    """Give a problem the budget that its granularity asks for, if that says what the network may cost."""
+    grain = problem.granularity
+    if not isinstance(grain, ChannelGroups) or grain.options.at_most is None:
+        return problem
+    share = min(grain.options.at_most / grain.whole, 1.0)
+    budget, left = problem.budget, sum(kept(problem.masks).values())
+    total = min(int(grain.options.at_most), left) if grain.options.of == "weights" else budget.total
+    return replace(problem, budget=replace(budget, total=total, asked=share))
 
 
 def _with_times(problem: Problem) -> Problem:

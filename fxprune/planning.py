@@ -31,7 +31,7 @@ POINTS = 10
 def plan(
     model: nn.Module,
     method: str | Method = "magnitude",
-    sparsity: float = 0.5,
+    sparsity: float | None = None,
     *,
     example_inputs: Any = None,
     data: Any = None,
@@ -48,10 +48,11 @@ def plan(
     """Say which channels :func:`fxprune.apply` would remove, and what that saves; nothing is changed.
 
     Args:
-        model, method, sparsity, example_inputs, data, loss_fn, budget, schedule, exclude, seed, device,
+        model, method, example_inputs, data, loss_fn, budget, schedule, exclude, seed, device,
             progress, options: as for :func:`fxprune.apply`: ``of="macs"`` and other options of channels, and
             those of the method. Under ``of="latency"`` networks are compacted and measured on the way.
         granularity: "channel" or "head".
+        sparsity: 0.5, where no ``at_most`` says what may stay.
 
     Returns:
         A :class:`Plan`: a table by layer, and ten targets from one scoring. ``fxprune.apply(model, plan)``
@@ -65,8 +66,9 @@ def plan(
     >>> found.layers[0].outputs, found.cost
     ((8, 4), (48.0, 24.0))
     """
+    share = 0.5 if sparsity is None and options.get("at_most") is None else sparsity
     wish = ask(
-        model, method, sparsity, data=data, loss_fn=loss_fn, budget=budget, granularity=granularity,
+        model, method, share, data=data, loss_fn=loss_fn, budget=budget, granularity=granularity,
         schedule=schedule, exclude=exclude, seed=seed, device=device, **options,
     )  # fmt: skip
     if not isinstance(wish.granularity, Channel):
@@ -93,7 +95,7 @@ def _described(network: Network, problem: Problem, masks: Masks, wish: Request, 
     cost = grain.cost(problem.masks)
     return Plan(
         method=wish.method.name,
-        sparsity=wish.sparsity,
+        sparsity=wish.sparsity if grain.options.at_most is None else 1 - (problem.budget.asked or 1.0),
         of=grain.options.of,
         cost=(cost.whole, cost.left(staying)),
         parameters=(parameters.whole, parameters.left(staying)),

@@ -80,6 +80,8 @@ class Request:
             raise ValueError(f"on_collapse={self.on_collapse!r}: expected 'warn', 'raise' or 'repair'")
         if self.loss_fn is not None and not callable(self.loss_fn):
             raise TypeError(f"loss_fn={self.loss_fn!r}: expected a function of (output, target)")
+        if getattr(self.granularity, "at_most", None) is not None:
+            self._check_limit()
         if self.budget == "owl" and self.data is None:
             raise ValueError("budget='owl': the shares of layers follow from activations; it needs data=...")
         if not isinstance(self.budget, Mapping):
@@ -101,6 +103,13 @@ class Request:
         resolve_device(self.device)
         _plan_ahead(self.budget, self.sparsity, model)
         check_exclude(self.exclude, model)
+
+    def _check_limit(self) -> None:
+        """``ValueError`` for other targets beside a cost that may stay."""
+        for argument, value, usual in (("sparsity", self.sparsity if self.asked else None, None),
+                                       ("budget", self.budget, "global")):  # fmt: skip
+            if value != usual:
+                raise ValueError(f"at_most: it says what may stay, and {argument}={value!r} too; give one")
 
     def excludes(self, model: nn.Module, names: Iterable[str]) -> bool:
         """Whether a parameter, known by any of ``names``, is not to be pruned."""

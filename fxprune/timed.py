@@ -29,8 +29,13 @@ def find_in_time(
     network: Network, problem: Problem, wish: Request, find: Callable[[Problem], Masks]
 ) -> tuple[Masks, LatencyTarget]:
     """Prune, compact and measure until the time is the one that was asked for; every round scores anew."""
-    grain, share = problem.granularity, 1 - wish.sparsity
+    grain = problem.granularity
     assert isinstance(grain, ChannelGroups)
+    limit, share = grain.options.at_most, 1 - wish.sparsity
+
+    def wanted(dense: float) -> float:
+        return share * dense if limit is None else limit
+
     dense = duplicate(network.captured).to(problem.device).eval()
     runtime, threads = grain.options.runtime, grain.options.threads or torch.get_num_threads()
     batch = network.graph.samples
@@ -46,12 +51,13 @@ def find_in_time(
         masks, times, rounds = meet_latency(
             prune,
             lambda masks: measure(compact(masked_copy(network, problem, masks).eval(), verify=False)),
-            share,
+            wanted,
+            share if limit is None else limit / measure(duplicate(dense))[0],
         )
     dense_time, predicted, measured = times
     return masks, LatencyTarget(
         dense_time,
-        share * dense_time,
+        wanted(dense_time),
         predicted,
         measured,
         runtime,

@@ -24,6 +24,7 @@ HELP = {
     "normalize": (str, "Divide scores of groups by the mean over: none, or their family."),
     "runtime": (str, "Of --of latency: eager, compile or onnxruntime."),
     "threads": (int, "Threads to compute with, and to measure with; as many as PyTorch takes."),
+    "at_most": (float, "Instead of --sparsity, what may stay, in the unit of --of: MACs, bytes, ms."),
 }
 
 

@@ -23,8 +23,8 @@ def plan(
     model: Model,
     method: Annotated[str, typer.Option("--method", "-m", help="See `fxprune methods`.")] = "magnitude",
     sparsity: Annotated[
-        float, typer.Option("--sparsity", "-s", help="Share to remove of what --of says, in [0, 1).")
-    ] = 0.5,
+        float | None, typer.Option("--sparsity", "-s", help="Share to remove of what --of says; 0.5.")
+    ] = None,
     budget: Budget = "global",
     granularity: Annotated[str, typer.Option(help="channel or head.")] = "channel",
     schedule: Rounds = None,

@@ -58,14 +58,16 @@ class LatencyTarget:
 def meet_latency(
     prune: Callable[[float], tuple[_Masks, float]],
     timed: Callable[[_Masks], tuple[float, float]],
+    wanted: Callable[[float], float],
     share: float,
 ) -> tuple[_Masks, tuple[float, float, float], int]:
-    """Find masks under which the compact network takes ``share`` of the whole one's time, as measured.
+    """Find masks under which the compact network takes the time that is wanted, as measured.
 
     Args:
         prune: makes masks, and the time predicted of them, for a share of the predicted time.
         timed: measures the whole and the compact network, in milliseconds.
-        share: of the whole network's time, in (0, 1].
+        wanted: the time that is wanted, for that of the whole network.
+        share: of the predicted time, to begin with.
 
     Returns:
         The masks that came nearest; the times of the whole network, as predicted, and as measured; and the
@@ -73,13 +75,13 @@ def meet_latency(
 
     Warns (``UserWarning``) where no masks were within 3 %.
     """
-    asked, best, rounds = share, None, 0
+    asked, best, rounds = min(share, 1.0), None, 0
     low, high = 0.0, 2.0  # shares known to give a network that is too fast, too slow
     while rounds < ROUNDS:
         rounds += 1
         masks, predicted = prune(min(asked, 1.0))
         dense, measured = timed(masks)
-        wrong = measured / (share * dense) - 1
+        wrong = measured / wanted(dense) - 1
         if best is None or abs(wrong) < abs(best[0]):
             best = wrong, masks, (dense, predicted, measured)
         if abs(wrong) <= TOLERANCE or (asked >= 1 and wrong < 0):
@@ -90,7 +92,7 @@ def meet_latency(
             asked = (low + high) / 2
     assert best is not None
     wrong, masks, times = best
-    target = share * times[0]
+    target = wanted(times[0])
     if abs(wrong) > TOLERANCE:
         warnings.warn(
             f"of='latency': measured {times[2]:.3g} ms, {wrong:+.1%} from the target of {target:.3g} ms, "

@@ -185,6 +185,8 @@ class Channel:
     share of its groups; "isomorphic", every kind of group does (Fang et al. 2024, arXiv 2407.04616).
     ``round_to``: layers keep a multiple of so many channels, where they can; ``min_channels``,
     ``max_sparsity``: how many channels, and which share of them, every layer loses at most.
+    ``at_most``: instead of a sparsity, the cost that may stay, in the unit of ``of``: weights, parameters,
+    multiply-adds of a sample, bytes, or milliseconds as measured.
     """
 
     pool: str = "mean"
@@ -198,6 +200,7 @@ class Channel:
     normalize: str = "none"
     runtime: str = "eager"
     threads: int | None = None
+    at_most: float | None = None
 
     def __post_init__(self) -> None:
         for option, accepted in CHOICES.items():
@@ -214,6 +217,9 @@ class Channel:
                 raise ValueError(f"{option}={value!r}: of={self.of!r} is not measured; take of='latency'")
         if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
             raise ValueError(f"threads={self.threads!r}: expected a number of threads, at least 1")
+        limit = self.at_most
+        if limit is not None and (type(limit) not in (int, float) or not limit > 0):
+            raise ValueError(f"at_most={limit!r}: expected a number of {UNITS[self.of]}, above 0")
         if not 0 < self.max_sparsity <= 1:
             raise ValueError(f"max_sparsity={self.max_sparsity!r}: expected a share of channels in (0, 1]")
 
@@ -234,7 +240,7 @@ POOLS = ("mean", "sum", "l2", "max")
 
 CHANNEL_OPTIONS = (
     "pool", "of", "scope", "round_to", "min_channels", "max_sparsity", "sides", "normalize",
-    "runtime", "threads",
+    "runtime", "threads", "at_most",
 )  # fmt: skip
 """Options of a `Channel` that :func:`fxprune.apply` takes by name."""
 

@@ -54,6 +54,8 @@ def take_granularity(granularity: str | Granularity, options: dict[str, Any]) ->
     own = {name: options.pop(name) for name in CHANNEL_OPTIONS if name in options}
     found = resolve(granularity, **own)
     if isinstance(found, Channel):
+        if found.at_most is not None:
+            raise ValueError(f"at_most={found.at_most!r}: a Pruner goes to a share, in steps; give target=")
         check_runtime(found.runtime)
     return found
 

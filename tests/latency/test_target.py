@@ -164,6 +164,10 @@ def test_layers_of_a_graph_are_described() -> None:
     assert layers[3] == Layer((2,), 64, 5, bias=True)
 
 
+def half(dense: float) -> float:
+    return 0.5 * dense
+
+
 def test_the_target_is_corrected_by_what_is_measured() -> None:
     # The prediction is 40 % too low, and networks come in steps of 0.01.
     asked: list[float] = []
@@ -172,20 +176,32 @@ def test_the_target_is_corrected_by_what_is_measured() -> None:
         asked.append(share)
         return round(share, 2), 10 * share
 
-    masks, (dense, predicted, measured), rounds = meet_latency(prune, lambda m: (12.0, 12.0 * m * 1.4), 0.5)
+    masks, (dense, predicted, measured), rounds = meet_latency(
+        prune, lambda m: (12.0, 12.0 * m * 1.4), half, 0.5
+    )
     assert measured == pytest.approx(6.0, rel=0.03)
     assert (masks, rounds, asked[0]) == (pytest.approx(0.36, abs=0.01), 2, 0.5)
     assert (dense, predicted) == (12.0, pytest.approx(10 * asked[1]))
 
 
+def test_the_time_that_is_wanted_may_be_a_number_of_milliseconds() -> None:
+    masks, (dense, _, measured), _ = meet_latency(
+        lambda share: (share, 10 * share), lambda m: (12.0, 12.0 * m), lambda dense: 3.0, 0.9
+    )
+    assert (dense, measured, masks) == (12.0, pytest.approx(3.0, rel=0.03), pytest.approx(0.25, rel=0.03))
+
+
 def test_a_target_between_coarse_channels_is_said_to_be_missed() -> None:
     with pytest.warns(UserWarning, match=r"measured 3 ms, \+20.0% from the target of 2.5 ms, after 6 rounds"):
-        masks, _, _ = meet_latency(lambda s: (0.6 if s > 0.45 else 0.2, 1.0), lambda m: (5.0, 5 * m), 0.5)
+        masks, _, _ = meet_latency(
+            lambda s: (0.6 if s > 0.45 else 0.2, 1.0), lambda m: (5.0, 5 * m), half, 0.5
+        )
     assert masks == 0.6
 
 
+@pytest.mark.parametrize("target", [{"sparsity": 0.5}, {"at_most": 5}])
 def test_the_result_carries_predicted_and_measured_times(
-    invented: list[Layer], monkeypatch: pytest.MonkeyPatch
+    target: dict[str, Any], invented: list[Layer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def size(model: nn.Module) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
@@ -203,8 +219,8 @@ def test_the_result_carries_predicted_and_measured_times(
     x = torch.randn(4, 3, 16, 16)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     pruned = fxprune.apply(
-        model, "magnitude", 0.5, granularity="channel", of="latency", threads=1, example_inputs=x,
-        progress=False,
+        model, "magnitude", granularity="channel", of="latency", threads=1, example_inputs=x,
+        progress=False, **target,
     )  # fmt: skip
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
