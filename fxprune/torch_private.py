@@ -36,6 +36,8 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "TorchDispatchMode",
+    "all_true",
+    "any_true",
     "check_number",
     "device_constructors",
     "enter_autocast",
@@ -46,6 +48,8 @@ __all__ = [
     "global_hooks_always_called",
     "global_hooks_with_kwargs",
     "nn_functions",
+    "pack_padded_sequence",
+    "pad_packed_sequence",
     "pytree",
     "qualified_name",
     "set_grad_mode",
@@ -62,3 +66,8 @@ unique2 = torch._unique2
 """Called by ``torch.unique`` where the caller wants counts or the inverse."""
 fused_adam_ = torch._fused_adam_
 """One step of Adam on lists of tensors, in place."""
+all_true, any_true = torch._is_all_true, torch._is_any_true
+"""Whether all, or any, of the entries are true: what ``torch.distributions`` asks for."""
+pack_padded_sequence = torch._VF._pack_padded_sequence
+pad_packed_sequence = torch._VF._pad_packed_sequence
+"""Parts of the functions of ``torch.nn.utils.rnn`` that are no code of Python."""

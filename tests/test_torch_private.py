@@ -172,3 +172,13 @@ def test_private_names_are_found() -> None:
     text = imports + "torch._C.x; nn.m._B; torch.ops.aten._c"
     found = {name for name in private_names(ast.parse(text)) if hidden(name)}
     assert found == {"torch.utils._pytree", "torch._C.x", "torch._C", "torch.nn.m._B"}
+
+
+def test_checks_of_distributions_and_packed_sequences_call_functions() -> None:
+    x, lengths = torch.randn(2, 3, 4), torch.tensor([3, 2])
+    with Calls() as calls:
+        torch.distributions.Normal(x, x.exp())
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
+    assert {private.all_true, private.pack_padded_sequence, private.pad_packed_sequence} <= set(calls.seen)
+    assert bool(private.any_true(torch.tensor([False, True])))

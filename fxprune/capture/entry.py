@@ -36,6 +36,7 @@ from fxprune.capture.module import assemble, reserved_names
 from fxprune.capture.tracer.meta_values import map_structure, meta_like
 from fxprune.capture.tracer.sample_values import needs_numbers
 from fxprune.capture.tracer.trace import Trace, remove_dead_code, shapes_only, trace
+from fxprune.capture.tracer.values import Values
 from fxprune.sharded_types import is_dtensor
 
 __all__ = ["capture", "capture_leaf"]
@@ -76,9 +77,10 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     """
     _check(model)
     args, kwargs = example_inputs_for(model, example_inputs)
-    args, kwargs = _shapes(args), _shapes(kwargs)
+    examples: dict[int, Tensor] = {}
+    args, kwargs = _shapes(args, examples), _shapes(kwargs, examples)
     try:
-        found = faithful_graph(model, args, kwargs)
+        found = faithful_graph(model, args, kwargs, examples)
     except HookError:
         raise
     except TRACE_ERRORS as error:
@@ -123,7 +125,8 @@ def capture_leaf(
         with restored_attributes(module, attributes):
             form = None if traced is None else leaf_form(module, args, kwargs)
             known = None if traced is None or form is None else traced.get(form)
-            found = known or trace(module, _shapes(tuple(args)), _shapes(dict(kwargs)), training=False)
+            given = _shapes(tuple(args)), _shapes(dict(kwargs))
+            found = known or trace(module, *given, training=False, values=lambda: Values(made_up=None))
     except TRACE_ERRORS as error:
         raise CaptureError(
             f"{type(module).__name__}: {first_line(error)} ({where(error, module)})"
@@ -176,8 +179,18 @@ def _check(model: Any) -> None:
         raise ValueError(f"model: {lazy[0]!r} has no shape yet; run the model once before capturing it")
 
 
-def _shapes(value: Any) -> Any:
-    return map_structure(lambda x: meta_like(x) if isinstance(x, Tensor) else x, value)
+def _shapes(value: Any, examples: dict[int, Tensor] | None = None) -> Any:
+    """Arguments with tensors as shapes; ``examples`` gets the numbers of those that hold whole ones."""
+
+    def shape(item: Any) -> Any:
+        if not isinstance(item, Tensor):
+            return item
+        made = meta_like(item)
+        if examples is not None and not (item.is_meta or item.is_floating_point() or item.is_complex()):
+            examples[id(made)] = item.detach().cpu()
+        return made
+
+    return map_structure(shape, value)
 
 
 def _explained(

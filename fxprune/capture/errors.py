@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import os
 import re
 import traceback
@@ -18,6 +19,7 @@ __all__ = [
     "check_module",
     "failing_method",
     "first_line",
+    "is_raised",
     "where",
 ]
 
@@ -88,6 +90,26 @@ def failing_method(error: BaseException) -> tuple[nn.Module, str] | None:
             if getattr(method, "__code__", None) is code and code.co_name != "forward":
                 return owner, code.co_name
     return None
+
+
+def is_raised(error: BaseException) -> bool:
+    """Whether a statement (``raise`` or ``assert``) outside of this package raised an error.
+
+    >>> def check():
+    ...     raise ValueError("no")
+    >>> try:
+    ...     check()
+    ... except ValueError as error:
+    ...     is_raised(error)
+    True
+    """
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    code = None if last is None else last.tb_frame.f_code
+    if last is None or code is None or code.co_filename.startswith(PACKAGE):
+        return False
+    return dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 def where(error: BaseException, model: nn.Module, called: str = "") -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.nn.utils.rnn import PackedSequence, PackedSequence_
 
 from fxprune.capture.attributes import Attributes, attributes_of
 from fxprune.capture.errors import CaptureError
@@ -213,10 +214,18 @@ def _written(graph: fx.Graph) -> list[tuple[Any, ...]]:
             refer(n.args),
             refer(n.kwargs),
             n.name,
-            {key: n.meta[key] for key in ("val", "checkpoint") if key in n.meta},
+            {key: _unchecked(n.meta[key]) for key in ("val", "checkpoint") if key in n.meta},
         )
         for n in graph.nodes
     ]
+
+
+def _unchecked(value: Any) -> Any:
+    """Shapes of packed sequences as plain named tuples: their own class asks for a device when it is made."""
+    if isinstance(value, PackedSequence):
+        plain: Any = PackedSequence_
+        return plain._make(value)
+    return tuple(map(_unchecked, value)) if type(value) is tuple else value
 
 
 def _name(target: Any) -> Any:

@@ -58,7 +58,9 @@ class Call:
         args = [_replace(x, tensor) for x in self.args]
         kwargs = {name: _replace(x, tensor) for name, x in self.kwargs.items()}
         if isinstance(self.target, str):
-            return getattr(args[0], self.target)(*args[1:], **kwargs)
+            # Labels may be laid out otherwise than what the model views, which has made it contiguous.
+            sizes = self.target == "view" and not any(isinstance(x, torch.dtype) for x in args)
+            return getattr(args[0], "reshape" if sizes else self.target)(*args[1:], **kwargs)
         return self.target(*args, **kwargs)
 
     def text(self, previous: str) -> str:

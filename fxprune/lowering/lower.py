@@ -121,9 +121,11 @@ def _starts_elsewhere(gm: fx.GraphModule) -> bool:
             vals = [val for val in _leaves(node.meta["val"]) if isinstance(val, Tensor)]
             if any(val.dtype.is_floating_point or val.dtype.is_complex for val in vals):
                 return True
-        elif node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), nn.Embedding):
+        elif node.op == "call_module" and isinstance(
+            gm.get_submodule(str(node.target)), (nn.Embedding, nn.EmbeddingBag)
+        ):
             return True
-        elif node.target in (F.embedding, torch.embedding):
+        elif node.target in (F.embedding, F.embedding_bag, torch.embedding):
             return True
     return False
 
@@ -263,7 +265,8 @@ class _Walk:
         if not any(isinstance(x, ir.Value) for x in operands) and not self._has_kernels(target, module):
             return self._fold(node, args, kwargs, result)
         if isinstance(target, type) and module is None:
-            return target(*args, **kwargs)  # a container made in the forward
+            # A container made in the forward; a named tuple without the checks of its constructor.
+            return target._make(args) if hasattr(target, "_make") and not kwargs else target(*args, **kwargs)
         rule = find_rule(self.build.rules, target) or find_rule(RULES, target)
         if rule is None and module is not None:
             return self._inline(node, module, args, kwargs)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.capture.tracer.entries import DtypeOf, Scope
 from fxprune.capture.tracer.spelling import is_pure
-from fxprune.capture.tracer.tape import DtypeOf, Scope
 from fxprune.capture.tracer.trace import Trace
 
 __all__ = ["ConstantTensor", "Differences", "align_entries", "compare", "computes_same", "equal_tensors"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.capture.tracer.tape import Decision
+from fxprune.capture.tracer.entries import Decision
 from fxprune.torch_private import check_number
 
 __all__ = ["guard_constants", "guard_decisions", "guard_sizes", "guarded_sizes"]
@@ -75,9 +75,13 @@ def guarded_sizes(graph: fx.Graph) -> set[tuple[str, int]]:
 
 
 def guard_decisions(
-    graph: fx.Graph, decisions: Iterable[Decision], pairs: dict[fx.Node, fx.Node], model: str
+    graph: fx.Graph,
+    decisions: Iterable[Decision],
+    pairs: dict[fx.Node, fx.Node],
+    model: str,
+    cause: str = "the size of its inputs",
 ) -> None:
-    """Guard the decisions that the model made by the size of its inputs.
+    """Guard the decisions that the model made by the size of its inputs, or by what else ``cause`` names.
 
     ``pairs`` maps nodes of a trace with other sizes to those of ``graph``: numbers that differ follow
     it.
@@ -101,7 +105,7 @@ def guard_decisions(
         check = writer.make(function, key[1:], True)
         place = f"module {decision.path!r}" if decision.path else "its forward"
         told = (
-            f"{model}: {place} decides by the size of its inputs (captured where {values[0]} "
+            f"{model}: {place} decides by {cause} (captured where {values[0]} "
             f"{SIGNS[function]} {values[1]}); capture it again for this one"
         )
         writer.make(check_number, (check, told), None)

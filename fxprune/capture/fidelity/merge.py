@@ -19,8 +19,8 @@ from fxprune.capture.fidelity.compare import align_entries, equal_tensors
 from fxprune.capture.modes import ModeBranch, Switches
 from fxprune.capture.module import assemble
 from fxprune.capture.tracer.contents import is_record
+from fxprune.capture.tracer.entries import DtypeOf, Scope
 from fxprune.capture.tracer.spelling import changes_input, is_pure
-from fxprune.capture.tracer.tape import DtypeOf, Scope
 from fxprune.capture.tracer.trace import Trace
 from fxprune.torch_private import DropoutNd, NormBase
 

@@ -9,8 +9,9 @@ branches of the model itself are merged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,31 +27,26 @@ from fxprune.capture.fidelity.compare import (
 )
 from fxprune.capture.fidelity.guards import guard_constants, guard_decisions, guard_sizes, guarded_sizes
 from fxprune.capture.fidelity.merge import merge
+from fxprune.capture.fidelity.other_inputs import OTHER_TYPE, Inputs, extent
 from fxprune.capture.hooks import Hook, keeps_hooks, similar_hooks
 from fxprune.capture.leaves import is_leaf
 from fxprune.capture.modes import Switches
 from fxprune.capture.module import CapturedModule
+from fxprune.capture.tracer.entries import DtypeOf
 from fxprune.capture.tracer.isolation import ModelState
 from fxprune.capture.tracer.memos import Cache, find_caches
 from fxprune.capture.tracer.meta_values import Shadows, map_structure
-from fxprune.capture.tracer.tape import DtypeOf
+from fxprune.capture.tracer.questions import Answers
 from fxprune.capture.tracer.trace import Trace, remove_dead_code, trace
+from fxprune.capture.tracer.values import Values
 
 __all__ = ["Faithful", "faithful_graph", "resolve_types"]
-
-OTHER_TYPE = {
-    torch.float32: torch.float64,
-    torch.float64: torch.float32,
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.complex64: torch.complex128,
-    torch.complex128: torch.complex64,
-}
 
 NOT_RUN = (
     "changes nothing in the graph and does not run with it, for the graph does not call this module; "
     "register it on one that it calls"
 )
+COUNTS_VALUES = "it makes a Python number of the numbers in a tensor (by an index, len or range)"
 COUNTS_BATCH = "it makes a Python number of the batch size (int, len, range or iteration)"
 
 
@@ -65,9 +61,17 @@ class Faithful:
     kept_hooks: frozenset[Hook] = frozenset()
 
 
-def faithful_graph(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Faithful:
-    """A graph of ``model`` that is right in both modes, at any batch size and in any precision."""
-    return _Search(model, args, kwargs).run()
+def faithful_graph(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    examples: Mapping[int, Tensor] = MappingProxyType({}),
+) -> Faithful:
+    """A graph of ``model`` that is right in both modes, at any batch size and in any precision.
+
+    ``examples``: numbers of meta tensors among the arguments, by their ``id``.
+    """
+    return _Search(model, args, kwargs, examples).run()
 
 
 @dataclass
@@ -75,18 +79,21 @@ class _Search:
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    examples: Mapping[int, Tensor]
     whole: set[str] = field(default_factory=set)
     notes: dict[str, str] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict)
     refusal: str = ""
     one_image_size: bool = False
     one_batch_size: bool = False
+    frozen: bool = False
     observers: dict[Hook, nn.Module] = field(default_factory=dict)
     records: dict[str, str] = field(default_factory=dict)
     caches: list[Cache] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.state = ModelState(self.model)
+        self.answers = Answers(type(self.model).__name__)
         self.paths = {id(module): path for path, module in self.model.named_modules()}
 
     def run(self) -> Faithful:
@@ -101,11 +108,14 @@ class _Search:
             self.forget_memos(base)
             if self.keep_whole({**base.reasons, **_writers(base)}):
                 continue
+            others = self.other_numbers(base)
+            if others is None:
+                continue
             found = self.probe(base)
             if not found:
                 resolve_types(base, found)
-                return self.finish(base, Switches(self.model), found)
-            result = self.resolve(base, found)
+                return self.finish(base, Switches(self.model), found, others)
+            result = self.resolve(base, found, others)
             if result is not None:
                 return result
 
@@ -119,7 +129,7 @@ class _Search:
             return found
 
         self.one_image_size = False
-        if self.has_images():
+        if Inputs(self.args, self.kwargs).has_images():
             # Mostly nothing changes with all four at once, which is one trace less than images by themselves.
             found = changed(images=True)
             if not found:
@@ -127,16 +137,7 @@ class _Search:
             self.one_image_size = self.fixed_images(base)
         return changed(images=False)
 
-    def has_images(self) -> bool:
-        """Whether an argument is an image, a clip or a sequence of indices, which come in several sizes."""
-        found: list[bool] = []
-        map_structure(
-            lambda x: found.append(bool(_extent(x))) if isinstance(x, Tensor) else None,
-            (self.args, dict(self.kwargs)),
-        )
-        return any(found)
-
-    def resolve(self, base: Trace, together: Differences) -> Faithful | None:
+    def resolve(self, base: Trace, together: Differences, others: Differences) -> Faithful | None:
         """Each change alone; None if another module has to stay whole and all starts again."""
         training = self.attempt(training=True)
         if training:
@@ -172,7 +173,7 @@ class _Search:
         else:
             for constant in modes.constants:
                 switches.insert(constant.node, constant.path, constant.key, constant.second, constant.first)
-        return self.finish(base, switches, together)
+        return self.finish(base, switches, together, others)
 
     def find_observers(self) -> None:
         """Find the hooks without which both traces are the same; hooks of the same code count together."""
@@ -195,6 +196,23 @@ class _Search:
             return not path or path in self.whole or is_leaf(module) or keeps_hooks(module)
 
         return frozenset(hook for hook, module in self.observers.items() if is_called(module))
+
+    def other_numbers(self, base: Trace) -> Differences | None:
+        """Differences of a trace that reads other numbers from its inputs; None if all starts again.
+
+        A module that does not follow the numbers is kept whole; from then on the model's own forward, if it
+        does not, holds for these only.
+        """
+        if not base.reads:
+            return Differences()
+        found = self.attempt(numbers=_plain_values(base.reads)) or self.attempt(numbers=())
+        differences = compare(base, found) if found else Differences({base.path_of(x) for x in base.reads})
+        if self.keep_whole(dict.fromkeys(differences.places - {""}, COUNTS_VALUES)):
+            return None
+        if "" in differences.places and not self.frozen:
+            self.frozen = True
+            return None
+        return differences
 
     def forget_memos(self, base: Trace, *, training: bool = False) -> None:
         """Attributes that a module writes do not matter if a second run, which finds them, does the same."""
@@ -220,7 +238,7 @@ class _Search:
         """The dimensions of an argument that the graph holds for one size of."""
         earlier = guarded_sizes(self.model.graph) if isinstance(self.model, CapturedModule) else set()
         fixed = {dim for argument, dim in earlier if argument == name}
-        fixed |= set(_extent(value)) if self.one_image_size else set()
+        fixed |= set(extent(value)) if self.one_image_size else set()
         return sorted(fixed | ({0} if self.one_batch_size and value.dim() else set()))
 
     def fixed_images(self, base: Trace) -> bool:
@@ -253,6 +271,7 @@ class _Search:
         batch: bool = False,
         types: bool = False,
         images: bool = False,
+        numbers: Collection[Any] | None = None,
         strict: bool = False,
         rehearsed: bool = False,
         left_out: frozenset[Hook] | None = None,
@@ -260,29 +279,20 @@ class _Search:
         """A trace under the given changes, or None if the model does not accept them.
 
         ``left_out``: hooks that are not run, for a trial; by default those that :meth:`left_out` gives.
+        The changes are those of :meth:`Inputs.changed`.
         """
-        dtypes = OTHER_TYPE if types else {}
-        size = _batch_size((self.args, dict(self.kwargs))) if batch else None
-
-        def changed(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            shape = list(value.shape)
-            if shape and shape[0] == size:
-                shape[0] += 1
-            for dim in _extent(value) if images else ():
-                shape[dim] *= 2
-            return torch.empty(shape, dtype=dtypes.get(value.dtype, value.dtype), device="meta")
-
-        args, kwargs = self.args, dict(self.kwargs)
-        other = batch or types or images
+        other = batch or types or images or numbers is not None
+        inputs = Inputs(self.args, self.kwargs, self.examples)
         if other:
-            args, kwargs = map_structure(changed, args), map_structure(changed, kwargs)
+            inputs = inputs.changed(batch=batch, types=types, images=images, numbers=numbers)
+        made_up = 1 if numbers is None else 2
         try:
             result = trace(
-                self.model, args, kwargs, training=training, whole=frozenset(self.whole),
-                shadows=Shadows(self.model, dtypes, self.known), state=self.state, rehearsed=rehearsed,
+                self.model, inputs.args, inputs.kwargs, training=training, whole=frozenset(self.whole),
+                shadows=Shadows(self.model, OTHER_TYPE if types else {}, self.known), state=self.state,
                 left_out=self.left_out() if left_out is None else left_out, caches=self.caches,
+                values=lambda: Values(self.answers, inputs.examples, made_up, self.frozen),
+                rehearsed=rehearsed,
             )  # fmt: skip
         except TRACE_ERRORS as error:
             if strict or (isinstance(error, HookError) and not other and left_out is None):
@@ -291,10 +301,11 @@ class _Search:
             return None
         return None if other and not training and result.reasons.keys() - self.whole else result
 
-    def finish(self, base: Trace, switches: Switches, larger: Differences) -> Faithful:
-        """``larger`` compares ``base`` with a trace of larger inputs."""
+    def finish(self, base: Trace, switches: Switches, larger: Differences, others: Differences) -> Faithful:
+        """``larger`` compares ``base`` with a trace of larger inputs; ``others``, of other numbers."""
         name = type(self.model).__name__
         guard_decisions(base.graph, base.decisions, larger.pairs, name)
+        guard_decisions(base.graph, base.decisions, others.pairs, name, "numbers in its inputs")
         remove_dead_code(base.graph)
         switches.drop_unused(base.graph)
         guard_constants(base.graph, name)
@@ -309,6 +320,13 @@ class _Search:
             self.notes.setdefault(path, f"its hook {self.records[path]} {NOT_RUN}")
         notes = {path: reason for path, reason in self.notes.items() if not _inside(path, called)}
         return Faithful(base.graph, {**switches.modules, **constants}, notes, self.left_out())
+
+
+def _plain_values(reads: Collection[fx.Node]) -> set[Any]:
+    """The numbers that nodes read."""
+    found: set[Any] = set()
+    map_structure(found.add, [node.meta["val"] for node in reads])
+    return found
 
 
 def take_regions(found: Differences) -> None:
@@ -328,21 +346,8 @@ def _inside(path: str, called: set[str]) -> bool:
     return any(".".join(atoms[:i]) in called for i in range(1, len(atoms)))
 
 
-def _extent(tensor: Tensor) -> range:
-    """The dimensions of an image or a clip, or the length of a sequence of indices."""
-    if tensor.is_floating_point():
-        return range(2, tensor.dim()) if tensor.dim() >= 4 else range(0)
-    return range(1, 2) if tensor.dim() == 2 else range(0)
-
-
 def _writers(found: Trace) -> dict[str, str]:
     return {path: f"its forward writes its attribute {name!r}" for path, name in found.changed.items()}
-
-
-def _batch_size(inputs: Any) -> int | None:
-    sizes: list[int] = []
-    map_structure(lambda x: sizes.append(x.shape[0]) if isinstance(x, Tensor) and x.dim() else None, inputs)
-    return sizes[0] if sizes else None
 
 
 def resolve_types(base: Trace, found: Differences) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from fxprune.capture.errors import TRACE_ERRORS, HookError, first_line, where
 from fxprune.capture.hooks import BACKWARD_TABLES, GLOBAL_TABLES, Hook, hook_name, is_of_pytorch
+from fxprune.capture.tracer.questions import Question
 from fxprune.capture.tracer.recorder import Recorder
 from fxprune.capture.tracer.spelling import is_pure
 from fxprune.torch_private import global_hooks_always_called, global_hooks_with_kwargs
@@ -88,7 +89,7 @@ class HookCalls:
             result = hook.function(module, *given)
         except HookError:
             raise
-        except TRACE_ERRORS as error:
+        except (*TRACE_ERRORS, Question) as error:
             raise self.refused(hook, module, f"{first_line(error)} ({where(error, self.root)})") from error
         if hook.is_global and (result is not None or self.has_written(last)):
             raise self.refused(hook, module, "it changes what a module computes")

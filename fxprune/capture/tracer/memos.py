@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fxprune.capture.tracer.spelling import is_pure
 from fxprune.torch_private import DisableTorchFunction
 
-__all__ = ["Cache", "Memos", "find_caches"]
+__all__ = ["Cache", "Memos", "ancestors", "find_caches"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Memos:
         last = self._nodes.get(id(tensor))
         if last is None:
             return None
-        chain = _ancestors(last)
+        chain = ancestors(last)
         if not all(is_pure(node) for node in chain):
             return None
         for node in chain:
@@ -98,7 +98,7 @@ class Memos:
     @torch.no_grad()
     def _explains(self, cache: Cache, model: nn.Module) -> bool:
         last = self._nodes.get(id(cache.entries.get(cache.key)))
-        chain = [] if last is None else _ancestors(last)
+        chain = [] if last is None else ancestors(last)
         if last is None or cache.kept.is_meta or not all(is_pure(node) for node in chain):
             return False
         values: dict[fx.Node, Any] = {}
@@ -118,7 +118,7 @@ class Memos:
         return alike and torch.equal(new, old)
 
 
-def _ancestors(last: fx.Node) -> list[fx.Node]:
+def ancestors(last: fx.Node) -> list[fx.Node]:
     """A node and all that it is computed from, in the order of the graph."""
     found, pending = {last}, [last]
     while pending:

@@ -46,6 +46,7 @@ ACTIVATIONS = frozenset((
     F.celu, F.mish, F.softplus, F.sigmoid, F.tanh, F.logsigmoid, torch.relu, torch.sigmoid, torch.tanh,
     Tensor.relu, Tensor.sigmoid, Tensor.tanh,
 ))  # fmt: skip
+FILLS = frozenset(("fill", "full", "full_like", "new_full"))
 MOVERS = frozenset(("cpu", "cuda", "xpu", "ipu", "hpu", "mtia", "pin_memory"))
 
 
@@ -55,8 +56,9 @@ def map_structure(function: Callable[[Any], Any], value: Any) -> Any:
         return tuple(function(item) for item in value)
     if isinstance(value, tuple):
         items = [map_structure(function, item) for item in value]
+        kind: Any = type(value)
         if hasattr(value, "_fields"):
-            return type(value)(*items)
+            return kind._make(items)  # without what the constructor checks
         return tuple(items) if type(value) is tuple else type(value)(items)
     if isinstance(value, list):
         return [map_structure(function, item) for item in value]
@@ -97,6 +99,7 @@ class Shadows:
         known: dict[Any, Any] | None = None,
     ) -> None:
         self._known = {} if known is None else known
+        self.numbers: Callable[[Tensor], Tensor] = self.value
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
         for tensor in (*model.parameters(), *model.buffers()) if model is not None else ():
             self._twins[id(tensor)] = tensor, meta_like(tensor, dtypes)
@@ -148,8 +151,10 @@ class Shadows:
         else:
             result = _recurrent(name, args)
             result = _unchanged_shape(function, args, kwargs) if result is None else result
-            result = self._computed(function, args, kwargs) if result is None else result
-            if key is not None and _storable(result):
+            by_numbers = False
+            if result is None:
+                result, by_numbers = self._shapes_of(function, (args, kwargs), (given, options))
+            if key is not None and not by_numbers and _storable(result):
                 self._known[key] = map_structure(_Spec.of, result)
         if (operands or function in CONSTRUCTORS) and name not in UNSETTLED:
             if all(id(tensor) in self._recipes or self._fixed(tensor) for tensor in operands):
@@ -196,6 +201,30 @@ class Shadows:
             self._recipes.update(
                 {id(x): (recipe, i, x) for i, x in enumerate(result) if isinstance(x, Tensor)}
             )
+
+    def _shapes_of(self, function: Callable[..., Any], shapes: Any, given: Any) -> tuple[Any, bool]:
+        """The result in shapes, and whether PyTorch asked for numbers among the arguments (a fill, a slice).
+
+        ``given`` are the arguments that have these ``shapes``.
+        """
+        try:
+            return self._computed(function, *shapes), False
+        except RuntimeError as error:
+            if "cannot be called on meta tensors" not in str(error):
+                raise
+            fills = getattr(function, "__name__", "") in FILLS
+
+        def number(item: Any) -> Any:
+            if not isinstance(item, Tensor):
+                return META if isinstance(item, torch.device) else plain_number(item)
+            if item.dim():
+                return self.of(item)
+            return torch.ones((), dtype=item.dtype) if fills else self.numbers(item)
+
+        args, kwargs = (map_structure(number, part) for part in given)
+        if kwargs.get("device") is not None or function in CONSTRUCTORS:
+            kwargs["device"] = META
+        return self._computed(function, args, kwargs), True
 
     def _computed(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad():

@@ -6,21 +6,32 @@ cannot be traced becomes a node by itself, with the reason noted.
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from fxprune.capture.errors import TRACE_ERRORS, CaptureError, HookError, failing_method, first_line, where
+from fxprune.capture.errors import (
+    TRACE_ERRORS,
+    CaptureError,
+    HookError,
+    failing_method,
+    first_line,
+    is_raised,
+    where,
+)  # fmt: skip
 from fxprune.capture.hooks import Hook, keeps_hooks
 from fxprune.capture.leaves import is_compiled, is_leaf
 from fxprune.capture.tracer.call_targets import MethodCall
 from fxprune.capture.tracer.hook_calls import HookCalls
 from fxprune.capture.tracer.isolation import restore_rng, rng_state
 from fxprune.capture.tracer.patches import replaced
+from fxprune.capture.tracer.questions import Question, TrialOver
 from fxprune.capture.tracer.recorder import Recorder
 from fxprune.capture.tracer.sample_values import needs_numbers
 
@@ -51,6 +62,7 @@ class Caller:
         for path, module in root.named_modules():
             self.paths.setdefault(id(module), path)
         self.compiling = False
+        self.answers = recorder.tape.values.answers
 
     def replacement(self) -> Callable[..., Any]:
         """Stand in for ``nn.Module.__call__``."""
@@ -63,6 +75,8 @@ class Caller:
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if is_compiled(module):
             return self.hooks.around(cast(nn.Module, module._orig_mod), args, kwargs, self.call)
+        if self.recorder.recording:
+            self.answers.went_on()
         path = self.paths.get(id(module))
         if not self.recorder.recording or path is None:
             return module.forward(*args, **kwargs)
@@ -111,6 +125,34 @@ class Caller:
         return result
 
     def inside(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Trace the inside, again with each answer that it needs."""
+        while True:
+            try:
+                return self.once(path, module, args, kwargs)
+            except Question as question:
+                asked = question
+            errors = {
+                answer: self.tried(asked, answer, path, module, args, kwargs) for answer in (True, False)
+            }
+            self.answers.settle(asked, errors, by_example=module is self.root)
+
+    def tried(
+        self, question: Question, answer: bool, path: str, module: nn.Module, args: Any, kwargs: Any
+    ) -> Exception | None:
+        """Return the code's own error after an answer; None if it goes on."""
+        start = self.recorder.tape.checkpoint()
+        with self.answers.trial(question, answer), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                self.once(path, module, args, kwargs)
+            except TrialOver:
+                return None
+            except TRACE_ERRORS as error:
+                return error if is_raised(error) else None
+        self.recorder.tape.rollback(start)
+        return None
+
+    def once(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tape = self.recorder.tape
         start, before = tape.checkpoint(), self.rng_state()
         try:
@@ -122,7 +164,7 @@ class Caller:
                 restore_rng(before)
                 raise CaptureError("its forward draws random numbers outside PyTorch, which a graph cannot")
             return result
-        except TRACE_ERRORS:
+        except (*TRACE_ERRORS, Question, TrialOver):
             tape.rollback(start)
             if self.setting.watching:  # else the modules around would seem to have drawn
                 restore_rng(before)
@@ -132,6 +174,7 @@ class Caller:
         self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], reason: Exception
     ) -> Any:
         """Trace the inside with those methods as nodes that look at numbers."""
+        first = reason
         with ExitStack() as stack:
             kept: set[tuple[type, str]] = set()
             while True:
@@ -143,6 +186,8 @@ class Caller:
                 stack.enter_context(replaced(type(owner), name, self.method(owner, name)))
                 try:
                     result = self.inside(path, module, args, kwargs)
+                except AttributeError:  # the method uses submodules, which stay behind
+                    raise first from None
                 except TRACE_ERRORS as error:
                     reason = error
                     continue

@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError
 from fxprune.capture.tracer.call_targets import MethodCall
 from fxprune.capture.tracer.meta_values import map_structure
-from fxprune.capture.tracer.sample_values import MadeUp, needs_numbers
+from fxprune.capture.tracer.packed import is_packed, packed_results, packed_shapes, padded_shapes
+from fxprune.capture.tracer.sample_values import MadeUp, has_no_shapes, needs_numbers
 from fxprune.capture.tracer.spelling import RESHAPING, VALUE_READERS, selects, spelling
 from fxprune.capture.tracer.tape import Tape
 from fxprune.capture.tracer.traced_numbers import plain_number
@@ -27,6 +28,7 @@ from fxprune.torch_private import DisableTorchFunction, enter_autocast, exit_aut
 __all__ = ["Recorder"]
 
 TENSOR_VALUED = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
+NUMBERS = frozenset(("item", "tolist", "__int__", "__index__", "__float__"))
 DEVICE_KINDS = {f"is_{kind}": kind for kind in ("cuda", "cpu", "meta", "mps", "xpu", "xla", "ipu", "mtia")}
 
 
@@ -38,6 +40,8 @@ class Recorder(TorchFunctionMode):
         self.tape = tape
         self.device = device
         self._grad_modes: list[tuple[bool, fx.Node]] = []
+        self._by_numbers = False
+        tape.shadows.numbers = self._numbers
 
     @property
     def recording(self) -> bool:
@@ -53,7 +57,7 @@ class Recorder(TorchFunctionMode):
         if name == "__set__" and self.recording and func.__self__.__name__ in ("data", "grad"):
             raise CaptureError(f"it assigns the .{func.__self__.__name__} of a tensor")
         if name in VALUE_READERS:
-            return func(self.tape.shadows.value(args[0], name), *args[1:], **kwargs)
+            return self._read(func, name, args, kwargs)
         if not self.recording:
             return self.tape.shadows.run(func, args, kwargs)
         if name == "__len__" or (name == "unbind" and 0 in (*args[1:2], kwargs.get("dim"))):
@@ -67,15 +71,66 @@ class Recorder(TorchFunctionMode):
         if func is exit_autocast:
             return self.tape.effect(func, args)
         op, target, operands = spelling(func, args, kwargs)
+        if name in ("_pack_padded_sequence", "_pad_packed_sequence"):
+            out = self._sequences(name, args)
+            return self.tape.record(op, target, operands, kwargs, out, unsized=True)
         if target in RESHAPING:
             self.tape.keep_shape(args[0])
+        self._by_numbers = False
         try:
             out = self.tape.shadows.run(func, args, kwargs)
         except (RuntimeError, NotImplementedError) as error:
-            if not selects(func, args) or not needs_numbers(error):
+            if not (selects(func, args) and needs_numbers(error)) and not has_no_shapes(error):
                 raise
             return self._made_up(op, target, func, operands, kwargs, args)
-        return self.tape.record(op, target, operands, kwargs, out)
+        return self.tape.record(op, target, operands, kwargs, out, unsized=self._by_numbers)
+
+    def _numbers(self, tensor: Tensor) -> Tensor:
+        """The number in a tensor that says how long a result is: known, or that of the example.
+
+        Raises:
+            CaptureError: no example tells it.
+        """
+        try:
+            return self.tape.shadows.value(tensor).cpu()
+        except CaptureError:
+            node = self.tape.find(tensor)
+            found: Any = self.tape.values.example(self.tape, node, shapes=True)
+            if found is None:
+                found = self.tape.values.example(self.tape, node)
+                self._by_numbers = True
+            if not isinstance(found, Tensor):
+                raise
+            return found
+
+    def _read(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the numbers in a tensor to code that asks for them."""
+        try:
+            tensor = self.tape.shadows.value(args[0], name)
+        except CaptureError:
+            if not self.recording:
+                raise
+            if name == "__bool__":
+                return self.tape.values.truth(self.tape, args[0])
+            if self.tape.values.answers.on_trial:  # as an error is worded
+                tensor = self.tape.values.answers.made_up(MadeUp().of(args[0]))
+            elif name in NUMBERS:
+                return self.tape.values.read(self.tape, args[0], name)
+            else:
+                raise
+        return func(tensor, *args[1:], **kwargs)
+
+    def _sequences(self, name: str, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """The shapes of packed sequences, or of those that were padded again."""
+        if name == "_pad_packed_sequence":
+            total = plain_number(args[4])
+            with DisableTorchFunction():
+                length = args[1].shape[0]
+                return padded_shapes(args[0], args[1], total if total > 0 else length, batch_first=args[2])
+        lengths = self.tape.values.example(self.tape, self.tape.arg(args[1]))
+        with DisableTorchFunction():
+            longest = args[0].shape[1 if args[2] else 0] if lengths is None else int(lengths.max())
+            return packed_shapes(args[0], longest, batch_first=args[2])
 
     def _check_length(self, tensor: Tensor, name: str) -> None:
         if self.tape.find(tensor) in self.tape.unsized:
@@ -140,6 +195,10 @@ class Recorder(TorchFunctionMode):
         """A ``call_module`` node. Hooks of the module that were not traced run with the graph, not here."""
         with self.paused():
             try:
+                if is_packed(module, args):
+                    with DisableTorchFunction():
+                        out = packed_results(module, args[0])
+                        return self.tape.record("call_module", path, args, kwargs, out)
                 options = {key: map_structure(plain_number, item) for key, item in kwargs.items()}
                 out = module.forward(*[map_structure(plain_number, item) for item in args], **options)
             except TRACE_ERRORS as error:
@@ -163,12 +222,19 @@ class Recorder(TorchFunctionMode):
         """
         with self.paused():
             if given is None:
-                out = self._on_numbers(function, args, kwargs, MadeUp())
+                out = self._on_numbers(function, args, kwargs, MadeUp(example=self._example))
+                sizes = True
             else:
-                out = self._on_numbers(function, given, kwargs, MadeUp(masks=True))
+                out = self._on_numbers(function, given, kwargs, MadeUp(masks=True, example=self._example))
+                other = self._on_numbers(function, given, kwargs, MadeUp(example=self._example))
+                sizes = selects(function, given) or _sizes(out) != _sizes(other)
         with DisableTorchFunction():
             out = map_structure(_at_least_one, out)
-            return self.tape.record(op, target, args, kwargs, out, unsized=True)
+            return self.tape.record(op, target, args, kwargs, out, unsized=sizes)
+
+    def _example(self, tensor: Tensor) -> Any:
+        """The numbers that the example gives a tensor; None if they depend on others."""
+        return self.tape.values.example(self.tape, self.tape.find(tensor))
 
     def _on_numbers(self, function: Callable[..., Any], args: Any, kwargs: Any, numbers: MadeUp) -> Any:
         """The result for made-up data; only its shapes matter."""
@@ -185,6 +251,13 @@ class Recorder(TorchFunctionMode):
             return function(*given, **options)
         finally:
             self.tape.shadows = shadows
+
+
+def _sizes(value: Any) -> list[Any]:
+    """The shapes of all tensors in a value."""
+    found: list[Any] = []
+    map_structure(lambda x: found.append(x.shape if isinstance(x, Tensor) else None), value)
+    return found
 
 
 def _at_least_one(value: Any) -> Any:

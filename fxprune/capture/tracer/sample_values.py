@@ -16,7 +16,7 @@ from fxprune.capture.tracer.meta_values import MOVERS, Shadows, map_structure
 from fxprune.capture.tracer.spelling import CONSTRUCTORS
 from fxprune.capture.tracer.traced_numbers import plain_number
 
-__all__ = ["MadeUp", "needs_numbers"]
+__all__ = ["MadeUp", "has_no_shapes", "needs_numbers"]
 
 CPU = torch.device("cpu")
 
@@ -27,19 +27,30 @@ def needs_numbers(error: BaseException) -> bool:
     return from_value or "meta" in str(error)
 
 
-class MadeUp(Shadows):
-    """Stands in for :class:`Shadows`, with tensors on the CPU; ``masks`` is what every boolean is."""
+def has_no_shapes(error: BaseException) -> bool:
+    """Whether PyTorch cannot work out an operation in shapes alone, though numbers need not matter."""
+    return isinstance(error, NotImplementedError) and "Meta kernel registered" in str(error)
 
-    def __init__(self, *, masks: bool = False) -> None:
+
+class MadeUp(Shadows):
+    """Stands in for :class:`Shadows`, with tensors on the CPU.
+
+    ``masks`` is what every boolean is; ``example`` gives the numbers of a tensor that are known.
+    """
+
+    def __init__(self, *, masks: bool = False, example: Callable[[Tensor], Any] = lambda _: None) -> None:
         super().__init__()
-        self._masks = masks
+        self._masks, self._example = masks, example
         self._generator = torch.Generator().manual_seed(0)
 
     def of(self, tensor: Tensor) -> Tensor:
         """Small positive numbers, or zeros for whole ones: they are valid indices."""
         found = self._twins.get(id(tensor))
         if found is None:
-            if tensor.is_floating_point():
+            known = self._example(tensor)
+            if isinstance(known, Tensor):
+                made = known.clone()
+            elif tensor.is_floating_point():
                 made = torch.rand(tensor.shape, generator=self._generator).to(tensor.dtype)
             else:
                 fill = int(self._masks and tensor.dtype == torch.bool)

@@ -125,6 +125,9 @@ IN_PLACE_OPERATORS = frozenset(
     if name.endswith("_") and function.__name__.startswith("i") and function is not operator.invert
 ) | {operator.setitem}
 
+NAMED_AS_WRITING = frozenset((operator.and_, operator.or_, operator.not_, operator.is_))
+"""Operators whose names end in an underscore because Python has their words."""
+
 SELECTIONS = frozenset(("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "_unique2"))
 """Their results are as long as the numbers in a tensor say."""
 
@@ -175,6 +178,8 @@ def changes_input(node: fx.Node) -> bool:
     """Whether a node writes into its first argument (or into ``out``)."""
     if node.target in IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True:
         return True
+    if node.target in NAMED_AS_WRITING:
+        return False
     if node.kwargs.get("out") is not None:  # F.normalize passes on ``out=None``
         return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -7,7 +7,6 @@ are known by identity; sizes are numbers that carry their node.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -21,63 +20,30 @@ from fxprune.capture.errors import CaptureError
 from fxprune.capture.recompute import OpenRegions
 from fxprune.capture.tracer.call_targets import ObjectOf
 from fxprune.capture.tracer.contents import ATOMS, LITERALS, has_content, has_tensor, is_record, length
+from fxprune.capture.tracer.entries import Decision, DtypeOf, Scope
 from fxprune.capture.tracer.memos import Memos
 from fxprune.capture.tracer.meta_values import Shadows, map_structure
 from fxprune.capture.tracer.spelling import changes_input
 from fxprune.capture.tracer.traced_numbers import TracedFloat, TracedInt, plain_number
+from fxprune.capture.tracer.values import Values
 
-__all__ = ["Decision", "DtypeOf", "Scope", "Tape"]
-
-
-@dataclasses.dataclass(frozen=True)
-class DtypeOf:
-    """A type among a node's arguments that may have been read off the tensor which ``source`` computes."""
-
-    source: fx.Node
-    dtype: torch.dtype
-
-
-@dataclasses.dataclass(eq=False)
-class Scope:
-    """One call of a module: where nodes were made. ``entries`` are its nodes and inner calls, in order."""
-
-    path: str
-    kind: type
-    parent: Scope | None = None
-    entries: list[Any] = dataclasses.field(default_factory=list, repr=False)
-
-    @property
-    def chain(self) -> list[str]:
-        """The paths of the modules around, outermost first."""
-        return [*(self.parent.chain if self.parent else ()), self.path]
-
-    @functools.cached_property
-    def stack(self) -> dict[str, tuple[str, type]]:
-        """The modules around, as fx writes them into ``node.meta["nn_module_stack"]``."""
-        outer = self.parent.stack if self.parent else {}
-        return {**outer, self.path: (self.path, self.kind)} if self.path else outer
-
-
-@dataclasses.dataclass(frozen=True)
-class Decision:
-    """The code of a module compared a number of the graph with another one, or a constant, and went on."""
-
-    function: Callable[..., Any]
-    node: fx.Node
-    other: Any
-    result: bool
-    path: str
+__all__ = ["Tape"]
 
 
 class Tape:
     """``names`` maps the ``id`` of the model's tensors to their qualified names; ``memos`` may have more."""
 
     def __init__(
-        self, names: dict[int, str], root: type, shadows: Shadows, memos: Memos | None = None
+        self,
+        names: dict[int, str],
+        root: type,
+        shadows: Shadows,
+        memos: Memos | None = None,
+        values: Values | None = None,
     ) -> None:
         self.names = names
         self.shadows = shadows
-        self.memos = memos or Memos()
+        self.memos, self.values = memos or Memos(), values or Values()
         self.graph = fx.Graph()
         self.scope = Scope("", root)
         self.running = True
@@ -87,6 +53,9 @@ class Tape:
         self.dtypes: dict[torch.dtype, Tensor] = {}
         # Nodes whose result is as long as the numbers in some tensor say.
         self.unsized: set[fx.Node] = set()
+        self.reads: list[fx.Node] = []
+        # Whole numbers of the model that are no state: they do not change.
+        self.integers: dict[str, Tensor] = {}
         self._nodes: dict[int, fx.Node] = {}
         self._undo: list[tuple[int, fx.Node | None]] = []
         self._alive: list[Any] = []
@@ -131,15 +100,32 @@ class Tape:
         node.meta["val"] = value
         return self._traced(value, node)
 
-    def decided(self, function: Callable[..., Any], number: Any, other: Any, result: bool) -> None:
+    def decided(self, function: Callable[..., Any], number: Any, other: Any, result: bool) -> bool:
         """A comparison of sizes: the graph holds where it comes out the same."""
         other_node = getattr(other, "node", None)
         if self.running and (number.node in self.unsized or other_node in self.unsized):
-            raise CaptureError(
-                "a comparison of lengths asks for the numbers in a tensor: they decide a length"
-            )
+            return self.values.compared(self, function, (number, other))
         if self.running:
             self.decisions.append(Decision(function, number.node, self.arg(other), result, self.scope.path))
+        return result
+
+    def made_plain(self, number: Any) -> None:
+        """Code makes a plain number of one: what was read from data is checked."""
+        if self.running and number.node in self.unsized:
+            self.values.made_plain(self, number)
+
+    def read(self, name: str, tensor: Tensor, found: Any) -> fx.Node:
+        """A node that reads numbers, which are ``found`` here."""
+        node = self.node("call_method", name, (tensor,), {})
+        node.meta["val"] = found
+        self._live.add(node)
+        self.unsized.add(node)
+        return node
+
+    def numbers(self, node: fx.Node) -> Any:
+        """Return the result of a node of :meth:`read` in numbers that carry nodes."""
+        self.reads.append(node)
+        return self.wrap(node.meta["val"], node, False)
 
     def effect(self, function: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
         """A node for a call made for its effect alone."""
@@ -307,7 +293,8 @@ class Tape:
             return self._traced(value, node)
         if isinstance(value, tuple | list):
             items = [self._part(operator.getitem, node, index, item) for index, item in enumerate(value)]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+            kind: Any = type(value)
+            return kind._make(items) if hasattr(value, "_fields") else kind(items)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             fields = {
                 field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init
@@ -347,6 +334,7 @@ class Tape:
         if not has_tensor(value):
             return value
         self._live.add(node)
+        self.values.give(node, value)
         result = self.wrap(value, node, False)
         node.meta["val"] = map_structure(plain_number, result)
         return result
@@ -385,6 +373,8 @@ class Tape:
             if node is start[0]:
                 break
             self.graph.erase_node(node)
+            if node in self.reads:
+                self.reads.remove(node)
         for key, before in reversed(self._undo[start[1] :]):
             if before is None:
                 del self._nodes[key]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -18,15 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.capture.errors import CaptureError
 from fxprune.capture.hooks import Hook
+from fxprune.capture.tracer.entries import Decision, Scope
 from fxprune.capture.tracer.isolation import Changes, ModelState, rng_state
 from fxprune.capture.tracer.memos import Cache, Memos
 from fxprune.capture.tracer.meta_values import Shadows
 from fxprune.capture.tracer.module_calls import Caller, CallSettings
 from fxprune.capture.tracer.patches import patched_functions, replaced
+from fxprune.capture.tracer.questions import Question
 from fxprune.capture.tracer.recorder import Recorder
 from fxprune.capture.tracer.spelling import is_pure
-from fxprune.capture.tracer.tape import Decision, Scope, Tape
+from fxprune.capture.tracer.tape import Tape
+from fxprune.capture.tracer.values import Values
 
 __all__ = ["Trace", "remove_dead_code", "shapes_only", "trace"]
 
@@ -39,7 +43,8 @@ class Trace:
     ``decisions`` what the code made depend on sizes,
     ``reasons`` why a module had to stay whole, ``changed`` which entered modules wrote which attribute
     of themselves, ``hook_writes`` which hooks of which module wrote something of their own. ``memos`` is what
-    depends on no input. ``refilled``: the caches that were emptied hold what they held.
+    depends on no input. ``reads`` are the nodes that read numbers from tensors. ``refilled``: the caches
+    that were emptied hold what they held.
     """
 
     graph: fx.Graph
@@ -50,7 +55,12 @@ class Trace:
     changed: dict[str, str] = field(default_factory=dict)
     hook_writes: dict[str, str] = field(default_factory=dict)
     memos: Memos = field(default_factory=Memos)
+    reads: list[fx.Node] = field(default_factory=list)
     refilled: bool = True
+
+    def path_of(self, node: fx.Node) -> str:
+        """The path of the module whose code made a node."""
+        return list(node.meta["nn_module_stack"])[-1] if node.meta["nn_module_stack"] else ""
 
 
 def trace(
@@ -65,18 +75,21 @@ def trace(
     rehearsed: bool = False,
     left_out: frozenset[Hook] = frozenset(),
     caches: Sequence[Cache] = (),
+    values: Callable[[], Values] = Values,
 ) -> Trace:
     """Record ``model(*args, **kwargs)``; ``whole`` names modules that are not entered.
 
     ``rehearsed``: a run before this one has left its traces in the model's attributes. ``left_out`` are hooks
     that are not run. ``caches`` are empty when the run begins; the trace says whether it filled them again.
+    ``values`` makes what is known of numbers in tensors.
     """
     shadows = shadows or Shadows(model)
     changes = Changes()
     state = state or ModelState(model)
 
     def run(setting: CallSettings, memos: Memos | None = None) -> Trace:
-        return copy_context().run(_run, model, args, kwargs, setting, shadows, state, memos)
+        tape = _tape(model, shadows, memos, values())
+        return copy_context().run(_run, model, args, kwargs, setting, tape, state)
 
     with state.restored(changes, shadows.written):
         _set_training(model, training)
@@ -102,12 +115,10 @@ def _run(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     setting: CallSettings,
-    shadows: Shadows,
+    tape: Tape,
     state: ModelState,
-    memos: Memos | None = None,
 ) -> Trace:
-    recorder = _recorder(model, shadows, memos)
-    tape = recorder.tape
+    recorder = Recorder(tape, _device_of(model))
     result = Trace(tape.graph, tape.constants, tape.scope, tape.decisions, setting.reasons)
     arguments, options = _inputs(tape, model, args, kwargs)
     caller = Caller(recorder, model, setting)
@@ -115,15 +126,19 @@ def _run(
         stack.enter_context(_patched(caller, state))
         stack.enter_context(torch.enable_grad())
         with recorder:
-            out = caller.hooks.around(model, arguments, options, caller.call)
+            try:
+                out = caller.hooks.around(model, arguments, options, caller.call)
+            except Question as question:
+                raise CaptureError(question.text) from None
         tape.output(out)
-    result.memos = tape.finished()
+    result.memos, result.reads = tape.finished(), tape.reads
     return result
 
 
 def shapes_only(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Evaluate the model in shapes, unrecorded: raises what it says itself to these inputs."""
-    recorder, state = _recorder(model, Shadows(model)), ModelState(model)
+    recorder = Recorder(_tape(model, Shadows(model)), _device_of(model))
+    state = ModelState(model)
     caller = Caller(recorder, model, CallSettings())
     with ExitStack() as stack:
         stack.enter_context(state.restored(Changes()))
@@ -151,9 +166,16 @@ def _set_training(model: nn.Module, training: bool) -> None:
         module.training = training
 
 
-def _recorder(model: nn.Module, shadows: Shadows, memos: Memos | None = None) -> Recorder:
-    tape = Tape(_tensor_names(model), type(model), shadows, memos)
-    return Recorder(tape, _device_of(model))
+def _tape(
+    model: nn.Module, shadows: Shadows, memos: Memos | None = None, values: Values | None = None
+) -> Tape:
+    names = _tensor_names(model)
+    tape = Tape(names, type(model), shadows, memos, values)
+    state = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    for buffer in model.buffers():
+        if id(buffer) not in state and not (buffer.is_meta or buffer.is_floating_point()):
+            tape.integers[names[id(buffer)]] = buffer
+    return tape
 
 
 def _tensor_names(model: nn.Module) -> dict[int, str]:

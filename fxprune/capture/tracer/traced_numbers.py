@@ -19,14 +19,17 @@ __all__ = ["NumberRecorder", "TracedFloat", "TracedInt", "plain_number"]
 
 
 class NumberRecorder(Protocol):
-    """Describe what a traced number needs of the recorder: a node for a result and notice of comparisons.
+    """Describe what a traced number needs of the recorder: a node for a result, notice of comparisons and of
+    plain numbers made of it.
 
     A node is made for the result of ``function`` on ``args``.
     """
 
     def number(self, function: Callable[..., Any], args: tuple[Any, ...], value: Any) -> Any: ...
 
-    def decided(self, function: Callable[..., Any], number: Any, other: Any, result: bool) -> None: ...
+    def decided(self, function: Callable[..., Any], number: Any, other: Any, result: bool) -> bool: ...
+
+    def made_plain(self, number: Any) -> None: ...
 
 
 class TracedInt(int):
@@ -92,8 +95,15 @@ def _comparison(function: Callable[[Any, Any], bool]) -> Callable[[Any, Any], An
         if not isinstance(other, int | float):
             return NotImplemented
         result = function(plain_number(self), plain_number(other))
-        self.recorder.decided(function, self, other, result)
-        return result
+        return self.recorder.decided(function, self, other, result)
+
+    return method
+
+
+def _plain(kind: type) -> Callable[[Any], Any]:
+    def method(self: Any) -> Any:
+        self.recorder.made_plain(self)
+        return kind(plain_number(self))
 
     return method
 
@@ -132,3 +142,5 @@ for _class, _base in ((TracedInt, int), (TracedFloat, float)):
         setattr(_class, f"__{_function.__name__}__", _comparison(_function))
     for _name, _method in {"bool": _truth, "hash": _base.__hash__}.items():
         setattr(_class, f"__{_name}__", _method)
+    for _kind in (int, float):
+        setattr(_class, f"__{_kind.__name__}__", _plain(_kind))

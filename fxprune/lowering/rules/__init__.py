@@ -9,6 +9,8 @@ from fxprune.lowering.rules import (
     choices,
     contraction,
     distances,
+    linear_algebra,
+    live_sizes,
     movement,
     norm,
     own_functions,
@@ -34,6 +36,8 @@ RULES: dict[Any, Rule] = merge(
         recurrent.table,
         choices.table,
         distances.table,
+        linear_algebra.table,
+        live_sizes.table,
         sampling.table,
         own_functions.table,
     ]

@@ -184,6 +184,14 @@ def scattered(
     return build.sum([value, build.affine(added, shape)], shape)
 
 
+@table.rule(torch.masked_scatter, "masked_scatter", "masked_scatter_")
+def filled_in(context: Context, x: Any, mask: Any, source: Any) -> ir.Value:
+    """Each entry is that which was there, or any of the source."""
+    build, value, added = context.build, context.build.materialise(x), context.build.materialise(source)
+    added = build.reduce(added, "max", range(len(added.shape)), False, ())
+    return build.sum([value, build.affine(added, value.shape)], value.shape)
+
+
 def written_anywhere(context: Context, x: Any, index: Any, new: Any) -> ir.Value:
     """``x[index] = new`` at places that depend on the input: what was there, or any row of what is new."""
     build, value = context.build, context.build.materialise(x)

@@ -16,7 +16,7 @@ from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.pointwise import plus_constant
-from fxprune.lowering.rules.table import Context, RuleTable, Unknown
+from fxprune.lowering.rules.table import Context, RuleTable, Unknown, describe
 
 __all__ = ["contract", "table"]
 
@@ -282,6 +282,21 @@ def _transform(axes: int | None) -> Callable[..., ir.Value]:
 for _name in ("rfft", "irfft", "fft", "ifft", "hfft", "ihfft"):
     for _suffix, _axes in (("", 1), ("2", 2), ("n", None)):
         table.rule(getattr(torch.fft, _name + _suffix))(_transform(_axes))
+
+
+@table.rule(torch.stft, "stft", torch.istft, "istft")
+def frames(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
+    """Every sample of a signal reaches every frame and frequency, and the other way; a zero has its place."""
+    build, value, shape = context.build, context.build.materialise(x), context.shape
+    back = describe(context.target) == "istft"
+    axes = 1
+    if back:
+        axes = 3 if len(value.shape) - len(shape) == 2 else 2
+    kept = [*value.shape[: len(value.shape) - axes], *[1] * axes]
+    dims = range(len(kept) - axes, len(kept))
+    value = build.reduce(build.map(value, floor=True, axes=dims), "sum", dims, True, kept)
+    one = [*kept[: len(kept) - axes], *[1] * (len(shape) - len(kept) + axes)]
+    return build.affine(build.gather(TensorFunction.of("reshape", PREVIOUS, one), [value], one), shape)
 
 
 @table.rule(torch.polar)

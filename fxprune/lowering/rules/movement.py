@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.literals import literals_of
 from fxprune.lowering.rules.choices import any_along, any_of, numbers, written_anywhere
+from fxprune.lowering.rules.live_sizes import plain_slices
 from fxprune.lowering.rules.pointwise import present
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
+from fxprune.torch_private import nn_functions
 
 __all__ = ["MOVES", "REARRANGES", "SHAPED_LIKE", "function_of", "is_data", "table"]
 
@@ -32,7 +34,7 @@ _METHODS = """
     expand repeat chunk split split_with_sizes tensor_split unbind narrow select index_select roll flip fliplr
     flipud rot90 tile repeat_interleave gather diagonal tril triu reshape_as view_as expand_as broadcast_to t
     take_along_dim squeeze_ unsqueeze_ t_ transpose_ ravel hsplit vsplit unfold tril_ triu_ diag_embed numpy_T
-    adjoint
+    adjoint as_strided
 """.split()
 _FUNCTIONS = """
     reshape flatten unflatten permute transpose swapaxes swapdims movedim moveaxis squeeze unsqueeze chunk
@@ -40,6 +42,7 @@ _FUNCTIONS = """
     repeat_interleave gather diagonal tril triu broadcast_to t take_along_dim cat concat concatenate stack
     hstack vstack pixel_shuffle pixel_unshuffle channel_shuffle ravel hsplit vsplit dstack column_stack
     atleast_1d native_channel_shuffle diag_embed adjoint constant_pad_nd meshgrid block_diag diag
+    broadcast_tensors as_strided
 """.split()
 _MODULES = [
     nn.Flatten,
@@ -87,13 +90,16 @@ MOVES: set[Any] = {
     F.pad,
     F.pixel_shuffle,
     F.pixel_unshuffle,
+    nn_functions.pad_sequence,
     torch.fft.fftshift,
     torch.fft.ifftshift,
     operator.getitem,
     operator.setitem,
     getattr,  # x.T, x.mT, x.data
 }
-REARRANGES = MOVES - {"expand", "expand_as", "broadcast_to", torch.broadcast_to, torch.meshgrid}
+REARRANGES = MOVES - {
+    "expand", "expand_as", "broadcast_to", torch.broadcast_to, torch.broadcast_tensors, torch.meshgrid,
+}  # fmt: skip
 """These do not repeat one entry along an axis as broadcasting does."""
 INDEXED = {
     operator.getitem, "gather", torch.gather, "index_select", torch.index_select, "take_along_dim",
@@ -223,12 +229,18 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
     if context.target is operator.getitem and not isinstance(args[0], (ir.Value, Constant)):
         return operator.getitem(args[0], args[1])
     build = context.build
+    if context.target is operator.getitem:
+        args = (args[0], plain_slices(args[1], args[0].shape, context.shape))
+    if context.target in _PADS:
+        args = (args[0], *substitute(args[1:], lambda x: int(_numbers(x)) if isinstance(x, Constant) else x))
+    if context.target in ("as_strided", torch.as_strided) and not _is_contiguous(context.node.args[0]):
+        raise Unknown("memory that is laid out in another order")
     if any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values())):  # x.view(torch.int32)
         raise Unknown("memory seen as another type")
     if context.target is getattr and args[1] in ("real", "imag", "data"):
         return build.affine(build.materialise(args[0]))
     operands = [x for x in tensors_in((args, kwargs)) if is_data(x)]
-    if any(isinstance(x, ir.Value) and not _is_moved(context, x, args) for x in operands):
+    if any(isinstance(x, ir.Value) for x in tensors_in(_indices(context.target, args, kwargs))):
         return _chosen(context, args, kwargs)
     values = [build.materialise(x) for x in operands]
     if not any(value.live for value in values) and _has_unknown_index(args, kwargs):
@@ -246,6 +258,14 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
     if values and values[0].index in build.squares:
         build.squares.update(x.index for x in tensors_in(moved) if isinstance(x, ir.Value))
     return moved
+
+
+@table.rule(torch.index_put, "index_put", "index_put_")
+def put(context: Context, x: Any, indices: Any, values: Any, accumulate: bool = False) -> Any:
+    """``y = x``, with ``y[indices] = values``, or with these added."""
+    if accumulate:
+        return written_anywhere(context, x, tuple(indices), values)
+    return move(replace(context, target=operator.setitem), x, tuple(indices), values)
 
 
 def _chosen(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ir.Value:
@@ -267,13 +287,15 @@ def _chosen(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return any_along(context, x, (dim,), shape)
 
 
-def _is_moved(context: Context, x: ir.Value, args: tuple[Any, ...]) -> bool:
-    """False for a value that serves as an index."""
-    if context.target in INDEXED:
-        return x is args[0]
-    if context.target is operator.setitem:
-        return x is args[0] or x is args[2]
-    return True
+def _is_contiguous(node: Any) -> bool:
+    return isinstance(node, fx.Node) and bool(node.meta["val"].is_contiguous())
+
+
+def _indices(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments that say where, by their place: a value may be its own index, as in ``x[x < 0]``."""
+    if target is operator.setitem:
+        return args[1]
+    return (args[1:], kwargs) if target in INDEXED else ()
 
 
 def _outputs(

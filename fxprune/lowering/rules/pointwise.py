@@ -52,6 +52,9 @@ def _spellings() -> set[Any]:
     return found
 
 
+OF_BOOLEANS = (operator.invert, operator.and_, operator.or_, operator.xor, "bitwise_not", torch.bitwise_not)
+
+
 def has_floor(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether f(0) != 0, found by evaluating f there: sigmoid(0) = 0.5, softmax(0) = 1, gelu(0) = 0."""
     if context.module is not None and isinstance(context.module, nn.Module):
@@ -61,8 +64,10 @@ def has_floor(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     else:
         function = context.target
 
+    kind = torch.bool if context.target in OF_BOOLEANS else torch.float32
+
     def zero(x: ir.Value | Constant) -> Tensor:
-        return torch.zeros((1,) * max(1, len(x.shape)))
+        return torch.zeros((1,) * max(1, len(x.shape)), dtype=kind)
 
     args, kwargs = substitute(args, zero), substitute(kwargs, zero)
     try:
@@ -88,18 +93,26 @@ MOVES_TYPE = {
 _PRELU = (F.prelu, torch.prelu, "prelu")
 
 
+def _with_rank(context: Context, value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
+    """A value that is broadcast to more axes."""
+    if len(shape) < len(value.shape):
+        raise Unknown(f"{context.node.name} changes the rank of its input")
+    if len(shape) == len(value.shape):
+        return value
+    own = (*[1] * (len(shape) - len(value.shape)), *value.shape)
+    return context.build.gather(TensorFunction.of("reshape", PREVIOUS, own), [value], own)
+
+
 @table.rule(*_spellings(), *_MODULES)
 def elementwise(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
     """``y = f(x)``: paths pass; if f(0) != 0 the value is never Zero."""
-    value = context.build.materialise(x)
     shape = context.shape
-    if len(shape) != len(value.shape):
-        raise Unknown(f"{context.node.name} changes the rank of its input")
+    value = _with_rank(context, context.build.materialise(x), shape)
     if context.target in MOVES_TYPE:
         return context.build.affine(value, shape)
     if any(isinstance(a, ir.Value) for a in tensors_in((args, kwargs))):
         others = [a for a in tensors_in((args, kwargs)) if isinstance(a, ir.Value)]
-        return context.build.sum([value, *others], shape)
+        return context.build.sum([value, *(_with_rank(context, other, shape) for other in others)], shape)
     constants = [a for a in tensors_in((args, kwargs)) if isinstance(a, Constant) and a.reads is not None]
     slopes = list(context.module.parameters()) if context.module is not None else []
     floor = has_floor(context, (x, *args), kwargs)

@@ -15,6 +15,7 @@ from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.choices import numbers
 from fxprune.lowering.rules.pointwise import statistic
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, describe
+from fxprune.lowering.scales import only_scales
 from fxprune.lowering.window_sums import (
     Geometry,
     adaptive_sum,
@@ -23,6 +24,7 @@ from fxprune.lowering.window_sums import (
     running_sum,
     window_sum,
 )
+from fxprune.torch_private import all_true, any_true
 
 __all__ = ["table"]
 
@@ -59,6 +61,8 @@ _SUMS = (
     "any",
     torch.all,
     "all",
+    all_true,
+    any_true,
 )
 
 
@@ -127,9 +131,17 @@ def extremum(context: Context, x: Any, *args: Any, keepdim: bool = False, **kwar
 @table.rule(
     torch.std, "std", torch.var, "var", torch.norm, "norm", torch.linalg.norm, torch.linalg.vector_norm
 )
-def spread(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
-    """A spread or a length is what norms divide by: a scale, no path."""
-    return statistic(context.shape)
+def spread(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value | Constant:
+    """A spread or a length that a norm divides by is a scale, no path; any other is a number of its own."""
+    if only_scales(context.node):
+        return statistic(context.shape)
+    build, value = context.build, context.build.materialise(x)
+    is_length = "norm" in describe(context.target)
+    places = args[1:] if is_length else [a for a in args if not isinstance(a, bool)]
+    dims = _dims(value, kwargs.get("dim", kwargs.get("axis", places[0] if places else None)))
+    if not is_length:
+        value = build.map(value, floor=True)  # a zero counts: it is away from the mean
+    return build.reduce(value, "sum", dims, len(context.shape) == len(value.shape), context.shape)
 
 
 @table.rule(torch.var_mean, torch.std_mean)

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.rules.pool import accumulate
-from fxprune.lowering.rules.table import Context, RuleTable, Unknown
+from fxprune.lowering.rules.table import Context, RuleTable
 from fxprune.lowering.rules.weighted import module_weight
+from fxprune.torch_private import pack_padded_sequence, pad_packed_sequence
 
 __all__ = ["table"]
 
@@ -113,11 +115,52 @@ def cell(context: Context, x: Any, hx: Any = None) -> Any:
 def recurrent(context: Context, x: Any, hx: Any = None) -> Any:
     """Every step reaches every later one, by way of the states."""
     m: Any = context.module
+    if isinstance(x, PackedSequence):
+        out, states = _layers(context, _unpacked(context, x.data, x.batch_sizes.shape[0]), hx, 0)
+        rows = TensorFunction.of("flatten", PREVIOUS, 0, 1)
+        data = context.build.gather(rows, [out], (x.data.shape[0], out.shape[-1]))
+        kind: Any = type(x)
+        return kind._make((data, *x[1:])), states
+    value = context.build.materialise(x)
+    return _layers(context, value, hx, 1 if m.batch_first and len(value.shape) == 3 else 0)
+
+
+def _unpacked(context: Context, data: Any, steps: int) -> ir.Value:
+    """Packed data with axes for steps and samples: capture gives all sequences the length of the longest."""
+    value = context.build.materialise(data)
+    shape = (steps, value.shape[0] // steps, *value.shape[1:])
+    return context.build.gather(TensorFunction.of("reshape", PREVIOUS, shape), [value], shape)
+
+
+@table.rule(pack_padded_sequence)
+def pack(context: Context, x: Any, lengths: Any, batch_first: bool = False) -> Any:
+    """The steps of all sequences, one step after the other."""
+    value, (data, sizes) = context.build.materialise(x), context.result
+    steps = TensorFunction.of("narrow", Operand(0), int(batch_first), 0, sizes.shape[0])
+    if batch_first:
+        steps = steps.then("transpose", PREVIOUS, 0, 1)
+    packed = context.build.gather(steps.then("flatten", PREVIOUS, 0, 1), [value], data.shape)
+    return packed, context.build.source(sizes.shape, live=False)
+
+
+@table.rule(pad_packed_sequence)
+def pad(
+    context: Context, data: Any, sizes: Any, batch_first: bool = False, padding: float = 0.0, total: int = -1
+) -> Any:
+    """The sequences with an axis for samples again; the padding is on no path."""
+    value, (padded, lengths) = _unpacked(context, data, sizes.shape[0]), context.result
+    more = padded.shape[int(batch_first)] - sizes.shape[0]
+    steps = TensorFunction.of(F.pad, Operand(0), [0, 0] * (len(value.shape) - 1) + [0, more])
+    if batch_first:
+        steps = steps.then("transpose", PREVIOUS, 0, 1)
+    result = context.build.gather(steps, [value], padded.shape)
+    return result, context.build.source(lengths.shape, live=False)
+
+
+def _layers(context: Context, value: ir.Value, hx: Any, time: int) -> Any:
+    """The outputs and last states of all layers, for steps along an axis."""
+    m: Any = context.module
     build = context.build
-    value = build.materialise(x)
-    if len(value.shape) not in (2, 3):
-        raise Unknown("a recurrent layer on packed sequences")
-    time = 1 if m.batch_first and len(value.shape) == 3 else 0
     finals: list[States] = []
     for layer in range(m.num_layers):
         outputs = []

@@ -186,8 +186,9 @@ def substitute(x: Any, replace: Callable[[ir.Value | Constant], Any]) -> Any:
     """``x`` with every value and constant inside replaced."""
     if isinstance(x, (ir.Value, Constant)):
         return replace(x)
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return type(x)(*(substitute(item, replace) for item in x))
+    made: Any = getattr(x, "_make", None)
+    if isinstance(x, tuple) and made is not None:
+        return made(substitute(item, replace) for item in x)
     if isinstance(x, (list, tuple)):
         return type(x)(substitute(item, replace) for item in x)
     if isinstance(x, dict):

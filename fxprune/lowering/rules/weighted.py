@@ -209,9 +209,11 @@ def bilinear(context: Context, a: Any, b: Any, weight: Any = None, bias: Any = N
     return build.linear(pairs, whole, bias=bias if module is None else module.bias, by=weight)
 
 
-@table.rule(nn.Embedding, F.embedding, torch.embedding)
+@table.rule(nn.Embedding, nn.EmbeddingBag, F.embedding, F.embedding_bag, torch.embedding)
 def embedding(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value | Constant:
-    """Paths start where the network looks its input up; the table itself is no kernel."""
+    """Paths start where the network looks its input up, or adds up what it has found; the table itself is no
+    kernel.
+    """
     own = context.module is not None
     table_first = not own and isinstance(x, Constant) and context.target is torch.embedding
     given = [x, *args, *(kwargs[key] for key in ("input", "weight") if key in kwargs)]

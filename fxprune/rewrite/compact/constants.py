@@ -15,6 +15,7 @@ from fxprune.channels.follow import labels_by_weight
 from fxprune.channels.labels import Sides
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut
+from fxprune.rewrite.compact.unchecked import Unchecked
 from fxprune.torch_private import ConvNd
 
 __all__ = ["Recorded", "constant_entries", "fold", "is_recorded", "record"]
@@ -23,7 +24,7 @@ Recorded = dict[str, tuple[Tensor, Tensor]]
 """By the name of a node: its output in two runs."""
 
 
-class _NodeValues(fx.Interpreter):
+class _NodeValues(Unchecked):
     def __init__(self, gm: fx.GraphModule, wanted: set[str]) -> None:
         super().__init__(gm)
         self.wanted = wanted
@@ -131,7 +132,7 @@ def _contribution(
         reason = "a constant under zero padding" if padded else "a constant"
         cut.give_back(labels[read & even & ~zero], f"{place}: {reason}")
         return None
-    left = cut.is_gone(labels)
+    left = cut.is_gone(labels) & read  # what is not read may be no number: zero times that is none either
     return taps[:, left].double() @ entries[left, 0].double()
 
 

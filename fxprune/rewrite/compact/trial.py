@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 
+from fxprune.rewrite.compact.unchecked import Unchecked
 from fxprune.torch_private import DisableTorchFunction, pytree
 
 __all__ = [
@@ -80,7 +81,7 @@ def trial_inputs(gm: fx.GraphModule, example_inputs: Any, seed: int) -> tuple[An
     return tuple(inputs)
 
 
-class _Watching(fx.Interpreter):
+class _Watching(Unchecked):
     """Keeps what nodes give: their shapes on the meta device, or the numbers of some."""
 
     def __init__(self, gm: fx.GraphModule, numbers: bool) -> None:
@@ -131,7 +132,7 @@ def set_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
 def outputs_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Return the network's outputs."""
     with torch.no_grad():
-        return fx.Interpreter(gm).run(*inputs)
+        return Unchecked(gm).run(*inputs)
 
 
 def in_double(inputs: Sequence[Any]) -> tuple[Any, ...]:

@@ -72,12 +72,12 @@ def test_methods_that_go_over_what_was_selected_are_nodes(kind: type[Selects]) -
 
 
 def test_a_method_that_is_a_node_is_named() -> None:
-    with pytest.warns(UserWarning, match=r"Loops\.each kept whole: .*they decide a length"):
+    with pytest.warns(UserWarning, match=r"Loops\.each kept whole: .*they decide its length"):
         capture(Loops(), torch.ones(2, 4))
 
 
 def test_a_length_that_depends_on_numbers_is_not_taken_for_a_constant() -> None:
-    with pytest.raises(CaptureError, match="they decide a length"):
+    with pytest.raises(CaptureError, match="they decide its length"):
         capture(LoopsInForward(), torch.ones(2, 4))
 
 
