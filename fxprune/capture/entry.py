@@ -47,9 +47,9 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
 
     Args:
         model: any module; it is not changed, and need not hold weights (``torch.device("meta")`` will do).
-        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of
-        ``model.forward``. Only
-            their shapes and types count. Arguments that are no tensors become constants of the graph.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments of ``model.forward``.
+            Only their shapes and types count, and whole numbers where the code of the model reads them
+            (``lengths.max().item()``). Arguments that are no tensors become constants of the graph.
             May be left out where :func:`example_inputs_for` knows the model.
 
     Returns:
@@ -63,6 +63,11 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         none.
         CaptureError: the model's own ``forward``, or a forward hook, cannot be traced; the message names the
         line.
+
+    Code that checks numbers (``if not torch.isfinite(x).all(): raise ...``) is traced as if they passed; the
+    graph raises ``AssertionError`` with the line of that code where they do not. Where both ways are open the
+    module stays whole; the model's own ``forward`` goes the way of the example, and the graph raises for
+    others.
 
     A submodule that cannot be traced stays one ``call_module`` node, with a warning that names it and
     says why. Forward hooks are traced as code of the model. A hook that changes nothing in the graph runs
