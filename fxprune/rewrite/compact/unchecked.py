@@ -15,6 +15,7 @@ class Unchecked(fx.Interpreter):
     """An interpreter that passes over ``check_number``.
 
     Example:
+        >>> import torch
         >>> graph = fx.Graph()
         >>> _ = graph.call_function(check_number, (False, "never true"))
         >>> _ = graph.output(None)
