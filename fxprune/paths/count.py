@@ -20,7 +20,7 @@ from fxprune.paths.program import Resolution, compile_graph
 from fxprune.paths.scaled import Counted, Tested
 from fxprune.paths.traversal import EdgeWeights, Traversal
 
-__all__ = ["Flow", "flow", "reach", "run_tested"]
+__all__ = ["Flow", "check_weights", "flow", "reach", "run_tested"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def flow(
         >>> round(flow(graph, {}).log_total, 4) == round(math.log(4 * 8 * 2), 4)
         True
     """
-    _check(graph, weights)
+    check_weights(graph, weights)
     program = compile_graph(graph, resolution)
     leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
     device = next((weight.device for weight in leaves.values()), torch.device("cpu"))
@@ -129,7 +129,7 @@ def run_tested(
         The traversal, which has kept the values ``keep``; 1.0 if there is any path and else 0.0, which can be
         derived; and the masks as floats by kernel name, which it was made of.
     """
-    _check(graph, masks)
+    check_weights(graph, masks)
     program = compile_graph(graph, resolution)
     device = next((mask.device for mask in masks.values()), torch.device("cpu"))
     leaves = {
@@ -145,7 +145,8 @@ def run_tested(
     return traversal, total, leaves
 
 
-def _check(graph: ir.ChannelGraph, weights: Mapping[str, Tensor]) -> None:
+def check_weights(graph: ir.ChannelGraph, weights: Mapping[str, Tensor]) -> None:
+    """Raise ``ValueError`` for a name that the graph lacks, or a shape that is not the parameter's."""
     for name, weight in weights.items():
         if name not in graph.kernels:
             raise ValueError(

@@ -28,7 +28,8 @@ class EdgeWeights:
     """The weights of a traversal, as the steps read them; parameters without any count as ones.
 
     ``leaves``: non-negative numbers by parameter, which may be added to while a traversal runs. ``rescale``:
-    very large or small weights are read as mantissas and an exponent.
+    very large or small weights are read as mantissas and an exponent. ``make``: makes the weights of a
+    parameter whenever a step reads them, instead; none of them is held here.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class EdgeWeights:
         device: torch.device,
         *,
         rescale: bool = True,
+        make: Callable[[str], Tensor] | None = None,
     ) -> None:
         self.graph, self.leaves, self.dtype, self.device, self.rescale = graph, leaves, dtype, device, rescale
+        self.make = make
         self._read: dict[str, tuple[Tensor, Tensor]] = {}
 
     def mantissas(self, ref: ir.WeightRef) -> Tensor:
@@ -56,6 +59,9 @@ class EdgeWeights:
         return ref.operand(lambda name: (self._leaf(name)[0].detach() > 0).to(self.dtype)).to(self.device)
 
     def _leaf(self, name: str) -> tuple[Tensor, Tensor]:
+        if self.make is not None:
+            made = self.make(name)
+            return made, made.new_zeros(())
         if name not in self._read:
             leaf = self.leaves.get(name)
             if leaf is None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.optim import Optimizer
 
 from fxprune.capture import capture
 from fxprune.rewrite import bare, put_masks, read
 from fxprune.rewrite.compact import compact
+from fxprune.rewrite.compact.kept import Kept, Slices
 from fxprune.rewrite.compact.optimizer import move_optimizer
 from fxprune.rewrite.compact.recipe import Recipe
 from fxprune.rewrite.files.network import follow_recipes
@@ -32,22 +32,22 @@ def check_shrinks(method: TrainingMethod, returns: str, model: nn.Module) -> Non
         raise ValueError("model: it is split over processes; compact it before fully_shard")
 
 
-def compacted(model: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, dict[str, torch.Tensor]]:
+def compacted(model: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, Slices]:
     """Compact a masked model, and mask what is left of it.
 
-    Returns the network, and by parameter that got smaller the flat places of what is left of it.
+    Returns the network, and by parameter that got smaller what is left of it.
     """
     masks = read(model)
     small = compact(model, example_inputs)
-    places: dict[str, torch.Tensor] = small.meta["fxprune"]["compaction"].index_map
+    kept: Slices = small.meta["fxprune"]["compaction"].kept
     values = dict(small.named_parameters())
     left = {}
     for name, mask in masks.items():
         if name in values:
-            mask = mask.flatten()[places[name].to(mask.device)] if name in places else mask
+            mask = kept[name].take(mask) if name in kept else mask
             left[name] = mask | (values[name] != 0)  # a masked bias may have taken a constant in
     put_masks(small, left)
-    return small, places
+    return small, kept
 
 
 def followed(model: nn.Module, example_inputs: Any, recipes: Iterable[Mapping[str, Any]]) -> fx.GraphModule:
@@ -64,9 +64,9 @@ def move(
     things: Iterable[Any],
     before: nn.Module,
     after: nn.Module,
-    places: Mapping[str, torch.Tensor] | None = None,
+    kept: Mapping[str, Kept] | None = None,
 ) -> None:
     """Make the optimizers among ``things`` those of ``after``, in place; their state goes along."""
     for thing in things:
         if isinstance(thing, Optimizer):
-            move_optimizer(thing, before, after, places or {})
+            move_optimizer(thing, before, after, kept or {})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
-from operator import attrgetter
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,14 +15,22 @@ from fxprune.capture.errors import check_module
 from fxprune.channels.follow import follow
 from fxprune.graph import ChannelGraph, ir
 from fxprune.lowering import lower
-from fxprune.paths.count import reach
+from fxprune.paths.used import used_channels
 from fxprune.rewrite.compact.constant_operands import cut_constants
-from fxprune.rewrite.compact.constants import Recorded, constant_entries, fold, is_recorded, record
+from fxprune.rewrite.compact.constants import Dense, Recorded, fold, record
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
+from fxprune.rewrite.compact.giving_back import give_back_before, give_back_node, give_back_users
+from fxprune.rewrite.compact.kept import Slices
 from fxprune.rewrite.compact.leaves import leaf_of, open_leaf
 from fxprune.rewrite.compact.literals import Rewriter
-from fxprune.rewrite.compact.modules import Slices, is_sizeable, slice_parameters, slices_of
-from fxprune.rewrite.compact.norms import kind_of
+from fxprune.rewrite.compact.modules import (
+    first_unsizeable,
+    own_parameters,
+    share_parameters,
+    slice_parameters,
+    slices_of,
+)
+from fxprune.rewrite.compact.norm_sums import removed_sums
 from fxprune.rewrite.compact.products import keep_what_counts, operand_nodes
 from fxprune.rewrite.compact.recipe import record_recipe
 from fxprune.rewrite.compact.table import tabulate
@@ -30,12 +38,12 @@ from fxprune.rewrite.compact.trial import (
     NodeFailure,
     OutputsDiffer,
     in_double,
+    outputs_of,
     set_shapes,
     trial_inputs,
     verified,
 )
-from fxprune.rewrite.masking.finalize import finalize
-from fxprune.rewrite.masking.finalize import plain as unmasked
+from fxprune.rewrite.masking.finalize import baked, shapes_of
 from fxprune.rewrite.masking.parameters import read
 from fxprune.sparsity.masks import Masks
 
@@ -97,7 +105,7 @@ def compact(
 def _compact(
     model: nn.Module, example_inputs: Any, exact: bool, verify: bool, fold_constants: bool
 ) -> fx.GraphModule:
-    plain = finalize(model)
+    plain = baked(model)
     modes = {name: module.training for name, module in plain.named_modules()}
     has_shapes = isinstance(plain, fx.GraphModule) and all("val" in node.meta for node in plain.graph.nodes)
     gm = plain if isinstance(plain, fx.GraphModule) and has_shapes else capture(plain, example_inputs)
@@ -108,22 +116,22 @@ def _compact(
     while True:
         graph = lower(source)
         cut = _first_cut(graph, source, known)
+        way = _Way(graph, cut, whole, exact, fold_constants)
         try:
-            small, slices, found = _proved(
-                gm, source, graph, cut, runs, whole, exact=exact, verify=verify, fold_constants=fold_constants
-            )
+            small, slices, found = _proved(gm, source, way, runs, verify=verify)
             break
         except HeldByLeaf as held:
-            wider = copy.deepcopy(source)
+            wider = share_parameters(source)
             if open_leaf(wider, held.path):
                 set_shapes(wider, runs[0])
                 source = wider
                 opened.append(held.path)
             else:
                 whole.add(held.path)
+    own_parameters(small, source)
     small.meta = {**gm.meta}
     notes = dict(small.meta.get("fxprune", {}))
-    parameters = {name: list(parameter.shape) for name, parameter in unmasked(model).named_parameters()}
+    parameters = {name: list(shape) for name, shape in shapes_of(model).items()}
     recipe = record_recipe(
         gm, source, small, slices, opened=opened, masked=list(known), parameters=parameters
     )
@@ -135,35 +143,45 @@ def _compact(
     return small
 
 
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """Hold the cut of a graph and the options; ``whole``: the paths of layers that cannot be opened."""
+
+    graph: ChannelGraph
+    cut: Cut
+    whole: Collection[str]
+    exact: bool
+    fold_constants: bool
+
+
+Runs = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
 def _proved(
-    gm: fx.GraphModule,
-    source: fx.GraphModule,
-    graph: ChannelGraph,
-    cut: Cut,
-    runs: tuple[tuple[Any, ...], tuple[Any, ...]],
-    whole: Collection[str],
-    *,
-    exact: bool,
-    verify: bool,
-    fold_constants: bool,
+    gm: fx.GraphModule, source: fx.GraphModule, way: _Way, runs: Runs, *, verify: bool
 ) -> tuple[fx.GraphModule, Slices, float | None]:
     """The smaller network and the largest difference of its outputs; what makes others is given back."""
     nodes = {node.name: node for node in source.graph.nodes}
+    before = _recorded(source, way, runs)
+    expected = before.outputs
+    if verify and source is not gm:
+        expected = outputs_of(gm, runs[0]), outputs_of(gm, runs[1])
     while True:
-        small, slices = _smallest(source, graph, cut, runs, whole, exact=exact, fold_constants=fold_constants)
-        if not (verify and exact):
+        small, slices, first = _smallest(source, way, runs[0], before.recorded)
+        if not (verify and way.exact):
             return small, slices, None
 
         def in_float64() -> fx.GraphModule:
             wide, both = copy.deepcopy(source).double(), (in_double(runs[0]), in_double(runs[1]))
-            return _smallest(wide, graph, cut, both, whole, exact=exact, fold_constants=fold_constants)[0]
+            return _smallest(wide, way, both[0], _recorded(wide, way, both).recorded)[0]
 
+        outputs = (expected[0], first), (expected[1], outputs_of(small, runs[1]))
         try:
-            return small, slices, verified(gm, small, runs, in_float64)
+            return small, slices, verified(gm, small, runs, outputs, in_float64)
         except OutputsDiffer as error:
             start = nodes.get(error.node)
             reason = f"{error.node}: it would compute something else"
-            if start is None or not _give_back_near(graph, cut, start, reason, attrgetter("all_input_nodes")):
+            if start is None or not give_back_before(way.graph, way.cut, start, reason):
                 raise
 
 
@@ -174,20 +192,26 @@ def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, known: Masks) -> Cut:
         raise ValueError(
             f"model: {valueless!r} has no values (it is on the meta device); load the weights first"
         )
-    masks = {name: gm.get_parameter(name).detach() != 0 for name in graph.kernels}
     computed = _computed_weights(graph)
-    masks |= {name: torch.ones_like(masks[name]) for name in computed}
-    nonzero = dict(masks)
-    if known:  # zeros that no mask holds may grow
-        masks = {name: known.get(name, torch.ones_like(mask)) for name, mask in masks.items()}
-    effective = reach(graph, masks, resolution="channel")
-    if graph.kernels and not any(bool(mask.any()) for mask in effective.values()):
-        empty = [name for name, mask in masks.items() if not bool(mask.any())] or list(masks)
+
+    def nonzero(name: str) -> Tensor:
+        weight = gm.get_parameter(name).detach()
+        return (torch.ones_like(weight, dtype=torch.bool) if name in computed else weight != 0).cpu()
+
+    # Zeros that no mask holds may grow.
+    masks = (
+        {name: mask for name, mask in known.items() if name in graph.kernels}
+        if known
+        else {name: nonzero(name) for name in graph.kernels if name not in computed}
+    )
+    used = used_channels(graph, masks, resolution="channel")
+    if graph.kernels and not any(bool(rows.any()) for rows, _ in used.values()):
+        empty = [name for name, mask in masks.items() if not bool(mask.any())] or list(graph.kernels)
         raise ValueError(
             f"model: no path leads from its inputs to its outputs; without weights on a path: "
             f"{', '.join(empty[:10])}; prune less, or with on_collapse='repair'"
         )
-    cut = Cut(graph, follow(graph), effective, nonzero)
+    cut = Cut(graph, follow(graph), used, nonzero)
     for sides in cut.labels.sides:
         if sides.name in computed:
             labels = torch.cat([sides.rows, sides.columns])
@@ -204,68 +228,59 @@ def _computed_weights(graph: ChannelGraph) -> set[str]:
     }
 
 
-def _smallest(
-    gm: fx.GraphModule,
-    graph: ChannelGraph,
-    cut: Cut,
-    runs: tuple[tuple[Any, ...], tuple[Any, ...]],
-    whole: Collection[str],
-    *,
-    exact: bool,
-    fold_constants: bool,
-) -> tuple[fx.GraphModule, Slices]:
-    """Rewrite a copy; where a node does not run, give its channels back and try again.
-
-    ``whole``: the paths of layers that cannot be opened. `HeldByLeaf` asks for another to be opened.
-    """
+def _recorded(gm: fx.GraphModule, way: _Way, runs: Runs) -> Dense:
+    """Run the network before, and keep what may be asked of it."""
     nodes = {node.name: node for node in gm.graph.nodes}
-    recorded = record(gm, runs, _sources(graph, nodes, cut))
+    return record(gm, runs, _sources(way.graph, nodes, way.cut))
+
+
+def _smallest(
+    gm: fx.GraphModule, way: _Way, inputs: tuple[Any, ...], recorded: Recorded
+) -> tuple[fx.GraphModule, Slices, Any]:
+    """Rewrite a copy, and run it; where a node does not run, give its channels back and try again.
+
+    The copy shares with ``gm`` the parameters that stay as they are. `HeldByLeaf` asks for a leaf to be
+    opened.
+    """
+    graph, cut = way.graph, way.cut
+    nodes = {node.name: node for node in gm.graph.nodes}
     for _ in range(ATTEMPTS):
         try:
-            sums, biases = _constants(
-                graph, gm, nodes, cut, recorded, exact=exact, fold_constants=fold_constants
-            )
+            sums, biases = _constants(gm, way, nodes, recorded)
             slices = slices_of(graph, gm, cut)
-            odd = next((name for name in slices if not is_sizeable(gm, name)), None)
+            odd = first_unsizeable(gm, slices)
             if odd is not None:
                 leaf = leaf_of(gm, odd)
-                if leaf is not None and leaf not in whole:
+                if leaf is not None and leaf not in way.whole:
                     raise HeldByLeaf(leaf)
-                _give_back_users(graph, cut, odd, f"{odd}: a module of unknown kind holds it")
+                give_back_users(graph, cut, odd, f"{odd}: a module of unknown kind holds it")
                 continue
-            small = copy.deepcopy(gm)
+            small = share_parameters(gm)
             Rewriter(graph, small, cut, sums, slices).run()
             cut_constants(graph, small, cut, slices)
             slice_parameters(small, slices, biases, _groups(graph, nodes, cut))
-            set_shapes(small, runs[0])
-            return small, slices
+            return small, slices, set_shapes(small, inputs)
         except UnevenCut as error:
             if not cut.give_back(error.labels, str(error)):
                 raise RuntimeError(f"compact: {error}") from error
         except NodeFailure as error:
-            if not _give_back_node(graph, cut, nodes, error):
+            if not give_back_node(graph, cut, nodes, error):
                 raise RuntimeError(f"compact: node {error}") from error
     raise RuntimeError(f"compact: no consistent cut in {ATTEMPTS} attempts; please report the network")
 
 
 def _constants(
-    graph: ChannelGraph,
-    gm: fx.GraphModule,
-    nodes: dict[str, fx.Node],
-    cut: Cut,
-    recorded: Recorded,
-    *,
-    exact: bool,
-    fold_constants: bool,
+    gm: fx.GraphModule, way: _Way, nodes: dict[str, fx.Node], recorded: Recorded
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """Return what norms lose and what biases gain.
 
     What one reader gives back, another may have counted already: so all are asked until nothing changes.
     """
+    graph, cut = way.graph, way.cut
     while True:
         before = cut.gone.clone()
-        sums = _removed_sums(graph, nodes, cut, recorded) if exact else {}
-        biases = fold(graph, gm, cut, recorded, fold_constants=fold_constants)
+        sums = removed_sums(graph, nodes, cut, recorded) if way.exact else {}
+        biases = fold(graph, gm, cut, recorded, fold_constants=way.fold_constants)
         keep_what_counts(graph, cut, recorded)
         if torch.equal(before, cut.gone):
             return sums, biases
@@ -282,63 +297,6 @@ def _sources(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> set[st
     return wanted
 
 
-def _removed_sums(
-    graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut, recorded: dict[str, tuple[Tensor, Tensor]]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The sums of what each norm loses, and of their squares; give back where these are no constants."""
-    sums = {}
-    for op in graph.ops:
-        if not isinstance(op, ir.Norm) or not op.axes:
-            continue
-        value = op.inputs[0]
-        shrinking = [axis for axis in op.axes if cut.kept_along(value, axis) is not None]
-        if not shrinking:
-            continue
-        node = nodes[op.node]
-        source = node.args[0] if node.args else None
-        kind = kind_of(node)
-        axis = {"layer": len(value.shape) - 1, "group": 1}.get(kind, -1)
-        known = is_recorded(graph, source, value, recorded)
-        if shrinking != [axis] or not known or (kind == "layer" and op.axes != (axis,)):
-            cut.give_back(cut.labels_of(value), f"{op.layer or op.node}: a statistic over channels")
-            continue
-        assert isinstance(source, fx.Node)
-        found = _removed_sum(op, axis, recorded[source.name], cut)
-        if found is not None:
-            sums[op.node] = found
-    return sums
-
-
-def _removed_sum(
-    op: ir.Norm, axis: int, values: tuple[Tensor, Tensor], cut: Cut
-) -> tuple[Tensor, Tensor] | None:
-    """The sums of what one norm loses along ``axis``; ``None`` if nothing is left to lose."""
-    value, place = op.inputs[0], f"{op.layer or op.node}: a statistic over channels"
-    kept = cut.kept_along(value, axis)
-    assert kept is not None
-    entries, same = constant_entries(values, axis, ~kept)
-    first = values[0].movedim(axis, -1)
-    if axis == 1:  # images of any size: one number for all positions
-        same &= (entries == entries[:, :1]).all(1)
-    elif first.dim() > 2:
-        same &= (first[..., ~kept] == first[:1, ..., ~kept]).flatten(0, -2).all(0)
-    if not bool(same.all()):
-        along = next(f.labels.flatten() for f in cut.labels.values[value.index] if f.axes == (axis,))
-        cut.give_back(along[~kept][~same], place)
-        kept = cut.kept_along(value, axis)
-        if kept is None:
-            return None
-    if axis == 1:
-        one = first.flatten(0, -2)[0].where(~kept, 0.0).view(op.groups, -1)
-        left = kept.view(op.groups, -1).any(1)
-        return one[left].sum(1, keepdim=True), one[left].square().sum(1, keepdim=True)
-    rows = first[..., ~kept]
-    one = rows[:1] if rows.dim() > 1 else rows
-    if bool((one == one.flatten(0, -2)[:1]).all()):
-        one = one.flatten(0, -2)[0]
-    return one.sum(-1, keepdim=True), one.square().sum(-1, keepdim=True)
-
-
 def _groups(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> dict[str, int]:
     """The number of groups that are left of every grouped convolution, by the layer's path."""
     found = {}
@@ -349,49 +307,3 @@ def _groups(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> dict[st
             left = (~cut.is_gone(sides.rows)).view(op.groups, -1).any(1)
             found[str(nodes[op.node].target)] = int(left.sum())
     return found
-
-
-def _give_back_users(graph: ChannelGraph, cut: Cut, name: str, reason: str) -> None:
-    for op in graph.ops:
-        if any(use.name == name for use in op.params):
-            for value in (*op.inputs, op.output):
-                cut.give_back(cut.labels_of(value), reason)
-
-
-def _give_back_node(graph: ChannelGraph, cut: Cut, nodes: dict[str, fx.Node], error: NodeFailure) -> bool:
-    """Give back what a node that failed reads and makes, or else what the nodes before or behind it do."""
-    name = error.node.removeprefix("narrowed_")
-    if name not in nodes:
-        return False
-    reason = f"{error.node}: {str(error.__cause__)[:80]}"
-    return _give_back_near(graph, cut, nodes[name], reason, attrgetter("all_input_nodes")) or (
-        _give_back_near(graph, cut, nodes[name], reason, lambda node: list(node.users))
-    )
-
-
-def _give_back_near(
-    graph: ChannelGraph, cut: Cut, start: fx.Node, reason: str, step: Callable[[fx.Node], list[fx.Node]]
-) -> bool:
-    """Give back the channels of the first nodes, ``step`` by ``step`` from ``start``, that have any."""
-    near = [start]
-    seen = set(near)
-    while near:
-        found = False
-        for node in near:
-            values = {
-                value.index: value
-                for op in graph.ops
-                if op.node == node.name
-                for value in (*op.inputs, op.output)
-            }
-            for source in (node, *node.all_input_nodes):
-                value = graph.results.get(source.name)
-                if isinstance(value, ir.Value):
-                    values[value.index] = value
-            for value in values.values():
-                found |= cut.give_back(cut.labels_of(value), reason)
-        if found:
-            return True
-        near = list(dict.fromkeys(new for node in near for new in step(node) if new not in seen))
-        seen |= set(near)
-    return False

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut
-from fxprune.rewrite.compact.modules import Slices
+from fxprune.rewrite.compact.kept import Slices
 
 __all__ = ["cut_constants"]
 

@@ -6,6 +6,7 @@ inputs give the numbers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.unchecked import Unchecked
 from fxprune.torch_private import ConvNd
 
-__all__ = ["Recorded", "constant_entries", "fold", "is_recorded", "record"]
+__all__ = ["Dense", "Recorded", "constant_entries", "fold", "is_recorded", "record"]
 
 Recorded = dict[str, tuple[Tensor, Tensor]]
 """By the name of a node: its output in two runs."""
@@ -38,15 +39,23 @@ class _NodeValues(Unchecked):
         return result
 
 
-def record(gm: fx.GraphModule, inputs: tuple[tuple[Any, ...], tuple[Any, ...]], wanted: set[str]) -> Recorded:
-    """Run the network on two inputs and return the outputs of the ``wanted`` nodes."""
-    runs = []
+@dataclass(frozen=True)
+class Dense:
+    """Two runs of the network before: the numbers of some nodes, and its outputs."""
+
+    recorded: Recorded
+    outputs: tuple[Any, Any]
+
+
+def record(gm: fx.GraphModule, inputs: tuple[tuple[Any, ...], tuple[Any, ...]], wanted: set[str]) -> Dense:
+    """Run the network on two inputs; keep its outputs, and those of the ``wanted`` nodes."""
+    runs, outputs = [], []
     with torch.no_grad():
         for args in inputs:
             recorder = _NodeValues(gm, wanted)
-            recorder.run(*args)
+            outputs.append(recorder.run(*args))
             runs.append(recorder.found)
-    return {name: (runs[0][name], runs[1][name]) for name in runs[0]}
+    return Dense({name: (runs[0][name], runs[1][name]) for name in runs[0]}, (outputs[0], outputs[1]))
 
 
 def constant_entries(values: tuple[Tensor, Tensor], axis: int, gone: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +103,7 @@ def _contribution(
     value = op.inputs[0]
     windows = 0 if op.window is None else len(op.window.kernel)
     axis = len(value.shape) - 1 - windows
-    sides = _sides(op, cut)
+    sides = cut.sides_of(op)
     gone = cut.is_gone(sides.columns)
     if not bool(gone.any()) or op.groups == value.shape[axis] > 1:
         return None  # a depthwise output goes with its input
@@ -142,24 +151,16 @@ def _is_read(op: ir.Kernel, sides: Sides, cut: Cut, gone: Tensor) -> Tensor:
     A view of a parameter, such as the part of a packed projection, is read as the layer reads it.
     """
     name = op.weight.name
-    if name is None or name not in cut.nonzero:
+    if name is None or name not in cut.graph.kernels:
         return torch.ones(int(gone.sum()), dtype=torch.bool)
     if op.weight.view is not None:
-        operand = op.weight.operand(lambda name: cut.nonzero[name].float()) != 0
+        operand = op.weight.operand(lambda name: cut.nonzero(name).float()) != 0
         if operand.shape != (len(sides.rows), len(sides.columns)):
             return torch.ones(int(gone.sum()), dtype=torch.bool)
         return operand[~cut.is_gone(sides.rows)].any(0)[gone]
     kernels = cut.graph.kernels[name]
     by_row, by_column = labels_by_weight(sides.rows, sides.columns, kernels)
-    used = cut.nonzero[name] & ~cut.is_gone(by_row)
+    used = cut.nonzero(name) & ~cut.is_gone(by_row)
     read = torch.zeros(cut.labels.count, dtype=torch.bool)
     read[by_column[used]] = True
     return read[sides.columns[gone]]
-
-
-def _sides(op: ir.Kernel, cut: Cut) -> Sides:
-    """The labels of a contraction's rows and columns."""
-    for sides in cut.labels.sides:
-        if cut.graph.ops[sides.op] is op:
-            return sides
-    raise KeyError(op.node)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fxprune.channels.follow import labels_by_weight
-from fxprune.channels.labels import FIRST, FIXED, Labels
+from fxprune.channels.labels import FIRST, FIXED, Labels, Sides
 from fxprune.graph import ChannelGraph, ir
 from fxprune.graph.params import AxisUse
+from fxprune.paths.used import Used
 
 __all__ = ["Cut", "UnevenCut"]
 
@@ -26,32 +26,27 @@ class UnevenCut(Exception):
 class Cut:
     """The set of labels that go: whole groups only, and fewer with every call of ``give_back``.
 
-    ``effective``: by parameter, the weights on some path (bool). A group can go if none of its rows and
-    columns has such a weight. ``nonzero``: the weights that are not zero. ``held``: for every group that was
-    given back, the reason.
+    ``used``: by parameter, the rows and columns with a weight on some path. A group can go if it has none of
+    these. ``nonzero``: marks the weights of a parameter that are not zero, or may grow (bool). ``held``: for
+    every group that was given back, the reason.
     """
 
     def __init__(
         self,
         graph: ChannelGraph,
         labels: Labels,
-        effective: Mapping[str, Tensor],
-        nonzero: Mapping[str, Tensor],
+        used: Used,
+        nonzero: Callable[[str], Tensor],
     ) -> None:
-        self.graph, self.labels = graph, labels
-        self.nonzero = {name: mask.cpu() for name, mask in nonzero.items()}
+        self.graph, self.labels, self.nonzero = graph, labels, nonzero
+        self._sides = {id(graph.ops[sides.op]): sides for sides in labels.sides}
         self.held: dict[int, str] = {}
         alive = torch.zeros(labels.count, dtype=torch.bool)
         for name, kernels in graph.kernels.items():
             rows = labels.rows[name] + torch.arange(kernels.out_space.size)
             columns = labels.columns[name] + torch.arange(kernels.in_space.size)
-            used = effective[name].cpu()
-            for by_weight in labels_by_weight(rows, columns, kernels):
-                # Along axes that the label does not depend on, one used weight is enough.
-                same = [axis for axis, step in enumerate(by_weight.stride()) if step == 0]
-                some = used.any(same, keepdim=True) if same else used
-                first = tuple(slice(1) if axis in same else slice(None) for axis in range(by_weight.dim()))
-                alive[by_weight[first][some]] = True
+            for labelled, marks in zip((rows, columns), used[name], strict=True):
+                alive[labelled[marks.cpu()]] = True
         root = labels.root
         living = torch.zeros(labels.count, dtype=torch.bool)
         living[root[alive]] = True
@@ -63,6 +58,10 @@ class Cut:
         self.dead = alive.logical_not()
         self._keep_one_of_each()
         self._even_out()
+
+    def sides_of(self, op: ir.Kernel) -> Sides:
+        """Return the labels of a contraction's rows and columns."""
+        return self._sides[id(op)]
 
     def is_gone(self, labels: Tensor) -> Tensor:
         """Mark the labels that go (bool, of their shape)."""

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
+from fxprune.rewrite.compact.kept import Kept
 from fxprune.rewrite.compact.norms import NarrowedGroupNorm, NarrowedLayerNorm, NarrowedRMSNorm
 
 __all__ = ["Rewriter"]
@@ -28,7 +29,7 @@ class Rewriter:
     """Rewrites the nodes of a copied graph, whose nodes have the names of the original's.
 
     ``removed_sums``: by the name of a norm's node, the sums of what it loses and of their squares.
-    ``slices``: by parameter that gets smaller, the flat places of what stays.
+    ``slices``: by parameter that gets smaller, what stays of it.
     """
 
     def __init__(
@@ -37,10 +38,14 @@ class Rewriter:
         gm: fx.GraphModule,
         cut: Cut,
         removed_sums: dict[str, tuple[Tensor, Tensor]],
-        slices: Mapping[str, Tensor],
+        slices: Mapping[str, Kept],
     ) -> None:
         self.graph, self.gm, self.cut, self.removed_sums = graph, gm, cut, removed_sums
         self.slices = slices
+        self.kernels: dict[str, list[ir.Kernel]] = {}
+        for op in graph.ops:
+            if isinstance(op, ir.Kernel):
+                self.kernels.setdefault(op.node, []).append(op)
 
     def run(self) -> None:
         """Rewrite every node."""
@@ -157,10 +162,8 @@ class Rewriter:
         if not isinstance(source, fx.Node) or source.op != "get_attr" or source.target not in self.slices:
             return
         old = source.meta["val"].shape
-        places = self.slices[str(source.target)].flatten(1) if len(old) > 1 else None
-        first = self.slices[str(source.target)] if places is None else places[:, 0]
         kept = torch.zeros(old[0], dtype=torch.bool)
-        kept[torch.div(first, old[1:].numel(), rounding_mode="floor")] = True
+        kept[self.slices[str(source.target)].first_indices()] = True
         bounds = torch.tensor([0, *(part.shape[0] for part in node.meta["val"])]).cumsum(0).tolist()
         if bounds[-1] != old[0]:
             return  # along another axis
@@ -178,7 +181,9 @@ class Rewriter:
         packed = len(node.args) == 2 and isinstance(node.args[1], (list, tuple))
         sizes: list[Any] = list(node.args[1] if packed else node.args[1:])  # type: ignore[arg-type]
         if len(old) == 1 and [size for size in sizes if size != 1] == [old[0]]:
-            sizes = [len(self.slices[str(source.target)]) if size == old[0] else size for size in sizes]
+            sizes = [
+                self.slices[str(source.target)].new_shape[0] if size == old[0] else size for size in sizes
+            ]
             node.args = (source, tuple(sizes)) if packed else (source, *sizes)
 
     def _parts(self, node: fx.Node, source: ir.Value, dim: int) -> list[int]:
@@ -239,10 +244,10 @@ class Rewriter:
 
     def _convolution(self, node: fx.Node) -> None:
         """Set the number of groups that are left of a convolution that is called as a function."""
-        for sides in self.cut.labels.sides:
-            op = self.graph.ops[sides.op]
-            if op.node != node.name or not isinstance(op, ir.Kernel) or op.groups == 1:
+        for op in self.kernels.get(node.name, ()):
+            if op.groups == 1:
                 continue
+            sides = self.cut.sides_of(op)
             left = int((~self.cut.is_gone(sides.rows)).view(op.groups, -1).any(1).sum())
             if "groups" in node.kwargs:
                 node.kwargs = {**node.kwargs, "groups": left}

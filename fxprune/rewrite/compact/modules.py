@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,12 +11,10 @@ from torch import Tensor, fx, nn
 
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
+from fxprune.rewrite.compact.kept import Kept, Slices
 from fxprune.torch_private import ConvNd, NormBase
 
-__all__ = ["Slices", "is_sizeable", "slice_parameters", "slices_of"]
-
-Slices = dict[str, Tensor]
-"""By the name of a parameter or buffer: the flat places of the entries that stay, in the new shape."""
+__all__ = ["first_unsizeable", "own_parameters", "share_parameters", "slice_parameters", "slices_of"]
 
 
 def slices_of(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut) -> Slices:
@@ -42,10 +41,7 @@ def slices_of(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut) -> Slices:
         # What no use reads is nobody's to remove.
         kept = [needed | ~seen for needed, seen in zip(marks, met[name], strict=True)]
         if not all(bool(one.all()) for one in kept):
-            places = torch.arange(tensors[name].numel()).view(tensors[name].shape)
-            for axis, one in enumerate(kept):
-                places = places.index_select(axis, one.nonzero().flatten())
-            slices[name] = places
+            slices[name] = Kept.by_marks(kept)
     slices.update(_grouped_slices(graph, tensors, cut))
     return slices
 
@@ -81,34 +77,59 @@ def _grouped_slices(graph: ChannelGraph, tensors: Mapping[str, Tensor], cut: Cut
             parts.append(places[number].index_select(0, first).index_select(1, second))
         if len({part.shape for part in parts}) != 1:
             raise UnevenCut("groups of different sizes", torch.cat([sides.rows, sides.columns]))
-        found[sides.name] = torch.cat(parts)
+        found[sides.name] = Kept(tuple(weight.shape), flat=torch.cat(parts))
     return found
 
 
 def slice_parameters(
     gm: fx.GraphModule, slices: Slices, biases: Mapping[str, Tensor], groups: Mapping[str, int]
 ) -> None:
-    """Replace tensors by what stays of them, in place; add ``biases`` first, by the path of the layer."""
+    """Replace tensors by copies of what stays of them; add ``biases`` to it, by the path of the layer.
+
+    ``slices`` gets those of biases that are new. All that are not sliced stay what they are.
+    """
     with torch.no_grad():
         for path, extra in biases.items():
             module: Any = gm.get_submodule(path)
+            weight, bias = f"{path}.weight", f"{path}.bias"
             if module.bias is None:
                 module.bias = nn.Parameter(module.weight.new_zeros(len(extra)), module.weight.requires_grad)
-                if f"{path}.weight" in slices:
-                    slices[f"{path}.bias"] = _rows_of(slices[f"{path}.weight"], module.weight)
-            module.bias += extra.to(module.bias)
+                if weight in slices:
+                    slices[bias] = Kept((len(extra),), (slices[weight].first_indices(),))
         homes = _homes(gm)
-        for name, places in slices.items():
+        for path, extra in biases.items():
+            present = gm.get_parameter(f"{path}.bias")
+            _replace(homes, present, present.detach() + extra.to(present))
+        for name, kept in slices.items():
             path, _, leaf = name.rpartition(".")
             old = getattr(gm.get_submodule(path), leaf)
-            new = old.detach().flatten()[places.to(old.device)].clone()
-            if isinstance(old, nn.Parameter):
-                new = nn.Parameter(new, requires_grad=old.requires_grad)
-            for owner, attribute in homes[id(old)]:
-                table = owner._parameters if isinstance(old, nn.Parameter) else owner._buffers
-                table[attribute] = new
+            _replace(homes, old, kept.take(old.detach()))
     for path, module in gm.named_modules():
         _set_sizes(module, groups.get(path))
+
+
+def share_parameters(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy a network without its parameters, which both then have; `own_parameters` undoes that."""
+    return copy.deepcopy(gm, {id(parameter): parameter for parameter in gm.parameters()})
+
+
+def own_parameters(gm: fx.GraphModule, others: nn.Module) -> None:
+    """Copy the parameters that ``gm`` still shares with ``others``."""
+    shared = {id(parameter) for parameter in others.parameters()}
+    homes = _homes(gm)
+    for parameter in list(gm.parameters()):
+        if id(parameter) in shared:
+            _replace(homes, parameter, parameter.detach().clone())
+
+
+def _replace(homes: dict[int, list[tuple[nn.Module, str]]], old: Tensor, value: Tensor) -> None:
+    """Put a tensor in the place of another, in all modules that hold it."""
+    parameter = isinstance(old, nn.Parameter)
+    new = nn.Parameter(value, requires_grad=old.requires_grad) if parameter else value
+    places = homes[id(old)]
+    for owner, attribute in places:
+        (owner._parameters if parameter else owner._buffers)[attribute] = new  # type: ignore[assignment]
+    homes[id(new)] = places
 
 
 def _homes(gm: fx.GraphModule) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -121,22 +142,21 @@ def _homes(gm: fx.GraphModule) -> dict[int, list[tuple[nn.Module, str]]]:
     return found
 
 
-def _rows_of(places: Tensor, weight: Tensor) -> Tensor:
-    per_row = weight[0].numel()
-    return torch.div(places.flatten(1)[:, 0], per_row, rounding_mode="floor")
-
-
 _KNOWN = (
     nn.Linear, ConvNd, NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU, nn.Embedding,
 )  # fmt: skip
 
 
-def is_sizeable(gm: fx.GraphModule, name: str) -> bool:
-    """Whether the owner of a tensor may hold a smaller one: its class is known, or it is not called."""
-    path = name.rpartition(".")[0]
+def first_unsizeable(gm: fx.GraphModule, names: Iterable[str]) -> str | None:
+    """Return the first tensor whose owner may not hold a smaller one: it is called, of an unknown class."""
     called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
-    whole = any(path == target or path.startswith(f"{target}.") for target in called)
-    return not whole or (path in called and isinstance(gm.get_submodule(path), _KNOWN))
+    for name in names:
+        path = name.rpartition(".")[0]
+        parts = path.split(".")
+        whole = any(".".join(parts[:end]) in called for end in range(1, len(parts) + 1))
+        if whole and not (path in called and isinstance(gm.get_submodule(path), _KNOWN)):
+            return name
+    return None
 
 
 def _set_sizes(module: nn.Module, groups: int | None) -> None:

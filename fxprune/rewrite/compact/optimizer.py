@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.rewrite.compact.kept import Kept
 from fxprune.rewrite.compact.table import Compaction
 
 __all__ = ["move_optimizer", "remap_optimizer"]
@@ -52,22 +53,22 @@ def remap_optimizer(
         raise ValueError("after: expected what fxprune.compact returned; it has no table of a compaction")
     made = object.__new__(type(optimizer))
     made.__dict__.update(optimizer.__dict__)
-    made.param_groups, made.state = _carried(optimizer, before, after, table.index_map)
+    made.param_groups, made.state = _carried(optimizer, before, after, table.kept)
     return made
 
 
 def move_optimizer(
-    optimizer: torch.optim.Optimizer, before: nn.Module, after: nn.Module, index_map: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, before: nn.Module, after: nn.Module, kept: Mapping[str, Kept]
 ) -> None:
     """Make an optimizer one of the parameters of ``after``, in place, as :func:`remap_optimizer` does.
 
-    ``index_map``: by parameter that got smaller, the flat places of what is left.
+    ``kept``: by parameter that got smaller, what is left of it.
     """
-    optimizer.param_groups, optimizer.state = _carried(optimizer, before, after, index_map)
+    optimizer.param_groups, optimizer.state = _carried(optimizer, before, after, kept)
 
 
 def _carried(
-    optimizer: torch.optim.Optimizer, before: nn.Module, after: nn.Module, index_map: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer, before: nn.Module, after: nn.Module, kept: Mapping[str, Kept]
 ) -> tuple[list[dict[str, Any]], defaultdict[Tensor, Any]]:
     """The groups and the state of an optimizer, of the parameters of ``after`` instead of ``before``."""
     names = {id(parameter): name for name, parameter in before.named_parameters()}
@@ -83,9 +84,9 @@ def _carried(
                 continue
             parameters.append(new[name])
             if parameter in optimizer.state:
-                places = index_map.get(name)
+                own = kept.get(name)
                 known = optimizer.state[parameter]
-                state[new[name]] = {key: _sliced(value, parameter, places) for key, value in known.items()}
+                state[new[name]] = {key: _sliced(value, parameter, own) for key, value in known.items()}
             bias = f"{name.rpartition('.')[0]}.bias" if "." in name else "bias"
             if name.rpartition(".")[2] == "weight" and bias in new and bias not in names.values():
                 parameters.append(new[bias])
@@ -93,10 +94,10 @@ def _carried(
     return groups, state
 
 
-def _sliced(value: Any, parameter: Tensor, places: Tensor | None) -> Any:
+def _sliced(value: Any, parameter: Tensor, kept: Kept | None) -> Any:
     """A copy of one entry of an optimizer's state, without what the parameter has lost."""
     if not isinstance(value, Tensor):
         return value
-    if places is None or value.shape != parameter.shape:
+    if kept is None or value.shape != parameter.shape:
         return value.clone()
-    return value.flatten()[places.to(value.device)].clone()
+    return kept.take(value)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from fxprune.rewrite.compact.kept import Kept
 from fxprune.rewrite.compact.norms import NarrowedGroupNorm, NarrowedLayerNorm, NarrowedRMSNorm
 from fxprune.rewrite.compact.plain_values import FUNCTIONS, Unwritable, encode, encode_tree
 from fxprune.rewrite.files.runs import runs
@@ -67,7 +67,7 @@ def record_recipe(
     captured: fx.GraphModule,
     gm: fx.GraphModule,
     small: fx.GraphModule,
-    slices: Mapping[str, Tensor],
+    slices: Mapping[str, Kept],
     *,
     opened: list[str],
     masked: list[str],
@@ -79,7 +79,7 @@ def record_recipe(
         captured: the network before.
         gm: the same with the layers at the paths ``opened`` written out, in this order.
         small: the network after; nodes and modules that stayed have the names that they had.
-        slices: by tensor that got smaller, the flat places of what stayed, in the new shape.
+        slices: by tensor that got smaller, what stayed of it.
         masked: the names of parameters that had masks before they were finalized.
         parameters: the shapes of all parameters before that.
     """
@@ -95,9 +95,9 @@ def record_recipe(
         for node in gm.graph.nodes:
             if node.op == "placeholder":
                 recipe.inputs[str(node.target).lstrip("*")] = encode_tree(node.meta["val"])
-        for name, places in slices.items():
+        for name, kept in slices.items():
             if name in before:
-                recipe.kept[name] = _kept(tuple(before[name].shape), places)
+                recipe.kept[name] = _coded(kept)
         recipe.norms.update(_norms(gm, small))
         for name, parameter in small.named_parameters():
             if name not in before:
@@ -147,24 +147,11 @@ def _name(target: Any) -> str:
     return f"{getattr(target, '__module__', None)}.{name}"
 
 
-def _kept(shape: tuple[int, ...], places: Tensor) -> dict[str, Any]:
-    """Code the places that stay of a tensor, by axis where they are a product of indices."""
-    if places.dim() == len(shape) and places.numel():
-        strides = [1] * len(shape)
-        for axis in range(len(shape) - 2, -1, -1):
-            strides[axis] = strides[axis + 1] * shape[axis + 1]
-        rebuilt = torch.zeros([1] * len(shape), dtype=torch.int64)
-        axes: list[str | None] = []
-        for axis, size in enumerate(shape):
-            line = places[tuple(slice(None) if other == axis else 0 for other in range(len(shape)))]
-            index = torch.div(line, strides[axis], rounding_mode="floor") % size
-            axes.append(None if len(index) == size else runs(index.tolist()))
-            rebuilt = rebuilt + (index * strides[axis]).view(
-                [-1 if a == axis else 1 for a in range(len(shape))]
-            )
-        if torch.equal(rebuilt, places):
-            return {"axes": axes}
-    return {"flat": runs(places.flatten().tolist()), "shape": list(places.shape)}
+def _coded(kept: Kept) -> dict[str, Any]:
+    """Code the entries that stay of a tensor, by axis where they are a product of indices."""
+    if kept.flat is None:
+        return {"axes": [None if index is None else runs(index.tolist()) for index in kept.axes]}
+    return {"flat": runs(kept.flat.flatten().tolist()), "shape": list(kept.flat.shape)}
 
 
 def _changed_sizes(gm: fx.GraphModule, small: fx.GraphModule) -> dict[str, dict[str, Any]]:

@@ -6,8 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from fxprune.rewrite.compact.kept import Kept
 from fxprune.rewrite.compact.leaves import open_leaf
 from fxprune.rewrite.compact.modules import slice_parameters
 from fxprune.rewrite.compact.plain_values import FUNCTIONS, METHODS, decode
@@ -48,7 +49,7 @@ def replay(gm: fx.GraphModule, recipe: Recipe) -> fx.GraphModule:
                 raise ValueError(f"{path} has no attribute {name!r}")
             setattr(module, name, decode(value))
     tensors = dict(small.named_parameters()) | dict(small.named_buffers())
-    slices = {name: _places(tuple(tensors[name].shape), kept) for name, kept in recipe.kept.items()}
+    slices = {name: _kept(tuple(tensors[name].shape), coded) for name, coded in recipe.kept.items()}
     slice_parameters(small, slices, {}, {})
     for name, shape in recipe.added.items():
         path, _, leaf = name.rpartition(".")
@@ -67,19 +68,23 @@ def _norm(given: dict[str, Any]) -> nn.Module:
     return NORMS[given["kind"]](given["width"], given["eps"], **zeros)
 
 
-def _places(shape: tuple[int, ...], kept: dict[str, Any]) -> Tensor:
-    """The flat places of the entries that stay, in the new shape."""
-    size = torch.Size(shape).numel()
-    if "flat" in kept:
-        places = torch.tensor(indices(kept["flat"])).view(kept["shape"])
-        if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < size:
+def _kept(shape: tuple[int, ...], coded: dict[str, Any]) -> Kept:
+    """The entries that stay of a tensor, as a recipe codes them."""
+    if "flat" in coded:
+        places = torch.tensor(indices(coded["flat"]), dtype=torch.int64).view(coded["shape"])
+        if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < torch.Size(shape).numel():
             raise ValueError("an index beyond the end")
-        return places
-    places = torch.arange(size).view(shape)
-    for axis, coded in enumerate(kept["axes"]):
-        if coded is not None:
-            places = places.index_select(axis, torch.tensor(indices(coded), dtype=torch.int64))
-    return places
+        return Kept(shape, flat=places)
+    axes = tuple(
+        None if code is None else torch.tensor(indices(code), dtype=torch.int64) for code in coded["axes"]
+    )
+    if len(axes) != len(shape):
+        raise ValueError("indices of other axes")
+    if any(
+        index is not None and not bool((index < size).all()) for index, size in zip(axes, shape, strict=True)
+    ):
+        raise ValueError("an index beyond the end")
+    return Kept(shape, axes)
 
 
 def _edit(gm: fx.GraphModule, recipe: Recipe) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fxprune.graph import ChannelGraph
 from fxprune.rewrite.compact.cut import Cut
+from fxprune.rewrite.compact.kept import Slices, flat_places
 
 __all__ = ["CompactedLayer", "Compaction", "tabulate"]
 
@@ -37,14 +38,22 @@ class Compaction:
     """Hold what :func:`fxprune.compact` did; ``print`` shows it as a table.
 
     ``parameters``: before and after, of the whole network. ``difference``: the largest difference of outputs,
-    over the largest output; ``None`` if it was not verified. ``index_map``: by parameter or buffer that got
-    smaller, the flat places in the old tensor of the entries that are left, in the new shape.
+    over the largest output; ``None`` if it was not verified. ``kept``: by parameter or buffer that got
+    smaller, what stayed of it.
     """
 
     layers: tuple[CompactedLayer, ...]
     parameters: tuple[int, int]
     difference: float | None = None
-    index_map: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    kept: Slices = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def index_map(self) -> dict[str, torch.Tensor]:
+        """By parameter or buffer that got smaller, the flat places in the old tensor of what is left.
+
+        They are in the new shape (int64), and made anew with every call.
+        """
+        return flat_places(self.kept)
 
     @property
     def macs(self) -> tuple[int, int]:
@@ -85,7 +94,7 @@ def tabulate(
     old: nn.Module,
     new: nn.Module,
     difference: float | None,
-    index_map: dict[str, torch.Tensor],
+    kept: Slices,
 ) -> Compaction:
     """Return the table of what was cut."""
     sizes: Mapping[str, torch.Tensor] = dict(new.named_parameters(remove_duplicate=False))
@@ -110,7 +119,7 @@ def tabulate(
                 int((stayed & ~back).sum()),
             )
         )
-    return Compaction(tuple(layers), (_count(old), _count(new)), difference, index_map)
+    return Compaction(tuple(layers), (_count(old), _count(new)), difference, kept)
 
 
 def _count(model: nn.Module) -> int:

@@ -181,17 +181,19 @@ def verified(
     gm: fx.GraphModule,
     small: fx.GraphModule,
     runs: tuple[Any, Any],
+    outputs: tuple[tuple[Any, Any], ...],
     in_float64: Callable[[], fx.GraphModule],
 ) -> float:
     """Return the largest relative difference; an error that names the first node if it is too large.
 
-    What is over the tolerance in float32 is compacted and computed again in float64, which tells rounding,
-    also that of constants which moved into biases, from error.
+    ``outputs``: by run, those of both networks. What is over the tolerance in float32 is compacted and
+    computed again in float64, which tells rounding, also that of constants which moved into biases, from
+    error.
     """
     double = all(p.dtype == torch.float64 for p in gm.parameters() if p.is_floating_point())
     worst = 0.0
-    for inputs in runs:
-        found = difference(outputs_of(gm, inputs), outputs_of(small, inputs))
+    for inputs, (old, new) in zip(runs, outputs, strict=True):
+        found = difference(old, new)
         if found <= (1e-10 if double else 1e-5):
             worst = max(worst, found)
             continue

@@ -64,15 +64,55 @@ def finalize(model: Model) -> Model:
     >>> type(finalize(layer)).__name__
     'Linear'
     """
+    _refuse_sharded(model)
+    final = duplicate(unwrap(model))
+    for parameter, mask in _masked(final):
+        zero(parameter.data, mask)  # whatever was written to the storage since, the masks decide
+    return _baked(final)  # type: ignore[return-value]
+
+
+def baked(model: Model) -> Model:
+    """Do what :func:`finalize` does, *sharing* parameters with the model as :func:`bare` does.
+
+    Raises as :func:`finalize` does.
+
+    >>> from fxprune.rewrite import install
+    >>> layer = nn.Linear(2, 1)
+    >>> install(layer, {"weight": torch.tensor([[True, False]])})
+    >>> baked(layer).weight is layer.weight
+    True
+    """
+    _refuse_sharded(model)
+    return _baked(_twin(unwrap(model), clean=True))  # type: ignore[return-value]
+
+
+def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of the parameters that a masked model has without its masks, tied ones once."""
+    twin = _twin(unwrap(model), clean=False)
+    take_over(twin)
+    _strip(twin)
+    return {name: parameter.shape for name, parameter in twin.named_parameters()}
+
+
+def _refuse_sharded(model: nn.Module) -> None:
     if is_sharded(model):
         raise ValueError(
             "model: fully_shard has split it, so that it cannot be copied; load its full state dict (torch."
             "distributed.checkpoint.state_dict.get_model_state_dict) into a masked model that is not split"
         )
-    final = duplicate(unwrap(model))
+
+
+def _twin(inside: Model, *, clean: bool) -> Model:
+    """Copy a model without its parameters and masks; where ``clean``, also parameters that lack zeros."""
+    masked = list(masked_places(inside))
+    shared = [*inside.parameters(), *(mask_at(place) for place in masked)]
+    instead = {id(found): _cleaned(found, mask) for found, mask in _masked(inside)} if clean else {}
+    return duplicate(inside, shared, instead)
+
+
+def _baked(final: nn.Module) -> nn.Module:
+    """Take out masks, classes and computed kernels, in place."""
     take_over(final)
-    for parameter, mask in _masked(final):
-        zero(parameter.data, mask)  # whatever was written to the storage since, the masks decide
     for module in list(final.modules()):
         form = form_of(module)
         if form is not None and form.kind == "reads" and form.operands:
@@ -82,7 +122,7 @@ def finalize(model: Model) -> Model:
     for name in masks_of_computed(final):
         settle(*computed_weights(final)[name])
     _strip(final)
-    return final  # type: ignore[return-value]
+    return final
 
 
 def bare(model: Model) -> Model:
@@ -125,7 +165,7 @@ def _masked(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
 
 def _cleaned(parameter: nn.Parameter, mask: torch.Tensor) -> nn.Parameter:
     """The parameter itself, or a copy with zeros where the mask has them and the storage does not."""
-    if parameter.is_meta or not parameter.data[~mask].count_nonzero():
+    if parameter.is_meta or not bool(((parameter.data != 0) & ~mask).any()):
         return parameter
     copied = nn.Parameter(parameter.data.clone(), parameter.requires_grad)
     zero(copied.data, mask)

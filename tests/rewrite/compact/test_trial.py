@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 
 import fxprune
-from fxprune.rewrite.compact.trial import difference, differing_node, trial_inputs, verified
+from fxprune.rewrite.compact.trial import (
+    difference,
+    differing_node,
+    outputs_of,
+    trial_inputs,
+    verified,
+)
 
 
 class Sums(nn.Module):
@@ -35,23 +42,28 @@ def test_the_first_node_with_other_numbers_is_named() -> None:
     assert differing_node(captured(1, 1), captured(1, 1), x, 1e-6) == "output"
 
 
+def both(old: fx.GraphModule, new: fx.GraphModule, runs: Any) -> tuple[tuple[Any, Any], ...]:
+    return tuple((outputs_of(old, x), outputs_of(new, x)) for x in runs)
+
+
 def test_every_run_is_compared() -> None:
     """Nothing differs where the input is negative."""
     old, new = captured(0, 1), captured(0, 2)
     below, above = (-torch.ones(2, 3),), (torch.ones(2, 3),)
-    assert verified(old, new, (below, below), lambda: new) == 0
+    assert verified(old, new, (below, below), both(old, new, (below, below)), lambda: new) == 0
     for runs in ((below, above), (above, below)):
         with pytest.raises(RuntimeError, match="of the largest, first at node 'mul'"):
-            verified(old, new, runs, lambda: new)
+            verified(old, new, runs, both(old, new, runs), lambda: new)
 
 
 def test_rounding_is_told_from_error_in_float64() -> None:
     """A difference of 1e-4 in float32 that is none in float64 is rounding."""
     old, new = captured(0, 1), captured(0, 1.0001)
     x = (torch.ones(2, 3),)
-    assert verified(old, new, (x, x), lambda: captured(0, 1)) == 0
+    outputs = both(old, new, (x, x))
+    assert verified(old, new, (x, x), outputs, lambda: captured(0, 1)) == 0
     with pytest.raises(RuntimeError, match="outputs differ"):
-        verified(old, new, (x, x), lambda: new)
+        verified(old, new, (x, x), outputs, lambda: new)
 
 
 @pytest.mark.parametrize(
