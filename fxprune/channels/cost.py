@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fxprune.channels.by_channel import any_by_channel
 from fxprune.channels.counts import dense_macs
 from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import Groups
@@ -23,6 +24,7 @@ from fxprune.channels.labels import Factor
 from fxprune.graph import ir
 
 __all__ = [
+    "Block",
     "Cost",
     "CostModel",
     "Entries",
@@ -60,10 +62,43 @@ class Matrix:
         return saved
 
     @cached_property
+    def total(self) -> float:
+        """Count all entries."""
+        return float(self.counts.sum())
+
+    @cached_property
     def _once(self) -> tuple[Tensor, Tensor]:
         """The entries whose row and column are of one group, which go once."""
         row, column = (self.rows[:, None] == self.columns).nonzero(as_tuple=True)
         return self.rows[row], self.counts[row, column]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """``each`` entries at every row and column, of groups ``rows`` (R,) and ``columns`` (C,)."""
+
+    rows: Tensor
+    columns: Tensor
+    each: float
+
+    def left(self, stays: Tensor) -> float:
+        """Count the entries that are left, as `Matrix.left` does."""
+        return self.each * float(stays[self.rows].sum()) * float(stays[self.columns].sum())
+
+    def saved(self, stays: Tensor) -> Tensor:
+        """Count the entries that go with each group, as `Matrix.saved` does."""
+        rows, columns = (self._numbers(side, stays) for side in (self.rows, self.columns))
+        return self.each * (rows * columns.sum() + columns * rows.sum() - rows * columns)
+
+    @cached_property
+    def total(self) -> float:
+        """Count all entries."""
+        return self.each * len(self.rows) * len(self.columns)
+
+    @staticmethod
+    def _numbers(side: Tensor, stays: Tensor) -> Tensor:
+        """The number of channels that are left of each group."""
+        return torch.zeros_like(stays).index_add_(0, side, stays[side])
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,13 +121,21 @@ class Entries:
         saved.index_add_(0, self.columns, left.where(self.rows != self.columns, 0.0))
         return saved
 
+    @cached_property
+    def total(self) -> float:
+        """Count all entries."""
+        return float(self.counts.sum())
+
+
+Part = Block | Matrix | Entries
+
 
 @dataclass(frozen=True, eq=False)
 class Term:
     """``unit`` times the product of the numbers of entries of all ``parts``."""
 
     unit: float
-    parts: tuple[Matrix | Entries, ...]
+    parts: tuple[Part, ...]
 
     def left(self, stays: Tensor) -> float:
         """The cost of this term while the groups marked in ``stays`` do."""
@@ -164,8 +207,7 @@ def count_weights(groups: Groups, masks: Mapping[str, Tensor]) -> Cost:
     """Return the cost that is the number of weights that ``masks`` keep."""
     terms = []
     for name, mask in masks.items():
-        counts = mask.flatten(2).sum(2) if mask.dim() > 2 else mask.long()
-        terms.append(Term(1.0, (_kernels(groups, name, counts.cpu().double()),)))
+        terms.append(Term(1.0, (_weights(groups, name, mask),)))
     return Cost(groups.count, 0.0, tuple(terms))
 
 
@@ -177,8 +219,8 @@ def count_parameters(groups: Groups, shapes: Mapping[str, Sequence[int]]) -> Cos
     terms, seen = [], set()
     for name, kernels in groups.graph.kernels.items():
         if name in shapes:
-            counts = torch.full(kernels.shape[:2], float(kernels.shape[2:].numel()), dtype=torch.float64)
-            terms.append(Term(1.0, (_kernels(groups, name, counts),)))
+            mask = torch.ones((), dtype=torch.bool).expand(kernels.shape)
+            terms.append(Term(1.0, (_weights(groups, name, mask),)))
             seen.add(name)
     for name, by_axis in entry_groups(groups, shapes).items():
         if name not in seen:
@@ -206,16 +248,15 @@ def count_macs(groups: Groups) -> Cost:
             case ir.Kernel():
                 side = sides[number]
                 rows, columns = by_label[side.rows], by_label[side.columns]
-                per_group = torch.ones(len(rows), len(columns) // op.groups, dtype=torch.float64)
-                part = _matrix(rows, columns, per_group, op.groups)
-                parts: tuple[Matrix | Entries, ...] = (part, *_other_channels(groups, by_label, op))
+                part = _matrix(rows, columns, op.groups)
+                parts: tuple[Part, ...] = (part, *_other_channels(groups, by_label, op))
             case ir.Mix():
                 parts = _product(groups, by_label, op) if op.equation else ()
             case _:
                 continue
         dense = dense_macs(op, groups.graph.samples)
         if parts:
-            terms.append(Term(dense / prod(float(part.counts.sum()) for part in parts), parts))
+            terms.append(Term(dense / prod(part.total for part in parts), parts))
         else:
             fixed += dense
     return Cost(groups.count, fixed, tuple(terms))
@@ -226,24 +267,33 @@ def _numbered(numbers: Tensor, count: int) -> Tensor:
     return numbers.where(numbers >= 0, count)
 
 
-def _kernels(groups: Groups, name: str, counts: Tensor) -> Matrix | Entries:
-    """The entries of a parameter with ``counts`` of them in every kernel."""
-    kernels = groups.graph.kernels[name]
-    rows, columns = (_numbered(table[name], groups.count) for table in (groups.rows, groups.columns))
+def _weights(groups: Groups, name: str, mask: Tensor) -> Part:
+    """The weights of a parameter that a mask keeps: a block, if these are all of some rows and columns."""
+    kernels, each = groups.graph.kernels[name], mask.shape[2:].numel()
+    tables = (groups.rows[name], groups.columns[name])
     if kernels.groups == 1:
+        sides = any_by_channel(mask, kernels)
+        if int(mask.count_nonzero()) == each * int(sides[0].sum()) * int(sides[1].sum()):
+            rows, columns = (
+                _numbered(table[side], groups.count) for table, side in zip(tables, sides, strict=True)
+            )
+            return Block(rows, columns, float(each))
+    counts = (mask.flatten(2).sum(2) if mask.dim() > 2 else mask).cpu().double()
+    if kernels.groups == 1:
+        rows, columns = (_numbered(table, groups.count) for table in tables)
         return Matrix(rows, columns, counts.T if kernels.transposed else counts)
     by_row, by_column = (numbers.reshape(counts.shape) for numbers in groups.by_weight(name))
     by_row, by_column = (_numbered(numbers, groups.count).flatten() for numbers in (by_row, by_column))
     return Entries(by_row, by_column, counts.flatten())
 
 
-def _matrix(rows: Tensor, columns: Tensor, counts: Tensor, parts: int) -> Matrix | Entries:
+def _matrix(rows: Tensor, columns: Tensor, parts: int) -> Block | Entries:
     """The entries of a matrix (out, in / parts) whose rows read one part of the columns each."""
     if parts == 1:
-        return Matrix(rows, columns, counts)
-    by_column = columns.view(parts, 1, -1).expand(parts, len(rows) // parts, -1).reshape(counts.shape)
-    by_row = rows[:, None].expand(counts.shape)
-    return Entries(by_row.flatten(), by_column.flatten(), counts.flatten())
+        return Block(rows, columns, 1.0)
+    by_column = columns.view(parts, 1, -1).expand(parts, len(rows) // parts, -1).reshape(len(rows), -1)
+    by_row = rows[:, None].expand(by_column.shape)
+    return Entries(by_row.flatten(), by_column.flatten(), torch.ones(by_row.numel(), dtype=torch.float64))
 
 
 def _line(numbers: Tensor, count: int) -> Entries:

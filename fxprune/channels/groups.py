@@ -76,8 +76,10 @@ class Groups:
     def kept(self, name: str, alive: Tensor) -> Tensor:
         """The weights of a parameter that stay when only the groups marked in ``alive`` (bool) do."""
         stays = torch.cat([alive, alive.new_ones(1)])  # -1: what cannot be removed
-        by_row, by_column = self.by_weight(name)
-        return (stays[by_row] & stays[by_column]).expand(self.graph.kernels[name].shape)
+        kernels = self.graph.kernels[name]
+        by_row, by_column = labels_by_weight(stays[self.rows[name]], stays[self.columns[name]], kernels)
+        one = (slice(None), slice(None), *[slice(0, 1)] * (by_row.dim() - 2))
+        return (by_row[one] & by_column[one]).expand(kernels.shape)
 
     def members(self, group: int) -> list[ChannelSlice]:
         """The slices that go with a group, by parameter and axis."""

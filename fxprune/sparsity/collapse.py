@@ -14,6 +14,7 @@ from fxprune.graph import ChannelGraph
 from fxprune.paths.circuit.compile import circuit
 from fxprune.paths.count import reach
 from fxprune.paths.program import Resolution
+from fxprune.paths.used import used_channels
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import WEIGHT, Granularity
 from fxprune.sparsity.masks import Masks, kept
@@ -29,12 +30,15 @@ def live_layers(effective: Mapping[str, torch.Tensor]) -> set[str]:
 def dead_layers(
     graph: ChannelGraph, effective: Mapping[str, torch.Tensor], resolution: Resolution = "spatial"
 ) -> tuple[str, ...]:
-    """List the parameters without an effective weight that would have one in the dense network."""
+    """List the parameters without an effective weight that would have one in the dense network.
+
+    ``effective``: marks of effective weights, or of the output channels that have any, by parameter.
+    """
     without = graph.kernels.keys() - live_layers(effective)
     if not without:
         return ()
-    ever = live_layers(reach(graph, {}, resolution=resolution))
-    return tuple(name for name in graph.kernels if name in without and name in ever)
+    ever = used_channels(graph, {}, resolution=resolution)
+    return tuple(name for name in graph.kernels if name in without and bool(ever[name][0].any()))
 
 
 def repair(

@@ -14,10 +14,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fxprune.channels.by_channel import any_by_channel, largest_by_channel, sums_by_channel
 from fxprune.channels.cost import CostModel, count_macs, count_parameters, count_weights
 from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import Groups
 from fxprune.channels.sums import added_up
+from fxprune.graph import KernelSet
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import NEVER, UNITS, Bundle, Channel
 from fxprune.sparsity.group_order import by_class, by_worth, kinds, round_up
@@ -84,15 +86,23 @@ class ChannelGroups:
         how = "amax" if self.options.pool == "max" else "sum"
         if how == "amax":
             total.fill_(NEVER)
+        sides = 1 if self.options.sides == "rows" else 2
         for name, score in scores.items():
-            values = score.detach().to(torch.float64).where(masks[name], NEVER if how == "amax" else 0.0)
-            values = values**power
-            matrix = values.flatten(2).amax(2) if how == "amax" and values.dim() > 2 else values
-            matrix = matrix.flatten(2).sum(2) if matrix.dim() > 2 else matrix
-            counts = masks[name].flatten(2).sum(2) if masks[name].dim() > 2 else masks[name].long()
-            for numbers in self.groups.by_weight(name)[: 1 if self.options.sides == "rows" else 2]:
-                index = numbers.reshape(numbers.shape[:2])
-                self._add(total, number, index, matrix.cpu(), counts.cpu(), how)
+            kernels, mask = self.groups.graph.kernels[name], masks[name]
+            part = None if bool(mask.all()) else mask
+            if how == "amax":
+                values = largest_by_channel(score, kernels, part, NEVER)
+            else:
+                values = sums_by_channel(score, kernels, part, power)
+            counts = _counts(mask, part, kernels)
+            tables = (self.groups.rows[name], self.groups.columns[name])
+            for index, value, count in list(zip(tables, values, counts, strict=True))[:sides]:
+                member = index >= 0
+                if how == "amax":
+                    total.scatter_reduce_(0, index[member], value[member], "amax")
+                else:
+                    total.index_add_(0, index[member], value[member])
+                number.index_add_(0, index[member], count[member])
         if self.options.pool == "mean":
             total = total / number.clamp(min=1)
         elif self.options.pool == "l2":
@@ -109,22 +119,15 @@ class ChannelGroups:
         mean = (total / number.clamp(min=1))[families]
         return mean.where(mean > 0, 1.0)
 
-    @staticmethod
-    def _add(total: Tensor, number: Tensor, index: Tensor, values: Tensor, counts: Tensor, how: str) -> None:
-        """Add the kernels of one parameter to their groups, along the axis on which groups differ."""
-        for axis in (0, 1):
-            if bool((index == index.narrow(1 - axis, 0, 1)).all()):
-                index = index.narrow(1 - axis, 0, 1).flatten()
-                values = values.amax(1 - axis) if how == "amax" else values.sum(1 - axis)
-                counts = counts.sum(1 - axis)
-                break
-        member = index >= 0
-        index, values, counts = index[member], values[member], counts[member]
-        if how == "amax":
-            total.scatter_reduce_(0, index, values, "amax")
-        else:
-            total.index_add_(0, index, values)
-        number.index_add_(0, index, counts.double())
+    def present(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """Mark the groups (bool) with any weight that ``masks`` keep."""
+        found = torch.zeros(self.groups.count + 1, dtype=torch.bool)  # the last entry: what is in no group
+        for name, mask in masks.items():
+            sides = any_by_channel(mask, self.groups.graph.kernels[name])
+            found[self.groups.rows[name][sides[0]]] = True
+            if self.options.sides != "rows":
+                found[self.groups.columns[name][sides[1]]] = True
+        return found[:-1]
 
     def _sizes(self, masks: Mapping[str, Tensor]) -> Tensor:
         """The weights in the rows of every group."""
@@ -205,9 +208,10 @@ class ChannelGroups:
 
     def check(self, masks: Mapping[str, Tensor], budget: Budget, method: str) -> None:
         """``ValueError`` if ``masks`` cost more than ``budget`` allows."""
-        ones = {name: mask.double() for name, mask in masks.items()}
-        staying = self.pool(ones, masks)[1]
-        limit, left = self.limit(budget), self.cost(masks).left(staying)
+        # Every weight that is kept is in a group that stays.
+        weighed = self.options.of != "weights"
+        left = self._dense_cost.left(self.present(masks)) if weighed else float(sum(kept(masks).values()))
+        limit = self.limit(budget)
         if left > limit * (1 + 1e-9):
             of = self.options.of
             raise ValueError(f"method {method!r} keeps {left:.0f} {of} in the model, not {limit:.0f}")
@@ -219,8 +223,7 @@ class ChannelGroups:
         norm over channels, a product of two values or a sum adds it to the others. ``shapes``: of the
         parameters that may be masked. Those of which nothing goes have no mask.
         """
-        ones = {name: mask.double() for name, mask in masks.items()}
-        present = self.pool(ones, masks)[1]
+        present = self.present(masks)
         stays = torch.cat([present, present.new_ones(1)])  # -1: what belongs to no group
         counts = torch.cat([added_up(self.groups), present.new_zeros(1)]) & ~stays
         found: Masks = {}
@@ -315,8 +318,8 @@ class ChannelGroups:
 
     def shuffle(self, masks: Masks, order: Mapping[str, Tensor], within: Masks, per_family: bool) -> Masks:
         """Return masks that keep as many groups as ``masks`` do, the best by ``order``."""
-        ones = {name: mask.double() for name, mask in masks.items()}
         pooled, alive = self.pool(order, within)
+        ones = {name: mask.double() for name, mask in masks.items()}
         kept_groups = self.pool(ones, within)[0] > 0
         families = self.groups.families if per_family else torch.zeros(self.groups.count, dtype=torch.int64)
         staying = torch.zeros_like(alive)
@@ -325,3 +328,15 @@ class ChannelGroups:
             number = int(kept_groups[members].sum())
             staying[members[pooled[members].argsort(descending=True, stable=True)[:number]]] = True
         return {name: self.groups.kept(name, staying).to(mask.device) & mask for name, mask in within.items()}
+
+
+def _counts(mask: Tensor, part: Tensor | None, kernels: KernelSet) -> tuple[Tensor, Tensor]:
+    """The number of weights of every output and input channel; ``part``: the mask, unless it is full."""
+    if part is not None:
+        return sums_by_channel(mask, kernels)
+    outputs, inputs = kernels.out_space.size, kernels.in_space.size
+    weights = mask.numel()
+    return (
+        torch.full((outputs,), weights / outputs, dtype=torch.float64),
+        torch.full((inputs,), weights / inputs, dtype=torch.float64),
+    )
