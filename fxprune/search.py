@@ -22,7 +22,7 @@ from fxprune.latency import LatencyTarget, check_runtime
 from fxprune.lowering import Rules, graph_of_run, hidden_layers, lower
 from fxprune.methods import Method, Problem, Weights, new_weights, separate
 from fxprune.network import Network, adopted, build_problem, checked, inside, warn_of_rest
-from fxprune.paths.used import used_channels
+from fxprune.paths.used import used_layers
 from fxprune.progress import Display
 from fxprune.request import (
     GENERAL,
@@ -215,8 +215,7 @@ def _without_collapse(problem: Problem, masks: Masks, before: Masks, wish: Reque
 
 
 def _dead(graph: ChannelGraph, masks: Masks) -> tuple[str, ...]:
-    used = used_channels(graph, known_masks(graph, masks))
-    return dead_layers(graph, {name: outputs for name, (outputs, _) in used.items()})
+    return dead_layers(graph, used_layers(graph, known_masks(graph, masks)))
 
 
 def known_masks(graph: ChannelGraph, masks: Masks) -> Masks:

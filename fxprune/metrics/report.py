@@ -23,7 +23,7 @@ from fxprune.graph import ChannelGraph, KernelSet
 from fxprune.metrics.page import page, table
 from fxprune.paths.count import flow, reach
 from fxprune.paths.terms import count_terms
-from fxprune.sparsity.collapse import dead_layers
+from fxprune.sparsity.collapse import dead_layers, live_layers
 from fxprune.sparsity.masks import Masks, kept
 
 if TYPE_CHECKING:
@@ -260,7 +260,7 @@ def measure(
             name: _layer(kernels, numbers[name], effective[name]) for name, kernels in graph.kernels.items()
         },
         log_paths=paths.log_total,
-        dead_layers=dead_layers(graph, effective, resolution),
+        dead_layers=dead_layers(graph, live_layers(effective), resolution),
         opaque=len(graph.opaque),
         products=_products(graph, whole, resolution),
         effective=effective,

@@ -52,7 +52,7 @@ class EdgeWeights:
 
     def exponent(self, ref: ir.WeightRef) -> Tensor | float:
         """The power of two that the operand's mantissas stand at."""
-        return 0.0 if ref.name is None else self._leaf(ref.name)[1]
+        return 0.0 if ref.name is None or self.make is not None else self._leaf(ref.name)[1]
 
     def presence(self, ref: ir.WeightRef) -> Tensor:
         """The operand of a contraction with 1 for every positive weight."""
@@ -74,7 +74,8 @@ class Traversal:
     """Runs a program once.
 
     ``before_kernel(op, x)`` is called before a contraction with a parameter reads its weights; ``x`` are the
-    paths that arrive. ``keep``: values, by index, whose paths and presence can be asked for afterwards.
+    paths that arrive. ``after_kernel(op, y)`` gives what stands for the result ``y`` of such a contraction.
+    ``keep``: values, by index, whose paths and presence can be asked for afterwards.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class Traversal:
         edges: EdgeWeights,
         before_kernel: Callable[[ir.Kernel, Scaled[Tensor]], None] | None = None,
         keep: Collection[int] = (),
+        after_kernel: Callable[[ir.Kernel, Tensor], Tensor] | None = None,
     ) -> None:
         self.program, self.arithmetic, self.edges = program, arithmetic, edges
-        self.before_kernel, self.keep = before_kernel, keep
+        self.before_kernel, self.keep, self.after_kernel = before_kernel, keep, after_kernel
         self._paths: dict[int, Scaled[Tensor]] = {}
         self._present: dict[int, Tensor] = {}
         self._path_context = EvalContext(edges.mantissas, arithmetic.pooling)
@@ -152,6 +154,8 @@ class Traversal:
         result = step.linear(self._path_context, tensors)
         if isinstance(op, ir.Kernel):
             power = power + self.edges.exponent(op.weight)
+            if self.after_kernel is not None and op.weight.name is not None:
+                result = self.after_kernel(op, result)
         return self.arithmetic.normalise(result, power)
 
     def _follow_factor(self, half: Half) -> Scaled[Tensor]:

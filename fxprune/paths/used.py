@@ -1,4 +1,4 @@
-"""Find the rows and columns of parameters that paths use: what `reach` says of weights, without their number.
+"""Find the channels and the layers that paths use: what `reach` says of weights, without their number.
 
 No tensor of the size of a parameter outlives the step that reads it: weights are held as bits, and their
 derivatives are reduced to marks of rows and columns as they are found.
@@ -6,7 +6,7 @@ derivatives are reduced to marks of rows and columns as they are found.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fxprune.graph import ir
 from fxprune.paths.count import check_weights
-from fxprune.paths.program import Resolution, compile_graph
+from fxprune.paths.program import Program, Resolution, compile_graph
 from fxprune.paths.scaled import Tested
 from fxprune.paths.traversal import EdgeWeights, Traversal
 
-__all__ = ["Used", "used_channels"]
+__all__ = ["Used", "used_channels", "used_layers"]
 
 Used = dict[str, tuple[Tensor, Tensor]]
 """By parameter: marks of its output channels (out,) and its input channels (in,), bool."""
@@ -79,23 +79,13 @@ def used_channels(
         rows, columns = (torch.ones(size, device=device, requires_grad=True) for size in sizes)
         gates[name] = rows, columns
 
-    held = _HeldAsBits()
+    def make(name: str, mask: Tensor) -> Tensor:
+        weights: Tensor = _Channels.apply(*gates[name], mask, graph.kernels[name])
+        return weights
 
-    def make(name: str) -> Tensor:
-        kernels, mask = graph.kernels[name], masks.get(name)
-        if mask is None:
-            mask = torch.ones(kernels.shape, dtype=torch.bool, device=device)
-        held.mask = mask.bool().contiguous()
-        held.weights = _Channels.apply(*gates[name], held.mask, kernels)
-        return held.weights
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(held.pack, held.unpack):
-        edges = EdgeWeights(graph, {}, torch.float32, device, rescale=False, make=make)
-        total, _ = Traversal(program, Tested(device), edges).total()
-        flat = [gate for pair in gates.values() for gate in pair]
-        found: tuple[Tensor | None, ...] = (None,) * len(flat)
-        if total.requires_grad:
-            found = torch.autograd.grad(total, flat, allow_unused=True)
+    held = _HeldAsBits(graph, masks, device, make)
+    flat = [gate for pair in gates.values() for gate in pair]
+    found = held.slopes(program, flat)
     marks = [
         torch.zeros(len(gate), dtype=torch.bool, device=device) if slope is None else slope > 0.5
         for gate, slope in zip(flat, found, strict=True)
@@ -103,22 +93,80 @@ def used_channels(
     return dict(zip(gates, zip(marks[::2], marks[1::2], strict=True), strict=True))
 
 
+def used_layers(
+    graph: ir.ChannelGraph, masks: Mapping[str, Tensor], *, resolution: Resolution = "spatial"
+) -> set[str]:
+    """Return the parameters that have an effective weight, of the arguments of `used_channels`.
+
+    One is found where a contraction gives something that leads on: no derivative by weights is needed.
+
+    >>> from fxprune.capture import capture
+    >>> from fxprune.lowering import lower
+    >>> net = torch.nn.Sequential(torch.nn.Linear(1, 2), torch.nn.Linear(2, 1))
+    >>> graph = lower(capture(net, torch.ones(2, 1)))
+    >>> used_layers(graph, {"0.weight": torch.tensor([[False], [False]])})
+    set()
+    """
+    check_weights(graph, masks)
+    program = compile_graph(graph, resolution)
+    device = next((mask.device for mask in masks.values()), torch.device("cpu"))
+    gates = {name: torch.ones((), device=device, requires_grad=True) for name in graph.kernels}
+    held = _HeldAsBits(graph, masks, device, lambda name, mask: mask.view(torch.uint8).float())
+    found = held.slopes(program, list(gates.values()), lambda op, y: y * gates[str(op.weight.name)])
+    return {name for name, slope in zip(gates, found, strict=True) if slope is not None and bool(slope > 0.5)}
+
+
 Packed = Tensor | tuple[Tensor, torch.Size, tuple[int, ...], int]
 
 
 class _HeldAsBits:
-    """Lets the derivative hold the mask in the place of the ``weights`` that were made of it last."""
+    """Differentiates a traversal whose weights are made of masks, which alone are held.
 
-    def __init__(self) -> None:
-        self.mask = self.weights = torch.zeros(0)
+    ``make``: makes the weights of a parameter of its mask.
+    """
 
-    def pack(self, saved: Tensor) -> Packed:
+    def __init__(
+        self,
+        graph: ir.ChannelGraph,
+        masks: Mapping[str, Tensor],
+        device: torch.device,
+        make: Callable[[str, Tensor], Tensor],
+    ) -> None:
+        self.graph, self.masks, self.device, self.make = graph, masks, device, make
+        self.mask = self.weights = torch.zeros(0)  # the last that were made
+
+    def slopes(
+        self,
+        program: Program,
+        leaves: list[Tensor],
+        after_kernel: Callable[[ir.Kernel, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        """Return the derivatives of the presence of a path; None where there is none."""
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            edges = EdgeWeights(
+                self.graph, {}, torch.float32, self.device, rescale=False, make=self._weights_of
+            )
+            traversal = Traversal(program, Tested(self.device), edges, after_kernel=after_kernel)
+            total, _ = traversal.total()
+            if not total.requires_grad:
+                return (None,) * len(leaves)
+            return torch.autograd.grad(total, leaves, allow_unused=True)
+
+    def _weights_of(self, name: str) -> Tensor:
+        mask = self.masks.get(name)
+        if mask is None:
+            mask = torch.ones(self.graph.kernels[name].shape, dtype=torch.bool, device=self.device)
+        self.mask = mask.bool().contiguous()
+        self.weights = self.make(name, self.mask)
+        return self.weights
+
+    def _pack(self, saved: Tensor) -> Packed:
         if saved.untyped_storage().data_ptr() != self.weights.untyped_storage().data_ptr():
             return saved
         return self.mask, saved.shape, saved.stride(), int(saved.storage_offset())
 
     @staticmethod
-    def unpack(packed: Packed) -> Tensor:
+    def _unpack(packed: Packed) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         mask, shape, stride, offset = packed

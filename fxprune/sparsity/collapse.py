@@ -6,7 +6,7 @@ nothing were pruned. ``repair`` gives every such layer a path again and spends n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
@@ -14,7 +14,7 @@ from fxprune.graph import ChannelGraph
 from fxprune.paths.circuit.compile import circuit
 from fxprune.paths.count import reach
 from fxprune.paths.program import Resolution
-from fxprune.paths.used import used_channels
+from fxprune.paths.used import used_layers
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import WEIGHT, Granularity
 from fxprune.sparsity.masks import Masks, kept
@@ -28,17 +28,12 @@ def live_layers(effective: Mapping[str, torch.Tensor]) -> set[str]:
 
 
 def dead_layers(
-    graph: ChannelGraph, effective: Mapping[str, torch.Tensor], resolution: Resolution = "spatial"
+    graph: ChannelGraph, living: Collection[str], resolution: Resolution = "spatial"
 ) -> tuple[str, ...]:
-    """List the parameters without an effective weight that would have one in the dense network.
-
-    ``effective``: marks of effective weights, or of the output channels that have any, by parameter.
-    """
-    without = graph.kernels.keys() - live_layers(effective)
-    if not without:
-        return ()
-    ever = used_channels(graph, {}, resolution=resolution)
-    return tuple(name for name in graph.kernels if name in without and bool(ever[name][0].any()))
+    """List the parameters that are not ``living``, by name, and would be in the dense network."""
+    without = graph.kernels.keys() - set(living)
+    ever = used_layers(graph, {}, resolution=resolution) if without else set()
+    return tuple(name for name in graph.kernels if name in without and name in ever)
 
 
 def repair(
@@ -73,14 +68,14 @@ def repair(
     """
     open_to = {name: mask & _may_keep(budget, name) for name, mask in within.items()}
     others = dict(fixed or {})
-    wanted = live_layers(reach(graph, {**others, **open_to}))
+    wanted = used_layers(graph, {**others, **open_to})
     left: set[str] = set()
     for chosen in _plans(graph, masks, weights, open_to, others, [n for n in graph.kernels if n in wanted]):
         _check_fits(chosen, budget)
         together = {name: chosen[name] | mask for name, mask in masks.items()}
         scores = _scores(masks, chosen, reach(graph, {**others, **together}), weights)
         repaired = select(scores, budget, within=open_to, granularity=granularity, method="repair")
-        left = wanted - live_layers(reach(graph, {**others, **repaired}))
+        left = wanted - used_layers(graph, {**others, **repaired})
         if not left:
             return repaired
     raise RuntimeError(

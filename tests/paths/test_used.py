@@ -13,7 +13,7 @@ from fxprune.channels.follow import labels_by_weight
 from fxprune.graph import ChannelGraph
 from fxprune.paths.count import reach
 from fxprune.paths.program import Resolution
-from fxprune.paths.used import used_channels
+from fxprune.paths.used import used_channels, used_layers
 
 
 def marked(graph: ChannelGraph, effective: dict[str, Tensor]) -> dict[str, tuple[list[int], list[int]]]:
@@ -41,13 +41,17 @@ def test_rows_and_columns_of_effective_weights(name: str, resolution: Resolution
         got = {
             name: tuple(side.nonzero().flatten().tolist() for side in sides) for name, sides in used.items()
         }
-        assert got == marked(graph, reach(graph, masks, resolution=resolution))
+        effective = reach(graph, masks, resolution=resolution)
+        assert got == marked(graph, effective)
+        alive = {name for name, weights in effective.items() if bool(weights.any())}
+        assert used_layers(graph, masks, resolution=resolution) == alive
 
 
 def test_no_path_at_all() -> None:
     graph = lowered(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), torch.ones(1, 2))
     used = used_channels(graph, {"0.weight": torch.zeros(3, 2, dtype=torch.bool)})
     assert not any(bool(side.any()) for sides in used.values() for side in sides)
+    assert used_layers(graph, {"0.weight": torch.zeros(3, 2, dtype=torch.bool)}) == set()
 
 
 def test_names_and_shapes_are_checked() -> None:

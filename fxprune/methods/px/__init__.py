@@ -7,11 +7,12 @@ from typing import Literal
 from fxprune.graph import ChannelGraph, ir
 from fxprune.methods.px.output_activity import output_activities
 from fxprune.methods.px.weighted_outputs import WeightedOutputs
-from fxprune.paths.count import flow, reach
+from fxprune.paths.count import flow
+from fxprune.paths.used import used_layers
 from fxprune.scoring.contract import Method, Problem, Scores, fixed_magnitudes, prune_in_rounds
 from fxprune.scoring.data import batches as read_batches
 from fxprune.scoring.gradients import count_of
-from fxprune.sparsity.collapse import live_layers, repair
+from fxprune.sparsity.collapse import repair
 from fxprune.sparsity.masks import Masks
 from fxprune.sparsity.schedule import Exponential
 
@@ -78,10 +79,10 @@ def _with_every_layer(problem: Problem, masks: Masks) -> Masks:
     paths choose share that sum; what is pruned in one flows through the others, down to nothing.
     """
     fixed = {name: size != 0 for name, size in fixed_magnitudes(problem).items()}
-    alive = live_layers(reach(problem.graph, masks | fixed))
+    alive = used_layers(problem.graph, masks | fixed)
     if len(alive) == len(problem.graph.kernels):
         return masks
-    if live_layers(reach(problem.graph, problem.masks | fixed)) <= alive:
+    if used_layers(problem.graph, problem.masks | fixed) <= alive:
         return masks
     try:
         return repair(
