@@ -1,4 +1,4 @@
-"""Add up the weights of a parameter by its output and by its input channels."""
+"""Tell the output and the input channel of weights, and add weights up by these."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fxprune.graph import KernelSet
 
-__all__ = ["any_by_channel", "largest_by_channel", "sums_by_channel"]
+__all__ = ["any_by_channel", "labels_by_weight", "largest_by_channel", "sums_by_channel"]
 
 PART = 1 << 17
 """Weights that are turned to float64 at a time: as many as stay in a processor's cache."""
@@ -92,3 +92,15 @@ def _sides(first: Tensor, second: Tensor, kernels: KernelSet) -> tuple[Tensor, T
     """The output side and the input side, of what runs along the parameter's first and second axis."""
     first, second = first.cpu(), second.cpu()
     return (second, first) if kernels.transposed else (first, second)
+
+
+def labels_by_weight(rows: Tensor, columns: Tensor, kernels: KernelSet) -> tuple[Tensor, Tensor]:
+    """The row and the column label of every weight of a parameter, in its own shape."""
+    taps = (1,) * (len(kernels.shape) - 2)
+    groups = kernels.groups
+    by_row = rows.view(groups, -1, 1).expand(-1, -1, kernels.in_space.size // groups)
+    by_column = columns.view(groups, 1, -1).expand_as(by_row)
+    if kernels.transposed:
+        by_row, by_column = by_row.transpose(1, 2), by_column.transpose(1, 2)
+    shape = (*kernels.shape[:2], *taps)
+    return by_row.reshape(shape).expand(kernels.shape), by_column.reshape(shape).expand(kernels.shape)

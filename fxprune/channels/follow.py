@@ -11,12 +11,13 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from fxprune.channels.by_channel import labels_by_weight
 from fxprune.channels.contractions import contraction
 from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, Lines, Sides, aligned, thin
 from fxprune.channels.orientation import swap_orientation
 from fxprune.graph import ChannelGraph, ir
 
-__all__ = ["follow", "labels_by_weight"]
+__all__ = ["follow"]
 
 
 def follow(graph: ChannelGraph, *, fixed: Collection[str] = (), whole_heads: bool = False) -> Labels:
@@ -40,15 +41,31 @@ class _Follower:
                 first = self.labels.rows[name]
                 self.labels.fix(torch.arange(first, first + kernels.out_space.size), f"{name} is excluded")
         self.place = ""
+        self.made: set[int] = set()
+        self.read = {value.index for op in graph.ops for value in op.inputs}
 
     def run(self) -> Labels:
         for number, op in enumerate(self.graph.ops):
             self.place = op.layer or op.node
             self.number = number
             factors = self._step(op)
-            if op.output.live:
+            if self._is_made(op):
+                self.made.add(op.output.index)
+            if op.output.live or (factors and op.output.index in self.made):
                 self.labels.values[op.output.index] = tuple(factors)
+        for index in self.made - self.read:  # a bias of attention, say, which is on no path
+            for factor in self.labels.values.get(index, ()):
+                self.labels.fix(factor.labels, "a constant that no rule follows")
         return self.labels
+
+    def _is_made(self, op: ir.AnyOp) -> bool:
+        """Whether a layer makes this constant of others: its channels go with those that it meets."""
+        layer = isinstance(op, ir.Kernel) and op.weight.name is not None
+        return not op.output.live and (layer or any(value.index in self.made for value in op.inputs))
+
+    def _is_followed(self, value: ir.Value) -> bool:
+        """Whether the channels of a value are known by what made it, and not by what reads it alone."""
+        return value.live or (value.index in self.made and bool(self._of(value)))
 
     def _of(self, value: ir.Value) -> tuple[Factor, ...]:
         return self.labels.values.get(value.index, ())
@@ -129,7 +146,8 @@ class _Follower:
     def _meet(self, inputs: Sequence[ir.Value], shape: Sequence[int]) -> Sequence[Factor]:
         """Tie the labels that meet in one entry; fix those that meet entries which cannot go."""
         rank = len(shape)
-        sides = [(value, aligned(self._of(value), len(value.shape), rank)) for value in inputs if value.live]
+        followed = [value for value in inputs if self._is_followed(value)]
+        sides = [(value, aligned(self._of(value), len(value.shape), rank)) for value in followed]
         sizes = [(1,) * (rank - len(value.shape)) + value.shape for value, _ in sides]
         found: list[Factor] = []
         for place, (_, factors) in enumerate(sides):
@@ -146,7 +164,7 @@ class _Follower:
                     found.append(factor)
         found = _distinct(found)
         for value in inputs:
-            if not value.live:
+            if not self._is_followed(value):
                 self._label_constant(value, found, rank)
         return found
 
@@ -220,7 +238,7 @@ class _Follower:
     def _label_moved_constants(self, op: ir.Gather, factors: Sequence[Factor]) -> None:
         """Let the entries of a constant that is moved beside channels go with them."""
         for place, value in enumerate(op.inputs):
-            if value.live:
+            if self._is_followed(value):
                 continue
             parts = [torch.zeros(other.shape) for other in op.inputs]
             parts[place] = torch.arange(1, 1 + parts[place].numel()).float().view(value.shape)
@@ -236,7 +254,7 @@ class _Follower:
     def _full(self, value: ir.Value, axes: tuple[int, ...]) -> Tensor:
         """Labels of a value's full shape, as floats: those of its factor along ``axes``, or fixed ones."""
         own = [factor for factor in self._of(value) if set(factor.axes) & set(axes)]
-        if own and value.live:
+        if own and self._is_followed(value):
             labels = min(own, key=lambda factor: factor.axes != axes).labels
         else:
             labels = torch.full((1,) * len(value.shape), FIXED if value.live else FILLED)
@@ -331,7 +349,8 @@ class _Follower:
             if not set(factor.axes) & set(op.dims):
                 found.append(factor)
                 continue
-            if op.window is not None or op.how != "sum":
+            centres = op.how == "mean" and op.output.index not in self.read  # a norm written by hand
+            if op.window is not None or op.how == "max" or centres:
                 reason = f"{'a window' if op.window is not None else op.how} over channels"
                 self.labels.fix(factor.labels, self._because(reason))
                 continue
@@ -357,18 +376,6 @@ class _Follower:
             )
             for factor in found
         ]
-
-
-def labels_by_weight(rows: Tensor, columns: Tensor, kernels: ir.KernelSet) -> tuple[Tensor, Tensor]:
-    """The row and the column label of every weight of a parameter, in its own shape."""
-    taps = (1,) * (len(kernels.shape) - 2)
-    groups = kernels.groups
-    by_row = rows.view(groups, -1, 1).expand(-1, -1, kernels.in_space.size // groups)
-    by_column = columns.view(groups, 1, -1).expand_as(by_row)
-    if kernels.transposed:
-        by_row, by_column = by_row.transpose(1, 2), by_column.transpose(1, 2)
-    shape = (*kernels.shape[:2], *taps)
-    return by_row.reshape(shape).expand(kernels.shape), by_column.reshape(shape).expand(kernels.shape)
 
 
 def _distinct(factors: Sequence[Factor]) -> list[Factor]:

@@ -13,8 +13,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fxprune.channels.by_channel import labels_by_weight
 from fxprune.channels.components import components
-from fxprune.channels.follow import follow, labels_by_weight
+from fxprune.channels.follow import follow
 from fxprune.channels.labels import FIXED, Labels
 from fxprune.graph import ChannelGraph
 

@@ -99,10 +99,19 @@ def test_channels_read_in_part_and_not_at_all() -> None:
     assert found(net, IMAGE, "first", "last.in") == [[0, 1, 2, 3], [1, 2]]
 
 
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_channels_that_are_added_up_go_one_by_one(reduce: str) -> None:
+    net = Net(
+        lambda net, x: net.last(getattr(net.first(x), reduce)(-1, keepdim=True).expand(-1, 3)),
+        first=nn.Linear(5, 4), last=nn.Linear(3, 2),
+    )  # fmt: skip
+    assert found(net, VECTOR, "first") == [[0, 1, 2, 3]]
+
+
 FIXED = [
     (lambda net, x: net.last(net.first(x).softmax(-1)), "a softmax over channels"),
     (lambda net, x: net.last(torch.linalg.lu_factor(net.first(x))[0]), "no rule for linalg_lu_factor"),
-    (lambda net, x: net.last(net.first(x).mean(-1, keepdim=True).expand(-1, 3)), "mean over channels"),
+    (lambda net, x: net.last(net.first(x).amax(-1, keepdim=True).expand(-1, 3)), "max over channels"),
     (lambda net, x: net.last(x[:, :3] + net.first(x)), "meets entries that cannot be removed"),
     (lambda net, x: (net.first(x), net.last(x[:, :3])), "an output of the network"),
 ]

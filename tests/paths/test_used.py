@@ -9,7 +9,7 @@ from nets import NETS
 from peak import Peak
 from torch import Tensor, nn
 
-from fxprune.channels.follow import labels_by_weight
+from fxprune.channels.by_channel import labels_by_weight
 from fxprune.graph import ChannelGraph
 from fxprune.paths.count import reach
 from fxprune.paths.program import Resolution

@@ -281,14 +281,14 @@ def _constants(
         before = cut.gone.clone()
         sums = removed_sums(graph, nodes, cut, recorded) if way.exact else {}
         biases = fold(graph, gm, cut, recorded, fold_constants=way.fold_constants)
-        keep_what_counts(graph, cut, recorded)
+        keep_what_counts(graph, cut, recorded, nodes)
         if torch.equal(before, cut.gone):
             return sums, biases
 
 
 def _sources(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> set[str]:
     """The nodes whose numbers are asked for: what layers and norms read of channels that may go."""
-    wanted = operand_nodes(graph, cut)
+    wanted = operand_nodes(graph, cut, nodes)
     for op in graph.ops:
         if isinstance(op, (ir.Kernel, ir.Norm)) and op.node in nodes and cut.touches(op.inputs[0]):
             source = nodes[op.node].args[0] if nodes[op.node].args else None

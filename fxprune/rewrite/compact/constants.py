@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.channels.follow import labels_by_weight
+from fxprune.channels.by_channel import labels_by_weight
 from fxprune.channels.labels import Sides
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut

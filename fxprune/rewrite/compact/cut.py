@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fxprune.channels.by_channel import any_by_channel
 from fxprune.channels.labels import FIRST, FIXED, Labels, Sides
 from fxprune.graph import ChannelGraph, ir
 from fxprune.graph.params import AxisUse
@@ -47,6 +48,13 @@ class Cut:
             columns = labels.columns[name] + torch.arange(kernels.in_space.size)
             for labelled, marks in zip((rows, columns), used[name], strict=True):
                 alive[labelled[marks.cpu()]] = True
+        makers = torch.zeros_like(alive)
+        for sides in labels.sides:
+            # Of layers that make constants no path tells: what the next of them reads, counts.
+            if sides.name is not None and not graph.ops[sides.op].inputs[0].live:
+                outputs, inputs = any_by_channel(nonzero(sides.name), graph.kernels[sides.name])
+                alive[labels.columns[sides.name] + inputs.nonzero().flatten()] = True
+                makers[labels.rows[sides.name] + outputs.nonzero().flatten()] = True
         root = labels.root
         living = torch.zeros(labels.count, dtype=torch.bool)
         living[root[alive]] = True
@@ -55,7 +63,7 @@ class Cut:
         living[root[:FIRST]] = True
         living[FIXED] = True
         self.gone = ~living  # by root
-        self.dead = alive.logical_not()
+        self.dead = ~alive & ~makers
         self._keep_one_of_each()
         self._even_out()
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.kept import Kept
+from fxprune.rewrite.compact.means import scale_means
 from fxprune.rewrite.compact.norms import NarrowedGroupNorm, NarrowedLayerNorm, NarrowedRMSNorm
 
 __all__ = ["Rewriter"]
@@ -53,6 +54,7 @@ class Rewriter:
             self._freeze_size(node)
         for node in list(self.gm.graph.nodes):
             self._rewrite(node)
+        scale_means(self.graph, self.gm, self.cut)
         self.gm.graph.lint()
         self.gm.recompile()
 

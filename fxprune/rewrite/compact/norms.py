@@ -93,7 +93,13 @@ class NarrowedGroupNorm(nn.Module):
 
 
 def kind_of(node: fx.Node) -> str:
-    """Return "layer" (also for RMS norms) or "group" for a node that can be narrowed, "" for any other."""
+    """Return "layer" (also for RMS norms) or "group" for a node that can be narrowed, "" for any other.
+
+    "length": what a node divides by loses nothing with entries that are zero.
+    """
+    if node.target is F.normalize:
+        p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 2.0)
+        return "length" if isinstance(p, (int, float)) and p > 0 else ""
     module: object = node.target
     if node.op == "call_module" and isinstance(node.graph.owning_module, nn.Module):
         module = node.graph.owning_module.get_submodule(str(node.target))

@@ -11,7 +11,11 @@ from torch import Tensor, fx
 
 __all__ = ["FUNCTIONS", "METHODS", "Unwritable", "decode", "decode_tree", "encode", "encode_tree"]
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {"torch.split": torch.split, "operator.getitem": operator.getitem}
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "torch.split": torch.split,
+    "operator.getitem": operator.getitem,
+    "operator.mul": operator.mul,
+}
 METHODS = {"split"}
 """The functions and methods that a rewritten node may call; a file can name no others."""
 

@@ -6,34 +6,37 @@ channel on no path may hold numbers all the same: a norm before it makes of a co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.channels.sums import summed_axes
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.constants import Recorded
 from fxprune.rewrite.compact.cut import Cut
+from fxprune.rewrite.compact.norms import kind_of
 
 __all__ = ["keep_what_counts", "operand_nodes"]
 
 
-def operand_nodes(graph: ChannelGraph, cut: Cut) -> set[str]:
+def operand_nodes(graph: ChannelGraph, cut: Cut, nodes: Mapping[str, fx.Node]) -> set[str]:
     """Return the nodes whose numbers `keep_what_counts` asks for."""
     found = set()
     for op in graph.ops:
-        for value, _ in summed_axes(op):
+        for value, _ in _summed(op, nodes):
             if cut.touches(value):
                 found.add(_node_of(graph, value))
     return found - {""}
 
 
-def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded) -> None:
-    """Give back the channels whose terms in a product or sum are not zero.
+def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded, nodes: Mapping[str, fx.Node]) -> None:
+    """Give back the channels whose terms in a product, a sum or a length are not zero.
 
     Terms that are one constant may go where a softmax follows: it does not see a constant shift.
     """
     for op in graph.ops:
-        summed = [(value, axes) for value, axes in summed_axes(op) if axes]
+        summed = [(value, axes) for value, axes in _summed(op, nodes) if axes]
         gone = [_gone_roots(cut, value, axes) for value, axes in summed]
         if not gone or not any(len(roots) for roots in gone):
             continue
@@ -48,6 +51,14 @@ def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded) -> None:
         cut.give_back(
             roots[~harmless[roots]], f"{op.layer or op.node}: adds it to others, and it is not zero"
         )
+
+
+def _summed(op: ir.AnyOp, nodes: Mapping[str, fx.Node]) -> list[tuple[ir.Value, tuple[int, ...]]]:
+    """The operands whose entries an op adds up, as they are or squared, each with the axes of the sum."""
+    if isinstance(op, ir.Norm):
+        node = nodes.get(op.node)
+        return [(op.inputs[0], op.axes)] if node is not None and kind_of(node) == "length" else []
+    return summed_axes(op)
 
 
 def _node_of(graph: ChannelGraph, value: ir.Value) -> str:

@@ -1,0 +1,98 @@
+"""Means and lengths over channels: channels that are zero go, and the result is that of the old width."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxprune
+
+
+class Net(nn.Module):
+    """Ten channels, and what ``kind`` makes of them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.other, self.last = nn.Linear(4, 10), nn.Linear(4, 10), nn.Linear(10, 3)
+        self.one = nn.Linear(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        if self.kind == "mean":
+            return torch.cat([self.one(y.mean(-1, keepdim=True)), self.last(self.other(x))], -1)
+        if self.kind == "mean_of_two":
+            return self.last(y) + y.mean(dim=(1, 2))[:, None, None]
+        if self.kind == "length":
+            return self.last(F.normalize(y, dim=-1))
+        q, k = F.normalize(y, dim=-1), F.normalize(self.other(x), dim=-1)
+        return q @ k.transpose(1, 2)
+
+
+KINDS = ["mean", "mean_of_two", "length", "cosine"]
+
+
+def drawn(kind: str) -> tuple[Net, Tensor]:
+    torch.manual_seed(0)
+    return Net(kind).eval(), torch.randn(2, 5, 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zero_channels_go(kind: str) -> None:
+    net, x = drawn(kind)
+    with torch.no_grad():
+        for layer in (net.first, net.other):
+            layer.weight[[0, 3, 4]], layer.bias[[0, 3, 4]] = 0.0, 0.0
+    small = fxprune.compact(net, x)
+    torch.testing.assert_close(small(x), net(x))
+    torch.testing.assert_close(small(2 * x[:1]), net(2 * x[:1]))
+    assert len(small.get_parameter("first.weight")) == 7
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constant_channels_stay(kind: str) -> None:
+    net, x = drawn(kind)
+    with torch.no_grad():
+        net.first.weight[[0, 3, 4]], net.first.bias[[0, 3, 4]] = 0.0, 0.5
+        net.other.weight[[0, 3, 4]], net.other.bias[[0, 3, 4]] = 0.0, 0.5
+    small = fxprune.compact(net, x)
+    torch.testing.assert_close(small(x), net(x))
+    assert len(small.get_parameter("first.weight")) == 10
+    reason = next(layer.reason for layer in small.meta["fxprune"]["compaction"].layers if layer.given_back)
+    assert "not zero" in reason or "no constant" in reason
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_channels_that_are_pruned_all_go(kind: str) -> None:
+    net, x = drawn(kind)
+    pruned = fxprune.apply(net, "magnitude", 0.5, granularity="channel", example_inputs=x, progress=False)
+    small = fxprune.compact(pruned)
+    torch.testing.assert_close(small(x), pruned(x))
+    assert len(small.get_parameter("first.weight")) < 10
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+
+
+def test_a_norm_written_by_hand_keeps_its_channels() -> None:
+    """It subtracts a mean over all of them, and its variance counts those that are zero."""
+
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 10), nn.Linear(10, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            y = y - y.mean(-1, keepdim=True)
+            out: Tensor = self.last(y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5))
+            return out
+
+    torch.manual_seed(0)
+    net, x = Centred().eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        net.first.weight[:3], net.first.bias[:3], net.last.weight[:, :3] = 0.0, 0.0, 0.0
+    small = fxprune.compact(net, x)
+    torch.testing.assert_close(small(x), net(x))
+    assert len(small.get_parameter("first.weight")) == 10
