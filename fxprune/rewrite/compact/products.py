@@ -37,7 +37,9 @@ def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded, nodes: M
     """
     for op in graph.ops:
         summed = [(value, axes) for value, axes in _summed(op, nodes) if axes]
-        gone = [_gone_roots(cut, value, axes) for value, axes in summed]
+        # An entry of a sum goes with all its terms, where these differ along other axes.
+        alone = isinstance(op, ir.Pool)
+        gone = [_gone_roots(cut, value, axes, alone) for value, axes in summed]
         if not gone or not any(len(roots) for roots in gone):
             continue
         zero = torch.zeros(cut.labels.count, dtype=torch.bool)
@@ -65,9 +67,13 @@ def _node_of(graph: ChannelGraph, value: ir.Value) -> str:
     return next((output.node for output in graph.nodes_of(value) if not output.path), "")
 
 
-def _gone_roots(cut: Cut, value: ir.Value, axes: tuple[int, ...]) -> Tensor:
-    """The groups that go of the labels along ``axes``."""
-    labels = [f.labels.flatten() for f in cut.labels.values.get(value.index, ()) if set(f.axes) & set(axes)]
+def _gone_roots(cut: Cut, value: ir.Value, axes: tuple[int, ...], alone: bool) -> Tensor:
+    """The groups that go of the labels along ``axes``; ``alone``: and along no others."""
+    labels = [
+        f.labels.flatten()
+        for f in cut.labels.values.get(value.index, ())
+        if set(f.axes) & set(axes) and (not alone or set(f.axes) <= set(axes))
+    ]
     if not labels:
         return torch.zeros(0, dtype=torch.int64)
     roots = torch.unique(cut.labels.root[torch.cat(labels)])

@@ -96,3 +96,28 @@ def test_a_norm_written_by_hand_keeps_its_channels() -> None:
     small = fxprune.compact(net, x)
     torch.testing.assert_close(small(x), net(x))
     assert len(small.get_parameter("first.weight")) == 10
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_sums_go_with_all_their_terms(axis: int, reduce: str) -> None:
+    """Constants in the terms do not matter: nothing of these sums is read."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 12), nn.Linear(3 if axis == -1 else 4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = getattr(self.first(x).unflatten(-1, (3, 4)), reduce)(axis)
+            out: Tensor = self.last(y)
+            return out
+
+    torch.manual_seed(0)
+    net, x = Parts().eval(), torch.randn(2, 4)
+    with torch.no_grad():
+        net.last.weight[:, 1] = 0.0
+    small = fxprune.compact(net, x)
+    torch.testing.assert_close(small(x), net(x))
+    assert len(small.get_parameter("first.weight")) == (8 if axis == -1 else 9)
+    assert small.meta["fxprune"]["compaction"].given_back == 0
