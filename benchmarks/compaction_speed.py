@@ -4,7 +4,7 @@ Parts, all or those named; each prints its rows and writes them to a file next t
 docs/compaction_speed.md is made:
 
     OMP_NUM_THREADS=1 python benchmarks/compaction_speed.py
-    OMP_NUM_THREADS=1 python benchmarks/compaction_speed.py latency synflow cost depth groups memory
+    OMP_NUM_THREADS=1 python benchmarks/compaction_speed.py latency synflow cost depth groups memory simplify
     python benchmarks/compaction_speed.py --table
 """
 
@@ -23,7 +23,9 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import fxprune
 from fxprune.latency import bench
@@ -33,6 +35,10 @@ RESULTS = HERE / "compaction_speed.jsonl"
 TABLE = HERE.parent / "docs" / "compaction_speed.md"
 HALVED = (
     "resnet50", "efficientnet_b0", "convnext_tiny", "vit_small_patch16_224", "swin_tiny_patch4_window7_224"
+)  # fmt: skip
+SIMPLIFIED = (
+    "alexnet", "vgg11_bn", "resnet18", "resnet50", "mobilenet_v2", "densenet121", "squeezenet1_0",
+    "googlenet", "shufflenet_v2_x0_5", "mnasnet0_5", "mobilenet_v3_small",
 )  # fmt: skip
 GROUPED = ("resnet50", "convnext_tiny", "efficientnet_b0", "swin_tiny_patch4_window7_224")
 X = torch.zeros(1, 3, 224, 224)
@@ -181,6 +187,57 @@ def groups(rows: Callable[..., None]) -> None:
              ratio=round(median(ours) / median(theirs), 2))  # fmt: skip
 
 
+def filters(model: nn.Module) -> int:
+    """The output channels of all convolutions and linear layers."""
+    return sum(
+        len(module.weight)
+        for module in model.modules()
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() > 1
+    )
+
+
+def zeroed(name: str, way: str) -> nn.Module:
+    """A torchvision classifier, pruned by torch's own functions: half of all filters, or nearly all weights."""
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    if way == "filters 50 %":
+        for layer in layers:
+            prune.ln_structured(layer, "weight", 0.5, n=2, dim=0)
+    else:
+        prune.global_unstructured([(layer, "weight") for layer in layers], prune.L1Unstructured, amount=0.98)
+    for layer in layers:
+        prune.remove(layer, "weight")
+    return model
+
+
+def simplify(rows: Callable[..., None]) -> None:
+    """torch-simplify on torchvision's classifiers: output channels before, and after both; differences."""
+    from simplify import simplify as peer
+
+    x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    for name in SIMPLIFIED:
+        for way in ("filters 50 %", "weights 98 %"):
+            model = zeroed(name, way)
+            row: dict[str, Any] = {"model": name, "way": way, "before": filters(model)}
+            with torch.no_grad():
+                expected = model(x)
+            calls: dict[str, Callable[[], nn.Module]] = {
+                "ours": lambda model=model: fxprune.compact(model, x),
+                "peer": lambda name=name, way=way: peer(zeroed(name, way), torch.zeros(1, 3, 224, 224)),
+            }
+            for who, call in calls.items():
+                try:
+                    small = call()
+                    with torch.no_grad():
+                        apart = float((small(x) - expected).abs().max() / expected.abs().max())
+                    left = sum(p.numel() for p in small.parameters())
+                    row |= {who: filters(small), f"{who}_parameters": left, f"{who}_difference": apart}
+                except (RuntimeError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+                    row |= {who: f"{type(error).__name__}: {error}"[:60].replace("\n", " ")}
+            rows(**row)
+
+
 PARTS = {
     "latency": latency,
     "synflow": synflow,
@@ -188,6 +245,7 @@ PARTS = {
     "memory": memory,
     "depth": depth,
     "groups": groups,
+    "simplify": simplify,
 }
 
 
