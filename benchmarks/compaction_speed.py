@@ -10,6 +10,7 @@ docs/compaction_speed.md is made:
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import subprocess
@@ -197,7 +198,7 @@ def filters(model: nn.Module) -> int:
 
 
 def zeroed(name: str, way: str) -> nn.Module:
-    """A torchvision classifier, pruned by torch's own functions: half of all filters, or nearly all weights."""
+    """A torchvision classifier, pruned by torch: half of all filters, or nearly all weights."""
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None).eval()
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
@@ -212,7 +213,12 @@ def zeroed(name: str, way: str) -> nn.Module:
 
 
 def simplify(rows: Callable[..., None]) -> None:
-    """torch-simplify on torchvision's classifiers: output channels before, and after both; differences."""
+    """torch-simplify on torchvision's classifiers: channels and parameters that both leave.
+
+    The peer keeps residual streams as wide as they were, and scatters the outputs of the layers before them:
+    it counts fewer outputs there, and more parameters. Constants under zero padding become maps of biases in
+    it, which hold for one size of images. A network without a path is refused here.
+    """
     from simplify import simplify as peer
 
     x = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -263,7 +269,7 @@ def write_table(rows: list[dict[str, Any]]) -> None:
         keys = list(
             dict.fromkeys(key for row in own for key in row if key not in ("part", "torch", "threads"))
         )
-        lines += ["", f"## {part}", "", (function.__doc__ or "").strip(), ""]
+        lines += ["", f"## {part}", "", inspect.cleandoc(function.__doc__ or ""), ""]
         lines += ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
         lines += ["| " + " | ".join(_cell(row.get(key, "")) for key in keys) + " |" for row in own]
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
