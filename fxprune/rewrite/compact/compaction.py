@@ -31,8 +31,10 @@ from fxprune.rewrite.compact.modules import (
     slices_of,
 )
 from fxprune.rewrite.compact.norm_sums import removed_sums
+from fxprune.rewrite.compact.norms import kind_of
 from fxprune.rewrite.compact.products import keep_what_counts, operand_nodes
 from fxprune.rewrite.compact.recipe import record_recipe
+from fxprune.rewrite.compact.statistics import reductions
 from fxprune.rewrite.compact.table import tabulate
 from fxprune.rewrite.compact.trial import (
     NodeFailure,
@@ -294,6 +296,10 @@ def _sources(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> set[st
             source = nodes[op.node].args[0] if nodes[op.node].args else None
             if isinstance(source, fx.Node):
                 wanted.add(source.name)
+            if isinstance(op, ir.Norm) and kind_of(nodes[op.node]) == "":
+                for axis in op.axes:
+                    added = reductions(graph, op, nodes, axis) or ()
+                    wanted |= {node.all_input_nodes[0].name for node in added}
     return wanted
 
 

@@ -8,6 +8,7 @@ from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.constants import Recorded, constant_entries, is_recorded
 from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.norms import kind_of
+from fxprune.rewrite.compact.statistics import keep_what_statistics_count
 
 __all__ = ["removed_sums"]
 
@@ -29,6 +30,9 @@ def removed_sums(
         kind = kind_of(node)
         if kind == "length":
             continue  # `keep_what_counts` asks whether what goes is zero
+        by_hand = kind == "" and len(shrinking) == 1
+        if by_hand and keep_what_statistics_count(graph, op, shrinking[0], nodes, cut, recorded):
+            continue
         axis = {"layer": len(value.shape) - 1, "group": 1}.get(kind, -1)
         known = is_recorded(graph, source, value, recorded)
         if shrinking != [axis] or not known or (kind == "layer" and op.axes != (axis,)):

@@ -16,6 +16,7 @@ from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.constants import Recorded
 from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.norms import kind_of
+from fxprune.rewrite.compact.statistics import node_of
 
 __all__ = ["keep_what_counts", "operand_nodes"]
 
@@ -26,7 +27,7 @@ def operand_nodes(graph: ChannelGraph, cut: Cut, nodes: Mapping[str, fx.Node]) -
     for op in graph.ops:
         for value, _ in _summed(op, nodes):
             if cut.touches(value):
-                found.add(_node_of(graph, value))
+                found.add(node_of(graph, value))
     return found - {""}
 
 
@@ -63,10 +64,6 @@ def _summed(op: ir.AnyOp, nodes: Mapping[str, fx.Node]) -> list[tuple[ir.Value, 
     return summed_axes(op)
 
 
-def _node_of(graph: ChannelGraph, value: ir.Value) -> str:
-    return next((output.node for output in graph.nodes_of(value) if not output.path), "")
-
-
 def _gone_roots(cut: Cut, value: ir.Value, axes: tuple[int, ...], alone: bool) -> Tensor:
     """The groups that go of the labels along ``axes``; ``alone``: and along no others."""
     labels = [
@@ -86,7 +83,7 @@ def _numbers(
 ) -> tuple[Tensor, Tensor]:
     """Mark the groups whose entries in ``value`` are zero in both runs, and those with one number each."""
     zero = torch.zeros(cut.labels.count, dtype=torch.bool)
-    runs = recorded.get(_node_of(graph, value))
+    runs = recorded.get(node_of(graph, value))
     if runs is None or runs[0].shape != torch.Size(value.shape):
         return zero, zero.clone()
     even = zero.clone()

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.rewrite.compact.replay import replay
 
 
 class Net(nn.Module):
@@ -121,3 +122,62 @@ def test_sums_go_with_all_their_terms(axis: int, reduce: str) -> None:
     torch.testing.assert_close(small(x), net(x))
     assert len(small.get_parameter("first.weight")) == (8 if axis == -1 else 9)
     assert small.meta["fxprune"]["compaction"].given_back == 0
+
+
+class ByHand(nn.Module):
+    """A norm written by hand: by the root of a mean square, or by the mean of the lengths of all channels."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.last = nn.Conv2d(3, 10, 3), nn.Conv2d(10, 2, 1)
+        self.gain = nn.Parameter(torch.rand(1, 10, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.first(x))
+        if self.kind == "rms":
+            z = y * torch.rsqrt(y.float().pow(2).mean(1, keepdim=True) + 1e-5)
+        else:
+            length = y.norm(p=2, dim=(2, 3), keepdim=True)
+            z = y * (length / (length.mean(dim=1, keepdim=True) + 1e-6))
+        out: Tensor = self.last(y + z * self.gain)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["rms", "response"])
+def test_norms_by_hand_lose_channels_that_are_zero(kind: str) -> None:
+    torch.manual_seed(0)
+    net, x = ByHand(kind).eval(), torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        net.first.weight[[0, 3, 4]], net.first.bias[[0, 3, 4]] = 0.0, 0.0
+    small = fxprune.compact(net, x, verify=False)
+    torch.testing.assert_close(small(x), net(x))
+    larger = torch.randn(1, 3, 9, 9)
+    torch.testing.assert_close(small(larger), net(larger))
+    assert len(small.get_parameter("first.weight")) == 7
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+
+
+@pytest.mark.parametrize("kind", ["rms", "response"])
+def test_norms_by_hand_keep_channels_that_count(kind: str) -> None:
+    torch.manual_seed(0)
+    net, x = ByHand(kind).eval(), torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        net.first.weight[[0, 3, 4]], net.first.bias[[0, 3]], net.first.bias[4] = 0.0, 0.5, 0.0
+        net.last.weight[:, [0, 3, 4]] = 0.0
+    small = fxprune.compact(net, x, verify=False)
+    torch.testing.assert_close(small(x), net(x))
+    assert len(small.get_parameter("first.weight")) == 9
+
+
+def test_recipes_of_scaled_means_are_followed() -> None:
+    torch.manual_seed(0)
+    net, x = ByHand("response").eval(), torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        net.first.weight[[0, 3, 4]], net.first.bias[[0, 3, 4]] = 0.0, 0.0
+    small = fxprune.compact(net, x)
+    (recipe,) = small.meta["fxprune"]["recipes"]
+    assert recipe.unwritable == ""
+    again = replay(fxprune.capture(net, x), recipe)
+    again.load_state_dict(small.state_dict())
+    torch.testing.assert_close(again(x), net(x))
