@@ -21,7 +21,7 @@ from fxprune.channels.counts import count_kernels, count_nodes, dense_macs, mask
 from fxprune.channels.unpruned import contractions
 from fxprune.graph import ChannelGraph, KernelSet
 from fxprune.metrics.page import page, table
-from fxprune.paths.count import flow, reach
+from fxprune.paths.count import log_paths, reach
 from fxprune.paths.terms import count_terms
 from fxprune.sparsity.collapse import dead_layers, live_layers
 from fxprune.sparsity.masks import Masks, kept
@@ -251,7 +251,6 @@ def measure(
         for name, mask in reach(graph, whole, resolution=resolution).items()
     }
     ones = {name: mask.double() for name, mask in whole.items()}
-    paths = flow(graph, ones, resolution=resolution, pool="sum", dtype=torch.float64)
     numbers = kept(whole)
     return Report(
         network=graph.name,
@@ -259,7 +258,7 @@ def measure(
         layers={
             name: _layer(kernels, numbers[name], effective[name]) for name, kernels in graph.kernels.items()
         },
-        log_paths=paths.log_total,
+        log_paths=log_paths(graph, ones, resolution=resolution),
         dead_layers=dead_layers(graph, live_layers(effective), resolution),
         opaque=len(graph.opaque),
         products=_products(graph, whole, resolution),

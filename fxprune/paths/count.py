@@ -20,7 +20,7 @@ from fxprune.paths.program import Resolution, compile_graph
 from fxprune.paths.scaled import Counted, Tested
 from fxprune.paths.traversal import EdgeWeights, Traversal
 
-__all__ = ["Flow", "check_weights", "flow", "reach", "run_tested"]
+__all__ = ["Flow", "check_weights", "flow", "log_paths", "reach", "run_tested"]
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,40 @@ def flow(
         mantissa, power = traversal.total()
         if float(mantissa.detach()) <= 0:
             return Flow(-math.inf, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()})
-        log_total = float(mantissa.detach().double().log() + power * math.log(2)) - math.log(program.samples)
+        log_total = _log(mantissa, power, program.samples)
         return Flow(log_total, _gradients(mantissa.log(), leaves))
+
+
+def log_paths(
+    graph: ir.ChannelGraph, weights: Mapping[str, Tensor], *, resolution: Resolution = "spatial"
+) -> float:
+    """Return ln R of :func:`flow` in float64, minus infinity without any path; no derivatives are taken.
+
+    Args:
+        graph, weights, resolution: as of :func:`flow`.
+
+    Raises:
+        ValueError: a name that the graph does not have, or a shape that is not the parameter's.
+
+    Example:
+        >>> import torch, fxprune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> graph = fxprune.lower(fxprune.capture(net, torch.ones(2, 4)))
+        >>> round(math.exp(log_paths(graph, {})))
+        64
+    """
+    check_weights(graph, weights)
+    program = compile_graph(graph, resolution)
+    values = {name: weight.detach().double() for name, weight in weights.items()}
+    device = next((weight.device for weight in values.values()), torch.device("cpu"))
+    with torch.no_grad():
+        edges = EdgeWeights(graph, values, torch.float64, device)
+        mantissa, power = Traversal(program, Counted(torch.float64, device, "sum"), edges).total()
+    return _log(mantissa, power, program.samples) if float(mantissa) > 0 else -math.inf
+
+
+def _log(mantissa: Tensor, power: Tensor, samples: int) -> float:
+    return float(mantissa.detach().double().log() + power * math.log(2)) - math.log(samples)
 
 
 def reach(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
 from fxprune.graph import ChannelGraph
-from fxprune.paths.count import flow, reach
+from fxprune.paths.count import flow, log_paths, reach
 
 RESOLUTIONS: tuple[Literal["spatial", "channel"], ...] = ("spatial", "channel")
 
@@ -362,3 +362,13 @@ def test_convolutions_path_by_path(seed: int) -> None:
     assert (round(math.exp(result.log_total)) if paths else 0) == paths
     found = reach(graph, masks)
     assert {(name, tuple(place)) for name in found for place in found[name].nonzero().tolist()} == used
+
+
+@pytest.mark.parametrize("resolution", ["spatial", "channel"])
+def test_the_number_of_paths_alone_is_that_of_the_flow(resolution: Any) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 2, 3)).eval()
+    graph = lowered(net, torch.ones(1, 3, 8, 8))
+    for density in (1.0, 0.5, 0.0):
+        weights = {name: (torch.rand(k.shape) < density).double() for name, k in graph.kernels.items()}
+        wanted = flow(graph, weights, resolution=resolution, dtype=torch.float64).log_total
+        assert log_paths(graph, weights, resolution=resolution) == wanted
