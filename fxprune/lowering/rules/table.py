@@ -132,6 +132,7 @@ def is_operator(target: Any) -> bool:
 def describe(target: Any) -> str:
     """Name a target as people know it.
 
+    >>> import torch
     >>> describe(torch.cosine_similarity), describe("masked_fill"), describe(torch.ops.aten.add)
     ('cosine_similarity', 'masked_fill', 'aten.add')
     """
