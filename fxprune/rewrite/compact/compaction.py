@@ -21,10 +21,9 @@ from fxprune.rewrite.compact.constants import Dense, Recorded, fold, record
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.giving_back import give_back_before, give_back_node, give_back_users
 from fxprune.rewrite.compact.kept import Slices
-from fxprune.rewrite.compact.leaves import leaf_of, open_leaf
+from fxprune.rewrite.compact.leaves import HeldByLeaf, held, open_leaf
 from fxprune.rewrite.compact.literals import Rewriter
 from fxprune.rewrite.compact.modules import (
-    first_unsizeable,
     own_parameters,
     share_parameters,
     slice_parameters,
@@ -53,14 +52,6 @@ __all__ = ["compact"]
 
 ATTEMPTS = 64
 """How often channels are given back before a node that cannot be rewritten is an error."""
-
-
-class HeldByLeaf(Exception):
-    """Raised where a layer of several weights would have to get smaller inside; ``path`` is its own."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.path = path
 
 
 def compact(
@@ -248,13 +239,12 @@ def _smallest(
     nodes = {node.name: node for node in gm.graph.nodes}
     for _ in range(ATTEMPTS):
         try:
+            # Before sums: norms in a closed layer would keep what they read.
+            held(gm, slices_of(graph, gm, cut), way.whole)
             sums, biases = _constants(gm, way, nodes, recorded)
             slices = slices_of(graph, gm, cut)
-            odd = first_unsizeable(gm, slices)
+            odd = held(gm, slices, way.whole)
             if odd is not None:
-                leaf = leaf_of(gm, odd)
-                if leaf is not None and leaf not in way.whole:
-                    raise HeldByLeaf(leaf)
                 give_back_users(graph, cut, odd, f"{odd}: a module of unknown kind holds it")
                 continue
             small = share_parameters(gm)

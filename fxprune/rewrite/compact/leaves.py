@@ -6,7 +6,7 @@ Only then can channels inside of them go: the attention of torch.nn asks for one
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from torch import fx, nn
 from fxprune.capture import CaptureError, capture_leaf
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.module import leaf_attributes
+from fxprune.rewrite.compact.kept import Slices
+from fxprune.rewrite.compact.modules import first_unsizeable
 
-__all__ = ["leaf_of", "open_leaf"]
+__all__ = ["HeldByLeaf", "held", "open_leaf"]
 
 LAYERS = (
     nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, nn.TransformerDecoder,
@@ -26,7 +28,27 @@ LAYERS = (
 """Layers that consist of others; what their forward does is traced."""
 
 
-def leaf_of(gm: fx.GraphModule, name: str) -> str | None:
+class HeldByLeaf(Exception):
+    """Raised where a layer of several weights would have to get smaller inside; ``path`` is its own."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
+
+
+def held(gm: fx.GraphModule, slices: Slices, whole: Collection[str]) -> str | None:
+    """Return a parameter that loses entries in a layer that cannot get smaller, if there is one.
+
+    ``whole``: the paths of layers that cannot be opened. `HeldByLeaf` asks for another to be opened.
+    """
+    odd = first_unsizeable(gm, slices)
+    leaf = _leaf_of(gm, odd) if odd is not None else None
+    if leaf is not None and leaf not in whole:
+        raise HeldByLeaf(leaf)
+    return odd
+
+
+def _leaf_of(gm: fx.GraphModule, name: str) -> str | None:
     """Return the path of the layer that holds a parameter and can be opened, if there is one."""
     for node in gm.graph.nodes:
         if node.op == "call_module" and name.startswith(f"{node.target}."):

@@ -111,6 +111,23 @@ def test_encoder_layers_are_opened(norm_first: bool) -> None:
     assert_same(pruned.eval()(x), small(x))
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_channels_around_encoder_layers_go_alone(norm_first: bool) -> None:
+    """Nothing but the norms inside reads them as a whole."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=norm_first)
+    model = nn.Sequential(nn.Linear(6, 8), layer, nn.Linear(8, 3)).eval()
+    x = torch.randn(2, 5, 6)
+    pruned = fxprune.apply(
+        model, "magnitude", 0.25, granularity="channel", of="memory", example_inputs=x, progress=False
+    )
+    assert int(fxprune.masks(pruned)["0.weight"].any(1).sum()) == 6
+    small = fxprune.compact(pruned)
+    assert small.get_parameter("0.weight").shape == (6, 6)
+    assert small.get_parameter("1.norm1.weight").shape == (6,)
+    assert_same(pruned.eval()(x), small(x))
+
+
 def test_attention_with_padded_keys_stays_whole_and_says_so() -> None:
     torch.manual_seed(0)
 
