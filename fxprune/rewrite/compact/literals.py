@@ -198,7 +198,7 @@ class Rewriter:
     def _bounds(self, node: fx.Node, source: ir.Value | None, name: str) -> None:
         assert source is not None
         given = _given(node, "dim", "index" if name == "select" else "start", "length")
-        dim, start = given["dim"], given["index" if name == "select" else "start"]
+        dim, start = given["dim"], _number(given["index" if name == "select" else "start"])
         if not isinstance(dim, int) or not isinstance(start, int):
             return
         kept = self.cut.kept_along(source, dim % len(source.shape))
@@ -209,7 +209,7 @@ class Rewriter:
         if name == "select":
             node.args, node.kwargs = (node.args[0], dim, first), {}
         else:
-            length = int(kept[start : start + int(given["length"])].sum())
+            length = int(kept[start : start + int(_number(given["length"]))].sum())
             node.args, node.kwargs = (node.args[0], dim, first, length), {}
 
     def _index(self, node: fx.Node, source: ir.Value | None) -> None:
@@ -234,6 +234,8 @@ class Rewriter:
         kept = self.cut.kept_along(source, axis)
         if kept is None or item == slice(None):
             return item
+        bounded = isinstance(item, slice)
+        item = slice(*(_number(x) for x in (item.start, item.stop, item.step))) if bounded else _number(item)
         if isinstance(item, int):
             return int(kept[: item % len(kept)].sum())
         if isinstance(item, slice) and item.step in (None, 1):
@@ -352,6 +354,12 @@ def _is_shape(x: Any) -> bool:
     if x.op == "call_method" and x.target == "size":
         return len(x.args) == 1 and not x.kwargs
     return bool(x.target is getattr and len(x.args) == 2 and x.args[1] == "shape")
+
+
+def _number(x: Any) -> Any:
+    """Return the number that a node yields, such as half a size; anything else as it is."""
+    value = x.meta.get("val") if isinstance(x, fx.Node) else None
+    return value if type(value) is int else x
 
 
 def _given(node: fx.Node, *names: str) -> dict[str, Any]:
