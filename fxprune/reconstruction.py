@@ -26,6 +26,7 @@ from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.parameters import unwrap
 from fxprune.scoring.least_squares import fit_kept
 from fxprune.scoring.sequential import Layer, Matrix, solve_layers
+from fxprune.scoring.shapes import inputs_of
 from fxprune.scoring.walk import Stage
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.masks import Masks, kept, nonzeros
@@ -61,7 +62,7 @@ def reconstruct(
         model: a pruned network, of any method; masked, or plain with zeros.
         data: (x, y), a mapping, or an iterable of batches, all of which are used; labels are not looked at.
         reference: the network before it was pruned, with the same parameters by name.
-        example_inputs: as for :func:`fxprune.apply`, for a model that is not captured yet.
+        example_inputs: as for :func:`fxprune.apply`, for a model not captured yet; else as in ``data``.
         loss_fn: ``loss_fn(model, batch)``, where batches are mappings that do not name the model's inputs.
         damp: how much weights are held to the dense ones, as a share of the mean square input. None, for
             8 times the inputs of an output over the vectors of inputs in the data, from 0.01 to 10: weights
@@ -86,7 +87,10 @@ def reconstruct(
     _check(model, reference, damp, iterations)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         masks = _masks(model)
-        problem = _problem(model, masks, example_inputs, device, data=data, loss_fn=loss_fn,
+        source = plain(inside(model))
+        if example_inputs is None and not isinstance(source, fx.GraphModule):
+            example_inputs, data = inputs_of(data, source)
+        problem = _problem(source, masks, example_inputs, device, data=data, loss_fn=loss_fn,
                            progress=Display(enabled=progress), micro_batch=micro_batch)  # fmt: skip
         twin = _with_values(duplicate(problem.model), reference).eval()
         fit = _Fit(problem.model, twin, damp, bias, iterations, read(inside(model)))
@@ -138,10 +142,10 @@ def _masks(model: nn.Module) -> Masks:
 
 
 def _problem(
-    model: nn.Module, masks: Masks, example_inputs: Any, device: str | torch.device | None, **fields: Any
+    source: nn.Module, masks: Masks, example_inputs: Any, device: str | torch.device | None, **fields: Any
 ) -> Problem:
     """The layers to fit, on a private copy of the network."""
-    student, graph = _captured(plain(inside(model)), example_inputs)
+    student, graph = _captured(source, example_inputs)
     where = resolve_device(device) or next(iter(student.parameters())).device
     student = student.to(where)
     return Problem(

@@ -197,6 +197,16 @@ def test_a_plain_model_with_zeros() -> None:
     assert torch.equal(plain.get_parameter("2.weight"), masked.get_parameter("2.weight"))
 
 
+def test_a_module_takes_its_shapes_from_the_data() -> None:
+    model, given = two_layers(), data(80, 6)
+    pruned = prune(model, given, returns="module")
+    expected = fxprune.reconstruct(pruned, given, model, example_inputs=given[0], **EXACT)
+    # An iterator is not spent on its shapes.
+    fitted = fxprune.reconstruct(pruned, iter([given]), model, **EXACT)
+    assert torch.equal(fitted.get_parameter("0.weight"), expected.get_parameter("0.weight"))
+    assert not torch.equal(fitted.get_parameter("0.weight"), pruned.get_parameter("0.weight"))
+
+
 def test_bad_arguments_are_refused() -> None:
     model, given = two_layers(), data(80, 6)
     pruned = prune(model, given)
