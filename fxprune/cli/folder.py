@@ -11,7 +11,16 @@ from fxprune.cli.sources import load_network
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["COMPACT", "MASKED", "REPORT", "check_export", "dense_bytes", "read_folder", "write_networks"]
+__all__ = [
+    "COMPACT",
+    "MASKED",
+    "REPORT",
+    "check_export",
+    "check_folder",
+    "dense_bytes",
+    "read_folder",
+    "write_networks",
+]
 
 MASKED, COMPACT, REPORT = "model.safetensors", "compact.safetensors", "report.json"
 _OLD_MASKS = "masks.safetensors"
@@ -20,8 +29,15 @@ _OLD_MASKS = "masks.safetensors"
 def check_export(path: Path) -> None:
     """Refuse a file that could not be exported to, before any work is done."""
     fxprune.rewrite.check_path(path)
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--export {path}: there is no folder {path.parent}")
+    check_folder("--export", path)
+
+
+def check_folder(flag: str, path: Path | None) -> None:
+    """Refuse a file that ``flag`` names in a folder that is not there, before any work is done."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ValueError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+    if path is not None and path.is_dir():
+        raise ValueError(f"{flag} {path}: this is a folder; expected the name of a file")
 
 
 def write_networks(

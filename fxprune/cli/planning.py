@@ -12,6 +12,7 @@ import fxprune
 from fxprune.cli.channel_flags import channel_flags, split, take_threads
 from fxprune.cli.data_sources import load_batches
 from fxprune.cli.flags import DATA, NETWORK, method_flags, named_method, plain_flags, take, with_flags
+from fxprune.cli.folder import check_folder
 from fxprune.cli.methods import FOLDER, read_entries
 from fxprune.cli.pruning import Budget, Excluded, Rounds, choose_method, read_budget
 from fxprune.cli.reports import AsJson, Model, set_threads
@@ -40,6 +41,8 @@ def plan(
     origin, source, channel = take(options, NETWORK), take(options, DATA), split(options)
     given = {name: value for name, value in options.items() if value is not None}
     chosen = choose_method(method, given)
+    check_folder("--out", out)
+    check_folder("--plot", plot)
     set_threads(take_threads(channel))
     display = Display()
     with display.step(f"load {model}"):

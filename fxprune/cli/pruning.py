@@ -158,6 +158,10 @@ def _by_plan(path: Path, asked: dict[str, Any]) -> fxprune.Plan:
         raise ValueError(
             f"--plan {path}: the plan says what --{odd.replace('_', '-')} would; leave one of them out"
         )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--plan {path}: there is no such file; `fxprune plan MODEL --out` writes one"
+        )
     return fxprune.Plan.load(path)
 
 

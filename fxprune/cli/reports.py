@@ -11,7 +11,7 @@ import typer
 
 import fxprune
 from fxprune.cli.flags import NETWORK, plain_flags, with_flags
-from fxprune.cli.folder import REPORT, read_folder
+from fxprune.cli.folder import REPORT, check_folder, read_folder
 from fxprune.cli.sources import load_network
 from fxprune.progress import Display
 
@@ -57,8 +57,7 @@ def analyze(
     """Report on a network, dense or pruned: density, effective paths, nodes, kernels, multiply-adds."""
     if resolution not in ("spatial", "channel"):
         raise ValueError(f"--resolution {resolution}: expected spatial or channel")
-    if html is not None and not html.absolute().parent.is_dir():
-        raise ValueError(f"--html {html}: there is no folder {html.parent}")
+    check_folder("--html", html)
     set_threads(threads)
     display = Display()
     with display.step(f"load {model}"):

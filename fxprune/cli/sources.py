@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import inspect
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -200,7 +203,10 @@ def _is_model(library: str, name: str) -> bool:
 
 
 def load_factory(source: str) -> Callable[..., Any]:
-    """Return the function that ``path/to/file.py:factory`` names; ``ValueError`` where there is none."""
+    """Return the function that ``path/to/file.py:factory`` names; ``ValueError`` where there is none.
+
+    What the file or the function raises is a ``ValueError`` too, which names ``source`` and the line.
+    """
     name, _, attribute = source.rpartition(":")
     path = Path(name)
     if path.suffix != ".py" or not attribute:
@@ -215,14 +221,33 @@ def load_factory(source: str) -> Callable[..., Any]:
     sys.path.insert(0, str(path.parent.resolve()))
     sys.modules.setdefault(path.stem, module)
     try:
-        spec.loader.exec_module(module)
+        with _blamed(source, path):
+            spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
     factory = getattr(module, attribute, None)
     if not callable(factory):
         raise ValueError(f"{source!r}: {path.name} defines no function {attribute!r}")
-    found: Callable[..., Any] = factory
-    return found
+
+    @functools.wraps(factory)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with _blamed(source, path):
+            return factory(*args, **kwargs)
+
+    return called
+
+
+@contextmanager
+def _blamed(source: str, path: Path) -> Iterator[None]:
+    """Let an error of the code in a file name ``source`` and the last line of the file that ran."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = path.name if line is None else f"{path.name}, line {line}"
+        raise ValueError(f"{source!r}: {where}: {type(error).__name__}: {error}; mend the file") from error
 
 
 def _no_source(source: str) -> str:

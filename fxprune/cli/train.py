@@ -12,6 +12,7 @@ import typer
 
 from fxprune.cli.data_sources import NAMES
 from fxprune.cli.flags import named_method, option_flag, with_flags
+from fxprune.cli.folder import check_folder
 from fxprune.cli.methods import Entry, read_entry
 from fxprune.cli.reports import AsJson, Threads, set_threads
 from fxprune.keywords import TRAINING_METHODS
@@ -64,6 +65,7 @@ def train(
         raise ValueError(f"--method {method}: expected one of {', '.join(TRAINING_METHODS)}")
     if resume and out is None:
         raise ValueError("--resume: expected --out FOLDER too, the folder of the run to go on with")
+    check_folder("--plot", plot)
     set_threads(threads)
     chosen = {name: _value(text) for name, text in given.items() if text is not None}
     recipe = {name: chosen.pop(name) for name in recipe_defaults() if name in chosen}

@@ -33,6 +33,12 @@ def bare():
 def wrong():
     return 3
 
+def failing():
+    return {}["weights"]
+
+def asking(width):
+    return nn.Linear(width, 4)
+
 def data():
     return torch.randn(8, 6), torch.arange(8) % 4
 """
@@ -175,6 +181,25 @@ BAD = [
     (["prune", "no/such/file.py:net"], "there is no file"),
     (["prune", "FILE:nothing"], "defines no function 'nothing'"),
     (["prune", "FILE:wrong"], "returned a int"),
+    (["prune", "FILE:failing"], "factories.py, line 16: KeyError: 'weights'; mend the file"),
+    (
+        ["prune", "FILE:asking"],
+        "factories.py: TypeError: asking() missing 1 required positional argument: 'width'",
+    ),
+    (["prune", "FOLDER/broken.py:net"], "broken.py, line 2: SyntaxError"),
+    (
+        ["prune", "FOLDER/lacking.py:net"],
+        "lacking.py, line 1: ModuleNotFoundError: No module named 'nowhere'",
+    ),
+    (["prune", "FILE:small", "-m", "snip", "--data", "FILE:failing"], "line 16: KeyError: 'weights'"),
+    (["prune", "FILE:small", "--plan", "none.json"], "--plan none.json: there is no such file"),
+    (
+        ["plan", "FILE:small", "--out", "nowhere/plan.json"],
+        "--out nowhere/plan.json: there is no folder nowhere",
+    ),
+    (["plan", "FILE:small", "--plot", "nowhere/plan.png"], "--plot nowhere/plan.png: there is no folder"),
+    (["train", "FILE:small", "--plot", "nowhere/a.png"], "--plot nowhere/a.png: there is no folder nowhere"),
+    (["plan", "FILE:small", "--out", "FOLDER"], "this is a folder; expected the name of a file"),
     (["prune", "FILE:bare"], "example_inputs"),
     (["prune", "FILE:small", "--sparsity", "1.5"], "sparsity=1.5"),
     (["prune", "FILE:small", "--sparsity", "much"], "--sparsity"),
@@ -205,6 +230,8 @@ BAD = [
 def test_a_bad_argument_is_one_line_and_exit_code_2(
     words: list[str], message: str, file: str, tmp_path: Path, capsys: Any
 ) -> None:
+    (tmp_path / "broken.py").write_text("import torch\ndef net(:")
+    (tmp_path / "lacking.py").write_text("import nowhere")
     words = [word.replace("FILE", file).replace("FOLDER", str(tmp_path)) for word in words]
     assert run(words) == 2
     printed = capsys.readouterr()
