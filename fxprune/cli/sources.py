@@ -26,6 +26,11 @@ ZOO = ("conv2", "conv4", "conv6", "lenet_300_100", "resnet18_tiny", "resnet20", 
 EXPECTED = "timm:NAME, torchvision:NAME, zoo:NAME, hf:FOLDER or path/to/file.py:factory"
 WEIGHTS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".onnx", ".pt2")
 """Endings of files that hold weights or compiled networks, and no code to build one with."""
+RAISED = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError,
+    RuntimeError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
+"""Errors that the code in a file may raise."""
 
 
 def load_network(
@@ -242,7 +247,7 @@ def _blamed(source: str, path: Path) -> Iterator[None]:
     """Let an error of the code in a file name ``source`` and the last line of the file that ran."""
     try:
         yield
-    except Exception as error:
+    except RAISED as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None

@@ -21,7 +21,7 @@ from fxprune.rewrite.compact.constants import Dense, Recorded, fold, record
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.giving_back import give_back_before, give_back_node, give_back_users
 from fxprune.rewrite.compact.kept import Slices
-from fxprune.rewrite.compact.leaves import HeldByLeaf, held, open_leaf
+from fxprune.rewrite.compact.leaves import HeldByLeaf, first_held, open_leaf
 from fxprune.rewrite.compact.literals import Rewriter
 from fxprune.rewrite.compact.modules import (
     own_parameters,
@@ -240,10 +240,10 @@ def _smallest(
     for _ in range(ATTEMPTS):
         try:
             # Before sums: norms in a closed layer would keep what they read.
-            held(gm, slices_of(graph, gm, cut), way.whole)
+            first_held(gm, slices_of(graph, gm, cut), way.whole)
             sums, biases = _constants(gm, way, nodes, recorded)
             slices = slices_of(graph, gm, cut)
-            odd = held(gm, slices, way.whole)
+            odd = first_held(gm, slices, way.whole)
             if odd is not None:
                 give_back_users(graph, cut, odd, f"{odd}: a module of unknown kind holds it")
                 continue

@@ -19,7 +19,7 @@ from fxprune.capture.module import leaf_attributes
 from fxprune.rewrite.compact.kept import Slices
 from fxprune.rewrite.compact.modules import first_unsizeable
 
-__all__ = ["HeldByLeaf", "held", "open_leaf"]
+__all__ = ["HeldByLeaf", "first_held", "open_leaf"]
 
 LAYERS = (
     nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, nn.TransformerDecoder,
@@ -36,7 +36,7 @@ class HeldByLeaf(Exception):
         self.path = path
 
 
-def held(gm: fx.GraphModule, slices: Slices, whole: Collection[str]) -> str | None:
+def first_held(gm: fx.GraphModule, slices: Slices, whole: Collection[str]) -> str | None:
     """Return a parameter that loses entries in a layer that cannot get smaller, if there is one.
 
     ``whole``: the paths of layers that cannot be opened. `HeldByLeaf` asks for another to be opened.

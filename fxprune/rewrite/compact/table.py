@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import nn
 
-from fxprune.graph import ChannelGraph
+from fxprune.channels.counts import dense_macs
+from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.kept import Slices, flat_places
 
@@ -37,7 +39,8 @@ class CompactedLayer:
 class Compaction:
     """Hold what :func:`fxprune.compact` did; ``print`` shows it as a table.
 
-    ``parameters``: before and after, of the whole network. ``difference``: the largest difference of outputs,
+    ``parameters``: before and after, of the whole network; ``products``: the multiply-adds of products of two
+    values, such as attention, which are in no layer. ``difference``: the largest difference of outputs,
     over the largest output; ``None`` if it was not verified. ``kept``: by parameter or buffer that got
     smaller, what stayed of it.
     """
@@ -45,6 +48,7 @@ class Compaction:
     layers: tuple[CompactedLayer, ...]
     parameters: tuple[int, int]
     difference: float | None = None
+    products: tuple[int, int] = (0, 0)
     kept: Slices = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -57,8 +61,9 @@ class Compaction:
 
     @property
     def macs(self) -> tuple[int, int]:
-        """Multiply-adds of all layers for one sample, before and after."""
-        return sum(layer.macs[0] for layer in self.layers), sum(layer.macs[1] for layer in self.layers)
+        """Multiply-adds of the network for one sample, before and after."""
+        counts = [layer.macs for layer in self.layers] + [self.products]
+        return sum(count[0] for count in counts), sum(count[1] for count in counts)
 
     @property
     def given_back(self) -> int:
@@ -75,6 +80,10 @@ class Compaction:
             lines.append(
                 f"{layer.name:<44} {_pair(layer.outputs):>13} {_pair(layer.inputs):>13} "
                 f"{_pair(layer.weights):>21} {_pair(layer.macs):>23}  {back}".rstrip()
+            )
+        if self.products[0]:
+            lines.append(
+                f"{'products of two values':<44} {'':>13} {'':>13} {'':>21} {_pair(self.products):>23}"
             )
         before, after = self.parameters
         lines.append(f"parameters {before:,} -> {after:,}, MACs {self.macs[0]:,} -> {self.macs[1]:,}")
@@ -119,7 +128,30 @@ def tabulate(
                 int((stayed & ~back).sum()),
             )
         )
-    return Compaction(tuple(layers), (_count(old), _count(new)), difference, kept)
+    sizes_of_all = (_count(old), _count(new))
+    return Compaction(tuple(layers), sizes_of_all, difference, _products(graph, cut), kept)
+
+
+def _products(graph: ChannelGraph, cut: Cut) -> tuple[int, int]:
+    """The multiply-adds of products of two values, before and after.
+
+    An axis of both has the size of the smaller one: where heads go, one side alone may be known to lose them.
+    A product that no equation describes keeps its own.
+    """
+    before = after = 0
+    for op in graph.ops:
+        if not isinstance(op, ir.Mix):
+            continue
+        dense = dense_macs(op, graph.samples)
+        old, new = dict[str, int](), dict[str, int]()
+        letters = op.equation.partition("->")[0].split(",") if op.equation else ()
+        for axes, value in zip(letters, op.inputs if letters else (), strict=True):
+            for letter, size, left in zip(axes, value.shape, cut.shape(value), strict=True):
+                if size > 1:
+                    old[letter], new[letter] = size, min(left, new.get(letter, left))
+        before += dense
+        after += dense * prod(new.values()) // prod(old.values())
+    return before, after
 
 
 def _count(model: nn.Module) -> int:

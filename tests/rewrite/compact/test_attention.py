@@ -82,6 +82,25 @@ def test_torch_attention_loses_heads_and_channels_within_heads(case: str, granul
         assert_same(pruned(*other), small(*other))
 
 
+@pytest.mark.parametrize("granularity", ["channel", "head"])
+def test_the_table_counts_products_of_two_values(granularity: str) -> None:
+    model, inputs = drawn("plain")
+    pruned = fxprune.apply(
+        model, "magnitude", 0.6, granularity=granularity, example_inputs=inputs, progress=False
+    )
+    small = fxprune.compact(pruned, inputs)
+    table = small.meta["fxprune"]["compaction"]
+    # Scores and mixtures: 4 x 4 positions, times the channels of all heads.
+    width = [len(net.get_parameter("inner.in_proj_bias")) for net in (model, small)]
+    mixed = [net.get_parameter("inner.out_proj.weight").shape[1] for net in (model, small)]
+    scored = [(whole - part) // 2 for whole, part in zip(width, mixed, strict=True)]
+    assert table.products == tuple(16 * (a + b) for a, b in zip(scored, mixed, strict=True))
+    assert table.products[1] < table.products[0]
+    layers = sum(layer.macs[1] for layer in table.layers)
+    assert table.macs[1] == layers + table.products[1]
+    assert "products of two values" in str(table)
+
+
 def test_an_opened_attention_is_pruned_again_and_trains() -> None:
     model, inputs = drawn("plain")
     options: dict[str, Any] = {"granularity": "channel", "progress": False}
