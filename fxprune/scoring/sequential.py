@@ -113,8 +113,11 @@ def solve_layers(
     Raises ``ValueError`` for inputs of a layer that are not finite. Warns of layers with fewer inputs than
     weights of an output, and of weights whose inputs no product showed.
     """
+    some = read_batches(problem, batches, method)
+    if solved is not None:
+        solved.begin(some)
+    calls = arguments_of(problem, some, method)
     run = _Run(problem, solver, propagate, method, solved)
-    calls = arguments_of(problem, read_batches(problem, batches, method), method)
     with quiet(problem.model, method), run.restored(start or {}):
         plan = _reading_plan(problem, calls, run.weights)
         run.walk(plan, calls, twin, passed)

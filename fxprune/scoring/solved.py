@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from fxprune.scoring.data import Batch
 from fxprune.scoring.distributed import gathered
+from fxprune.scoring.forms import tensors_in
 
 __all__ = ["SolvedLayers"]
 
 KEY = "fxprune_layer"
+
+
+def _look(tensor: Tensor) -> list[Any]:
+    """Numbers that tell tensors apart."""
+    wide = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().double()
+    return [list(tensor.shape), float(wide.sum()), float(wide.square().sum())]
 
 
 class SolvedLayers:
@@ -29,7 +37,7 @@ class SolvedLayers:
         facts: all that decides how layers are solved, but the data: JSON values.
         group: the processes that solve together.
 
-    Raises ``ValueError`` for a folder with layers of another run, or a damaged file.
+    ``names`` are the layers that are there, when :meth:`begin` was called.
 
     >>> import tempfile
     >>> folder, mask = tempfile.mkdtemp(), torch.tensor([True, False])
@@ -41,9 +49,20 @@ class SolvedLayers:
     def __init__(
         self, folder: str | os.PathLike[str], facts: Mapping[str, Any], group: ProcessGroup | None = None
     ) -> None:
-        self.folder, self.facts = Path(folder), json.loads(json.dumps(dict(facts)))
+        self.folder, self.facts, self.group = Path(folder), dict(facts), group
         self.writes = group is None or torch.distributed.get_rank(group) == 0
+        self.names: frozenset[str] = frozenset()
         self.folder.mkdir(parents=True, exist_ok=True)
+
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Look for layers that were solved on the same data.
+
+        Raises ``ValueError`` for layers of another run, or on other data, and for a damaged file.
+        """
+        group = self.group
+        own = [[_look(one) for one in tensors_in((batch.inputs,))] for batch in batches]
+        self.facts = {**self.facts, "data": own if group is None else gathered(own, group)}
+        self.facts = json.loads(json.dumps(self.facts))
         names = [file.name.removesuffix(".safetensors") for file in self.folder.glob("*.safetensors")]
         # All processes have to skip the same layers.
         self.names = frozenset(names if group is None else gathered(sorted(names), group)[0])

@@ -49,14 +49,20 @@ def test_a_killed_run_goes_on_at_the_next_layer(
         assert torch.equal(wanted.get_parameter(name), found.get_parameter(name))
 
 
-@pytest.mark.parametrize("other", [{"damp": 0.5}, {"granularity": "2:4"}, {"batches": 2}])
-def test_layers_of_another_run_are_refused(other: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"damp": 0.5}, "damp"),
+        ({"granularity": "2:4"}, "granularity"),
+        ({"batches": 2, "data": [DATA, DATA]}, "batches, data"),
+        ({"data": (X + 1, torch.zeros(128))}, "data"),
+    ],
+)
+def test_layers_of_another_run_are_refused(other: dict[str, Any], what: str, tmp_path: Path) -> None:
     prune("sparsegpt", tmp_path)
-    data = [DATA, DATA] if "batches" in other else DATA
-    with pytest.raises(ValueError, match=r"checkpoint_dir: .* is of another run"):
-        fxprune.apply(
-            net(), "sparsegpt", 0.5, data=data, progress=False, checkpoint_dir=str(tmp_path), **other
-        )
+    given = {"data": DATA, "progress": False, "checkpoint_dir": str(tmp_path), **other}
+    with pytest.raises(ValueError, match=rf"checkpoint_dir: .* is of another run \(other {what}"):
+        fxprune.apply(net(), "sparsegpt", 0.5, **given)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
