@@ -177,7 +177,7 @@ def test_private_names_are_found() -> None:
 def test_checks_of_distributions_and_packed_sequences_call_functions() -> None:
     x, lengths = torch.randn(2, 3, 4), torch.tensor([3, 2])
     with Calls() as calls:
-        torch.distributions.Normal(x, x.exp())
+        torch.distributions.Normal(x, x.exp(), validate_args=True)  # torch.compile turns it off
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
         nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
     assert {private.all_true, private.pack_padded_sequence, private.pad_packed_sequence} <= set(calls.seen)
