@@ -12,7 +12,7 @@ from fxprune.scoring.gradients import count_of
 from fxprune.scoring.layer_plan import Plan, Split, choose_in_layer, solve_in_rounds
 from fxprune.scoring.sequential import Layer, Matrix
 from fxprune.scoring.surgeon import dense_scores
-from fxprune.sparsity.granularity import WEIGHT, Granularity
+from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.masks import Masks
 
 NAME = "dsnot"
@@ -48,7 +48,7 @@ def dsnot(
         checkpoint_dir: a folder that keeps solved layers; after a kill the same call goes on at the next
 
     Cost: a forward pass per batch, and at most ``cycles`` exchanges in every output.
-    When: as `wanda`, where that loses too much and weights must stay; for granularity "weight" only.
+    When: as `wanda`, where that loses too much and weights must stay; of patterns and channels it leaves the first mask.
     """
     count_of(NAME, "batches", batches)
     count_of(NAME, "cycles", cycles)
@@ -56,7 +56,6 @@ def dsnot(
         raise ValueError(f"method {NAME!r}: enough={enough!r}, expected a share, at least 0")
 
     def find(problem: Problem) -> Masks:
-        _check_granularity(problem.granularity)
         found = solve_in_rounds(
             problem,
             lambda plan, layer: _solved(layer, plan, start, cycles, enough),
@@ -80,19 +79,13 @@ def dsnot(
     )
 
 
-def _check_granularity(granularity: Granularity) -> None:
-    if granularity != WEIGHT:
-        raise ValueError(
-            f"method {NAME!r}: it exchanges single weights; expected granularity='weight', got "
-            f"{granularity!r}"
-        )
-
-
 def _solved(layer: Layer, plan: Plan, start: str, cycles: int, enough: float) -> tuple[Tensor, Tensor]:
     """Return the mask of one layer, and its weights under it."""
-    if plan.layers[layer.name] == int(layer.mask.sum()):
+    if not plan.masks and plan.layers[layer.name] == int(layer.mask.sum()):
         return layer.mask, layer.weight
     mask = choose_in_layer(plan, layer, _first_scores(layer, start))
+    if plan.granularity != WEIGHT:
+        return mask, layer.weight * mask
     flat, within = mask.view(-1), layer.mask.reshape(-1)
     for matrix in layer.matrices:
         places = matrix.positions

@@ -91,9 +91,16 @@ def test_a_whole_network_and_one_that_was_pruned_before() -> None:
         assert torch.equal(twice.get_parameter(name), model.get_parameter(name) * mask)
 
 
-def test_what_does_not_fit_is_named() -> None:
+def test_patterns_stay_as_they_were_first() -> None:
     model, x = layer_and_inputs()
-    with pytest.raises(ValueError, match=r"expected granularity='weight', got NM"):
-        fxprune.apply(model, "dsnot", granularity="2:4", data=(x, torch.zeros(100)), progress=False)
+    data = (x, torch.zeros(100))
+    first, found = (
+        fxprune.apply(model, name, granularity="2:4", data=data, progress=False, budget="uniform")
+        for name in ("wanda", "dsnot")
+    )
+    assert torch.equal(fxprune.masks(first)["0.weight"], fxprune.masks(found)["0.weight"])
+
+
+def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="enough=-1"):
         methods.get("dsnot", enough=-1.0)
