@@ -85,7 +85,7 @@ def _write_under_a_mask_made_through_a_view(y: Tensor, z: Tensor) -> Tensor:
     mask = torch.zeros(4, dtype=torch.bool, device=y.device)
     before = mask | False
     mask.view(2, 2)[0].fill_(True)
-    return y.masked_fill(mask, 0.0) + y.masked_fill(before, 0.0).detach() + torch.cat([z, z], 1)
+    return y.masked_fill(mask, 0.0) + y.masked_fill(~before, 0.0) + torch.cat([z, z], 1)
 
 
 def _turn_in_place(y: Tensor, z: Tensor) -> Tensor:
