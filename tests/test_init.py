@@ -52,11 +52,13 @@ def test_the_room_capture_does_not_hide_the_function() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_rooms_are_attributes() -> None:
     code = "import fxprune; fxprune.rewrite.read, fxprune.methods.names, fxprune.zoo.resnet20"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_the_package_imports_nothing_slow() -> None:
     found = imported_by("import fxprune; [getattr(fxprune, name) for name in fxprune.__all__]")
     assert "torch" in found

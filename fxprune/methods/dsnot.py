@@ -48,7 +48,7 @@ def dsnot(
         checkpoint_dir: a folder that keeps solved layers; after a kill the same call goes on at the next
 
     Cost: a forward pass per batch, and at most ``cycles`` exchanges in every output.
-    When: as `wanda`, where that loses too much and weights must stay; of patterns and channels it leaves the first mask.
+    When: as `wanda`, where that loses too much and weights must stay as they are.
     """
     count_of(NAME, "batches", batches)
     count_of(NAME, "cycles", cycles)

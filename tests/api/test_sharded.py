@@ -143,6 +143,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: Any) -> list[dict[
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:sparsity=0.6. more than the 0.5 of 1.2")
 def test_masks_are_those_of_one_process(results: list[dict[str, Any]]) -> None:
     for (method, options), *found in zip(CASES, *(result["masks"] for result in results), strict=True):

@@ -383,6 +383,7 @@ def test_global_hooks_that_observe_are_run() -> None:
 # -- hooks that a model hangs on itself, and those of PyTorch
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:layer collapse")
 @pytest.mark.parametrize("name", ["xception41", "test_resnet"])
 def test_features_of_timm(name: str) -> None:

@@ -43,6 +43,7 @@ def untied(model: nn.Module, *args: Any) -> tuple[nn.Module, nn.Module]:
 
 
 # -- precision, layout, size
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_mixed_precision(name: str) -> None:
     model, gm = untied(timm.create_model(name))

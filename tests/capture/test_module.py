@@ -162,6 +162,7 @@ def test_a_failing_capture_leaves_everything_as_it_was(model: Everything) -> Non
     assert model(X).shape == (5, 4)
 
 
+@pytest.mark.slow
 def test_compiles_and_exports_whole() -> None:
     model = timm.create_model("test_vit", attn_drop_rate=0.2, drop_path_rate=0.2).eval()
     gm = capture(model)

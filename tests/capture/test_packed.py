@@ -105,6 +105,7 @@ def test_packed_layers_have_the_paths_of_plain_ones() -> None:
     assert all(torch.equal(masks[0][key], masks[1][key]) for key in masks[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "synflow", "snip"])
 def test_packed_networks_are_pruned_and_trained(method: str) -> None:
     model, given = build("lstm both ways"), batch([7, 5, 2])

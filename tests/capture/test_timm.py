@@ -65,6 +65,7 @@ def test_distilled_heads_differ_by_mode() -> None:
     assert isinstance(gm.eval()(x), torch.Tensor)
 
 
+@pytest.mark.slow
 def test_caches_of_attention_biases_are_computed_in_the_graph() -> None:
     model = timm.create_model("levit_128s", drop_path_rate=0.1).eval()
     with warnings.catch_warnings():
@@ -79,6 +80,7 @@ def test_caches_of_attention_biases_are_computed_in_the_graph() -> None:
     assert torch.equal(gm(x.repeat(2, 1, 1, 1)), expected)
 
 
+@pytest.mark.slow
 def test_no_weights_are_allocated() -> None:
     with torch.device("meta"):
         model = timm.create_model("eva_giant_patch14_224")

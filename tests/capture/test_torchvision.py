@@ -38,6 +38,7 @@ OPTIONS = {
 LONG = {"densenet121", "googlenet", "swin_v2_t"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in SMALLEST]
 )
@@ -90,6 +91,7 @@ def test_segmentation_video_and_backbones_of_detectors() -> None:
     assert [tuple(maps[key].shape[2:]) for key in maps] == [(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:capture")
 def test_what_depends_on_the_data_in_a_detector_is_a_node() -> None:
     images = [torch.empty(3, 96, 96, device="meta")] * 2

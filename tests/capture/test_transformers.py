@@ -68,6 +68,7 @@ MODELS: list[tuple[Callable[[], nn.Module], Tensor]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "example"), MODELS)
 def test_captured_and_lowered(build: Callable[[], nn.Module], example: Tensor) -> None:
     torch.manual_seed(0)
@@ -82,6 +83,7 @@ def test_captured_and_lowered(build: Callable[[], nn.Module], example: Tensor) -
     assert not graph.opaque
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "example"), MODELS)
 def test_effective_weights_are_those_of_the_oracle(build: Callable[[], nn.Module], example: Tensor) -> None:
     torch.manual_seed(0)
@@ -92,6 +94,7 @@ def test_effective_weights_are_those_of_the_oracle(build: Callable[[], nn.Module
     assert {n for n in wanted if not torch.equal(found[n], wanted[n])} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:layer collapse")
 @pytest.mark.parametrize(("build", "example"), MODELS)
 def test_pruned(build: Callable[[], nn.Module], example: Tensor) -> None:

@@ -245,6 +245,7 @@ def test_without_words_it_shows_its_commands(capsys: Any) -> None:
     assert "prune" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_as_a_process() -> None:
     command = [sys.executable, "-m", "fxprune", "prune", "timm:resnet18", "-s", "2"]
     bad = subprocess.run(command, capture_output=True, text=True)
@@ -338,6 +339,7 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_any_data_method_runs_on_images_by_name_or_from_a_folder(images: Path, capsys: Any) -> None:
     words = ["prune", "timm:test_resnet", "--num-classes", "10", "-m", "snip", "-s", "0.5", "--json"]
     for data in (str(images), str(images.parent), "digits"):

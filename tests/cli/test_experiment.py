@@ -164,6 +164,7 @@ def test_networks_of_ones_own_and_of_timm(tmp_path: Path, capsys: Any) -> None:
 SHORT = ["train", "zoo:lenet_300_100", "--batch", "300", "--lr", "0.01", "--alpha", "0.9", "--json"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path: Path, capsys: Any) -> None:
     assert run([*SHORT, "--epochs", "3"]) == 0
     wanted = json.loads(capsys.readouterr().out)["curves"]

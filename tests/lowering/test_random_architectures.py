@@ -25,6 +25,7 @@ SETTINGS: dict[str, Any] = {
 STARTS = ("image", "tokens", "vector")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize(
     "count",

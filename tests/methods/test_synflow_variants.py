@@ -104,6 +104,7 @@ def test_hundreds_of_layers_stay_finite(scored: list[Scores], method: str) -> No
 LARGE = ("resnet50", "vit_base_patch16_224", "efficientnet_b7")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["resnet26", *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
 )

@@ -138,6 +138,7 @@ def test_masks_on_other_parameters_do_not_count() -> None:
     assert report.density == 0.5
 
 
+@pytest.mark.slow
 def test_dense_numbers_of_a_known_network() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

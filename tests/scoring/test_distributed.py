@@ -86,6 +86,7 @@ def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     return together(request.param, everything)
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_gives_the_masks_of_one(results: list[dict[str, Any]]) -> None:
     for (name, options), *found in zip(METHODS, *(result["scored"] for result in results), strict=True):
         expected = in_one_process(name, options)

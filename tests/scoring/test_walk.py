@@ -43,6 +43,7 @@ def test_outputs_are_those_of_the_model() -> None:
             assert torch.equal(list(seen.values())[-1][piece], model(*call.args, **call.kwargs))
 
 
+@pytest.mark.slow
 def test_only_the_frontier_is_held() -> None:
     alive: list[Any] = []
 

@@ -129,6 +129,7 @@ def draw(net: str, seed: int) -> tuple[ChannelGraph, ChannelGroups, Shapes, dict
     return graph, channels, shapes, {name: torch.rand(shape) for name, shape in shapes.items()}
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     st.sampled_from(NAMES),

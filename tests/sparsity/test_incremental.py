@@ -63,6 +63,7 @@ def lowest_by_sorting(scores: dict[str, Tensor], masks: Masks, budget: Budget) -
     return chosen
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=150)
 @given(
     st.sampled_from(sorted(VALUES)),

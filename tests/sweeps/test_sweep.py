@@ -104,6 +104,7 @@ def start(folder: Path, seconds: float) -> "subprocess.Popen[bytes]":
     return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(seconds)])
 
 
+@pytest.mark.slow
 def test_processes_divide_the_cells(tmp_path: Path) -> None:
     processes = [start(tmp_path, 0.5) for _ in range(2)]
     assert [process.wait(240) for process in processes] == [0, 0]
@@ -113,6 +114,7 @@ def test_processes_divide_the_cells(tmp_path: Path) -> None:
     assert len(read_results(tmp_path).rows) == 12
 
 
+@pytest.mark.slow
 def test_a_cell_of_a_process_that_was_killed_is_taken_over(tmp_path: Path) -> None:
     victim = start(tmp_path, 600)
     deadline = time.monotonic() + 120
@@ -198,6 +200,7 @@ budget = "erk"
 """
 
 
+@pytest.mark.slow
 def test_the_commands(tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("matplotlib")
     config = tmp_path / "one.toml"

@@ -348,6 +348,7 @@ def sharded() -> list[bool]:
     return same
 
 
+@pytest.mark.slow
 def test_processes_come_to_the_same_masks(tmp_path: Path) -> None:
     one, two = together(2, on_each_rank, str(tmp_path))
     for method in ("asni", "set", "rigl"):

@@ -136,6 +136,7 @@ def test_who_writes_into_its_input_and_who_does_not(name: str) -> None:
     assert torch.equal(gm(x), model(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:capture")
 def test_a_detector_whole() -> None:
     torch.manual_seed(0)

@@ -324,6 +324,7 @@ def test_refinement_finds_the_best_taps_of_a_layer_by_enumeration() -> None:
     assert flow(question.graph, edges, dtype=torch.float64).log_total == pytest.approx(best, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_paths_of_resnet20_at_865_weights() -> None:
     # DPaI ends at 59.4, the local search alone at 60.1 (docs/balance.md).
     question = asked(zoo.resnet20(), torch.ones(1, 3, 32, 32), 1 - 865 / 270896, budget="erk")

@@ -309,6 +309,7 @@ def test_layers_that_are_listed_end_as_those_that_are_not(
         assert other_history[column] == pytest.approx(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("growth", [1.0, 1.05, 0.999 / 0.9, 1.2, 2.0, 1e3])
 def test_no_step_is_longer_than_the_leap(growth: float) -> None:
     """The worst are gradients that grow as the weights of the two means part: these all but reach it."""

@@ -109,6 +109,7 @@ def test_images(architecture: Architecture, seed: int) -> None:
     check(architecture, seed)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, **SETTINGS)
 @given(architectures("tokens"), st.integers(0, 99))
 def test_tokens(architecture: Architecture, seed: int) -> None:

@@ -8,6 +8,7 @@ import torch.multiprocessing
 from rewrite import workers
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_two_processes(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

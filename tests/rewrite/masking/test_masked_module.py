@@ -136,6 +136,7 @@ def test_compiled_and_no_recompile_on_a_mask_change(name):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a compiler")
 def test_inductor():
     block, x, _, _ = masked_layer("linear")

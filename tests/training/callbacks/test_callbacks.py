@@ -34,6 +34,7 @@ def test_plain_loop_example(tmp_path: Path, capsys: Any) -> None:
     assert capsys.readouterr().out == "", "it is done already"
 
 
+@pytest.mark.slow
 def test_timm_example() -> None:
     found = example("timm_script").main("test_resnet", epochs=2, size=16, batch=128)
     assert found["sparsity"] == pytest.approx(0.8, abs=1e-4)
@@ -132,6 +133,7 @@ def transformers_run(folder: Path, epochs: int, resume: bool = False, every: Any
     return pruner, trainer
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
     whole, trainer = transformers_run(tmp_path / "a", 4)
