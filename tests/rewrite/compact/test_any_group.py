@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pytest
 import torch
 from channels.removal import zero_group
 from hypothesis import HealthCheck, Phase, assume, given, note, settings
