@@ -55,12 +55,11 @@ def test_timm_against_torch(name: str) -> None:
 
 
 def test_bert_against_torch() -> None:
-    from transformers import BertConfig, BertModel
-
-    config = BertConfig(
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
         vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=20
     )
-    model = BertModel(config).eval()
+    model = transformers.BertModel(config).eval()
     inputs = {"input_ids": torch.ones(2, 7, dtype=torch.long)}
     graph = fxprune.lower(fxprune.capture(model, inputs))
     assert our_macs(graph) == torch_macs(model, inputs) / 2
