@@ -140,7 +140,7 @@ def _with_limit(problem: Problem) -> Problem:
         return problem
     share = min(grain.options.at_most / grain.whole, 1.0)
     budget, left = problem.budget, sum(kept(problem.masks).values())
-    total = min(int(grain.options.at_most), left) if grain.options.of == "weights" else budget.total
+    total = int(min(grain.options.at_most, left)) if grain.options.of == "weights" else budget.total
     return replace(problem, budget=replace(budget, total=total, asked=share))
 
 

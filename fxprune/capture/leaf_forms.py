@@ -29,9 +29,10 @@ def leaf_form(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """Return a key that is equal for modules whose traces on these arguments are equal, or None for no key.
 
     Two modules have equal keys where classes, attributes and submodules are equal, parameters and buffers
-    have the same shapes and types, and are tied in the same way. Numbers in parameters and buffers do not
-    count: a trace cannot read them. None for modules with hooks, with tensors that are neither parameters nor
-    buffers, and with attributes that are neither literals, functions, classes nor collections of those.
+    have the same shapes and types, and are tied in the same way. Numbers in them do not count, for a trace
+    cannot read them, but for whole numbers in buffers that are no state, which it can. None for modules with
+    hooks, with tensors that are neither parameters nor buffers, and with attributes that are neither
+    literals, functions, classes nor collections of those.
 
     >>> layers = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(4, 8, bias=False)
     >>> one, two, other = (leaf_form(layer, (torch.ones(2, 4),), {}) for layer in layers)
@@ -57,7 +58,7 @@ def leaf_form(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 
 def _module(inner: nn.Module, modules: Mapping[int, int], tensor: Callable[[Tensor], Hashable]) -> Hashable:
-    found: list[Any] = [type(inner)]
+    found: list[Any] = [type(inner), _readable(inner)]
     for name, value in vars(inner).items():
         if name in FORWARD_TABLES and value:
             raise _NoForm
@@ -71,6 +72,16 @@ def _module(inner: nn.Module, modules: Mapping[int, int], tensor: Callable[[Tens
             kept = _literal(value, None)
         found.append((name, kept))
     return tuple(found)
+
+
+def _readable(inner: nn.Module) -> Hashable:
+    """The numbers in buffers that code under a trace may look at: integers that are no state."""
+    buffers = [(name, inner._buffers.get(name)) for name in sorted(inner._non_persistent_buffers_set)]
+    return tuple(
+        (name, buffer.cpu().numpy().tobytes())
+        for name, buffer in buffers
+        if buffer is not None and not (buffer.is_meta or buffer.is_floating_point() or buffer.is_complex())
+    )
 
 
 def _literal(value: Any, tensor: Callable[[Tensor], Hashable] | None) -> Hashable:

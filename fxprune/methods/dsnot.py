@@ -34,7 +34,8 @@ def dsnot(
     takes most from the mean error of the output, per variance of its input, ``w_j * E[x_j] / Var[x_j]``, and
     of the weights that stay, and move the error the same way as they go, the one with the least
     ``|w_j| * ||x_j||_2`` goes; until the error is small, or does not fall any more. Needs data; labels are
-    not looked at. No weight changes, and every output keeps as many as in the first mask.
+    not looked at. No weight changes, and every output keeps as many as in the first mask. Patterns, blocks
+    and channels stay as they are in the first mask.
 
     Options:
         batches: number of batches that are run

@@ -60,7 +60,8 @@ def test_parameters_and_weights() -> None:
 
 
 def test_more_than_there_is_leaves_all() -> None:
-    assert all(bool(mask.all()) for mask in fxprune.masks(prune(of="macs", at_most=1e12)).values())
+    for options in ({"of": "macs", "at_most": 1e12}, {"at_most": float("inf")}):
+        assert all(bool(mask.all()) for mask in fxprune.masks(prune(**options)).values())
 
 
 def test_a_plan_has_the_limit_too() -> None:

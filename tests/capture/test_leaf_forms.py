@@ -80,6 +80,26 @@ def test_any_difference_makes_another_form(what: str) -> None:
     assert leaf_form(Part(), (X,), {}) != leaf_form(OTHERS[what](), (X,), {})
 
 
+class Ordered(nn.Module):
+    """A leaf that looks at the numbers in a buffer which is no state."""
+
+    def __init__(self, order: list[int]) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.tensor(order), persistent=False)
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return 2 * y if bool((self.order == 0).any()) else y
+
+
+def test_numbers_that_a_trace_can_read_belong_to_the_form() -> None:
+    traced: dict[Any, Any] = {}
+    for part in (Ordered([0, 1]).eval(), Ordered([1, 2]).eval(), Ordered([0, 1]).eval()):
+        assert torch.equal(capture_leaf(part, (X,), {}, traced=traced)(X), part(X))
+    assert len(traced) == 2
+
+
 def test_arguments_belong_to_the_form() -> None:
     base = leaf_form(Part(), (X,), {})
     for args, kwargs in (((X[:1],), {}), ((X.double(),), {}), ((X,), {"scale": 2.0}), ((X, 1.0), {})):

@@ -191,6 +191,13 @@ def test_the_time_that_is_wanted_may_be_a_number_of_milliseconds() -> None:
     assert (dense, measured, masks) == (12.0, pytest.approx(3.0, rel=0.03), pytest.approx(0.25, rel=0.03))
 
 
+def test_a_network_that_is_fast_enough_stays_whole_without_a_warning() -> None:
+    masks, (dense, _, measured), rounds = meet_latency(
+        lambda share: (share, 10 * share), lambda m: (12.0, 12.0 * m), lambda dense: 30.0, 2.5
+    )
+    assert (masks, dense, measured, rounds) == (1.0, 12.0, 12.0, 1)
+
+
 def test_a_target_between_coarse_channels_is_said_to_be_missed() -> None:
     with pytest.warns(UserWarning, match=r"measured 3 ms, \+20.0% from the target of 2.5 ms, after 6 rounds"):
         masks, _, _ = meet_latency(
