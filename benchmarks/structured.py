@@ -61,12 +61,13 @@ def main() -> None:
         for network in given.networks:
             for seed in given.seeds:
                 dense = trained(network, seed, train, given.epochs, given.images)
+                right = accuracy(dense, test)
                 for share in given.shares:
                     for tool, criterion, scope in _ways(given):
                         cell = (network, seed, share, tool, criterion, scope, given.epochs, given.images)
                         facts = dict(zip(KEY, cell, strict=True))
                         if not any(all(row[name] == facts[name] for name in KEY) for row in rows()):
-                            row = {**facts, **measured(dense, facts, train, test)}
+                            row = {**facts, **measured(dense, right, facts, train, test)}
                             with RESULTS.open("a", encoding="utf-8") as file:
                                 file.write(json.dumps(row) + "\n")
                             print(row, flush=True)
@@ -110,6 +111,7 @@ def trained(name: str, seed: int, train: Images, epochs: int, images: int) -> nn
 
 def fit(network: nn.Module, data: Images, epochs: int, images: int, rate: float, seed: int) -> None:
     """AdamW with one cycle of the rate."""
+    network.to(memory_format=torch.channels_last)  # faster on a CPU; timed in the usual format
     steps = epochs * (images // BATCH)
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.02)
@@ -122,7 +124,7 @@ def fit(network: nn.Module, data: Images, epochs: int, images: int, rate: float,
             F.cross_entropy(network(data[0][chosen]), data[1][chosen]).backward()
             optimiser.step()
             rates.step()
-    network.eval()
+    network.to(memory_format=torch.contiguous_format).eval()
 
 
 @torch.no_grad()
@@ -136,7 +138,9 @@ def accuracy(network: nn.Module, data: Images) -> float:
 
 
 # -- one cell -----------------------------------------------------------------------------------------------
-def measured(dense: nn.Module, cell: dict[str, Any], train: Images, test: Images) -> dict[str, Any]:
+def measured(
+    dense: nn.Module, right: float, cell: dict[str, Any], train: Images, test: Images
+) -> dict[str, Any]:
     """Prune, fine-tune and measure one network."""
     x = train[0][:1]
     start = time.perf_counter()
@@ -153,7 +157,7 @@ def measured(dense: nn.Module, cell: dict[str, Any], train: Images, test: Images
     return {
         "accuracy": accuracy(small, test),
         "accuracy_before_tuning": before,
-        "dense_accuracy": accuracy(dense, test),
+        "dense_accuracy": right,
         "macs": left.macs / whole.macs,
         "parameters": left.parameters / whole.parameters,
         "ms": found.timing("small").median,

@@ -60,7 +60,8 @@ class Results:
 
     ``rows``: one dict per cell: ``method``, ``sparsity``, ``seed``; what ``train_fn`` returned; and of pruned
     networks ``kept``, ``effective``, ``nodes``, ``kernels``, ``log_paths`` (natural logarithm), ``densities``
-    by layer, ``seconds`` that pruning took and, where asked for, ``milliseconds`` of dense and compact.
+    by layer, ``seconds`` that pruning took and, where asked for, ``milliseconds`` of dense and compact
+    and the ``parameters`` of compact, None where it was cut to nothing.
     ``failed``: name of a cell -> the error that it ended in; another call tries it again.
     """
 
@@ -215,10 +216,18 @@ class _Work:
             "seconds": round(seconds, 3),
         }
         if self.latency:
-            pair = {"dense": dense, "compact": compact(pruned)}
-            timings = measure(pair, self.options.get("example_inputs"))
-            numbers |= {f"milliseconds {one.network}": one.median for one in timings}
+            numbers |= self._latency(dense, pruned)
         return pruned, numbers
+
+    def _latency(self, dense: nn.Module, pruned: nn.Module) -> dict[str, Any]:
+        """Measure the dense and the compact network in turn; None where nothing is left to measure."""
+        try:
+            small = compact(pruned)
+        except ValueError:  # cut to nothing; it is a result, and training goes on
+            return {"milliseconds compact": None, "parameters compact": None}
+        timings = measure({"dense": dense, "compact": small}, self.options.get("example_inputs"))
+        found: dict[str, Any] = {f"milliseconds {one.network}": one.median for one in timings}
+        return found | {"parameters compact": sum(one.numel() for one in small.parameters())}
 
 
 def _entries(methods: Iterable[str | Method] | Mapping[str, Any]) -> Entries:

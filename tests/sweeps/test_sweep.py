@@ -186,6 +186,27 @@ def test_folders_of_something_else(tmp_path: Path) -> None:
         fxprune.sweep(lambda: 3, ["magnitude"], folder=tmp_path / "new", **wish)  # type: ignore[arg-type,return-value]
 
 
+def one_layer(problem: Any) -> Any:
+    """Keep weights of the first layer alone, so that there is no path."""
+    masks = {name: torch.zeros_like(mask) for name, mask in problem.masks.items()}
+    next(iter(masks.values())).view(-1)[: problem.budget.total] = True
+    return masks
+
+
+def test_a_network_that_is_cut_to_nothing_is_trained_and_has_no_milliseconds(tmp_path: Path) -> None:
+    found = fxprune.sweep(
+        net, [fxprune.Method("nothing", one_layer), "magnitude"], [0.75], folder=tmp_path,
+        train_fn=lambda model, seed: 0.5, latency=True, example_inputs=torch.ones(1, 6), progress=False,
+    )  # fmt: skip
+    rows = {row["method"]: row for row in found.rows}
+    assert not found.failed
+    assert rows["nothing"]["milliseconds compact"] is None
+    assert rows["nothing"]["parameters compact"] is None
+    assert rows["nothing"]["accuracy"] == 0.5
+    assert 0 < rows["magnitude"]["parameters compact"] < sum(p.numel() for p in net().parameters())
+    assert rows["magnitude"]["milliseconds dense"] > 0
+
+
 CONFIG = """
 model = "zoo:lenet_300_100"
 methods = ["magnitude", "small"]
