@@ -16,6 +16,7 @@ from fxprune.channels.follow import follow
 from fxprune.graph import ChannelGraph, ir
 from fxprune.lowering import lower
 from fxprune.paths.used import used_channels
+from fxprune.rewrite.compact.constant_branches import remove_constant_branches
 from fxprune.rewrite.compact.constant_operands import cut_constants
 from fxprune.rewrite.compact.constants import Dense, Recorded, fold, record
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
@@ -108,8 +109,9 @@ def _compact(
     source, whole, opened = gm, set[str](), list[str]()
     while True:
         graph = lower(source)
-        cut = _first_cut(graph, source, known)
-        way = _Way(graph, cut, whole, exact, fold_constants)
+        masks = _masks(graph, source, known)
+        cut = _first_cut(graph, source, masks)
+        way = _Way(graph, masks, cut, whole, exact, fold_constants)
         try:
             small, slices, found = _proved(gm, source, way, runs, verify=verify)
             break
@@ -138,9 +140,13 @@ def _compact(
 
 @dataclass(frozen=True, eq=False)
 class _Way:
-    """Hold the cut of a graph and the options; ``whole``: the paths of layers that cannot be opened."""
+    """Hold the cut of a graph and the options.
+
+    ``masks``: by weight, what counts or may grow; ``whole``: the paths of layers that cannot be opened.
+    """
 
     graph: ChannelGraph
+    masks: Masks
     cut: Cut
     whole: Collection[str]
     exact: bool
@@ -160,13 +166,13 @@ def _proved(
     if verify and source is not gm:
         expected = outputs_of(gm, runs[0]), outputs_of(gm, runs[1])
     while True:
-        small, slices, first = _smallest(source, way, runs[0], before.recorded)
+        small, slices, first = _smallest(source, way, runs, before.recorded)
         if not (verify and way.exact):
             return small, slices, None
 
         def in_float64() -> fx.GraphModule:
             wide, both = copy.deepcopy(source).double(), (in_double(runs[0]), in_double(runs[1]))
-            return _smallest(wide, way, both[0], _recorded(wide, way, both).recorded)[0]
+            return _smallest(wide, way, both, _recorded(wide, way, both).recorded)[0]
 
         outputs = (expected[0], first), (expected[1], outputs_of(small, runs[1]))
         try:
@@ -178,25 +184,29 @@ def _proved(
                 raise
 
 
-def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, known: Masks) -> Cut:
-    """Return what could go by the masks alone (``known``: those of the model, if it has any)."""
+def _masks(graph: ChannelGraph, gm: fx.GraphModule, known: Masks) -> Masks:
+    """Return the masks of weights: those of the model (``known``), or where it has none, what is not zero."""
     valueless = next((name for name in graph.kernels if gm.get_parameter(name).is_meta), None)
     if valueless is not None:
         raise ValueError(
             f"model: {valueless!r} has no values (it is on the meta device); load the weights first"
         )
+    if known:  # zeros that no mask holds may grow
+        return {name: mask for name, mask in known.items() if name in graph.kernels}
+    computed = _computed_weights(graph)
+    return {
+        name: (gm.get_parameter(name).detach() != 0).cpu() for name in graph.kernels if name not in computed
+    }
+
+
+def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks) -> Cut:
+    """Return what could go by the masks alone."""
     computed = _computed_weights(graph)
 
     def nonzero(name: str) -> Tensor:
         weight = gm.get_parameter(name).detach()
         return (torch.ones_like(weight, dtype=torch.bool) if name in computed else weight != 0).cpu()
 
-    # Zeros that no mask holds may grow.
-    masks = (
-        {name: mask for name, mask in known.items() if name in graph.kernels}
-        if known
-        else {name: nonzero(name) for name in graph.kernels if name not in computed}
-    )
     used = used_channels(graph, masks, resolution="channel")
     if graph.kernels and not any(bool(rows.any()) for rows, _ in used.values()):
         empty = [name for name, mask in masks.items() if not bool(mask.any())] or list(graph.kernels)
@@ -228,7 +238,7 @@ def _recorded(gm: fx.GraphModule, way: _Way, runs: Runs) -> Dense:
 
 
 def _smallest(
-    gm: fx.GraphModule, way: _Way, inputs: tuple[Any, ...], recorded: Recorded
+    gm: fx.GraphModule, way: _Way, runs: Runs, recorded: Recorded
 ) -> tuple[fx.GraphModule, Slices, Any]:
     """Rewrite a copy, and run it; where a node does not run, give its channels back and try again.
 
@@ -251,7 +261,11 @@ def _smallest(
             Rewriter(graph, small, cut, sums, slices).run()
             cut_constants(graph, small, cut, slices)
             slice_parameters(small, slices, biases, _groups(graph, nodes, cut))
-            return small, slices, set_shapes(small, inputs)
+            outputs = set_shapes(small, runs[0])
+            dead = _dead_weights(way.masks, slices) if way.fold_constants else set()
+            if dead and remove_constant_branches(small, dead, runs):
+                outputs = set_shapes(small, runs[0])
+            return small, slices, outputs
         except UnevenCut as error:
             if not cut.give_back(error.labels, str(error)):
                 raise RuntimeError(f"compact: {error}") from error
@@ -259,6 +273,12 @@ def _smallest(
             if not give_back_node(graph, cut, nodes, error):
                 raise RuntimeError(f"compact: node {error}") from error
     raise RuntimeError(f"compact: no consistent cut in {ATTEMPTS} attempts; please report the network")
+
+
+def _dead_weights(masks: Masks, slices: Slices) -> set[str]:
+    """The weights of which nothing that is left counts, or may grow."""
+    left = {name: slices[name].take(mask.cpu()) if name in slices else mask for name, mask in masks.items()}
+    return {name for name, mask in left.items() if not bool(mask.any())}
 
 
 def _constants(

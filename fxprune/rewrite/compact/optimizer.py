@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.rewrite.compact.constant_branches import is_constant
 from fxprune.rewrite.compact.kept import Kept
 from fxprune.rewrite.compact.table import Compaction
 
@@ -27,7 +28,8 @@ def remap_optimizer(
 
     Returns:
         An optimizer of the same class, with the same groups and options. State of a parameter's shape
-        (momenta) is sliced as the parameter was; biases that are new join the group of their weight.
+        (momenta) is sliced as the parameter was; biases that are new join the group of their weight, and
+        constants that took the place of branches the first group.
 
     Raises:
         ValueError: ``after`` was not made by ``compact``, or the optimizer has a parameter that ``before``
@@ -91,6 +93,10 @@ def _carried(
             if name.rpartition(".")[2] == "weight" and bias in new and bias not in names.values():
                 parameters.append(new[bias])
         groups.append({**group, "params": parameters})
+    if groups:  # what took the place of branches whose parameters were trained
+        groups[0]["params"] += [
+            new[name] for name in sorted(new.keys() - set(names.values())) if is_constant(name)
+        ]
     return groups, state
 
 

@@ -42,6 +42,7 @@ class Recipe:
         edits: the nodes that changed or are new, in order.
         erased: the nodes that are gone.
         opened: the paths of layers that were opened first, in order.
+        removed: modules, parameters and buffers that are gone.
         unwritable: the reason why this recipe cannot be followed; empty if it can.
     """
 
@@ -56,6 +57,7 @@ class Recipe:
     edits: list[dict[str, Any]] = field(default_factory=list)
     erased: list[str] = field(default_factory=list)
     opened: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
     unwritable: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -106,6 +108,7 @@ def record_recipe(
         recipe.edits.extend(_edits(gm, small))
         left = {node.name for node in small.graph.nodes}
         recipe.erased.extend(node.name for node in gm.graph.nodes if node.name not in left)
+        recipe.removed.extend(_removed(gm, small))
     except Unwritable as error:
         return Recipe(recipe.inputs, masked, recipe.nodes, recipe.parameters, unwritable=str(error))
     return recipe
@@ -185,6 +188,23 @@ def _norms(gm: fx.GraphModule, small: fx.GraphModule) -> dict[str, dict[str, Any
         shapes = {name: list(buffer.shape) for name, buffer in module.named_buffers()}
         found[path] = {"kind": kind, "width": norm.width, "eps": norm.eps, "shapes": shapes}
     return found
+
+
+def _removed(gm: fx.GraphModule, small: fx.GraphModule) -> list[str]:
+    """The modules that are gone with all in them, and the tensors that are gone from modules that stayed."""
+    found: list[str] = []
+    stayed = {name for name, _ in small.named_modules(remove_duplicate=False)}
+    tensors = {*_tensors(small)}
+    for name in [*(name for name, _ in gm.named_modules(remove_duplicate=False)), *_tensors(gm)]:
+        inside = any(name.startswith(f"{one}.") for one in found)
+        if name not in stayed and name not in tensors and not inside:
+            found.append(name)
+    return found
+
+
+def _tensors(module: nn.Module) -> list[str]:
+    named = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return [name for some in named for name, _ in some]
 
 
 def _edits(gm: fx.GraphModule, small: fx.GraphModule) -> list[dict[str, Any]]:

@@ -54,9 +54,12 @@ def replay(gm: fx.GraphModule, recipe: Recipe) -> fx.GraphModule:
     for name, shape in recipe.added.items():
         path, _, leaf = name.rpartition(".")
         owner = small.get_submodule(path)
-        like = next(owner.parameters(recurse=False), torch.empty(0))
+        like = next(iter((*owner.parameters(recurse=False), *small.parameters())), torch.empty(0))
         setattr(owner, leaf, nn.Parameter(like.new_zeros(shape), like.requires_grad))
     _edit(small, recipe)
+    for name in recipe.removed:
+        path, _, leaf = name.rpartition(".")
+        delattr(small.get_submodule(path), leaf)
     set_shapes(small, trial_inputs(small, None, 0))
     before = gm.meta.get("fxprune", {}).get("recipes", ())
     small.meta["fxprune"] = {"recipes": [*before, recipe]}

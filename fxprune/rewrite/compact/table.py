@@ -21,6 +21,7 @@ __all__ = ["CompactedLayer", "Compaction", "tabulate"]
 class CompactedLayer:
     """One parameter: channels, weights and multiply-adds before and after; why dead channels stayed.
 
+    All are 0 after, where the parameter was in a branch that gave a constant and is gone.
     ``given_back``: output channels that no path uses, nor anything that goes with them, and that stayed;
     ``reason`` says why. ``tied``: output channels that no path uses, but channels that go with them are.
     """
@@ -116,11 +117,13 @@ def tabulate(
         held = zip(rows[back].tolist(), cut.labels.root[rows[back]].tolist(), strict=True)
         reasons = [cut.held.get(root) or cut.labels.reasons.get(label) for label, root in held]
         weights = sizes[name].numel() if name in sizes else 0
+        if not weights:  # the branch that it was in is gone
+            back, stayed = torch.zeros(2, len(rows), dtype=torch.bool)
         layers.append(
             CompactedLayer(
                 name,
-                (len(rows), int((~cut.is_gone(rows)).sum())),
-                (len(columns), int((~cut.is_gone(columns)).sum())),
+                (len(rows), int((~cut.is_gone(rows)).sum()) if weights else 0),
+                (len(columns), int((~cut.is_gone(columns)).sum()) if weights else 0),
                 (kernels.shape.numel(), weights),
                 (kernels.macs, round(kernels.macs * weights / kernels.shape.numel())),
                 int(back.sum()),
