@@ -103,6 +103,29 @@ def test_the_constant_of_a_sum_goes_into_the_bias_of_the_other_side(net: nn.Modu
     assert not any(node.target in (torch.add, "add") for node in small.graph.nodes)
 
 
+def test_sizes_of_live_values_only_shape_a_constant() -> None:
+    """Attention over equal values is a constant, whatever the batch is."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj, self.head = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            batch, length, width = x.shape
+            q, k, v = self.qkv(x).reshape(batch, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width)
+            out: torch.Tensor = self.head(x + self.proj(mixed))
+            return out
+
+    torch.manual_seed(0)
+    net, x = _cleared(Attention(), "qkv.weight"), torch.randn(2, 5, 8)
+    small = fxprune.compact(net, x)
+    assert {name.partition(".")[0] for name in _names(small)} == {"constant_of_proj", "head"}
+    other = torch.randn(3, 7, 8)
+    assert torch.allclose(small(other), net(other), atol=1e-6)
+
+
 class Activated(nn.BatchNorm2d):
     """A norm that ends in an activation."""
 
