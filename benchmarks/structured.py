@@ -37,7 +37,9 @@ CHECKPOINTS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") /
 BATCH = 128
 SHARES = (0.5, 0.25, 0.12)
 SCOPES = ("global", "isomorphic")
-OURS = ("magnitude", "group-norm", "fpgm", "bn-scale", "lamp", "taylor", "obd", "random")
+OURS = ("magnitude", "group-norm", "fpgm", "bn-scale", "lamp", "taylor", "obd", "random",
+        "magnitude, family", "lamp, family", "taylor, family", "obd, family")  # fmt: skip
+"""Criteria; "family": with scores in units of their mean over the family of tied layers."""
 THEIRS = ("magnitude", "taylor", "hessian", "group-norm")
 KEY = ("network", "seed", "share", "tool", "criterion", "scope", "epochs", "images")
 
@@ -172,8 +174,10 @@ def batches(data: Images, seed: int, number: int = 4) -> list[Images]:
 
 
 def ours(dense: nn.Module, cell: dict[str, Any], train: Images) -> nn.Module:
+    criterion, _, normalize = cell["criterion"].partition(", ")
+    options = {"normalize": normalize} if normalize else {}
     pruned = fxprune.apply(
-        dense.eval(), cell["criterion"], 1 - cell["share"], granularity="channel", of="macs",
+        dense.eval(), criterion, 1 - cell["share"], granularity="channel", of="macs", **options,
         scope=cell["scope"], example_inputs=train[0][:2], data=batches(train, cell["seed"]),
         loss_fn=F.cross_entropy, seed=cell["seed"], progress=False,
     )  # fmt: skip

@@ -126,6 +126,23 @@ def test_sizes_of_live_values_only_shape_a_constant() -> None:
     assert torch.allclose(small(other), net(other), atol=1e-6)
 
 
+def test_small_differences_in_half_precision_are_no_rounding() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+            self.table = nn.Parameter(1 + torch.linspace(0, 0.02, 5)[:, None].expand(5, 4).clone())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(x + self.a(x) * 0 + self.table * (self.a(x) + 1))
+            return out
+
+    torch.manual_seed(0)
+    net, x = _cleared(Table(), "a.weight", "a.bias").bfloat16(), torch.randn(2, 5, 4).bfloat16()
+    small = fxprune.compact(net, x, verify=False)
+    assert torch.equal(small(x), net(x))
+
+
 class Activated(nn.BatchNorm2d):
     """A norm that ends in an activation."""
 
