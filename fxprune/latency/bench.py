@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from fxprune.capture import capture
 from fxprune.capture.inputs import example_inputs_for
+from fxprune.channels.counts import dense_macs
 from fxprune.latency.memory import peak_bytes
 from fxprune.latency.results import Bench, Measured, Timing
 from fxprune.latency.runtimes import RUNTIMES, missing_package, prepare
@@ -156,9 +157,10 @@ def _described(model: nn.Module, given: Any, calls: Mapping[int, Any], folder: P
     )
     file = folder / "network.safetensors"
     save(model, file)
+    graph = lower(gm)
     return Measured(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        macs=sum(kernels.macs for kernels in lower(gm).kernels.values()),
+        macs=sum(dense_macs(op, graph.samples) for op in graph.ops),
         file_bytes=file.stat().st_size,
         peak_bytes={
             size: peak_bytes(model, partial(model, *args, **kwargs)) for size, (args, kwargs) in calls.items()

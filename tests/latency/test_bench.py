@@ -45,6 +45,27 @@ def test_numbers_are_those_of_the_networks() -> None:
     assert rows["timings"][0]["median_ms"] == statistics.median(found.timings[0].milliseconds)
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(6, 36), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        out: torch.Tensor = self.head(nn.functional.scaled_dot_product_attention(q, k, v))
+        return out
+
+
+def test_products_of_attention_count_as_in_the_table_of_a_compaction() -> None:
+    x = torch.randn(2, 5, 6)
+    small = fxprune.compact(fxprune.apply(Attention(), "magnitude", 0.5, granularity="channel", of="macs",
+                                          example_inputs=x, progress=False))  # fmt: skip
+    found = fxprune.bench({"dense": Attention(), "compact": small}, x, seconds=0.001, threads=1)
+    counts = [network.macs for network in found.networks.values()]
+    assert counts[0] == 5 * (6 * 36 + 12 * 4) + 2 * 5 * 5 * 12
+    assert counts == list(small.meta["fxprune"]["compaction"].macs)
+
+
 def test_a_speed_up_is_measured_and_never_computed_from_macs() -> None:
     slow, fast = Measured(100, 1000, 400, {}), Measured(50, 10, 200, {})
     times = [Timing("a", "eager", 1, [4.0, 4.0, 4.0]), Timing("b", "eager", 1, [2.0, 8.0, 2.0])]
