@@ -6,6 +6,7 @@ no network reads it from the example. At most 16 channels (24 inside a fused qkv
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -37,6 +38,10 @@ from net_blocks import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fxprune.capture import capture
+from fxprune.graph import ChannelGraph
+from fxprune.lowering import lower
 
 Example = tuple[nn.Module, Any]
 
@@ -205,3 +210,11 @@ NETS: dict[str, Callable[[], Example]] = {
     "norms": net(lambda: Norms(affine=True), image),
     "norms_plain": net(lambda: Norms(affine=False), image),
 }
+
+
+@functools.cache
+def lowered_net(name: str) -> ChannelGraph:
+    """Lower `NETS[name]`, once for all tests that only read its graph. Its weights are those of seed 0."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return lower(capture(*NETS[name]()))

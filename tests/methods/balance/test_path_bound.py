@@ -30,7 +30,15 @@ def image_norm(x: np.ndarray, level) -> float:
     return max(float(np.linalg.norm(y)), level.k * float(max(parts)))
 
 
-@pytest.mark.parametrize(("stride", "before", "after"), [(1, 1, 1), (1, 2, 2), (1, 1.3, 1.5), (2, 2, 1)])
+@pytest.mark.parametrize(
+    ("stride", "before", "after"),
+    [
+        pytest.param(1, 1, 1, marks=pytest.mark.slow),
+        pytest.param(1, 2, 2, marks=pytest.mark.slow),
+        (1, 1.3, 1.5),
+        (2, 2, 1),
+    ],
+)
 def test_no_kernel_enlarges_an_image_by_more_than_its_table_says(bound, stride, before, after):
     rng = np.random.default_rng(0)
     source = bound.Level(np.exp(0.3 * rng.standard_normal(8)), before)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from nets import NETS
+from nets import NETS, lowered_net
+from thinning import one_in
 from torch import nn
 
 import fxprune
@@ -33,6 +34,7 @@ from methods.problems import problem
 KINDS = ["kernel", "weight"]
 # One number per kernel will not do: positions differ, or a view is no view.
 WITHOUT_CIRCUIT = {"transposed", "pixel_shuffle"}
+OBJECTIVES = [Objective(0, 0), Objective(0.5, 0), Objective(1, 0), Objective(0.5, 1), Objective(0.5, 0.3)]
 
 
 def stack(*layers: list[list[int]]) -> tuple[nn.Sequential, Masks]:
@@ -145,8 +147,7 @@ def random_masks(graph: ChannelGraph, density: float, seed: int = 0) -> Masks:
 
 @pytest.mark.parametrize("name", NETS)
 def test_a_circuit_counts_what_the_interpreter_counts(name: str) -> None:
-    torch.manual_seed(0)
-    graph = lower(capture(*NETS[name]()))
+    graph = lowered_net(name)
     found = circuit(graph)
     assert (found is None) == (name in WITHOUT_CIRCUIT)
     if found is None:
@@ -171,8 +172,7 @@ def test_a_circuit_counts_what_the_interpreter_counts(name: str) -> None:
 @pytest.mark.parametrize("name", NETS)
 def test_a_circuit_carries_flow_as_the_interpreter_does(name: str) -> None:
     """Average pooling averages, and products take the geometric mean, unless only one factor has paths."""
-    torch.manual_seed(0)
-    graph = lower(capture(*NETS[name]()))
+    graph = lowered_net(name)
     found = circuit(graph, pool="mean", products="mean")
     sums = circuit(graph)
     assert found is None or sums is not None
@@ -243,15 +243,14 @@ class Uneven(nn.Module):
         return torch.cat([self.branches[0](x), inner], 1)
 
 
-@pytest.mark.parametrize("name", [name for name in NETS if name not in WITHOUT_CIRCUIT])
-@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 1.0), (0.5, 0.3)])
-def test_directions_are_those_of_single_weights(name: str, alpha: float, beta: float) -> None:
-    torch.manual_seed(0)
-    graph = lower(capture(*NETS[name]()))
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    one_in(3, [name for name in NETS if name not in WITHOUT_CIRCUIT], OBJECTIVES),
+)
+def test_directions_are_those_of_single_weights(name: str, objective: Objective) -> None:
+    graph = lowered_net(name)
     masks = random_masks(graph, 0.5)
-    by_kernel, by_weight = (
-        directions(ascent_at(graph, masks, Objective(alpha, beta), kind)) for kind in ("kernel", "weight")
-    )
+    by_kernel, by_weight = (directions(ascent_at(graph, masks, objective, kind)) for kind in KINDS)
     for label, own in graph.kernels.items():
         units = by_kernel[label].unsqueeze(1)  # a kernel's weights share its direction
         found = units.expand(len(units), own.shape.numel() // len(units)).flatten()
@@ -285,21 +284,23 @@ def test_what_is_known_to_be_moderate_is(monkeypatch: pytest.MonkeyPatch) -> Non
     assert known == [name != "branches.2.0.weight" for name in graph.kernels]
 
 
-@pytest.mark.parametrize("name", ["mlp", "attention", "mixer", "glu_free", "vit"])
-@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.9, 0.3)])
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    one_in(3, ["mlp", "attention", "mixer", "glu_free", "vit"], OBJECTIVES),
+)
 def test_layers_that_are_listed_end_as_those_that_are_not(
-    name: str, alpha: float, beta: float, monkeypatch: pytest.MonkeyPatch
+    name: str, objective: Objective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    graph = lower(capture(*NETS[name]()))
+    graph = lowered_net(name)
     found: list[tuple[Masks, dict[str, list[float]]]] = []
     for rare in (0, 1):
         asked = problem(nn.Identity(), 0.5, graph=graph, only=dense_weights(graph), seed=4)
         monkeypatch.setattr(layer_topk, "INDEX_RATIO", rare or 10**9)
         monkeypatch.setattr(adam_topk, "GROUP_ENTRIES", 1)
+        alpha, beta = objective.alpha, objective.beta
         masks = methods.get("dpai", alpha=alpha, beta=beta, steps=40).find(asked)
         found.append((masks, asked.history))
-    ascent = ascent_at(graph, found[1][0], Objective(alpha, beta), "kernel")
+    ascent = ascent_at(graph, found[1][0], objective, "kernel")
     ascent.figures()
     assert isinstance(ascent.gradients, KernelGradients)
     assert ascent.gradients.kept_lists
@@ -361,36 +362,41 @@ def naive_dpai(question: Problem, objective: Objective, steps: int, resolution: 
     return chosen()
 
 
-@pytest.mark.parametrize("resolution", ["channel", "spatial"])
-@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.9, 0.3)])
-def test_masks_are_those_of_the_naive_loop(resolution: str, alpha: float, beta: float) -> None:
+@pytest.mark.parametrize(
+    ("resolution", "objective", "name"),
+    one_in(
+        3,
+        ["channel", "spatial"],
+        [Objective(0, 0), Objective(1, 0), Objective(1, 1), Objective(0.9, 0.3)],
+        ["residual", "grouped", "dead_taps"],
+    ),
+)
+def test_masks_are_those_of_the_naive_loop(resolution: str, objective: Objective, name: str) -> None:
     steps = FLUSH_EVERY + 10
-    for name in ("residual", "grouped", "dead_taps"):
-        torch.manual_seed(0)
-        model, example = NETS[name]()
-        graph = lower(capture(model, example))
-        asked = problem(model, 0.8, graph=graph, seed=4)
-        once_more = problem(model, 0.8, graph=graph, seed=4)
-        expected = naive_dpai(once_more, Objective(alpha, beta), steps, resolution)
-        method = methods.get("dpai", alpha=alpha, beta=beta, steps=steps, resolution=resolution)
-        found = method.find(asked)
-        assert all(torch.equal(found[n], expected[n]) for n in expected), name
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_every_network_at_both_resolutions(name: str) -> None:
     torch.manual_seed(0)
     model, example = NETS[name]()
     graph = lower(capture(model, example))
-    for resolution in ("channel", "spatial"):
-        asked = problem(model, 0.5, graph=graph, only=dense_weights(graph))
-        found = methods.get("dpai", steps=12, resolution=resolution).find(asked)
-        history = asked.history
-        report = measure(graph, found, resolution)
-        assert report.kept_params == asked.budget.total
-        assert history["log_paths"][-1] == pytest.approx(report.log_paths, abs=1e-4)
-        assert history["nodes"][-1] == report.effective_nodes
-        assert history["kernels"][-1] == report.effective_kernels
+    asked = problem(model, 0.8, graph=graph, seed=4)
+    once_more = problem(model, 0.8, graph=graph, seed=4)
+    expected = naive_dpai(once_more, objective, steps, resolution)
+    method = methods.get(
+        "dpai", alpha=objective.alpha, beta=objective.beta, steps=steps, resolution=resolution
+    )
+    found = method.find(asked)
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+@pytest.mark.parametrize(("name", "resolution"), one_in(2, NETS, ["channel", "spatial"]))
+def test_every_network_at_both_resolutions(name: str, resolution: Any) -> None:
+    graph = lowered_net(name)
+    asked = problem(nn.Identity(), 0.5, graph=graph, only=dense_weights(graph))
+    found = methods.get("dpai", steps=12, resolution=resolution).find(asked)
+    history = asked.history
+    report = measure(graph, found, resolution)
+    assert report.kept_params == asked.budget.total
+    assert history["log_paths"][-1] == pytest.approx(report.log_paths, abs=1e-4)
+    assert history["nodes"][-1] == report.effective_nodes
+    assert history["kernels"][-1] == report.effective_kernels
 
 
 def dense_weights(graph: ChannelGraph) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from thinning import one_in
 from torch import Tensor
 
 from fxprune.methods.dpai.accelerator import top_k_mask
@@ -37,10 +38,10 @@ def risen(scores: Mapping[str, Tensor], state: UnitTopK | MaskTopK) -> dict[str,
     return {name: score + state.rise[state.units_of(name)].unsqueeze(1) for name, score in scores.items()}
 
 
-@pytest.mark.parametrize("layers", [("a",), ("a", "b", "c")])
-@pytest.mark.parametrize("width", [1, 3, 9])
-@pytest.mark.parametrize("is_coarse", [False, True])
-@pytest.mark.parametrize("levels", [4, 8])
+@pytest.mark.parametrize(
+    ("layers", "width", "is_coarse", "levels"),
+    one_in(2, [("a",), ("a", "b", "c")], [1, 3, 9], [False, True], [4, 8]),
+)
 def test_counts_of_units_are_those_of_select(
     layers: tuple[str, ...], width: int, is_coarse: bool, levels: int
 ) -> None:
