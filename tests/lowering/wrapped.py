@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowering.agreement import assert_flow, assert_reach, lowered
 
-__all__ = ["Entries", "Natural", "check"]
+__all__ = ["Entries", "Natural", "check", "check_against"]
 
 
 def _module(function: Any) -> Any:
@@ -101,3 +101,13 @@ def check(
         assert_reach(graph, model, example, masks, periodic=periodic)
         if counts:
             assert_flow(graph, model, example, masks, derivatives=derivatives and kind is Natural)
+
+
+def check_against(function: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], shape: Sequence[int]) -> None:
+    """Compare the paths of an operation with those that the oracle finds in plain operations."""
+    torch.manual_seed(0)
+    model, stated = Entries(function, shape).eval(), Entries(plain, shape).eval()
+    example = model.example()
+    graph = lowered(model, example)
+    for seed, density in enumerate((0.5, 0.2)):
+        assert_reach(graph, stated, example, masks_for(model, seed, density), periodic=False)

@@ -14,7 +14,7 @@ from fxprune.capture import capture
 from fxprune.graph import ir
 from fxprune.lowering import lower, matrices_outside
 from lowering.agreement import lowered
-from lowering.wrapped import check
+from lowering.wrapped import check, check_against
 
 TOKENS = (5, 8)
 IMAGE = (4, 4, 5)
@@ -233,3 +233,24 @@ class Involution(nn.Module):
 @pytest.mark.parametrize("kind", [Conditional, Involution])
 def test_dynamic_convolution(kind: Any) -> None:
     check(kind, IMAGE)
+
+
+FORMS: dict[str, Any] = {
+    "kron": (
+        lambda x: torch.stack([torch.kron(y[:2, :3], y[2:, :2]) for y in x.unbind(0)]),
+        lambda x: (x[:, :2, None, :3, None] * x[:, 2:, :2][:, None, :, None]).reshape(-1, 4, 6), (4, 6)),
+    "multi_dot": (
+        lambda x: torch.stack([torch.linalg.multi_dot([y, y.t(), y]) for y in x.unbind(0)]),
+        lambda x: x @ x.transpose(1, 2) @ x, (4, 6)),
+    "polar": (
+        lambda x: torch.view_as_real(torch.polar(x, x.flip(1))).sum(-1),
+        lambda x: x * x.flip(1).sigmoid() + x * x.flip(1).sigmoid(), (4, 6)),
+    "complex": (
+        lambda x: torch.view_as_real(torch.complex(x, x.flip(1))).sum(-1),
+        lambda x: x + x.flip(1) + x + x.flip(1), (4, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_paths_are_those_of_the_plain_form(name: str) -> None:
+    check_against(*FORMS[name])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowering.wrapped import Entries, Natural, check
+from lowering.wrapped import Entries, Natural, check, check_against
 
 TOKENS = (5, 8)
 IMAGE = (4, 4, 5)
@@ -213,3 +213,21 @@ def test_natural_positions_stay_collapsed() -> None:
 
 def test_padding_without_a_value_is_with_zeros() -> None:
     check(lambda x: torch.constant_pad_nd(x, (1, 2)), TOKENS)
+
+
+FORMS: dict[str, Any] = {
+    "meshgrid": (
+        lambda x: torch.stack(torch.meshgrid(x[0, 0], x[0, 1], indexing="ij")).expand(len(x), -1, -1, -1),
+        lambda x: torch.stack([x[0, 0][:, None].expand(-1, 6), x[0, 1][None].expand(6, -1)])
+        .expand(len(x), -1, -1, -1), (4, 6)),
+    "fftshift": (lambda x: torch.fft.fftshift(x, dim=1), lambda x: x.roll(2, 1), (4, 6)),
+    "block_diag": (
+        lambda x: torch.block_diag(x[0, :1], x[0, 1:])[None].expand(len(x), -1, -1),
+        lambda x: torch.cat([F.pad(x[0, :1], (0, 6)), F.pad(x[0, 1:], (6, 0))]).expand(len(x), -1, -1),
+        (4, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_paths_are_those_of_the_plain_form(name: str) -> None:
+    check_against(*FORMS[name])

@@ -1,8 +1,9 @@
-"""Windows of one, two and three axes, by module and by function, against the oracle."""
+"""Windows, and reductions along an axis: against the oracle, or against the same paths in plain operations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch.nn import functional as F
 
 from fxprune.capture import capture
 from fxprune.lowering import lower
-from lowering.wrapped import Entries, check
+from lowering.wrapped import Entries, check, check_against
 
+TOKENS, IMAGE = (4, 6), (2, 4, 4)
 SHAPES = {1: (2, 5), 2: (2, 4, 3), 3: (1, 3, 3, 3)}
 MODULES = {
     "max": (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
@@ -55,3 +57,29 @@ def test_what_has_no_rule_says_so(layer: Callable[[Tensor], Tensor], reason: str
 
     (op,) = lower(capture(Around(), torch.ones(shape))).opaque
     assert reason in op.reason
+
+
+def _triangle(x: Tensor) -> Tensor:
+    """Running sums along the tokens."""
+    return torch.stack([x[:, : i + 1].sum(1) for i in range(x.shape[1])], 1)
+
+
+def _difference(x: Tensor) -> Tensor:
+    return x[:, 1:] + x[:, :-1]
+
+
+FORMS: dict[str, Any] = {
+    "cumprod": (lambda x: x.cumprod(1), lambda x: _triangle(x.sigmoid()), TOKENS),
+    "logcumsumexp": (lambda x: x.logcumsumexp(1), lambda x: _triangle(x.sigmoid()), TOKENS),
+    "logsumexp": (lambda x: x.logsumexp(-1), lambda x: x.sigmoid().sum(-1), TOKENS),
+    "prod": (lambda x: x.prod(1), lambda x: x.amax(1), TOKENS),
+    "quantile": (lambda x: x.quantile(0.5, dim=-1, keepdim=True), lambda x: x.amax(-1, keepdim=True), TOKENS),
+    "diff": (lambda x: x.diff(dim=1), _difference, TOKENS),
+    "diff twice": (lambda x: x.diff(n=2, dim=1), lambda x: _difference(_difference(x)), TOKENS),
+    "lp_pool": (lambda x: F.lp_pool2d(x, 2, 2), lambda x: F.avg_pool2d(x, 2), IMAGE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_paths_are_those_of_the_plain_form(name: str) -> None:
+    check_against(*FORMS[name])
