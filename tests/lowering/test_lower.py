@@ -15,10 +15,9 @@ from nets import NETS
 from oracle import prunable
 from thinning import one_in
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from fxprune.capture import capture
-from fxprune.graph import ChannelGraph, KernelSet, Space, ir
+from fxprune.graph import ChannelGraph, ir
 from fxprune.lowering import lower
 from fxprune.lowering.rules import RULES
 from fxprune.lowering.rules.table import Context
@@ -27,85 +26,6 @@ from fxprune.paths.count import flow, reach
 
 def graph_of(model: nn.Module, *inputs: Tensor) -> ChannelGraph:
     return lower(capture(model.eval(), inputs), strict=True)
-
-
-# ---------------------------------------------------------------- kernels
-def one(layer: nn.Module, *shape: int) -> KernelSet:
-    graph = graph_of(nn.Sequential(layer), torch.ones(2, *shape))
-    assert list(graph.kernels) == ["0.weight"]
-    return graph.kernels["0.weight"]
-
-
-def test_kernels_of_a_convolution() -> None:
-    kernels = one(nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), 4, 8, 8)
-    assert kernels.name == "0.weight"
-    assert kernels.owner == "0"
-    assert kernels.shape == (6, 2, 3, 3)
-    assert (kernels.in_space.size, kernels.out_space.size) == (4, 6)
-    assert kernels.out_space.name == "0"
-    assert kernels.groups == 2
-    assert kernels.macs == 4 * 4 * 6 * 2 * 9
-    assert kernels.uses == 1
-    assert kernels.out_axis == 0
-    assert bool(kernels.live_taps.all())
-    assert not kernels.transposed
-    assert not kernels.direct
-
-
-def test_kernels_of_a_transposed_convolution() -> None:
-    """The parameter is (in, out / groups, *taps), and macs count the input's positions."""
-    kernels = one(nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), 4, 5, 5)
-    assert kernels.shape == (4, 3, 3, 3)
-    assert (kernels.in_space.size, kernels.out_space.size) == (4, 6)
-    assert kernels.transposed
-    assert kernels.out_axis == 1
-    assert kernels.macs == 5 * 5 * 4 * 3 * 9
-
-
-def test_kernels_of_a_linear_layer() -> None:
-    kernels = one(nn.Linear(3, 5), 7, 3)
-    assert kernels.macs == 7 * 15
-    assert kernels.in_space.size == 3
-    assert kernels.out_space == Space("0", 5)
-    assert kernels.live_taps.shape == ()
-
-
-@pytest.mark.parametrize(
-    ("layer", "size", "live"),
-    [
-        (nn.Conv2d(1, 1, 3, padding=1), (1, 1), [[0, 0, 0], [0, 1, 0], [0, 0, 0]]),
-        (nn.Conv2d(1, 1, 3, padding=1), (1, 2), [[0, 0, 0], [1, 1, 1], [0, 0, 0]]),
-        (nn.Conv2d(1, 1, 3, padding=1), (2, 2), [[1, 1, 1], [1, 1, 1], [1, 1, 1]]),
-        (nn.Conv2d(1, 1, 3, padding=1, stride=2), (2, 2), [[0, 0, 0], [0, 1, 1], [0, 1, 1]]),
-        (nn.Conv2d(1, 1, 3, padding=3, dilation=3), (3, 3), [[0, 0, 0], [0, 1, 0], [0, 0, 0]]),
-        (nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), (2, 2), [[1, 1, 1]] * 3),
-        (nn.ConvTranspose2d(1, 1, 3, padding=1), (1, 1), [[0, 0, 0], [0, 1, 0], [0, 0, 0]]),
-    ],
-)
-def test_live_taps(layer: nn.Module, size: tuple[int, int], live: list[list[int]]) -> None:
-    """Taps that only ever see padding are dead; on each layer reach and derivatives say so too."""
-    graph = graph_of(nn.Sequential(layer), torch.ones(2, 1, *size))
-    expected = torch.tensor(live, dtype=torch.bool)
-    assert torch.equal(graph.kernels["0.weight"].live_taps, expected)
-    assert torch.equal(reach(graph, {})["0.weight"][0, 0], expected)
-    gradient = flow(graph, {"0.weight": torch.ones(1, 1, 3, 3)}).gradients["0.weight"]
-    assert torch.equal(gradient[0, 0] > 0, expected)
-
-
-def test_padding_by_hand_is_padding() -> None:
-    """Zeros put around the image by F.pad: taps that see only them are dead as well."""
-
-    class Same(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Conv2d(1, 1, 3, bias=False)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layer(F.pad(x, (1, 1, 1, 1)))
-
-    taps = graph_of(Same(), torch.ones(2, 1, 1, 1)).kernels["layer.weight"].live_taps
-    assert int(taps.sum()) == 1
-    assert bool(taps[1, 1])
 
 
 def test_a_space_is_named_after_the_layer_that_makes_it_and_read_under_that_name() -> None:

@@ -103,7 +103,9 @@ def check(
             assert_flow(graph, model, example, masks, derivatives=derivatives and kind is Natural)
 
 
-def check_against(function: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], shape: Sequence[int]) -> None:
+def check_against(
+    function: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor], shape: Sequence[int]
+) -> None:
     """Compare the paths of an operation with those that the oracle finds in plain operations."""
     torch.manual_seed(0)
     model, stated = Entries(function, shape).eval(), Entries(plain, shape).eval()

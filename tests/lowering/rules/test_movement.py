@@ -182,30 +182,6 @@ def test_volumes(function: Any, shape: tuple[int, ...]) -> None:
     check(function, shape, kinds=(Entries,), derivatives=False)
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        lambda: nn.Conv2d(4, 6, 3, padding=1),
-        lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2, bias=False),
-        lambda: nn.Conv2d(4, 6, (3, 1), stride=2, padding=(2, 0), bias=False),
-        lambda: nn.Conv2d(4, 8, 3, groups=2, bias=False),
-        lambda: nn.Conv2d(4, 8, 3, groups=4, padding=1),
-        lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode="reflect", bias=False),
-        lambda: nn.Conv2d(4, 3, 3, padding=1, padding_mode="circular", bias=False),
-        lambda: nn.Conv2d(4, 3, 3, padding=2, padding_mode="replicate", bias=False),
-        lambda: nn.ConvTranspose2d(4, 3, 3, stride=2, padding=1, output_padding=1, bias=False),
-        lambda: nn.ConvTranspose2d(4, 6, 3, groups=2, dilation=2, padding=1),
-        lambda: nn.ConvTranspose2d(4, 4, 2, groups=4, stride=3, bias=False),
-        lambda: nn.Conv2d(4, 3, 5, padding=4, stride=3, bias=False),
-        lambda: nn.Sequential(nn.ZeroPad2d(2), nn.Conv2d(4, 3, 5, bias=False)),
-        lambda: nn.Sequential(nn.Flatten(2), nn.Conv1d(4, 3, 3, padding=1, dilation=2)),
-        lambda: nn.Sequential(nn.Flatten(2), nn.ConvTranspose1d(4, 3, 3, stride=2)),
-    ],
-)
-def test_convolutions(layer: Callable[[], nn.Module]) -> None:
-    check(layer, IMAGE)
-
-
 def test_natural_positions_stay_collapsed() -> None:
     """A movement of whole positions does not tell them apart."""
     check(lambda x: x.permute(0, 2, 3, 1).roll(1, 1).permute(0, 3, 1, 2), IMAGE, kinds=(Natural,))

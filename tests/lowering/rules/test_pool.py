@@ -1,4 +1,4 @@
-"""Windows, and reductions along an axis: against the oracle, or against the same paths in plain operations."""
+"""Windows and reductions along an axis: against the oracle, or the same paths in plain operations."""
 
 from __future__ import annotations
 
