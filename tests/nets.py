@@ -211,6 +211,9 @@ NETS: dict[str, Callable[[], Example]] = {
     "norms_plain": net(lambda: Norms(affine=False), image),
 }
 
+WITHOUT_CIRCUIT = {"transposed", "pixel_shuffle"}
+"""Nets for which one number per kernel will not do: positions differ, or a view is no view."""
+
 
 @functools.cache
 def lowered_net(name: str) -> ChannelGraph:

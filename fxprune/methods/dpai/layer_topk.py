@@ -1,7 +1,7 @@
 """Keep the exact top-k of one large layer while its scores rise, each weight being a unit of its own.
 
 Variants of :func:`fxprune.sparsity.select.select` that update the previous choice instead of selecting again;
-``tests/methods/dpai/test_topk_state.py`` holds them equal to it. As no score falls, the k-th largest score
+``tests/methods/dpai/test_layer_topk.py`` holds them equal to it. As no score falls, the k-th largest score
 (the *threshold*) does not fall either, so that only weights at or above the old threshold can be in the new
 top-k.
 """

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import NETS, lowered_net
+from nets import NETS, WITHOUT_CIRCUIT, lowered_net
 from thinning import one_in
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,17 +16,18 @@ from fxprune.capture import capture
 from fxprune.graph import ChannelGraph
 from fxprune.lowering import lower
 from fxprune.methods import dpai
-from fxprune.methods.dpai.accelerator import DeviceAscent
+from fxprune.methods.dpai.accelerator import DeviceAscent, top_k_mask
 from fxprune.methods.dpai.adam_topk import Ascent
 from fxprune.methods.dpai.kernel_gradients import KernelGradients
 from fxprune.methods.dpai.objective import Objective
 from fxprune.paths.circuit.compile import circuit
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.masks import Masks, kept
+from methods.dpai.selection import drawn, selected
 from methods.problems import problem
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-WITH_CIRCUIT = [name for name in NETS if name not in ("transposed", "pixel_shuffle")]
+WITH_CIRCUIT = [name for name in NETS if name not in WITHOUT_CIRCUIT]
 
 
 def start(graph: ChannelGraph, sparsity: float) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
@@ -166,3 +167,12 @@ def test_apply_on_a_gpu() -> None:
     here = fxprune.apply(net, "dpai", 0.8, example_inputs=example, steps=60, progress=False)
     there = fxprune.apply(net, "dpai", 0.8, example_inputs=example, steps=60, progress=False, device="cuda")
     assert same(fxprune.masks(here), fxprune.masks(there))
+
+
+@pytest.mark.parametrize("is_coarse", [False, True])
+def test_the_mask_without_waiting_is_that_of_select(is_coarse: bool) -> None:
+    generator = torch.Generator().manual_seed(3)
+    scores = drawn(generator, (11, 3), 4, is_coarse)
+    scores[2] = -torch.inf
+    for number in range(31):
+        assert torch.equal(top_k_mask(scores, number), selected({"a": scores}, {"a": number})["a"])

@@ -9,9 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lowering.agreement import lowered
+from nets import NETS, WITHOUT_CIRCUIT, lowered_net
 from torch import Tensor, nn
 
+from fxprune.capture import capture
 from fxprune.graph import ChannelGraph
+from fxprune.lowering import lower
 from fxprune.paths.circuit.circuit import Circuit
 from fxprune.paths.circuit.compile import circuit
 from fxprune.paths.count import flow
@@ -63,7 +66,7 @@ def grouped() -> nn.Module:
     )
 
 
-NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+OWN_NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "products": (Products, torch.ones(2, 3)),
     "a product of a gate": (GatedProduct, torch.ones(2, 3)),
     "tokens": (Tokens, torch.ones(2, 3, 4)),
@@ -89,10 +92,10 @@ def derivative(found: Circuit, name: str, counts: dict[str, Tensor]) -> tuple[fl
     return result.log_total, total
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", OWN_NETS)
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_a_run_is_a_traversal(net: str, density: float) -> None:
-    make, x = NETS[net]
+    make, x = OWN_NETS[net]
     graph, found = compiled(make(), x)
     for _ in range(3):
         masks = {name: torch.rand(kernels.shape) < density for name, kernels in graph.kernels.items()}
@@ -116,3 +119,87 @@ def test_no_path_at_all() -> None:
     assert result.log_total == -math.inf
     assert not any(bool(slope.any()) for slope in result.slope)
     assert found.run(dense).log_total > 0, "what was without paths may have them again"
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_circuit_counts_what_the_interpreter_counts(name: str) -> None:
+    graph = lowered_net(name)
+    found = circuit(graph)
+    assert (found is None) == (name in WITHOUT_CIRCUIT)
+    if found is None:
+        return
+    for density in (0.9, 0.3, 0.05):
+        masks = {name: torch.rand(own.shape) < density for name, own in graph.kernels.items()}
+        expected = flow(
+            graph, {n: m.double() for n, m in masks.items()}, resolution="channel", dtype=torch.float64
+        )
+        live = {n: m & graph.kernels[n].live_taps if m.dim() > 2 else m for n, m in masks.items()}
+        counts = {n: m.flatten(2).sum(2).double() if m.dim() > 2 else m.double() for n, m in live.items()}
+        result = found.run(counts)
+        assert result.log_total == pytest.approx(expected.log_total, abs=1e-10)
+        gradients = {n: torch.zeros_like(c) for n, c in counts.items()}
+        for op, x, slope in zip(found.contractions, result.x, result.slope, strict=True):
+            op.spread(slope, x, gradients[op.name], add=True)
+        for n, gradient in expected.gradients.items():
+            reference = gradient.flatten(2).amax(2) if gradient.dim() > 2 else gradient
+            assert torch.allclose(gradients[n], reference, rtol=1e-9, atol=1e-12), n
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_circuit_carries_flow_as_the_interpreter_does(name: str) -> None:
+    """Average pooling averages, and products take the geometric mean, unless only one factor has paths."""
+    graph = lowered_net(name)
+    found = circuit(graph, pool="mean", products="mean")
+    sums = circuit(graph)
+    assert found is None or sums is not None
+    generator = torch.Generator().manual_seed(1)
+    sizes = {n: torch.rand(own.shape, generator=generator).double() for n, own in graph.kernels.items()}
+    expected = flow(graph, sizes, resolution="channel", pool="mean", products="mean", dtype=torch.float64)
+    if found is None:
+        # That of ``"each"``, where there is one, would give something else.
+        each = flow(graph, sizes, resolution="channel", pool="mean", dtype=torch.float64)
+        assert sums is None or each.log_total != pytest.approx(expected.log_total, abs=1e-6)
+        return
+    live = {n: w * graph.kernels[n].live_taps if w.dim() > 2 else w for n, w in sizes.items()}
+    result = found.run({n: w.flatten(2).sum(2) if w.dim() > 2 else w for n, w in live.items()})
+    assert result.log_total == pytest.approx(expected.log_total, abs=1e-10)
+
+
+def test_a_circuit_of_many_outputs_keeps_its_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Their sum is beyond the band of a single value.
+    wide = nn.Sequential(nn.Linear(4, 4096), nn.Linear(4096, 4096))
+    found = circuit(lower(capture(wide, torch.ones(4, 4))))
+    assert found is not None
+    counts = {name: found.dense(name) * 2.0**8 for name in found.kernels}
+    calls = 0
+    calibrate = Circuit._calibrate
+
+    def counted(self: Circuit) -> None:
+        nonlocal calls
+        calls += 1
+        calibrate(self)
+
+    monkeypatch.setattr(Circuit, "_calibrate", counted)
+    for _ in range(3):
+        assert found.run(counts).log_total == pytest.approx(math.log(4 * 4096**2) + 16 * math.log(2))
+    assert calls == 1
+
+
+def test_a_circuit_of_any_depth() -> None:
+    deep = nn.Sequential(*(nn.Linear(64, 64) for _ in range(400)))  # R = 64^401, about e^1668
+    graph = lower(capture(deep, torch.ones(1, 64)))
+    found = circuit(graph)
+    assert found is not None
+    result = found.run({name: found.dense(name) for name in found.kernels})
+    assert result.log_total == pytest.approx(401 * math.log(64))
+    op, x, slope = found.contractions[200], result.x[200], result.slope[200]
+    gradient = torch.zeros(64, 64, dtype=torch.float64)
+    op.spread(slope, x, gradient, add=False)
+    assert torch.allclose(gradient, torch.full_like(gradient, 64.0**-2))
+    # Thinned by far from one run to the next, and cut: no overflow, no NaN.
+    thin = {name: torch.eye(64, dtype=torch.float64) for name in found.kernels}
+    assert found.run(thin).log_total == pytest.approx(math.log(64))
+    thin["7.weight"] = torch.zeros(64, 64, dtype=torch.float64)
+    cut = found.run(thin)
+    assert cut.log_total == -math.inf
+    assert not any(bool(part.any()) for part in cut.slope)
