@@ -16,6 +16,7 @@ import pytest
 import torch
 from nets import NETS
 from safetensors.torch import load_file, save_file
+from thinning import one_in
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -54,8 +55,7 @@ def assert_equal(saved: nn.Module, loaded: nn.Module, inputs: Any) -> None:
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-@pytest.mark.parametrize("kind", sorted(NETS))
-@pytest.mark.parametrize("returns", ["graph", "module"])
+@pytest.mark.parametrize(("kind", "returns"), one_in(2, sorted(NETS), ["graph", "module"]))
 @pytest.mark.filterwarnings("ignore:layer collapse")
 def test_masked_networks(kind: str, returns: str, tmp_path: Path) -> None:
     model, inputs = made(kind, 0)
@@ -69,8 +69,9 @@ def test_masked_networks(kind: str, returns: str, tmp_path: Path) -> None:
     assert all(torch.equal(mask, masks[name]) for name, mask in fxprune.masks(masked).items())
 
 
-@pytest.mark.parametrize("kind", sorted(NETS.keys() - FEW_CHANNELS))
-@pytest.mark.parametrize("returns", ["graph", "module"])
+@pytest.mark.parametrize(
+    ("kind", "returns"), one_in(2, sorted(NETS.keys() - FEW_CHANNELS), ["graph", "module"])
+)
 def test_compact_networks(kind: str, returns: str, tmp_path: Path) -> None:
     model, inputs = made(kind, 0)
     small = fxprune.compact(pruned(model, inputs, 0.3, granularity="channel", returns=returns), inputs)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from thinning import one_in
 from torch import nn
 
 from fxprune.rewrite import finalize, install, read, set_masks, verify
@@ -34,6 +35,14 @@ def test_forward(kind, training, grad):
     original.train(training)
     with torch.set_grad_enabled(grad):
         assert torch.allclose(block(x), original(x), atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "training", "grad"), one_in(3, KINDS, [True, False], [True, False]))
+def test_compiled(kind, training, grad):
+    block, original, x, _ = pair(kind)
+    block.train(training)
+    original.train(training)
+    with torch.set_grad_enabled(grad):
         torch._dynamo.reset()
         compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
         assert torch.allclose(compiled(x), original(x), atol=1e-6)
@@ -95,30 +104,42 @@ def test_masks_may_come_one_after_the_other():
     assert torch.allclose(again(x), block(x), atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("grad", [True, False])
-def test_encoder(nested, training, grad):
+def encoder_pair(nested, training):
+    """A masked encoder, an original one with the same zeroed weights, an input, the masks."""
     torch.manual_seed(0)
     model = nets.Encoder(nested)
     original = copy.deepcopy(model)
     masks = nets.masks_for(model)
     install(model, masks)
     original.load_state_dict(model.state_dict(), strict=False)
-    x = torch.randn(2, 5, 8)
+    return model.train(training), original.train(training), torch.randn(2, 5, 8), masks
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("grad", [True, False])
+def test_encoder(nested, training, grad):
+    model, original, x, masks = encoder_pair(nested, training)
     padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
-    model.train(training)
-    original.train(training)
     with torch.set_grad_enabled(grad):
         for arguments in ((x,), (x, padding)):
             found, expected = model(*arguments), original(*arguments)
             assert torch.allclose(found, expected, atol=1e-5)
-        torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        assert torch.allclose(compiled(x), original(x), atol=1e-5)
     if training and grad:
         model(x).square().sum().backward()
         assert nets.pruned_gradients_are_zero(model, masks)
     verify(model)
     assert torch.allclose(finalize(model)(x), model(x), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+@pytest.mark.parametrize(
+    ("nested", "training", "grad"), one_in(3, [True, False], [True, False], [True, False])
+)
+def test_a_compiled_encoder(nested, training, grad):
+    model, original, x, _ = encoder_pair(nested, training)
+    with torch.set_grad_enabled(grad):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(x), original(x), atol=1e-5)

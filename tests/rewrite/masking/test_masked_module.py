@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from thinning import one_in
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -115,7 +116,7 @@ def test_a_frozen_layer_survives_copies():
     assert torch.equal(final(larger), block(larger))
 
 
-@every_layer
+@pytest.mark.parametrize("name", one_in(2, nets.LAYERS))
 def test_compiled_and_no_recompile_on_a_mask_change(name):
     block, x, _, _ = masked_layer(name)
     counter = CompileCounterWithBackend("aot_eager")
