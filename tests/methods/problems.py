@@ -1,4 +1,4 @@
-"""Small problems for testing methods without capture and lowering, and a network to compute by hand."""
+"""Small problems for testing methods, with and without a graph, and a network to compute by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprune.capture import capture
 from fxprune.graph.ir import ChannelGraph
+from fxprune.lowering import lower
 from fxprune.methods import Problem
 from fxprune.sparsity.budget import plan
 from fxprune.sparsity.masks import dense, kept
@@ -65,3 +67,11 @@ def problem(
         generator=torch.Generator().manual_seed(seed),
         **fields,
     )
+
+
+def asked(model: nn.Module, inputs: Any, sparsity: float, **fields: Any) -> Problem:
+    """The problem over all kernels of a captured and lowered model."""
+    gm = capture(model, inputs)
+    graph = lower(gm)
+    only = {name: gm.get_parameter(name).detach() for name in graph.kernels}
+    return problem(gm, sparsity, graph=graph, only=only, **fields)

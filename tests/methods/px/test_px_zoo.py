@@ -17,7 +17,7 @@ from fxprune.paths.count import reach
 from fxprune.scoring import contract
 from fxprune.sparsity.collapse import dead_layers
 from fxprune.sparsity.masks import Masks, total
-from methods.px.test_px import activities, px_problem
+from methods.px.problems import activities, px_problem
 
 F = nn.functional
 
