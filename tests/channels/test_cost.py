@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from nets import NETS
+from thinning import one_in
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils import _pytree as pytree
@@ -117,7 +118,7 @@ def test_costs_are_those_of_the_smaller_network(
     assert parameters.left(staying) == sum(parameter.numel() for parameter in small.parameters())
 
 
-@pytest.mark.parametrize("kind", sorted(NETS))
+@pytest.mark.parametrize("kind", one_in(2, sorted(NETS)))
 def test_every_small_network_costs_what_it_does(kind: str) -> None:
     model, inputs = NETS[kind]()
     model.eval()
@@ -133,7 +134,7 @@ def test_every_small_network_costs_what_it_does(kind: str) -> None:
         assert count_macs(groups).whole == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("kind", sorted(NETS))
+@pytest.mark.parametrize("kind", one_in(2, sorted(NETS)))
 def test_saved_is_the_difference_that_one_group_makes(kind: str) -> None:
     model, inputs = NETS[kind]()
     graph = graph_of(model.eval(), inputs)

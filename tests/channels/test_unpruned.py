@@ -54,6 +54,7 @@ def test_timm_against_torch(name: str) -> None:
     assert our_macs(graph) == torch_macs(model, (torch.empty(1, 3, side, side, device="meta"),))
 
 
+@pytest.mark.slow
 def test_bert_against_torch() -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(

@@ -17,9 +17,8 @@ from fxprune.lowering import lower
 NAMES = json.loads((Path(__file__).parent.parent / "representatives.json").read_text())
 # All of them take minutes; these are quick, and of every kind: convolutions, attention, mixers, state spaces.
 QUICK = {
-    "beit_base_patch16_224", "cs3darknet_focus_s", "edgenext_xx_small", "efficientvim_m1", "efficientvit_b0",
-    "gmlp_ti16_224", "hgnetv2_b0", "hiera_tiny_224", "hrnet_w18_small", "inception_next_atto",
-    "legacy_seresnet18", "naflexvit_base_patch16_parfac_gap", "pit_ti_224", "poolformerv2_s12",
+    "edgenext_xx_small", "efficientvim_m1", "gmlp_ti16_224", "inception_next_atto", "legacy_seresnet18",
+    "pit_ti_224", "poolformerv2_s12",
 }  # fmt: skip
 
 

@@ -171,6 +171,7 @@ transformers = pytest.importorskip("transformers")
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
 
 
+@pytest.mark.slow
 def test_transformers_that_have_failed() -> None:
     bloom = transformers.BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)
     speech = transformers.Wav2Vec2Config(

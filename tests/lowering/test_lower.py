@@ -231,14 +231,14 @@ def test_the_captured_network_is_not_changed() -> None:
 
 # ---------------------------------------------------------------- families: nothing opaque
 FAMILIES = {
-    "test_resnet": 64, "resnext26ts": 64, "res2net50_26w_4s": 64, "densenet121": 64,
-    "test_efficientnet": 64, "tf_efficientnet_b0": 65, "mobilenetv3_small_050": 64,
+    "test_resnet": 64, "resnext26ts": 64, "res2net50_26w_4s": 64, "test_efficientnet": 64,
+    "densenet121": 64, "tf_efficientnet_b0": 65, "mobilenetv3_small_050": 64,
     "test_convnext": 64, "convnextv2_atto": 64, "regnetx_002": 64, "regnety_002": 64, "vgg11_bn": 32,
     "test_vit": 160, "deit_tiny_distilled_patch16_224": 224,
     "swin_tiny_patch4_window7_224": 224, "mixer_s32_224": 224, "test_nfnet": 64, "maxvit_pico_rw_256": 256,
 }  # fmt: skip
 TORCHVISION = {
-    "alexnet": 64, "convnext_tiny": 32, "efficientnet_b0": 32, "googlenet": 64,
+    "alexnet": 64, "convnext_tiny": 32, "googlenet": 64, "efficientnet_b0": 32,
     "inception_v3": 299, "mnasnet0_5": 32, "mobilenet_v2": 32, "mobilenet_v3_small": 32, "resnet18": 32,
     "regnet_y_400mf": 32, "resnext50_32x4d": 32, "shufflenet_v2_x0_5": 32, "squeezenet1_1": 32,
     "swin_t": 224, "swin_v2_t": 256, "vgg11": 32, "vit_b_32": 224, "maxvit_t": 224,
