@@ -1,10 +1,8 @@
-"""Latency as a target: times by width, a table on disk, and masks that take the time that was asked for."""
+"""Latency as a target: masks that take the time that was asked for."""
 
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,156 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.channels.groups import Groups, group_channels
 from fxprune.latency import LatencyTarget, runtimes
-from fxprune.latency.cost import Latency, latency_cost
-from fxprune.latency.layers import Layer, Widths, layer_of, time_layer
-from fxprune.latency.results import Timing
-from fxprune.latency.table import machine, open_table
+from fxprune.latency.layers import Layer, Widths
 from fxprune.latency.target import meet_latency, stopwatch
-
-CPU = torch.device("cpu")
-X = torch.ones(2, 3, 6, 6)
-
-
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1, groups=8),
-        nn.Conv2d(8, 16, 3, stride=2), nn.Flatten(), nn.Linear(64, 5),
-    ).eval()  # fmt: skip
-
-
-def time_of(layer: Layer, outputs: float, inputs: float) -> float:
-    """An invented time that is linear along each width."""
-    return 1 + 0.01 * outputs * (1 if layer.is_depthwise else inputs) * (len(layer.kernel) + 1)
-
-
-@pytest.fixture
-def invented(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Layer]:
-    """No clock is read: layers have invented times, whole networks take 100 ms and half of them 50."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    timed: list[Layer] = []
-
-    def fake(layer: Layer, device: torch.device, session: Any) -> Widths:
-        timed.append(layer)
-        outputs = tuple(sorted({1, layer.outputs}))
-        inputs = (layer.inputs,) if layer.is_depthwise else tuple(sorted({1, layer.inputs}))
-        times = tuple(tuple(time_of(layer, o, i) for i in inputs) for o in outputs)
-        return Widths(outputs, inputs, times)
-
-    monkeypatch.setattr("fxprune.latency.cost.time_layer", fake)
-    monkeypatch.setattr(
-        "fxprune.latency.cost.measure",
-        lambda models, **options: [
-            Timing(name, "eager", 2, [time]) for name, time in zip(models, (100.0, 50.0), strict=True)
-        ],
-    )
-    return timed
-
-
-def groups_of(model: nn.Module) -> tuple[Any, Groups]:
-    gm = fxprune.capture(model, X)
-    return gm, group_channels(fxprune.lower(gm))
-
-
-def test_times_are_those_of_the_widths_that_are_left(invented: list[Layer]) -> None:
-    gm, groups = groups_of(net())
-    cost = latency_cost(gm, groups, "eager", 1)
-    staying = torch.ones(groups.count, dtype=torch.bool)
-    staying[:3] = False  # three channels of the first and the depthwise convolution
-    staying[8:12] = False  # four of the third
-    conv, rank = Layer((2, 6, 6), 3, 8, (3, 3)), Layer((2,), 64, 5)
-    expected = (
-        time_of(conv, 5, 3)
-        + time_of(Layer((2, 6, 6), 8, 8, (3, 3), groups=8), 5, 5)
-        + time_of(conv, 12, 5)
-        + time_of(rank, 5, 12 * 4)
-    )
-    rest = cost.fixed + cost.per_byte * cost.activations.left(staying)
-    assert cost.scale == 1
-    assert cost.left(staying) == pytest.approx(expected + rest)
-    assert cost.whole == pytest.approx(100.0)
-    # The batch is that of the example inputs: two samples.
-    assert {layer.sizes[0] for layer in invented} == {2}
-
-
-def test_slopes_are_what_one_group_saves(invented: list[Layer]) -> None:
-    gm, groups = groups_of(net())
-    cost = latency_cost(gm, groups, "eager", 1)
-    bare = Latency(groups.count, cost.layers, cost.activations)
-    staying = torch.ones(groups.count, dtype=torch.bool)
-    saved = bare.towards(staying, 0.0)
-    for group in (8, 20):  # of the third convolution: its own row, and four columns of the linear layer
-        fewer = staying.clone()
-        fewer[group] = False
-        assert saved[group] == pytest.approx(bare.left(staying) - bare.left(fewer))
-
-
-def test_every_layer_is_timed_once_and_kept_on_disk(invented: list[Layer], tmp_path: Path) -> None:
-    gm, groups = groups_of(net())
-    latency_cost(gm, groups, "eager", 1)
-    assert len(invented) == len(set(invented)) == 4
-    latency_cost(gm, groups, "eager", 1)
-    assert len(invented) == 4
-    (file,) = (tmp_path / "fxprune" / "latency").glob("*.json")
-    known = json.loads(file.read_text())
-    assert known["machine"] == machine(CPU, "eager", 1)
-    assert len(known["layers"]) == 4
-
-
-def test_the_table_of_another_machine_is_measured_anew_and_said_to_be(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    facts = machine(CPU, "eager", 1)
-    other = open_table({**facts, "device": "Abacus 3000"})
-    other.layers["a"] = Widths((1,), (1,), ((1.0,),))
-    other.save()
-    with pytest.warns(UserWarning, match=r"another machine or version \(Abacus 3000, torch .*measured anew"):
-        table = open_table(facts)
-    assert not table.layers
-    table.save()
-    assert open_table(facts).machine == facts  # no warning: there is a table of this machine now
-    table.path.write_text("{")
-    other.path.unlink()
-    assert not open_table(facts).layers  # a broken file is no table
-
-
-@pytest.mark.parametrize(
-    "layer",
-    [
-        Layer((2, 6, 6), 4, 8, (3, 3), (2, 2), (1, 1), (1, 1), bias=True),
-        Layer((1, 6), 8, 16, (3,), (1,), (0,), (1,), groups=8),
-        Layer((1, 6, 6), 8, 8, (2, 2), (2, 2), (0, 0), (1, 1), groups=2, transposed=True),
-        Layer((5,), 8, 16, bias=True),
-    ],
-)
-@pytest.mark.parametrize("runtime", ["eager", "onnxruntime"])
-def test_layers_are_timed_on_a_grid_that_never_falls(layer: Layer, runtime: str) -> None:
-    session = None
-    if runtime == "onnxruntime":
-        pytest.importorskip("onnx")
-        pytest.importorskip("onnxruntime")
-        session = runtimes.onnx_session(1)
-    found = time_layer(layer, CPU, session)
-    assert (found.outputs[-1], found.inputs[-1]) == (layer.outputs, layer.inputs)
-    assert all(width % layer.groups == 0 for width in found.outputs) or layer.is_depthwise
-    times = torch.tensor(found.times)
-    assert (times > 0).all()
-    assert (times.diff(dim=0) >= 0).all()
-    assert (times.diff(dim=1) >= 0).all()
-
-
-def test_layers_of_a_graph_are_described() -> None:
-    _, groups = groups_of(net())
-    sides = groups.labels.sides
-    layers = [
-        layer_of(groups.graph.ops[side.op], len(side.rows), len(side.columns), torch.float32)  # type: ignore[arg-type]
-        for side in sides
-    ]
-    assert layers[1] == Layer((2, 6, 6), 8, 8, (3, 3), (1, 1), (1, 1), (1, 1), 8, bias=True)
-    assert layers[3] == Layer((2,), 64, 5, bias=True)
+from latency.networks import X, net
 
 
 def half(dense: float) -> float:

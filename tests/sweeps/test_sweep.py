@@ -1,7 +1,6 @@
 """Every cell of a sweep is done once, by any number of processes, and after any kill."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -14,9 +13,7 @@ from torch import nn
 
 import fxprune
 from fxprune.cli import run
-from fxprune.sweeps import claims as claiming
 from fxprune.sweeps import read_results
-from fxprune.sweeps.claims import Claims
 
 X, Y = torch.randn(16, 6), torch.arange(16) % 3
 
@@ -127,28 +124,6 @@ def test_a_cell_of_a_process_that_was_killed_is_taken_over(tmp_path: Path) -> No
     assert start(tmp_path, 0).wait(240) == 0
     assert len(read_results(tmp_path).rows) == 12
     assert all(row["accuracy"] == 0.5 for row in read_results(tmp_path).rows)
-
-
-def test_a_claim_is_made_once_and_given_up_when_nobody_touches_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    claims = Claims(tmp_path)
-    with claims.claim("cell") as mine:
-        assert mine
-        with Claims(tmp_path).claim("cell") as again:
-            assert not again
-        elsewhere = {"host": "another", "pid": os.getpid()}
-        (tmp_path / "cell.0.claim").write_text(json.dumps(elsewhere))
-        assert claims.is_claimed("cell")
-        old = time.time() - claiming.ALIVE - 5
-        os.utime(tmp_path / "cell.0.claim", (old, old))
-        assert not claims.is_claimed("cell")
-        other = Claims(tmp_path)
-        with other.claim("cell") as taken:
-            assert taken
-            assert not claims.write("cell", {"who": "the one that was given up"})
-            assert other.write("cell", {"who": "the one that took over"})
-    assert claims.read("cell") == {"who": "the one that took over"}
 
 
 def test_cells_that_fail_are_named_and_tried_again(tmp_path: Path) -> None:
