@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fxprune.training import Pruner
+
 X = torch.ones(2, 6)
 
 
@@ -51,3 +53,7 @@ def digest(model: nn.Module) -> str:
     for name, value in model.state_dict().items():
         found.update(name.encode() + value.contiguous().numpy().tobytes())
     return found.hexdigest()
+
+
+def made(method: Any, sparsity: float | None = None, **options: Any) -> Pruner:
+    return Pruner(mlp(), method, sparsity, example_inputs=X, **{"total": 6, **options})

@@ -1,0 +1,48 @@
+"""A file of factories, and a folder of images."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+FACTORIES = """
+import torch
+from torch import nn
+
+def small():
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    return net, torch.ones(2, 6)
+
+def bare():
+    return small()[0]
+
+def wrong():
+    return 3
+
+def failing():
+    return {}["weights"]
+
+def asking(width):
+    return nn.Linear(width, 4)
+
+def data():
+    return torch.randn(8, 6), torch.arange(8) % 4
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "factories.py"
+    path.write_text(FACTORIES)
+    return str(path)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder with a folder of images for each class."""
+    folder = tmp_path / "images"
+    for label in ("bird", "cat"):
+        (folder / label).mkdir(parents=True)
+        for index in range(3):
+            Image.effect_noise((40, 30), 64 + index).convert("RGB").save(folder / label / f"{index}.png")
+    return folder
