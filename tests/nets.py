@@ -36,7 +36,7 @@ from net_blocks import (
     Vit,
     Window,
 )
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxprune.capture import capture
@@ -216,8 +216,14 @@ WITHOUT_CIRCUIT = {"transposed", "pixel_shuffle"}
 
 
 @functools.cache
-def lowered_net(name: str) -> ChannelGraph:
-    """Lower `NETS[name]`, once for all tests that only read its graph. Its weights are those of seed 0."""
+def captured_net(name: str) -> fx.GraphModule:
+    """Capture `NETS[name]`, once for all tests that only read its graph. Its weights are those of seed 0."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return lower(capture(*NETS[name]()))
+        return capture(*NETS[name]())
+
+
+@functools.cache
+def lowered_net(name: str) -> ChannelGraph:
+    """Lower `captured_net(name)`, once for all tests that only read the graph."""
+    return lower(captured_net(name))

@@ -120,5 +120,5 @@ def test_fronts_and_their_modules_are_there() -> None:
 
 
 def test_lines_of_code_are_counted() -> None:
-    text = '"""A docstring."""\nimport torch\n\n# why\nx = 1\n"""Of x."""\n\ndef f():\n    """Do it."""\n    return x\n'
+    text = '"""A docstring."""\nimport torch\n\n# why\nx = 1\n\ndef f():\n    """Do it."""\n    return x\n'
     assert lines_of_code(text) == 3

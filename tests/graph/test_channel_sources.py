@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import NETS
+from nets import NETS, lowered_net
 from torch import Tensor, nn
 
 import fxprune
@@ -310,8 +310,7 @@ def test_a_part_of_a_parameter_makes_its_own_channels() -> None:
 
 @pytest.mark.parametrize("name", sorted(NETS))
 def test_every_small_network_has_sources_for_each_input_channel(name: str) -> None:
-    model, example = NETS[name]()
-    graph = fxprune.lower(fxprune.capture(model, example))
+    graph = lowered_net(name)
     made = {kernels.out_space.name: kernels.out_space.size for kernels in graph.kernels.values()}
     for kernel, kernels in graph.kernels.items():
         channels = graph.input_channels(kernel)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nets import NETS
+from nets import NETS, lowered_net
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -140,8 +140,7 @@ def test_random_chains(
 # -- lowered networks --------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", NETS)
 def test_of_lowered_networks(name: str) -> None:
-    torch.manual_seed(0)
-    graph = lower(capture(*NETS[name]()))
+    graph = lowered_net(name)
     for op in graph.ops:
         if isinstance(op, ir.Gather):
             tensors = [1 + torch.rand(value.shape, dtype=torch.float64) for value in op.inputs]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from nets import NETS
+from nets import NETS, captured_net, lowered_net
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -145,8 +145,7 @@ def test_a_node_that_yields_no_tensor_has_no_value() -> None:
 @pytest.mark.parametrize("name", sorted(NETS))
 def test_every_node_that_yields_a_tensor_has_a_value(name: str) -> None:
     """Of the shape that the node was captured with; and the value leads back to the node."""
-    net, example = NETS[name]()
-    gm, graph = lowered(net, example)
+    gm, graph = captured_net(name), lowered_net(name)
     for node in gm.graph.nodes:
         shapes = [tuple(val.shape) for val in fx_leaves(node.meta["val"]) if isinstance(val, Tensor)]
         if not shapes or node.op == "output":

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import NETS
+from nets import NETS, captured_net, lowered_net
 from torch import Tensor, nn
 
 import fxprune
@@ -180,11 +180,8 @@ def test_an_unknown_op_names_its_parameters() -> None:
 
 @pytest.mark.parametrize("name", sorted(NETS))
 def test_every_parameter_of_a_network_is_read_somewhere(name: str) -> None:
-    net, example = NETS[name]()
-    gm = fxprune.capture(net.eval(), example)
-    graph = fxprune.lower(gm)
-    read = {use.name for op in graph.ops for use in op.params}
-    used = {tensor_name for tensor_name, _ in gm.named_parameters()}
+    read = {use.name for op in lowered_net(name).ops for use in op.params}
+    used = {tensor_name for tensor_name, _ in captured_net(name).named_parameters()}
     assert used <= read
 
 
