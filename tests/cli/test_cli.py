@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from thinning import one_in
 
 import fxprune
 from fxprune import methods
@@ -32,16 +33,20 @@ def test_methods_are_listed(capsys: Any) -> None:
     assert rows["snip"]["needs"] == ["data"]
 
 
+@pytest.mark.parametrize("method", one_in(4, methods.names()))
 def test_the_help_of_a_method_has_its_options_and_those_of_no_other(
-    capsys: Any, monkeypatch: pytest.MonkeyPatch
+    method: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    every = {option for method in methods.names() for option in methods.options(method)}
-    for method in methods.names():
-        assert run(["prune", "--method", method, "--help"]) == 0
-        text = capsys.readouterr().out
-        shown = {option for option in every if re.search(rf"--{option.replace('_', '-')}[/ ]", text)}
-        assert shown - {"weights"} == set(methods.options(method)) - {"weights"}
+    every = {option for name in methods.names() for option in methods.options(name)}
+    assert run(["prune", "--method", method, "--help"]) == 0
+    text = capsys.readouterr().out
+    shown = {option for option in every if re.search(rf"--{option.replace('_', '-')}[/ ]", text)}
+    assert shown - {"weights"} == set(methods.options(method)) - {"weights"}
+
+
+def test_the_help_of_a_training_method_has_its_options(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
     assert run(["train", "-m", "gmp", "--help"]) == 0
     text = capsys.readouterr().out
     assert "--initial" in text

@@ -103,6 +103,7 @@ def test_images_too_small_for_their_poolings() -> None:
         zoo.conv6(size=4)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("tensorboard")

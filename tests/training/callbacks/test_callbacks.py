@@ -26,12 +26,16 @@ def example(name: str) -> Any:
 
 def test_plain_loop_example(tmp_path: Path, capsys: Any) -> None:
     plain = example("plain_loop")
-    plain.main("rigl", epochs=2)
     plain.main("gmp", epochs=3, checkpoint_dir=str(tmp_path))
     said = capsys.readouterr().out.splitlines()
     assert "epoch 3: sparsity 90.0%" in said[-1]
     plain.main("gmp", epochs=3, checkpoint_dir=str(tmp_path))
     assert capsys.readouterr().out == "", "it is done already"
+
+
+@pytest.mark.slow
+def test_plain_loop_example_with_gradients() -> None:
+    example("plain_loop").main("rigl", epochs=2)
 
 
 @pytest.mark.slow
