@@ -9,8 +9,6 @@ with the file whose tests run it.
 import ast
 from pathlib import Path
 
-import pytest
-
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "fxprune"
 LARGE = 60
@@ -105,13 +103,15 @@ def own_tests(module: Path) -> list[Path]:
 MODULES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py")) if path.stem[:2] != "__"]
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
-def test_a_large_module_has_tests_of_its_name_or_a_front(module: Path) -> None:
-    name = module.as_posix()
-    if own_tests(module):
-        assert name not in FRONTS, f"{name} has tests of its own: take it out of FRONTS"
-    elif lines_of_code((PACKAGE / module).read_text(encoding="utf-8")) > LARGE:
-        assert name in FRONTS, f"add tests of its name, or to FRONTS the file whose tests run {name}"
+def test_large_modules_have_tests_of_their_name_or_a_front() -> None:
+    own = {module.as_posix() for module in MODULES if own_tests(module)}
+    large = {
+        module.as_posix()
+        for module in MODULES
+        if lines_of_code((PACKAGE / module).read_text(encoding="utf-8")) > LARGE
+    }
+    assert sorted(large - own - FRONTS.keys()) == [], "add tests of their names, or put them in FRONTS"
+    assert sorted(own & FRONTS.keys()) == [], "these have tests of their own: take them out of FRONTS"
 
 
 def test_fronts_and_their_modules_are_there() -> None:
