@@ -6,6 +6,7 @@ braces never import each other.
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -103,7 +104,9 @@ def slow(name: str) -> str | None:
     return next((package for package in SLOW if f"{name}.".startswith(f"{package}.")), None)
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
+    """Parse a file, once for all rules: a tree is only read."""
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
@@ -202,7 +205,7 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
 @each_file()
 def test_nothing_is_swallowed_or_left_open(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else "everything"
             where = f"{path.name}:{node.lineno}"

@@ -376,7 +376,16 @@ FAMILIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+LONG = {
+    "cait_xxs24_224", "coat_tiny", "gmlp_ti16_224", "halonet_h1", "swin_tiny_patch4_window7_224",
+    "xcit_nano_12_p8_224",
+}  # fmt: skip
+"""One to four seconds each; others of their kind stay in the default run."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in sorted(FAMILIES)]
+)
 def test_families(name: str) -> None:
     """Shapes and identities are enough: the models are on the meta device. Most weights lie on paths."""
     with torch.device("meta"):
