@@ -195,8 +195,12 @@ def _step(code: CodeType, offset: int) -> int:
     """The first of the instructions side by side that do one thing.
 
     Python takes others of them as it learns of types, so that the offset alone differs from call to call.
+    Python 3.10 does not learn, and knows no places within a line.
     """
-    positions, index = list(code.co_positions()), max(0, offset) // 2
+    index = max(0, offset) // 2
+    if sys.version_info < (3, 11):
+        return index
+    positions = list(code.co_positions())
     while index > 0 and positions[index - 1] == positions[index]:
         index -= 1
     return index
@@ -205,7 +209,8 @@ def _step(code: CodeType, offset: int) -> int:
 def _line(place: Place) -> str:
     """The file and line of the user's code that asks; of the innermost code if all of it is PyTorch's."""
     code, step = next((call for call in place if not call[0].co_filename.startswith(LIBRARY)), place[0])
-    return f"{Path(code.co_filename).name}:{list(code.co_positions())[step][0] or code.co_firstlineno}"
+    line = next((line for start, end, line in code.co_lines() if start <= 2 * step < end), None)
+    return f"{Path(code.co_filename).name}:{line or code.co_firstlineno}"
 
 
 def if_finite(node: Any) -> bool | None:
