@@ -38,6 +38,7 @@ __all__ = [
     "TorchDispatchMode",
     "all_true",
     "any_true",
+    "check_entry",
     "check_number",
     "device_constructors",
     "enter_autocast",
@@ -62,6 +63,8 @@ nn_functions = torch._C._nn
 """The functions of ``torch.nn.functional`` that are no code of Python."""
 check_number = torch._assert
 """Raises ``AssertionError`` with a message unless a number is true; a node of graphs."""
+check_entry = torch._assert_async
+"""Raises ``RuntimeError`` with a message unless the one entry of a tensor is true; programs have it."""
 unique2 = torch._unique2
 """Called by ``torch.unique`` where the caller wants counts or the inverse."""
 fused_adam_ = torch._fused_adam_

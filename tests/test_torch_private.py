@@ -104,6 +104,9 @@ def test_names_and_lists_of_functions() -> None:
     private.check_number(True, "fine")
     with pytest.raises(AssertionError, match="not so"):
         private.check_number(False, "not so")
+    private.check_entry(torch.tensor(True), "fine")
+    with pytest.raises(RuntimeError, match="not so"):
+        private.check_entry(torch.tensor(False), "not so")
 
 
 def test_hooks_of_all_modules_are_kept_there() -> None:

@@ -124,8 +124,11 @@ def test_checks_are_traced_and_raise_where_those_of_the_model_do(
 def test_a_check_survives_compiling_and_exporting() -> None:
     model = Net(_in_range).eval()
     gm, x = capture(model, batch([7, 5, 2])), batch([4, 3])
-    assert torch.equal(torch.compile(gm, backend="eager", fullgraph=True)(*x), model(*x))
-    assert torch.equal(torch.export.export(gm, x).module()(*x), model(*x))
+    # Before 2.15, PyTorch breaks the graph at such a check, and only `fxprune.export` exports it.
+    is_whole = torch.__version__ >= (2, 15)
+    assert torch.equal(torch.compile(gm, backend="eager", fullgraph=is_whole)(*x), model(*x))
+    if is_whole:
+        assert torch.equal(torch.export.export(gm, x).module()(*x), model(*x))
 
 
 def test_overflow_is_taken_for_an_error() -> None:

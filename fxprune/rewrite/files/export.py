@@ -21,7 +21,7 @@ from fxprune.capture.inputs import example_inputs_for
 from fxprune.rewrite.compact.trial import RUN_ERRORS, difference
 from fxprune.rewrite.masking.finalize import finalize
 from fxprune.rewrite.masking.parameters import unwrap
-from fxprune.torch_private import pytree
+from fxprune.torch_private import check_entry, check_number, pytree
 
 __all__ = ["ONNX_PACKAGES", "check_path", "drawn_arguments", "export", "require", "run_onnx", "write_onnx"]
 
@@ -67,6 +67,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
     if isinstance(unwrap(model), fx.GraphModule):
         given = _in_order(unwrap(model), given)
     network = finalize(model).eval()
+    _make_checks_operations(network)
     hollow = next((name for name, parameter in network.named_parameters() if parameter.is_meta), None)
     if hollow is not None:
         raise ValueError(
@@ -87,6 +88,20 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
         _check(network, part, calls)
         for written in folder.iterdir():  # large networks have their weights in a file of their own
             os.replace(written, Path(path).parent / written.name)
+
+
+def _make_checks_operations(network: nn.Module) -> None:
+    """Replace the checks of tensors in a graph by an operation that programs have.
+
+    Before 2.15, PyTorch cannot export ``torch._assert`` of a tensor.
+    """
+    if not isinstance(network, fx.GraphModule):
+        return
+    for node in network.graph.nodes:
+        if node.target is check_number and isinstance(node.args[0], fx.Node):
+            if isinstance(node.args[0].meta.get("val"), Tensor):
+                node.target = check_entry
+    network.recompile()
 
 
 def check_path(path: str | os.PathLike[str]) -> None:

@@ -102,6 +102,32 @@ def test_masks_are_baked_in_and_the_model_stays(tmp_path: Path) -> None:
         assert torch.allclose(masked.eval()(inputs), program.module()(inputs), atol=1e-5)
 
 
+class Checked(nn.Module):
+    """A network that refuses inputs by their numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (x > -50).all():
+            raise ValueError("too small")
+        out: Tensor = self.layer(x)
+        return out
+
+
+def test_checks_of_numbers_are_in_the_program(tmp_path: Path) -> None:
+    net = fxprune.capture(Checked(), torch.ones(2, 4))
+    code = net.code
+    fxprune.export(net, tmp_path / "net.pt2")
+    program = torch.export.load(tmp_path / "net.pt2").module()
+    x = torch.randn(3, 4)
+    assert torch.allclose(program(x), net(x))
+    with pytest.raises(RuntimeError, match="raises ValueError"):
+        program(x - 100)
+    assert net.code == code
+
+
 class Batched(nn.Module):
     """A network that reads its batch size as a constant."""
 
