@@ -63,7 +63,7 @@ def test_times_are_those_that_were_measured() -> None:
     assert "measured" not in PAGES["method/wanda.md"].partition("## Options")[0].partition("|---|")[2][:200]
 
 
-@pytest.mark.parametrize("name", one_in(2, NAMES))
+@pytest.mark.parametrize("name", one_in(3, NAMES))
 def test_code_on_a_generated_page_runs(name: str, capsys: Any) -> None:
     (block,) = re.findall(r"^```python\n(.*?)^```", PAGES[f"method/{name}.md"], re.M | re.S)
     torch.manual_seed(0)

@@ -128,8 +128,7 @@ def test_the_seed_decides(method: str, net: str) -> None:
     assert same(first, second)
 
 
-@pytest.mark.parametrize("method", methods.names())
-@pytest.mark.parametrize("budget", ["uniform", "erk", {"*": 0.5}])
+@pytest.mark.parametrize(("method", "budget"), one_in(2, methods.names(), ["uniform", "erk", {"*": 0.5}]))
 def test_every_method_meets_every_budget(method: str, budget: Any) -> None:
     net = next(iter(NETS))
     model, inputs = build(net)
@@ -142,7 +141,7 @@ def test_every_method_meets_every_budget(method: str, budget: Any) -> None:
 
 @pytest.mark.parametrize(
     ("method", "granularity", "schedule"),
-    one_in(2, methods.names(), ["kernel", "nm(2,4)", "block(2,2)"], ["linear(3)", "cubic(4)"]),
+    one_in(3, methods.names(), ["kernel", "nm(2,4)", "block(2,2)"], ["linear(3)", "cubic(4)"]),
 )
 def test_every_method_meets_every_granularity_and_schedule(
     method: str, granularity: str, schedule: str
