@@ -25,7 +25,6 @@ FRONTS = {
     "capture/modes.py": "capture/fidelity/test_merge.py",
     "capture/tracer/call_targets.py": "capture/test_leaves.py",
     "capture/tracer/hook_calls.py": "capture/test_hooks.py",
-    "capture/tracer/memos.py": "capture/test_memos.py",
     "capture/tracer/module_calls.py": "capture/test_leaves.py",
     "capture/tracer/patches.py": "capture/test_graph.py",
     "capture/tracer/questions.py": "capture/test_checks.py",
