@@ -15,6 +15,8 @@ from fxprune.channels.by_channel import labels_by_weight
 from fxprune.channels.contractions import contraction
 from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, Lines, Sides, aligned, thin
 from fxprune.channels.orientation import swap_orientation
+from fxprune.channels.pooling import pooled
+from fxprune.channels.units import tie_units
 from fxprune.graph import ChannelGraph, ir
 
 __all__ = ["follow"]
@@ -42,6 +44,7 @@ class _Follower:
                 self.labels.fix(torch.arange(first, first + kernels.out_space.size), f"{name} is excluded")
         self.place = ""
         self.made: set[int] = set()
+        self.zeros: set[int] = set()  # constants that are zero
         self.read = {value.index for op in graph.ops for value in op.inputs}
 
     def run(self) -> Labels:
@@ -51,8 +54,12 @@ class _Follower:
             factors = self._step(op)
             if self._is_made(op):
                 self.made.add(op.output.index)
+            elif self._is_zero(op):
+                self.zeros.add(op.output.index)
             if op.output.live or (factors and op.output.index in self.made):
                 self.labels.values[op.output.index] = tuple(factors)
+        for units in self.graph.units:
+            tie_units(self.labels, units, self.graph.kernels)
         for index in self.made - self.read:  # a bias of attention, say, which is on no path
             for factor in self.labels.values.get(index, ()):
                 self.labels.fix(factor.labels, "a constant that no rule follows")
@@ -62,6 +69,25 @@ class _Follower:
         """Whether a layer makes this constant of others: its channels go with those that it meets."""
         layer = isinstance(op, ir.Kernel) and op.weight.name is not None
         return not op.output.live and (layer or any(value.index in self.made for value in op.inputs))
+
+    def _is_zero(self, op: ir.AnyOp) -> bool:
+        """Whether the output is a constant that is zero."""
+        if isinstance(op, ir.Source):
+            return op.pattern is not None and not op.output.live and not bool(op.pattern.any())
+        if not all(value.index in self.zeros for value in op.inputs):
+            return False
+        if isinstance(op, ir.Gather):
+            return not bool(op.move(*(torch.zeros(value.shape) for value in op.inputs)).any())
+        return isinstance(op, ir.Pool)
+
+    def _may_be_cut(self, value: ir.Value) -> bool:
+        """Whether entries of a constant can be left out: zeros, and parameters that are moved at most."""
+        op = self.graph.op_of(value)
+        if value.live or op is None:
+            return False
+        if isinstance(op, ir.Gather):
+            return all(self._may_be_cut(each) for each in op.inputs)
+        return value.index in self.zeros or (isinstance(op, ir.Source) and bool(op.params))
 
     def _is_followed(self, value: ir.Value) -> bool:
         """Whether the channels of a value are known by what made it, and not by what reads it alone."""
@@ -87,7 +113,9 @@ class _Follower:
                 operands = [(value, self._of(value)) for value in op.inputs]
                 return _distinct(contraction(self.labels, op, operands, self.place, self.whole_heads))
             case ir.Pool():
-                return self._pool(op)
+                return pooled(
+                    self.labels, op, self._of(op.inputs[0]), op.output.index in self.read, self._because
+                )
             case ir.Affine():
                 return self._meet(op.inputs, op.output.shape)
             case ir.Map():
@@ -188,6 +216,9 @@ class _Follower:
                     self.labels.fix(factor.labels, self._because("a constant that is also read whole"))
                 else:
                     self.labels.tie(factor.labels, partner.labels)
+        maker = self.graph.op_of(value)
+        if isinstance(maker, ir.Gather):
+            self._label_moved_constants(maker, own)
 
     def _partner(
         self, factor: Factor, own: Sequence[int], size: Sequence[int], others: Sequence[Factor]
@@ -281,6 +312,8 @@ class _Follower:
         rows, columns = self._sides(op, op.output.shape[axis], value.shape[axis])
         if len(along) == 1:
             self.labels.tie(along[0], columns)
+        elif not along and self._may_be_cut(value):  # such as the first state of a recurrent layer
+            self._set_constant(value, [_along(axis, columns, value)])
         else:
             reason = "read together with positions" if along else "reads channels that cannot be removed"
             for labels in (*along, columns):
@@ -294,9 +327,7 @@ class _Follower:
         if len(rows) == 1 or bool((rows == FIXED).all()):
             self.labels.fix(rows, self._because("the only output channel"))
             return passed
-        shape = [1] * len(op.output.shape)
-        shape[axis] = len(rows)
-        return [*passed, Factor((axis,), rows.reshape(shape))]
+        return [*passed, _along(axis, rows, op.output)]
 
     def _column(self, factor: Factor, axis: int) -> Tensor:
         """The labels along the contracted axis: those of other axes fold into one column."""
@@ -342,40 +373,10 @@ class _Follower:
         self.labels.lines.append(Lines(rows.view(op.groups, -1), op.output.index, self.place))
         self.labels.lines.append(Lines(columns.view(op.groups, -1), op.inputs[0].index, self.place))
 
-    # -- pooling ----------------------------------------------------------------------------------------
-    def _pool(self, op: ir.Pool) -> Sequence[Factor]:
-        value, found = op.inputs[0], []
-        for factor in self._of(value):
-            if not set(factor.axes) & set(op.dims):
-                found.append(factor)
-                continue
-            centres = op.how == "mean" and op.output.index not in self.read  # a norm written by hand
-            if op.window is not None or op.how == "max" or centres:
-                reason = f"{'a window' if op.window is not None else op.how} over channels"
-                self.labels.fix(factor.labels, self._because(reason))
-                continue
-            rest = tuple(axis for axis in factor.axes if axis not in op.dims)
-            labels = factor.labels
-            for axis in op.dims:
-                top = labels.amax(axis, keepdim=True)
-                if rest:
-                    self.labels.tie(labels, top)
-                labels = top
-            if rest:
-                found.append(Factor(rest, labels))
-        if op.window is not None:
-            return [factor for factor in found if factor.labels.dim() == len(op.output.shape)]
-        if op.keepdim:
-            return found
-        kept = [axis for axis in range(len(value.shape)) if axis not in op.dims]
-        place = {axis: number for number, axis in enumerate(kept)}
-        return [
-            Factor(
-                tuple(place[axis] for axis in factor.axes),
-                factor.labels.reshape([factor.labels.shape[axis] for axis in kept]),
-            )
-            for factor in found
-        ]
+
+def _along(axis: int, labels: Tensor, value: ir.Value) -> Factor:
+    """The factor of a value with ``labels`` along one axis."""
+    return Factor((axis,), labels.reshape([-1 if place == axis else 1 for place in range(len(value.shape))]))
 
 
 def _distinct(factors: Sequence[Factor]) -> list[Factor]:

@@ -157,7 +157,7 @@ def tie_lines(labels: Labels) -> None:
         for lines in labels.lines:
             classes = labels.root[lines.labels]
             while classes.dim() > 1 and not _is_even(classes):
-                if bool((classes == classes[..., :1]).all()):
+                if not lines.stay and bool((classes == classes[..., :1]).all()):
                     classes = classes[..., 0]  # lines go as a whole: the lines of lines are asked
                     continue
                 classes = classes.flatten(0, -2)

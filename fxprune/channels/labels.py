@@ -56,12 +56,14 @@ class Lines:
     """Labels that need equal numbers in every line along their last axis.
 
     Where one axis is viewed as several (heads and their features, the groups of a convolution), the result is
-    a tensor only if every line keeps equally many; a line may also vanish as a whole.
+    a tensor only if every line keeps equally many; a line may also vanish as a whole, unless ``stay`` says
+    that none may. ``value`` is the index of the value, -1 for lines of several.
     """
 
     labels: Tensor
     value: int
     place: str
+    stay: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,6 +44,7 @@ from fxprune.graph.ops import (
     WindowPool,
     refuse_kind,
 )
+from fxprune.graph.units import Units
 from fxprune.graph.verify import verify
 from fxprune.torch_private import pytree
 
@@ -98,7 +99,8 @@ class ChannelGraph:
     ops that no rule knew (their every input reaches their every output).
 
     ``results`` holds what every node of the captured graph that yields tensors yields, see :meth:`value_of`;
-    ``constants`` describes those values that no op makes, by their index.
+    ``constants`` describes those values that no op makes, by their index; ``units`` lists the hidden units of
+    recurrent layers.
 
     Example:
         >>> import torch, fxprune
@@ -120,6 +122,7 @@ class ChannelGraph:
     name: str = "network"
     results: dict[str, Any] = field(default_factory=dict, repr=False)
     constants: dict[int, ConstantValue] = field(default_factory=dict, repr=False)
+    units: tuple[Units, ...] = field(default=(), repr=False)
     # Compiled traversals by resolution; see fxprune.paths.program.
     programs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 

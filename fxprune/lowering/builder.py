@@ -16,6 +16,7 @@ from torch import Tensor
 from fxprune.graph import ir
 from fxprune.graph.params import axes_of_labels, axes_of_whole
 from fxprune.graph.tensor_function import TensorFunction
+from fxprune.graph.units import Units
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, joined
@@ -33,6 +34,7 @@ class Builder:
         self.ops: list[ir.AnyOp] = []
         self.parameters = parameters
         self.kernels: dict[str, ir.KernelSet] = {}
+        self.units: dict[Units, None] = {}
         self.node = ""
         self.inner = ""
         self.layer = ""
@@ -53,11 +55,11 @@ class Builder:
 
     def state(self) -> tuple[Any, ...]:
         """Note how far the graph is, for :meth:`restore`."""
-        return len(self.ops), dict(self.kernels), dict(self.sources), self.node, self.inner
+        return len(self.ops), dict(self.kernels), dict(self.units), dict(self.sources), self.node, self.inner
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Take back what a rule wrote before it failed."""
-        count, self.kernels, self.sources, self.node, self.inner = state
+        count, self.kernels, self.units, self.sources, self.node, self.inner = state
         del self.ops[count:]
 
     # -- values ---------------------------------------------------------------------------------------------

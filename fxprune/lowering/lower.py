@@ -94,14 +94,9 @@ def lower(gm: fx.GraphModule, *, rules: Rules | None = None, strict: bool = Fals
     results = Results(build)
     _Walk(gm, build, results).run(None)
     values, constants = results.values()
-    return ir.ChannelGraph(
-        tuple(build.ops),
-        build.kernels,
-        build.samples,
-        type(gm).__name__,
-        results=values,
-        constants=constants,
-    )
+    name, units = type(gm).__name__, tuple(build.units)
+    ops = tuple(build.ops)
+    return ir.ChannelGraph(ops, build.kernels, build.samples, name, values, constants, units)
 
 
 def _samples(gm: fx.GraphModule) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
+from fxprune.graph.units import Units, UnitSide
 from fxprune.lowering.rules.pool import accumulate
 from fxprune.lowering.rules.table import Context, RuleTable
 from fxprune.lowering.rules.weighted import module_weight
@@ -55,6 +56,19 @@ class _Cell:
         m: Any = self.context.module
         hidden = getattr(m, "proj_size", 0) or m.hidden_size
         return (hidden, m.hidden_size) if self.gates == 4 else (hidden,)
+
+    @property
+    def units(self) -> list[tuple[UnitSide, ...]]:
+        """The parts of parameters that belong to a hidden unit, and to a projected one."""
+
+        def side(name: str, which: Literal["out", "in"], parts: int = 1) -> UnitSide:
+            ref = module_weight(self.context, f"weight_{name}{self.suffix}")
+            return UnitSide(ref.name or "", which, parts)
+
+        rows = side("ih", "out", self.gates), side("hh", "out", self.gates)
+        if getattr(self.context.module, "proj_size", 0):
+            return [(*rows, side("hr", "in")), (side("hr", "out"), side("hh", "in"))]
+        return [(*rows, side("hh", "in"))]
 
     def product(self, x: ir.Value, name: str, *, counts: bool = True) -> ir.Value:
         bias = getattr(self.context.module, f"bias_{name}{self.suffix}", None)
@@ -108,6 +122,7 @@ def cell(context: Context, x: Any, hx: Any = None) -> Any:
         for state, size in zip(given, one.sizes, strict=True)
     ]
     after = one.step(one.product(value, "ih"), tuple(states))
+    _note_units(context, [one])
     return after if isinstance(context.result, (tuple, list)) else after[0]
 
 
@@ -162,21 +177,30 @@ def _layers(context: Context, value: ir.Value, hx: Any, time: int) -> Any:
     m: Any = context.module
     build = context.build
     finals: list[States] = []
+    cells: list[_Cell] = []
     for layer in range(m.num_layers):
         outputs = []
         for backwards in range(2 if m.bidirectional else 1):
             one = _Cell(context, f"_l{layer}{'_reverse' if backwards else ''}")
             first = _initial(context, one, hx, len(finals), time)
             states = _scan(one, value, first, time, bool(backwards))
+            cells.append(one)
             outputs.append(states[0])
             finals.append(states)
         shape = (*value.shape[:-1], sum(output.shape[-1] for output in outputs))
         join = TensorFunction.of(torch.cat, [Operand(i) for i in range(len(outputs))], -1)
         value = build.gather(join, outputs, shape)
+    _note_units(context, cells)
     users = context.node.users
     if users and all(user.target is operator.getitem and user.args[1] == 0 for user in users):
         return value, None
     return value, _final(context, finals, time)
+
+
+def _note_units(context: Context, cells: list[_Cell]) -> None:
+    """Note the widths that all layers and directions of the module have in common."""
+    for lines in zip(*(cell.units for cell in cells), strict=True):
+        context.build.units[Units(context.build.layer, lines)] = None
 
 
 def _scan(cell: _Cell, x: ir.Value, first: States | None, time: int, backwards: bool) -> States:

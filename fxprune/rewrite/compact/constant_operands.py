@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut
@@ -18,6 +18,7 @@ from fxprune.rewrite.compact.kept import Slices
 __all__ = ["cut_constants"]
 
 POINTWISE = (ir.Affine, ir.Gate, ir.Map, ir.Sum)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 def cut_constants(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Slices) -> None:
@@ -28,6 +29,8 @@ def cut_constants(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Sli
     others = {op.node for op in graph.ops if not isinstance(op, POINTWISE)}
     changed = _changed(graph, gm, cut, slices)
     for node in list(gm.graph.nodes):
+        if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), RECURRENT):
+            _cut_states(graph, node, cut, changed)
         value = graph.results.get(node.name)
         called = node.op in ("call_function", "call_method") and node.name not in others
         if not called or not isinstance(value, ir.Value) or not value.live or not cut.touches(value):
@@ -37,6 +40,14 @@ def cut_constants(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Sli
             if source not in changed and not (isinstance(own, ir.Value) and own.live):
                 node.replace_input_with(source, _picked(node, source, value, cut))
     gm.recompile()
+
+
+def _cut_states(graph: ChannelGraph, node: fx.Node, cut: Cut, changed: set[fx.Node]) -> None:
+    """Index the first states of a recurrent layer, which code has made."""
+    for source in node.all_input_nodes:
+        own = graph.results.get(source.name)
+        if source not in changed and isinstance(own, ir.Value) and not own.live:
+            node.replace_input_with(source, _picked(node, source, own, cut))
 
 
 def _picked(node: fx.Node, source: fx.Node, value: ir.Value, cut: Cut) -> fx.Node:
@@ -63,7 +74,9 @@ def _changed(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Slices) 
     for node in gm.graph.nodes:
         value = graph.results.get(node.name)
         own = node.op == "get_attr" and str(node.target) in slices
-        own |= isinstance(value, ir.Value) and cut.touches(value)
+        if isinstance(value, ir.Value) and cut.touches(value):
+            maker = graph.op_of(value)
+            own |= not isinstance(maker, ir.Source) or bool(maker.params)
         if own or any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found

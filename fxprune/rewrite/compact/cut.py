@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxprune.channels.by_channel import any_by_channel
-from fxprune.channels.labels import FIRST, FIXED, Labels, Sides
+from fxprune.channels.labels import FIRST, FIXED, Labels, Lines, Sides
 from fxprune.graph import ChannelGraph, ir
 from fxprune.graph.params import AxisUse
 from fxprune.paths.used import Used
@@ -98,14 +98,15 @@ class Cut:
     def _even_out(self) -> None:
         changed = True
         while changed:
-            revived = [self._even_lines(lines.labels, lines.place) for lines in self.labels.lines]
+            revived = [self._even_lines(lines) for lines in self.labels.lines]
             changed = any(revived)
 
-    def _even_lines(self, labels: Tensor, place: str) -> bool:
+    def _even_lines(self, every: Lines) -> bool:
         """Keep as many in every line as in the longest; a line may go as a whole, if that is a slice."""
+        labels, place = every.labels, every.place
         left = ~self.is_gone(labels)
         alive = left.any(-1)
-        whole = _product_of_slices(alive)
+        whole = torch.ones_like(alive) if every.stay else _product_of_slices(alive)
         counts = left.sum(-1)
         most = int(counts.max()) if counts.numel() else 0
         short = whole & (counts < most)

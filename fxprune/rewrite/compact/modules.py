@@ -128,7 +128,10 @@ def _replace(homes: dict[int, list[tuple[nn.Module, str]]], old: Tensor, value: 
     new = nn.Parameter(value, requires_grad=old.requires_grad) if parameter else value
     places = homes[id(old)]
     for owner, attribute in places:
-        (owner._parameters if parameter else owner._buffers)[attribute] = new  # type: ignore[assignment]
+        if isinstance(owner, nn.RNNBase):
+            setattr(owner, attribute, new)  # it keeps a list of its weights
+        else:
+            (owner._parameters if parameter else owner._buffers)[attribute] = new  # type: ignore[assignment]
     homes[id(new)] = places
 
 
@@ -144,6 +147,7 @@ def _homes(gm: fx.GraphModule) -> dict[int, list[tuple[nn.Module, str]]]:
 
 _KNOWN = (
     nn.Linear, ConvNd, NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU, nn.Embedding,
+    nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell,
 )  # fmt: skip
 
 
@@ -182,3 +186,22 @@ def _set_sizes(module: nn.Module, groups: int | None) -> None:
         m.num_parameters = module.weight.numel()
     elif isinstance(module, nn.Embedding):
         m.embedding_dim = module.weight.shape[1]
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        _set_units(module)
+
+
+def _set_units(module: nn.RNNBase | nn.RNNCellBase) -> None:
+    """Set the widths of a recurrent layer by those of its weights."""
+    m: Any = module
+    end = "_l0" if isinstance(module, nn.RNNBase) else ""
+    taken, fed = m._parameters[f"weight_ih{end}"], m._parameters[f"weight_hh{end}"]
+    gates = (
+        4
+        if isinstance(module, (nn.LSTM, nn.LSTMCell))
+        else 3
+        if isinstance(module, (nn.GRU, nn.GRUCell))
+        else 1
+    )
+    m.input_size, m.hidden_size = taken.shape[1], taken.shape[0] // gates
+    if getattr(m, "proj_size", 0):
+        m.proj_size = fed.shape[1]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from fxprune.rewrite.compact.unchecked import Unchecked
@@ -94,11 +95,19 @@ class _Watching(Unchecked):
             result = super().run_node(n)
         except RUN_ERRORS as error:
             raise NodeFailure(n.name, error) from error
-        self.found[n.name] = result if self.numbers else pytree.tree_map(_meta, result)
+        self.found[n.name] = result if self.numbers else _shapes(result)
         return result
 
 
+def _shapes(result: Any) -> Any:
+    """The result with tensors on the meta device."""
+    return pytree.tree_map(_meta, result, is_leaf=lambda x: isinstance(x, PackedSequence))
+
+
 def _meta(x: Any) -> Any:
+    if isinstance(x, PackedSequence):  # its own class asks for a device when it is made
+        kind: Any = type(x)
+        return kind._make(map(_meta, x))
     return torch.empty_like(x, device="meta") if isinstance(x, Tensor) else x
 
 
