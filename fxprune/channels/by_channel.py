@@ -36,7 +36,8 @@ def sums_by_channel(
     (tensor([ 3., 12.], dtype=torch.float64), tensor([3., 5., 7.], dtype=torch.float64))
     """
     lines, columns = [], torch.zeros(0)
-    for part in _parts(values, mask, 0.0):
+    mask = None if mask is None else kernels.by_axes(mask)
+    for part in _parts(kernels.by_axes(values), mask, 0.0):
         part = part.square() if power == 2 else part
         kernel_sums = part.sum(2) if part.shape[2] > 1 else part[..., 0]
         if kernels.groups == 1:
@@ -59,13 +60,16 @@ def largest_by_channel(
 
     ``lowest``: the value of weights that the mask leaves out.
     """
-    matrix = torch.cat([part.amax(2) for part in _parts(values, mask, lowest)])
+    mask = None if mask is None else kernels.by_axes(mask)
+    matrix = torch.cat([part.amax(2) for part in _parts(kernels.by_axes(values), mask, lowest)])
     return _sides(*_reduced(matrix, kernels), kernels)
 
 
 def any_by_channel(mask: Tensor, kernels: KernelSet) -> tuple[Tensor, Tensor]:
     """Mark the output and the input channels with any weight that ``mask`` (bool, of the shape) marks."""
-    marks = mask.contiguous().view(torch.uint8)  # arithmetic on bytes is several times faster than on bits
+    marks = (
+        kernels.by_axes(mask).contiguous().view(torch.uint8)
+    )  # arithmetic on bytes is several times faster than on bits
     matrix = marks.flatten(2).amax(2) if marks.dim() > 2 else marks
     first, second = _sides(*_reduced(matrix, kernels), kernels)
     return first.bool(), second.bool()
@@ -96,6 +100,13 @@ def _sides(first: Tensor, second: Tensor, kernels: KernelSet) -> tuple[Tensor, T
 
 def labels_by_weight(rows: Tensor, columns: Tensor, kernels: KernelSet) -> tuple[Tensor, Tensor]:
     """The row and the column label of every weight of a parameter, in its own shape."""
+    if kernels.axes is not None:
+        by_side = (
+            labels.view([size if axis in own else 1 for axis, size in enumerate(kernels.shape)])
+            for labels, own in zip((rows, columns), kernels.axes, strict=True)
+        )
+        by_row, by_column = (labels.expand(kernels.shape) for labels in by_side)
+        return by_row, by_column
     taps = (1,) * (len(kernels.shape) - 2)
     groups = kernels.groups
     by_row = rows.view(groups, -1, 1).expand(-1, -1, kernels.in_space.size // groups)

@@ -269,7 +269,8 @@ def _numbered(numbers: Tensor, count: int) -> Tensor:
 
 def _weights(groups: Groups, name: str, mask: Tensor) -> Part:
     """The weights of a parameter that a mask keeps: a block, if these are all of some rows and columns."""
-    kernels, each = groups.graph.kernels[name], mask.shape[2:].numel()
+    kernels = groups.graph.kernels[name]
+    each = mask.numel() // (kernels.outputs * kernels.inputs // kernels.groups)
     tables = (groups.rows[name], groups.columns[name])
     if kernels.groups == 1:
         sides = any_by_channel(mask, kernels)
@@ -278,7 +279,8 @@ def _weights(groups: Groups, name: str, mask: Tensor) -> Part:
                 _numbered(table[side], groups.count) for table, side in zip(tables, sides, strict=True)
             )
             return Block(rows, columns, float(each))
-    counts = (mask.flatten(2).sum(2) if mask.dim() > 2 else mask).cpu().double()
+    marks = kernels.by_axes(mask)
+    counts = (marks.flatten(2).sum(2) if marks.dim() > 2 else marks).cpu().double()
     if kernels.groups == 1:
         rows, columns = (_numbered(table, groups.count) for table in tables)
         return Matrix(rows, columns, counts.T if kernels.transposed else counts)

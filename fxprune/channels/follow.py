@@ -6,6 +6,7 @@ here about which channels go: the result is the relation that channel groups and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -37,15 +38,24 @@ class _Follower:
         self.labels = Labels()
         for name, kernels in graph.kernels.items():
             self.labels.rows[name] = self.labels.count
-            self.labels.columns[name] = self.labels.count + kernels.out_space.size
-            self.labels.count += kernels.out_space.size + kernels.in_space.size
+            self.labels.columns[name] = self.labels.count + kernels.outputs
+            self.labels.count += kernels.outputs + kernels.inputs
+            self._ask_for_boxes(kernels)
             if name in fixed:
                 first = self.labels.rows[name]
-                self.labels.fix(torch.arange(first, first + kernels.out_space.size), f"{name} is excluded")
+                self.labels.fix(torch.arange(first, first + kernels.outputs), f"{name} is excluded")
         self.place = ""
         self.made: set[int] = set()
         self.zeros: set[int] = set()  # constants that are zero
         self.read = {value.index for op in graph.ops for value in op.inputs}
+
+    def _ask_for_boxes(self, kernels: ir.KernelSet) -> None:
+        """Let a parameter with several axes for one side lose whole slices of each."""
+        for axes, first in zip(kernels.axes or (), (self.labels.rows, self.labels.columns), strict=False):
+            if len(axes) > 1:
+                sizes = [kernels.shape[axis] for axis in axes]
+                labels = first[kernels.name] + torch.arange(math.prod(sizes)).view(sizes)
+                self.labels.lines.append(Lines(labels, -1, kernels.name, box=True))
 
     def run(self) -> Labels:
         for number, op in enumerate(self.graph.ops):
@@ -146,7 +156,7 @@ class _Follower:
                 self.labels.rows[name],
                 self.labels.columns[name],
             )
-            for first, size in ((rows, kernels.out_space.size), (columns, kernels.in_space.size)):
+            for first, size in ((rows, kernels.outputs), (columns, kernels.inputs)):
                 self.labels.fix(torch.arange(first, first + size), self._because("a table is read whole"))
 
     def _softmax(self, op: ir.Map) -> None:
@@ -343,8 +353,8 @@ class _Follower:
         if name is None:
             return torch.full((outputs,), FIXED), torch.full((inputs,), FIXED)
         kernels = self.graph.kernels[name]
-        rows = self.labels.rows[name] + torch.arange(kernels.out_space.size)
-        columns = self.labels.columns[name] + torch.arange(kernels.in_space.size)
+        rows = self.labels.rows[name] + torch.arange(kernels.outputs)
+        columns = self.labels.columns[name] + torch.arange(kernels.inputs)
         if op.weight.view is None:
             return rows, columns
         by_row, by_column = (self._operand(op, labels) for labels in labels_by_weight(rows, columns, kernels))

@@ -17,7 +17,7 @@ from fxprune.channels.by_channel import labels_by_weight
 from fxprune.channels.components import components
 from fxprune.channels.follow import follow
 from fxprune.channels.labels import FIXED, Labels
-from fxprune.graph import ChannelGraph
+from fxprune.graph import ChannelGraph, KernelSet
 
 __all__ = ["ChannelSlice", "Groups", "group_channels", "held_groups"]
 
@@ -71,7 +71,7 @@ class Groups:
         """The group of the output and of the input channel of every kernel, in the parameter's layout."""
         kernels = self.graph.kernels[name]
         by_row, by_column = labels_by_weight(self.rows[name], self.columns[name], kernels)
-        one = (slice(None), slice(None), *[slice(0, 1)] * (by_row.dim() - 2))
+        one = _first_taps(kernels)
         return by_row[one], by_column[one]
 
     def kept(self, name: str, alive: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Groups:
         stays = torch.cat([alive, alive.new_ones(1)])  # -1: what cannot be removed
         kernels = self.graph.kernels[name]
         by_row, by_column = labels_by_weight(stays[self.rows[name]], stays[self.columns[name]], kernels)
-        one = (slice(None), slice(None), *[slice(0, 1)] * (by_row.dim() - 2))
+        one = _first_taps(kernels)
         return (by_row[one] & by_column[one]).expand(kernels.shape)
 
     def members(self, group: int) -> list[ChannelSlice]:
@@ -91,6 +91,12 @@ class Groups:
                 if indices:
                     found.append(ChannelSlice(name, axis, tuple(indices)))
         return found
+
+
+def _first_taps(kernels: KernelSet) -> tuple[slice, ...]:
+    """The index of one tap of every kernel."""
+    sides = (0, 1) if kernels.axes is None else (*kernels.axes[0], *kernels.axes[1])
+    return tuple(slice(None) if axis in sides else slice(0, 1) for axis in range(len(kernels.shape)))
 
 
 def group_channels(graph: ChannelGraph, *, fixed: Collection[str] = (), whole_heads: bool = False) -> Groups:
@@ -136,7 +142,7 @@ def _numbered(graph: ChannelGraph, labels: Labels, root: Tensor) -> Groups:
     seen = torch.zeros(labels.count, dtype=torch.bool)
     for name, kernels in graph.kernels.items():
         first = labels.rows[name]
-        seen[root[first : first + kernels.out_space.size]] = True
+        seen[root[first : first + kernels.outputs]] = True
     seen[: FIXED + 1] = False
     number = torch.full((labels.count,), -1)
     number[seen] = torch.arange(int(seen.sum()))
@@ -144,8 +150,8 @@ def _numbered(graph: ChannelGraph, labels: Labels, root: Tensor) -> Groups:
     rows, columns = {}, {}
     for name, kernels in graph.kernels.items():
         first, second = labels.rows[name], labels.columns[name]
-        rows[name] = numbers[first : first + kernels.out_space.size]
-        columns[name] = numbers[second : second + kernels.in_space.size]
+        rows[name] = numbers[first : first + kernels.outputs]
+        columns[name] = numbers[second : second + kernels.inputs]
     return Groups(graph, labels, rows, columns, int(seen.sum()), numbers)
 
 
@@ -156,7 +162,7 @@ def tie_lines(labels: Labels) -> None:
         done = True
         for lines in labels.lines:
             classes = labels.root[lines.labels]
-            while classes.dim() > 1 and not _is_even(classes):
+            while classes.dim() > 1 and not (_is_aligned(classes) if lines.box else _is_even(classes)):
                 if not lines.stay and bool((classes == classes[..., :1]).all()):
                     classes = classes[..., 0]  # lines go as a whole: the lines of lines are asked
                     continue
@@ -169,4 +175,10 @@ def tie_lines(labels: Labels) -> None:
 def _is_even(classes: Tensor) -> bool:
     """Whether every class has equally many members in every line."""
     lines = classes.flatten(0, -2).sort(-1).values
+    return bool((lines == lines[:1]).all())
+
+
+def _is_aligned(classes: Tensor) -> bool:
+    """Whether all lines have the same classes in the same places."""
+    lines = classes.flatten(0, -2)
     return bool((lines == lines[:1]).all())

@@ -57,13 +57,15 @@ class Lines:
 
     Where one axis is viewed as several (heads and their features, the groups of a convolution), the result is
     a tensor only if every line keeps equally many; a line may also vanish as a whole, unless ``stay`` says
-    that none may. ``value`` is the index of the value, -1 for lines of several.
+    that none may. ``value`` is the index of the value, -1 for lines of several. ``box``: what is left must be
+    a product of indices along each axis, as of a parameter with an axis for heads and one for their channels.
     """
 
     labels: Tensor
     value: int
     place: str
     stay: bool = False
+    box: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,12 +23,12 @@ def pooled(
         if not set(factor.axes) & set(op.dims):
             found.append(factor)
             continue
+        rest = tuple(axis for axis in factor.axes if axis not in op.dims)
         centres = op.how == "mean" and not is_read  # a norm written by hand
-        if op.window is not None or op.how == "max" or centres:
+        if op.window is not None or (op.how == "max" and not rest) or centres:
             reason = f"{'a window' if op.window is not None else op.how} over channels"
             labels.fix(factor.labels, because(reason))
             continue
-        rest = tuple(axis for axis in factor.axes if axis not in op.dims)
         left = factor.labels
         for axis in op.dims:
             top = left.amax(axis, keepdim=True)

@@ -33,5 +33,5 @@ def tie_units(labels: Labels, units: Units, kernels: dict[str, KernelSet]) -> No
 def _labels(labels: Labels, side: UnitSide, kernels: dict[str, KernelSet]) -> Tensor:
     """The labels of a side of a parameter, (parts, units)."""
     one = kernels[side.parameter]
-    table, space = (labels.rows, one.out_space) if side.side == "out" else (labels.columns, one.in_space)
-    return (table[side.parameter] + torch.arange(space.size)).view(side.parts, -1)
+    table, size = (labels.rows, one.outputs) if side.side == "out" else (labels.columns, one.inputs)
+    return (table[side.parameter] + torch.arange(size)).view(side.parts, -1)

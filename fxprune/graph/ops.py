@@ -21,6 +21,7 @@ Sink       the outputs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -95,6 +96,10 @@ class KernelSet:
     weights in it. ``live_taps`` (bool, of the taps' shape) marks the taps that see anything but padding.
     ``uses`` counts the places where the parameter is applied (tied weights, modules called twice), ``macs``
     the multiply-adds of all of them together for one sample of the dense network, taps on padding included.
+
+    ``axes``: of a parameter that is no matrix by itself, such as ``(features, heads, width)`` or the weights
+    of several experts, the axes that run along its outputs and those along its inputs; others are taps.
+    ``None``: the first two.
     """
 
     name: str
@@ -109,6 +114,7 @@ class KernelSet:
     transposed: bool = False
     direct: bool = False
     aliases: tuple[str, ...] = ()
+    axes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def __eq__(self, other: object) -> bool:
         return type(other) is KernelSet and same(vars(self), vars(other))
@@ -120,6 +126,28 @@ class KernelSet:
     def out_axis(self) -> int:
         """The parameter's axis that runs over output channels (0, or 1 for a transposed convolution)."""
         return 1 if self.transposed else 0
+
+    @property
+    def outputs(self) -> int:
+        """The number of output channels, as ``axes`` has them."""
+        return (
+            self.out_space.size if self.axes is None else math.prod(self.shape[axis] for axis in self.axes[0])
+        )
+
+    @property
+    def inputs(self) -> int:
+        """The number of input channels, as ``axes`` has them."""
+        return (
+            self.in_space.size if self.axes is None else math.prod(self.shape[axis] for axis in self.axes[1])
+        )
+
+    def by_axes(self, tensor: Tensor) -> Tensor:
+        """Turn a tensor of the parameter's shape to (outputs, inputs, taps), as ``axes`` has them."""
+        if self.axes is None:
+            return tensor
+        first = (*self.axes[0], *self.axes[1])
+        rest = [axis for axis in range(tensor.dim()) if axis not in first]
+        return tensor.permute([*first, *rest]).reshape(self.outputs, self.inputs, -1)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from fxprune.graph.params import axes_of_labels, axes_of_whole
 from fxprune.graph.tensor_function import TensorFunction
 from fxprune.graph.units import Units
 from fxprune.lowering.constant import Constant
+from fxprune.lowering.matrix_axes import matrix_axes, merged_axes
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, joined
 from fxprune.lowering.spaces import Spaces, space_name
@@ -379,6 +380,7 @@ class Builder:
             transposed=transposed,
             direct=weight.direct or (old is not None and old.direct),
             aliases=tuple(self.parameters.aliases[name]),
+            axes=merged_axes(old, matrix_axes(shape, weight)),
         )
 
     def _ranges(self, x: ir.Value, rank: int) -> list[tuple[int, int]]:

@@ -34,7 +34,7 @@ class _Channels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        used = ((gradient > 0.5) & ctx.mask).contiguous().view(torch.uint8)
+        used = ctx.kernels.by_axes((gradient > 0.5) & ctx.mask).contiguous().view(torch.uint8)
         if used.dim() > 2:
             used = used.flatten(2).amax(2)
         if ctx.kernels.groups > 1:
@@ -75,7 +75,7 @@ def used_channels(
     device = next((mask.device for mask in masks.values()), torch.device("cpu"))
     gates: dict[str, tuple[Tensor, Tensor]] = {}
     for name, kernels in graph.kernels.items():
-        sizes = (kernels.out_space.size, kernels.in_space.size)
+        sizes = (kernels.outputs, kernels.inputs)
         rows, columns = (torch.ones(size, device=device, requires_grad=True) for size in sizes)
         gates[name] = rows, columns
 

@@ -133,9 +133,8 @@ class ChannelGroups:
         """The weights in the rows of every group."""
         sizes = torch.zeros(self.groups.count, dtype=torch.int64)
         for name, mask in masks.items():
-            by_row = self.groups.by_weight(name)[0]
-            index = by_row.expand(mask.shape[:2] + by_row.shape[2:]).reshape(mask.shape[:2])
-            counts = mask.flatten(2).sum(2).cpu() if mask.dim() > 2 else mask.long().cpu()
+            counts = sums_by_channel(mask, self.groups.graph.kernels[name])[0].long()
+            index = self.groups.rows[name]
             sizes.index_add_(0, index[index >= 0], counts[index >= 0])
         return sizes
 
@@ -334,7 +333,7 @@ def _counts(mask: Tensor, part: Tensor | None, kernels: KernelSet) -> tuple[Tens
     """The number of weights of every output and input channel; ``part``: the mask, unless it is full."""
     if part is not None:
         return sums_by_channel(mask, kernels)
-    outputs, inputs = kernels.out_space.size, kernels.in_space.size
+    outputs, inputs = kernels.outputs, kernels.inputs
     weights = mask.numel()
     return (
         torch.full((outputs,), weights / outputs, dtype=torch.float64),

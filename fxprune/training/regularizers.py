@@ -90,11 +90,10 @@ class Regularizer:
         for name, parameter in self._parameters():
             values = of(parameter)
             if name in kernels:
-                values = values.flatten(2).sum(2) if values.dim() > 2 else values
-                by_row, by_column = (
-                    numbers.reshape(numbers.shape[:2]).expand(values.shape)
-                    for numbers in self.groups.by_weight(name)
-                )
+                tables = self.groups.by_weight(name)
+                taps = tuple(axis for axis, size in enumerate(tables[0].shape) if axis > 1 and size == 1)
+                values = values.sum(taps, keepdim=True) if taps else values
+                by_row, by_column = (numbers.expand(values.shape) for numbers in tables)
                 every = [by_row, by_column.where(by_column != by_row, -1)]
             else:
                 axes = self._entries[name].items()

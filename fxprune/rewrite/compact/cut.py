@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxprune.channels.by_channel import any_by_channel
+from fxprune.channels.follow import follow
 from fxprune.channels.labels import FIRST, FIXED, Labels, Lines, Sides
 from fxprune.graph import ChannelGraph, ir
 from fxprune.graph.params import AxisUse
@@ -42,10 +43,11 @@ class Cut:
         self.graph, self.labels, self.nonzero = graph, labels, nonzero
         self._sides = {id(graph.ops[sides.op]): sides for sides in labels.sides}
         self.held: dict[int, str] = {}
+        self._heads: Tensor | None = None
         alive = torch.zeros(labels.count, dtype=torch.bool)
         for name, kernels in graph.kernels.items():
-            rows = labels.rows[name] + torch.arange(kernels.out_space.size)
-            columns = labels.columns[name] + torch.arange(kernels.in_space.size)
+            rows = labels.rows[name] + torch.arange(kernels.outputs)
+            columns = labels.columns[name] + torch.arange(kernels.inputs)
             for labelled, marks in zip((rows, columns), used[name], strict=True):
                 alive[labelled[marks.cpu()]] = True
         makers = torch.zeros_like(alive)
@@ -77,13 +79,8 @@ class Cut:
 
     def give_back(self, labels: Tensor, reason: str) -> bool:
         """Keep the groups of ``labels``, and what must then stay as well; False if they were kept already."""
-        roots = torch.unique(self.labels.root[labels.flatten()])
-        roots = roots[self.gone[roots]]
-        if not len(roots):
+        if not self._revive(labels, reason):
             return False
-        self.gone[roots] = False
-        for root in roots.tolist():
-            self.held.setdefault(root, reason)
         self._even_out()
         return True
 
@@ -99,12 +96,39 @@ class Cut:
         changed = True
         while changed:
             revived = [self._even_lines(lines) for lines in self.labels.lines]
-            changed = any(revived)
+            changed = any(revived) or self._agree_on_heads()
+
+    def _agree_on_heads(self) -> bool:
+        """Keep channels of a head that has none left in one place, where it has some in another."""
+        every = self.labels.lines if any(isinstance(op, ir.Mix) for op in self.graph.ops) else ()
+        partial = [lines for lines in every if lines.value >= 0 and self._loses_some(lines.labels)]
+        if not partial:
+            return False
+        if self._heads is None:
+            self._heads = follow(self.graph, whole_heads=True).root
+        needed = torch.zeros(self.labels.count, dtype=torch.bool)
+        needed[self._heads[~self.gone[self.labels.root]]] = True
+        found = False
+        for lines in partial:
+            left, heads = ~self.is_gone(lines.labels), self._heads[lines.labels]
+            one = (heads == heads[..., :1]).all(-1) & needed[heads[..., 0]] & ~left.any(-1)
+            back = lines.labels[one][:, : int(left.sum(-1).max())]
+            found |= self._revive(back, f"{lines.place}: a head that is used elsewhere")
+        return found
+
+    def _loses_some(self, labels: Tensor) -> bool:
+        """Whether some lines go as a whole, and some do not."""
+        alive = (~self.is_gone(labels)).any(-1)
+        return bool(alive.any()) and not bool(alive.all())
 
     def _even_lines(self, every: Lines) -> bool:
         """Keep as many in every line as in the longest; a line may go as a whole, if that is a slice."""
         labels, place = every.labels, every.place
         left = ~self.is_gone(labels)
+        if every.box:
+            gap = _product_of_slices(left) & ~left
+            reason = f"{place}: the same channels in every part"
+            return bool(gap.any()) and self._revive(labels[gap], reason)
         alive = left.any(-1)
         whole = torch.ones_like(alive) if every.stay else _product_of_slices(alive)
         counts = left.sum(-1)
@@ -116,12 +140,16 @@ class Cut:
         missing = most - counts[short]
         rank = (~kept).long().cumsum(-1)
         revived = lines[(~kept) & (rank <= missing[:, None])]
-        before = self.gone.clone()
-        roots = torch.unique(self.labels.root[revived])
+        return self._revive(revived, f"{place}: equally many channels in every part")
+
+    def _revive(self, labels: Tensor, reason: str) -> bool:
+        """Keep the groups of ``labels``; False if they were kept already."""
+        roots = torch.unique(self.labels.root[labels.flatten()])
+        roots = roots[self.gone[roots]]
         self.gone[roots] = False
-        for root in roots[before[roots]].tolist():
-            self.held.setdefault(root, f"{place}: equally many channels in every part")
-        return bool((self.gone != before).any())
+        for root in roots.tolist():
+            self.held.setdefault(root, reason)
+        return bool(len(roots))
 
     # -- what is left ------------------------------------------------------------------------------------
     def mask(self, value: ir.Value) -> list[tuple[tuple[int, ...], Tensor]]:
@@ -170,7 +198,9 @@ class Cut:
                 continue
             others = [axis for axis in range(mask.dim()) if axis not in common]
             part = mask.any(dim=others) if others else mask
-            if others and not bool((part == mask.all(dim=others)).all()):
+            if others and not bool(
+                ((mask.any(dim=others, keepdim=True) & mask.any(dim=common, keepdim=True)) == mask).all()
+            ):
                 raise UnevenCut(
                     "a parameter meets different channels in different lines", self.labels_of(value)
                 )

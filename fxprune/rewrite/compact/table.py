@@ -110,8 +110,8 @@ def tabulate(
     sizes: Mapping[str, torch.Tensor] = dict(new.named_parameters(remove_duplicate=False))
     layers = []
     for name, kernels in graph.kernels.items():
-        rows = cut.labels.rows[name] + torch.arange(kernels.out_space.size)
-        columns = cut.labels.columns[name] + torch.arange(kernels.in_space.size)
+        rows = cut.labels.rows[name] + torch.arange(kernels.outputs)
+        columns = cut.labels.columns[name] + torch.arange(kernels.inputs)
         stayed = cut.dead[rows] & ~cut.is_gone(rows)
         back = stayed & ~cut.lives[cut.labels.root[rows]]
         held = zip(rows[back].tolist(), cut.labels.root[rows[back]].tolist(), strict=True)
