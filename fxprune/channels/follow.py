@@ -229,6 +229,9 @@ class _Follower:
         maker = self.graph.op_of(value)
         if isinstance(maker, ir.Gather):
             self._label_moved_constants(maker, own)
+        elif isinstance(maker, ir.Pool) and maker.keepdim and not self._is_followed(maker.inputs[0]):
+            rest = [factor for factor in own if not set(factor.axes) & set(maker.dims)]
+            self._set_constant(maker.inputs[0], rest)
 
     def _partner(
         self, factor: Factor, own: Sequence[int], size: Sequence[int], others: Sequence[Factor]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import gcd, lcm
+from math import gcd, lcm, prod
 
 import torch
 from torch import Tensor
@@ -101,11 +101,19 @@ def round_up(groups: Groups, multiple: int) -> Callable[[Tensor, Tensor], Tensor
 
 
 def _quantum(groups: Groups, family: int, multiple: int) -> int:
-    """The number of groups that makes every parameter of a family lose a multiple of channels."""
+    """The number of groups that makes every parameter of a family lose a multiple of channels.
+
+    Its outputs and its inputs both do, and those along each axis where a parameter has several.
+    """
     quantum = 1
-    for numbers in groups.rows.values():
-        own = numbers[numbers >= 0]
-        if len(own) and int(groups.families[own[0]]) == family:
-            per_group = len(own) // len(torch.unique(own))
-            quantum = lcm(quantum, multiple // gcd(per_group, multiple))
+    for side, table in enumerate((groups.rows, groups.columns)):
+        for name, numbers in table.items():
+            own = numbers[numbers >= 0]
+            if len(own) and int(groups.families[own[0]]) == family:
+                kernels = groups.graph.kernels[name]
+                copies = (
+                    1 if kernels.axes is None else prod(kernels.shape[a] for a in kernels.axes[side][:-1])
+                )
+                per_group = max(1, len(own) // len(torch.unique(own)) // copies)
+                quantum = lcm(quantum, multiple // gcd(per_group, multiple))
     return quantum

@@ -35,6 +35,7 @@ from fxprune.rewrite.compact.norms import kind_of
 from fxprune.rewrite.compact.products import keep_what_counts, operand_nodes
 from fxprune.rewrite.compact.recipe import record_recipe
 from fxprune.rewrite.compact.statistics import reductions
+from fxprune.rewrite.compact.strides import multiples
 from fxprune.rewrite.compact.table import tabulate
 from fxprune.rewrite.compact.trial import (
     NodeFailure,
@@ -214,7 +215,8 @@ def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks) -> Cut:
             f"model: no path leads from its inputs to its outputs; without weights on a path: "
             f"{', '.join(empty[:10])}; prune less, or with on_collapse='repair'"
         )
-    cut = Cut(graph, follow(graph), used, nonzero)
+    labels = follow(graph)
+    cut = Cut(graph, labels, used, nonzero, multiples(graph, gm, labels))
     for sides in cut.labels.sides:
         if sides.name in computed:
             labels = torch.cat([sides.rows, sides.columns])

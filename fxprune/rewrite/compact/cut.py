@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ class Cut:
 
     ``used``: by parameter, the rows and columns with a weight on some path. A group can go if it has none of
     these. ``nonzero``: marks the weights of a parameter that are not zero, or may grow (bool). ``held``: for
-    every group that was given back, the reason.
+    every group that was given back, the reason. ``multiples``: labels, of which a multiple of a number
+    must be left, and who asks for it.
     """
 
     def __init__(
@@ -39,11 +40,13 @@ class Cut:
         labels: Labels,
         used: Used,
         nonzero: Callable[[str], Tensor],
+        multiples: Iterable[tuple[Tensor, int, str]] = (),
     ) -> None:
         self.graph, self.labels, self.nonzero = graph, labels, nonzero
         self._sides = {id(graph.ops[sides.op]): sides for sides in labels.sides}
         self.held: dict[int, str] = {}
         self._heads: Tensor | None = None
+        self._multiples = tuple(multiples)
         alive = torch.zeros(labels.count, dtype=torch.bool)
         for name, kernels in graph.kernels.items():
             rows = labels.rows[name] + torch.arange(kernels.outputs)
@@ -96,7 +99,14 @@ class Cut:
         changed = True
         while changed:
             revived = [self._even_lines(lines) for lines in self.labels.lines]
+            revived += [self._round_up(*one) for one in self._multiples]
             changed = any(revived) or self._agree_on_heads()
+
+    def _round_up(self, labels: Tensor, multiple: int, place: str) -> bool:
+        """Keep some more of the labels, if their number is no multiple."""
+        gone = self.is_gone(labels)
+        missing = min(-int((~gone).sum()) % multiple, int(gone.sum()))
+        return self._revive(labels[gone][:missing], f"{place}: it takes a multiple of {multiple} channels")
 
     def _agree_on_heads(self) -> bool:
         """Keep channels of a head that has none left in one place, where it has some in another."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.graph import ChannelGraph, ir
-from fxprune.rewrite.compact.constants import Recorded, constant_entries
+from fxprune.rewrite.compact.constants import Recorded
 from fxprune.rewrite.compact.cut import Cut
 
 __all__ = ["keep_what_statistics_count", "node_of", "reductions"]
@@ -76,19 +76,21 @@ def keep_what_statistics_count(
     """Give back the channels that a norm counts though they go; False if that cannot be told."""
     value = op.inputs[0]
     found = reductions(graph, op, nodes, axis)
-    kept = cut.kept_along(value, axis)
-    along = next((f.labels.flatten() for f in cut.labels.values[value.index] if f.axes == (axis,)), None)
-    if not found or kept is None or along is None:
+    along = [factor for factor in cut.labels.values[value.index] if axis in factor.axes]
+    if not found or len(along) != 1:
         return False
-    counted = torch.zeros_like(kept)
+    labels = along[0].labels  # along heads, too, where the axis is that of the channels of one
+    gone = cut.is_gone(labels)
+    counted = torch.zeros_like(gone)
+    others = [place for place in range(gone.dim()) if place not in along[0].axes]
     for node in found:
-        runs = recorded.get(node.all_input_nodes[0].name)
-        if runs is None:
-            return False
-        entries, same = constant_entries(runs, axis, ~kept)
-        counted[~kept] |= ~(same & (entries == 0).all(1))
+        for run in recorded.get(node.all_input_nodes[0].name, ()) or (None,):
+            if run is None or run.dim() != gone.dim():
+                return False
+            hot = (run != 0) & gone
+            counted |= hot.amax(others, keepdim=True) if others else hot
     if bool(counted.any()):
-        cut.give_back(along[counted], f"{op.layer or op.node}: a statistic over channels")
+        cut.give_back(labels[counted], f"{op.layer or op.node}: a statistic over channels")
     return True
 
 
