@@ -12,11 +12,10 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from fxprune.channels.by_channel import labels_by_weight
 from fxprune.channels.contractions import contraction
-from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, Lines, Sides, aligned, thin
-from fxprune.channels.orientation import swap_orientation
+from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, Lines, Sides, aligned, along_axis, thin
 from fxprune.channels.pooling import pooled
+from fxprune.channels.sides import sides_of, table_factors
 from fxprune.channels.units import tie_units
 from fxprune.graph import ChannelGraph, ir
 
@@ -109,8 +108,7 @@ class _Follower:
     def _step(self, op: ir.Op) -> Sequence[Factor]:
         match op:
             case ir.Source():
-                self._hold_tables(op)
-                return ()
+                return table_factors(self.labels, self.graph.kernels, op, self._because)
             case ir.Kernel():
                 return self._kernel(op)
             case ir.Sum() | ir.Gate():
@@ -147,17 +145,6 @@ class _Follower:
             for factor in self._of(value):
                 self.labels.fix(factor.labels, self._because(reason))
         return ()
-
-    def _hold_tables(self, op: ir.Source) -> None:
-        """Fix the rows and columns of weights that are a table as well, such as tied embeddings."""
-        for name in {use.name for use in op.params} & self.graph.kernels.keys():
-            kernels, rows, columns = (
-                self.graph.kernels[name],
-                self.labels.rows[name],
-                self.labels.columns[name],
-            )
-            for first, size in ((rows, kernels.outputs), (columns, kernels.inputs)):
-                self.labels.fix(torch.arange(first, first + size), self._because("a table is read whole"))
 
     def _softmax(self, op: ir.Map) -> None:
         """Fix the labels along the axes that are summed over; whole heads may go, all their entries."""
@@ -322,11 +309,12 @@ class _Follower:
                 self.labels.fix(factor.labels, self._because("positions of a convolution"))
             else:
                 passed.append(factor)
-        rows, columns = self._sides(op, op.output.shape[axis], value.shape[axis])
+        sizes = op.output.shape[axis], value.shape[axis]
+        rows, columns = sides_of(self.labels, self.graph.kernels, op, sizes, self._because)
         if len(along) == 1:
             self.labels.tie(along[0], columns)
         elif not along and self._may_be_cut(value):  # such as the first state of a recurrent layer
-            self._set_constant(value, [_along(axis, columns, value)])
+            self._set_constant(value, [along_axis(axis, columns, len(value.shape))])
         else:
             reason = "read together with positions" if along else "reads channels that cannot be removed"
             for labels in (*along, columns):
@@ -340,7 +328,7 @@ class _Follower:
         if len(rows) == 1 or bool((rows == FIXED).all()):
             self.labels.fix(rows, self._because("the only output channel"))
             return passed
-        return [*passed, _along(axis, rows, op.output)]
+        return [*passed, along_axis(axis, rows, len(op.output.shape))]
 
     def _column(self, factor: Factor, axis: int) -> Tensor:
         """The labels along the contracted axis: those of other axes fold into one column."""
@@ -350,34 +338,6 @@ class _Follower:
         self.labels.tie(lines, first.expand_as(lines))
         return first
 
-    def _sides(self, op: ir.Kernel, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
-        """The labels of the output and input channels; labelled weights tell them for a view."""
-        name = op.weight.name
-        if name is None:
-            return torch.full((outputs,), FIXED), torch.full((inputs,), FIXED)
-        kernels = self.graph.kernels[name]
-        rows = self.labels.rows[name] + torch.arange(kernels.outputs)
-        columns = self.labels.columns[name] + torch.arange(kernels.inputs)
-        if op.weight.view is None:
-            return rows, columns
-        by_row, by_column = (self._operand(op, labels) for labels in labels_by_weight(rows, columns, kernels))
-        # A transposed view has the parameter's columns as its rows.
-        for across, along in ((by_row, by_column), (by_column, by_row)):
-            top, left = across.amax(1), along.amax(0)
-            straight = ((across == top[:, None]) | (across == FILLED)).all()
-            if straight and ((along == left) | (along == FILLED)).all() and not op.groups > 1:
-                return top, left
-        everything = torch.cat([by_row.flatten(), by_column.flatten()])
-        self.labels.fix(everything, self._because("a view of the parameter that has no rows or columns"))
-        return torch.full((outputs,), FIXED), torch.full((inputs,), FIXED)
-
-    def _operand(self, op: ir.Kernel, labels: Tensor) -> Tensor:
-        """The labels of a parameter's weights as the contraction reads them: (out, in / groups)."""
-        operand = op.weight.operand(lambda _: labels.float()).long()
-        if op.window is not None and op.window.transposed:
-            operand = swap_orientation(operand, op.groups)
-        return operand.flatten(2).amax(2) if operand.dim() > 2 else operand
-
     def _grouped(self, op: ir.Kernel, rows: Tensor, columns: Tensor) -> None:
         """Tie the two sides of a depthwise convolution; ask any other for equal numbers in every group."""
         if len(columns) == op.groups:
@@ -385,11 +345,6 @@ class _Follower:
             return
         self.labels.lines.append(Lines(rows.view(op.groups, -1), op.output.index, self.place))
         self.labels.lines.append(Lines(columns.view(op.groups, -1), op.inputs[0].index, self.place))
-
-
-def _along(axis: int, labels: Tensor, value: ir.Value) -> Factor:
-    """The factor of a value with ``labels`` along one axis."""
-    return Factor((axis,), labels.reshape([-1 if place == axis else 1 for place in range(len(value.shape))]))
 
 
 def _distinct(factors: Sequence[Factor]) -> list[Factor]:

@@ -54,12 +54,13 @@ class Groups:
 
     @cached_property
     def families(self) -> Tensor:
-        """The family of each group: groups that share a parameter's output channels are of one family."""
+        """The family of each group: those that share a parameter's outputs, or a table, are of one family."""
         family = torch.arange(self.count)
         changed = True
+        tables = [self.numbers[labels] for labels in self.labels.tables.values()]
         while changed:
             changed = False
-            for numbers in self.rows.values():
+            for numbers in (*self.rows.values(), *tables):
                 own = torch.unique(numbers[numbers >= 0])
                 if len(own) and not bool((family[own] == family[own].min()).all()):
                     old = family[own]
@@ -138,11 +139,17 @@ def held_groups(groups: Groups) -> tuple[Groups, dict[int, str]]:
 
 
 def _numbered(graph: ChannelGraph, labels: Labels, root: Tensor) -> Groups:
-    """Number the groups that hold an output channel, in the order of their first label."""
+    """Number the groups that hold an output channel, or entries of a table and an input channel."""
     seen = torch.zeros(labels.count, dtype=torch.bool)
     for name, kernels in graph.kernels.items():
         first = labels.rows[name]
         seen[root[first : first + kernels.outputs]] = True
+    read = torch.zeros_like(seen)
+    for name, kernels in graph.kernels.items():
+        first = labels.columns[name]
+        read[root[first : first + kernels.inputs]] = True
+    for entries in labels.tables.values():
+        seen[root[entries]] |= read[root[entries]]
     seen[: FIXED + 1] = False
     number = torch.full((labels.count,), -1)
     number[seen] = torch.arange(int(seen.sum()))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxprune.channels.components import components
 
-__all__ = ["FILLED", "FIRST", "FIXED", "Factor", "Labels", "Lines", "Sides", "aligned", "thin"]
+__all__ = ["FILLED", "FIRST", "FIXED", "Factor", "Labels", "Lines", "Sides", "aligned", "along_axis", "thin"]
 
 FILLED = 0
 """The label of entries that data movement fills in: they follow whatever they meet."""
@@ -83,13 +83,15 @@ class Labels:
     """All labels of a graph, what ties them, and why some are fixed.
 
     ``rows``, ``columns``: parameter -> the label of its first output and its first input channel; the others
-    follow. ``values``: value index -> its factors. ``reasons``: for labels that are fixed by themselves, the
+    follow. ``tables``: by parameter that is a table of vectors, such as an embedding, the labels of their
+    entries. ``values``: value index -> its factors. ``reasons``: for labels that are fixed by themselves, the
     operation that fixes them.
     """
 
     count: int = FIRST
     rows: dict[str, int] = field(default_factory=dict)
     columns: dict[str, int] = field(default_factory=dict)
+    tables: dict[str, Tensor] = field(default_factory=dict)
     values: dict[int, tuple[Factor, ...]] = field(default_factory=dict)
     sides: list[Sides] = field(default_factory=list)
     lines: list[Lines] = field(default_factory=list)
@@ -116,6 +118,14 @@ class Labels:
             for label in some.tolist():
                 self.reasons.setdefault(label, reason)
 
+    def of_table(self, name: str, size: int) -> Tensor:
+        """Return the labels of the entries of a table's vectors, which are new at the first call."""
+        if name not in self.tables:
+            self.tables[name] = torch.arange(self.count, self.count + size)
+            self.count += size
+            self._root = None
+        return self.tables[name]
+
     @property
     def root(self) -> Tensor:
         """The group of every label: the smallest label that goes with it, ``FIXED`` for what cannot go."""
@@ -128,6 +138,11 @@ class Labels:
 def aligned(factors: Sequence[Factor], rank: int, out_rank: int) -> list[Factor]:
     """The factors of a value of ``rank`` axes as they stand after broadcasting to ``out_rank`` axes."""
     return [factor.shifted(out_rank - rank) for factor in factors]
+
+
+def along_axis(axis: int, labels: Tensor, rank: int) -> Factor:
+    """The factor of a value of ``rank`` axes with ``labels`` along one of them."""
+    return Factor((axis,), labels.reshape([-1 if place == axis else 1 for place in range(rank)]))
 
 
 def thin(labels: Tensor) -> Factor | None:

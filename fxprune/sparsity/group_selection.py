@@ -96,8 +96,8 @@ class ChannelGroups:
                 values = sums_by_channel(score, kernels, part, power)
             counts = _counts(mask, part, kernels)
             tables = (self.groups.rows[name], self.groups.columns[name])
-            for index, value, count in list(zip(tables, values, counts, strict=True))[:sides]:
-                member = index >= 0
+            for side, (index, value, count) in enumerate(zip(tables, values, counts, strict=True)):
+                member = index >= 0 if side < sides else self._rowless[index] & (index >= 0)
                 if how == "amax":
                     total.scatter_reduce_(0, index[member], value[member], "amax")
                 else:
@@ -110,6 +110,15 @@ class ChannelGroups:
         limit = torch.finfo(torch.float64).max
         total = total.clamp(-limit, limit)
         return total / self._family_means(total) if self.options.normalize == "family" else total, number
+
+    @cached_property
+    def _rowless(self) -> Tensor:
+        """Mark the groups without output channels, as those of an embedding: their columns are scored."""
+        found = torch.ones(self.groups.count + 1, dtype=torch.bool)
+        for numbers in self.groups.rows.values():
+            found[numbers] = False
+        found[-1] = False
+        return found
 
     def _family_means(self, pooled: Tensor) -> Tensor:
         """The mean absolute score over the family of every group; 1 where it is 0."""
@@ -125,8 +134,8 @@ class ChannelGroups:
         for name, mask in masks.items():
             sides = any_by_channel(mask, self.groups.graph.kernels[name])
             found[self.groups.rows[name][sides[0]]] = True
-            if self.options.sides != "rows":
-                found[self.groups.columns[name][sides[1]]] = True
+            read = self.groups.columns[name][sides[1]]
+            found[read if self.options.sides != "rows" else read[self._rowless[read]]] = True
         return found[:-1]
 
     def _sizes(self, masks: Mapping[str, Tensor]) -> Tensor:

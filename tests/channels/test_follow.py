@@ -129,17 +129,19 @@ def test_a_sum_over_channels_lets_each_go() -> None:
     assert found(net, IMAGE, "first", "last.in") == [[0, 1, 2, 3], [-1]]
 
 
-def test_embeddings_and_inputs_hold_what_is_added_to_them() -> None:
+def test_embeddings_go_with_what_is_added_to_them_and_inputs_hold_it() -> None:
     def forward(net: Any, x: torch.Tensor) -> torch.Tensor:
         y = net.table(x) if x.dtype == torch.int64 else x
         return net.last(y + net.two(net.one(y).relu()))
 
     layers = {"one": nn.Linear(4, 3), "two": nn.Linear(3, 4), "last": nn.Linear(4, 2)}
-    for inputs in (torch.randn(2, 4), torch.randint(0, 7, (2, 3))):
-        net = Net(forward, table=nn.Embedding(7, 4), **layers)
-        assert found(net, inputs, "one", "two", "two.in", "last.in") == [
-            [0, 1, 2], [-1] * 4, [0, 1, 2], [-1] * 4
-        ]  # fmt: skip
+    net = Net(forward, table=nn.Embedding(7, 4), **layers)
+    sides = "one", "two", "two.in", "last.in"
+    assert found(net, torch.randn(2, 4), *sides) == [[0, 1, 2], [-1] * 4, [0, 1, 2], [-1] * 4]
+    tokens = torch.randint(0, 7, (2, 3))
+    assert found(net, tokens, *sides) == [[0, 1, 2], [3, 4, 5, 6], [0, 1, 2], [3, 4, 5, 6]]
+    (table,) = groups_of(net, tokens).labels.tables
+    assert table == "table.weight"
 
 
 def test_a_layer_called_twice_is_one_layer() -> None:

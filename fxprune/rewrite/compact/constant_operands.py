@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.kept import Slices
+from fxprune.torch_private import pytree
 
 __all__ = ["cut_constants"]
 
@@ -77,6 +78,7 @@ def _changed(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Slices) 
         if isinstance(value, ir.Value) and cut.touches(value):
             maker = graph.op_of(value)
             own |= not isinstance(maker, ir.Source) or bool(maker.params)
-        if own or any(source in found for source in node.all_input_nodes):
+        yields = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("val")))
+        if own or (yields and any(source in found for source in node.all_input_nodes)):
             found.add(node)
     return found

@@ -147,7 +147,7 @@ def _homes(gm: fx.GraphModule) -> dict[int, list[tuple[nn.Module, str]]]:
 
 _KNOWN = (
     nn.Linear, ConvNd, NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU, nn.Embedding,
-    nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell,
+    nn.EmbeddingBag, nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell,
 )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def _set_sizes(module: nn.Module, groups: int | None) -> None:
         m.num_channels = len(m.weight)
     elif isinstance(module, nn.PReLU):
         m.num_parameters = module.weight.numel()
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         m.embedding_dim = module.weight.shape[1]
     elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         _set_units(module)

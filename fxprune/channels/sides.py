@@ -1,0 +1,80 @@
+"""Labels of the rows and columns of a parameter, as a contraction reads it, and of a table's vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fxprune.channels.by_channel import labels_by_weight
+from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, along_axis
+from fxprune.channels.orientation import swap_orientation
+from fxprune.graph import KernelSet, ir
+
+__all__ = ["sides_of", "table_factors"]
+
+Because = Callable[[str], str]
+"""Adds the place to a reason."""
+
+
+def sides_of(
+    labels: Labels, kernels: Mapping[str, KernelSet], op: ir.Kernel, sizes: tuple[int, int], because: Because
+) -> tuple[Tensor, Tensor]:
+    """Return the labels of the output and input channels of a contraction, of the given ``sizes``.
+
+    Labelled weights tell them for a view.
+    """
+    name, (outputs, inputs) = op.weight.name, sizes
+    if name is None:
+        return torch.full((outputs,), FIXED), torch.full((inputs,), FIXED)
+    one = kernels[name]
+    rows = labels.rows[name] + torch.arange(one.outputs)
+    columns = labels.columns[name] + torch.arange(one.inputs)
+    if op.weight.view is None:
+        return rows, columns
+    by_row, by_column = (_operand(op, own) for own in labels_by_weight(rows, columns, one))
+    # A transposed view has the parameter's columns as its rows.
+    for across, along in ((by_row, by_column), (by_column, by_row)):
+        top, left = across.amax(1), along.amax(0)
+        straight = ((across == top[:, None]) | (across == FILLED)).all()
+        if straight and ((along == left) | (along == FILLED)).all() and not op.groups > 1:
+            return top, left
+    everything = torch.cat([by_row.flatten(), by_column.flatten()])
+    labels.fix(everything, because("a view of the parameter that has no rows or columns"))
+    return torch.full((outputs,), FIXED), torch.full((inputs,), FIXED)
+
+
+def _operand(op: ir.Kernel, labels: Tensor) -> Tensor:
+    """The labels of a parameter's weights as the contraction reads them: (out, in / groups)."""
+    operand = op.weight.operand(lambda _: labels.float()).long()
+    if op.window is not None and op.window.transposed:
+        operand = swap_orientation(operand, op.groups)
+    return operand.flatten(2).amax(2) if operand.dim() > 2 else operand
+
+
+def table_factors(
+    labels: Labels, kernels: Mapping[str, KernelSet], op: ir.Source, because: Because
+) -> Sequence[Factor]:
+    """Return the factor of vectors that are looked up in a table; weights that are one keep their rows."""
+    use = op.params[0] if op.output.live and len(op.params) == 1 else None
+    along = use.axes[-1] if use is not None and not any(use.axes[:-1]) else None
+    if use is not None and along is not None and along.index is None and len(along.axes) == 1:
+        (axis,), rank = along.axes, len(op.output.shape)
+        one = kernels.get(use.name)
+        if one is None:
+            return [along_axis(axis, labels.of_table(use.name, op.output.shape[axis]), rank)]
+        if one.axes is None and not one.transposed and len(one.shape) == 2:
+            _hold(labels, one, because, inputs=False)
+            return [along_axis(axis, labels.columns[use.name] + torch.arange(one.inputs), rank)]
+    for name in {use.name for use in op.params} & kernels.keys():
+        _hold(labels, kernels[name], because)
+    return ()
+
+
+def _hold(labels: Labels, one: KernelSet, because: Because, *, inputs: bool = True) -> None:
+    """Fix the rows, and the columns, of weights that are a table as well, such as tied embeddings."""
+    reason = because("a table is read whole")
+    labels.fix(labels.rows[one.name] + torch.arange(one.outputs), reason)
+    if inputs:
+        labels.fix(labels.columns[one.name] + torch.arange(one.inputs), reason)
