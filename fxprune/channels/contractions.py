@@ -7,22 +7,25 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fxprune.channels.labels import Factor, Labels, Lines
+from fxprune.channels.wholes import Whole
 from fxprune.graph import ir
 
-__all__ = ["contraction"]
+__all__ = ["contraction", "shared_axes"]
 
 Operand = tuple[ir.Value, Sequence[Factor]]
 
 
 def contraction(
-    labels: Labels, op: ir.Mix, operands: Sequence[Operand], place: str, whole_heads: bool
+    labels: Labels, op: ir.Mix, operands: Sequence[Operand], place: str, wholes: list[Whole] | None
 ) -> list[Factor]:
     """Tie what ``einsum(equation, a, b)`` multiplies, and return the factors of its output.
 
     Letters that are summed over, and letters that both operands and the output have (heads), must keep the
-    same indices on both sides. Unless ``whole_heads``, a head stays while any of its channels does, so that a
-    factor over heads and channels asks the other operand for nothing but its channels.
+    same indices on both sides. Unless whole heads go (``wholes`` is None), a head stays while any of its
+    channels does, so that a factor over heads and channels asks the other operand for nothing but its
+    channels; an entry for a head that meets such is added to ``wholes``.
     """
+    whole_heads = wholes is None
     inputs, _, out = op.equation.partition("->")
     letters = inputs.split(",")
     lettered = [
@@ -35,6 +38,8 @@ def contraction(
     found: list[Factor] = []
     for side in (0, 1):
         for factor in lettered[side]:
+            if wholes is not None and _waits(factor, out, sizes[1 - side], lettered[1 - side], place, wholes):
+                continue
             reason = _partner(labels, factor, out, sizes[1 - side], lettered[1 - side], whole_heads)
             if reason:
                 labels.fix(factor.labels, f"{place}: {reason}" if place else reason)
@@ -47,6 +52,15 @@ def contraction(
                 index = operands[side][0].index
                 labels.lines.append(Lines(factor.lines(own_letters), index, place))
     return found
+
+
+def shared_axes(op: ir.Mix) -> list[tuple[int, ...]]:
+    """Return, for both operands of a product, the axes that both of them and the result have, as heads."""
+    inputs, _, out = op.equation.partition("->")
+    letters = inputs.split(",")
+    sizes = [dict(zip(own, value.shape, strict=True)) for own, value in zip(letters, op.inputs, strict=True)]
+    both = {letter for letter in out if all(side.get(letter, 1) > 1 for side in sizes)}
+    return [tuple(axis for axis, letter in enumerate(own) if letter in both) for own in letters]
 
 
 class _Lettered:
@@ -95,11 +109,31 @@ def _partner(
     if not overlapping:
         return "multiplied with entries that cannot be removed"
     for other in overlapping:
-        if not whole_heads and not summed and set(factor.letters) < set(other.letters):
-            return "one entry for several channels that may go one by one"
         order = list(dict.fromkeys((*factor.letters, *other.letters)))
         labels.tie(factor.along(order), other.along(order))
     return ""
+
+
+def _waits(
+    factor: _Lettered,
+    out: str,
+    sizes: dict[str, int],
+    others: Sequence[_Lettered],
+    place: str,
+    wholes: list[Whole],
+) -> bool:
+    """Whether a factor has one entry for several channels of the other operand, which is noted."""
+    shared = [letter for letter in factor.letters if sizes.get(letter, 1) > 1]
+    if not shared or any(letter not in out for letter in shared):
+        return False
+    for other in others:
+        if set(factor.letters) < set(other.letters):
+            order = list(dict.fromkeys((*factor.letters, *other.letters)))
+            reason = "one entry for several channels that may go one by one"
+            said = f"{place}: {reason}" if place else reason
+            wholes.append(Whole(factor.along(order), other.along(order), said, place))
+            return True
+    return False
 
 
 def _output_factor(labels: Labels, factor: _Lettered, out: str, whole_heads: bool) -> Factor | None:

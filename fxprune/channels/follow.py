@@ -17,6 +17,7 @@ from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, Lines, Sides,
 from fxprune.channels.pooling import pooled
 from fxprune.channels.sides import sides_of, table_factors
 from fxprune.channels.units import tie_units
+from fxprune.channels.wholes import Whole, settle
 from fxprune.graph import ChannelGraph, ir
 
 __all__ = ["follow"]
@@ -46,6 +47,7 @@ class _Follower:
         self.place = ""
         self.made: set[int] = set()
         self.zeros: set[int] = set()  # constants that are zero
+        self.wholes: list[Whole] = []
         self.read = {value.index for op in graph.ops for value in op.inputs}
 
     def _ask_for_boxes(self, kernels: ir.KernelSet) -> None:
@@ -69,6 +71,7 @@ class _Follower:
                 self.labels.values[op.output.index] = tuple(factors)
         for units in self.graph.units:
             tie_units(self.labels, units, self.graph.kernels)
+        settle(self.labels, self.wholes)
         for index in self.made - self.read:  # a bias of attention, say, which is on no path
             for factor in self.labels.values.get(index, ()):
                 self.labels.fix(factor.labels, "a constant that no rule follows")
@@ -119,7 +122,8 @@ class _Follower:
                 if not op.equation:
                     return self._hold(op, "a product that no rule describes")
                 operands = [(value, self._of(value)) for value in op.inputs]
-                return _distinct(contraction(self.labels, op, operands, self.place, self.whole_heads))
+                wholes = None if self.whole_heads else self.wholes
+                return _distinct(contraction(self.labels, op, operands, self.place, wholes))
             case ir.Pool():
                 return pooled(
                     self.labels, op, self._of(op.inputs[0]), op.output.index in self.read, self._because
@@ -147,10 +151,10 @@ class _Follower:
         return ()
 
     def _softmax(self, op: ir.Map) -> None:
-        """Fix the labels along the axes that are summed over; whole heads may go, all their entries."""
+        """Fix the labels along the axes that are summed over; what lies along others may go as a whole."""
         for factor in self._of(op.inputs[0]):
             summed = [axis for axis in factor.axes if axis in op.axes]
-            if summed and self.whole_heads and len(summed) < len(factor.axes):
+            if summed and len(summed) < len(factor.axes):
                 self.labels.tie(factor.labels, factor.labels.amax(summed, keepdim=True))
             elif summed:
                 self.labels.fix(factor.labels, self._because("a softmax over channels"))
@@ -238,7 +242,8 @@ class _Follower:
         for other in overlapping:
             more = set(other.axes) - set(factor.axes)
             if not self.whole_heads and any(own[axis] == 1 for axis in more):
-                self.labels.fix(factor.labels, self._because("scales channels that may go one by one"))
+                reason = self._because("scales channels that may go one by one")
+                self.wholes.append(Whole(factor.labels, other.labels, reason, self.place))
                 return False
             self.labels.tie(factor.labels, other.labels)
         return True

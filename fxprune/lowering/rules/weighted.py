@@ -11,7 +11,7 @@ from torch import nn
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.constant import Constant
-from fxprune.lowering.reads import joined, lost
+from fxprune.lowering.reads import joined
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 
 __all__ = ["table"]
@@ -227,6 +227,8 @@ def embedding(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value |
         return value
     reads = context.build.reads_of(entries)
     if reads is not None:
+        # Of which rows are read nothing is known, where their numbers are not; all have the same channels.
         numbers = tokens.numbers()
-        reads = joined([reads], lambda _, own: own[numbers]) if numbers is not None else lost([reads])
+        rows = torch.zeros(shape[:-1], dtype=torch.int64) if numbers is None else numbers
+        reads = joined([reads], lambda _, own: own[rows])
     return Constant(shape, torch.float32, lambda: torch.ones(shape), is_learnt=True, reads=reads)

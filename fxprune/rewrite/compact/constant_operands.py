@@ -19,6 +19,13 @@ from fxprune.torch_private import pytree
 __all__ = ["cut_constants"]
 
 POINTWISE = (ir.Affine, ir.Gate, ir.Map, ir.Sum)
+SCATTERED = {
+    f"{name}{end}"
+    for name in ("index_add", "index_copy", "index_reduce", "scatter_add", "scatter_reduce", "scatter")
+    for end in ("", "_")
+}
+"""Operations that write values into a tensor, which code may have made for that."""
+
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -33,14 +40,33 @@ def cut_constants(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Sli
         if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), RECURRENT):
             _cut_states(graph, node, cut, changed)
         value = graph.results.get(node.name)
-        called = node.op in ("call_function", "call_method") and node.name not in others
-        if not called or not isinstance(value, ir.Value) or not value.live or not cut.touches(value):
+        called = node.op in ("call_function", "call_method")
+        if not called or (node.name in others and _name(node) not in SCATTERED):
+            continue
+        if not isinstance(value, ir.Value) or not value.live:  # zeros, times what is followed
+            value = _followed_operand(graph, node)
+        if value is None or not cut.touches(value):
             continue
         for source in node.all_input_nodes:
             own = graph.results.get(source.name)
             if source not in changed and not (isinstance(own, ir.Value) and own.live):
                 node.replace_input_with(source, _picked(node, source, value, cut))
     gm.recompile()
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _followed_operand(graph: ChannelGraph, node: fx.Node) -> ir.Value | None:
+    """An operand on a path, of the shape of the node's result."""
+    result = node.meta.get("val")
+    for source in node.all_input_nodes:
+        value = graph.results.get(source.name)
+        if isinstance(value, ir.Value) and value.live and isinstance(result, Tensor):
+            if value.shape == tuple(result.shape):
+                return value
+    return None
 
 
 def _cut_states(graph: ChannelGraph, node: fx.Node, cut: Cut, changed: set[fx.Node]) -> None:
@@ -75,6 +101,7 @@ def _changed(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Slices) 
     for node in gm.graph.nodes:
         value = graph.results.get(node.name)
         own = node.op == "get_attr" and str(node.target) in slices
+        own |= node.op == "call_module" and any(name.startswith(f"{node.target}.") for name in slices)
         if isinstance(value, ir.Value) and cut.touches(value):
             maker = graph.op_of(value)
             own |= not isinstance(maker, ir.Source) or bool(maker.params)

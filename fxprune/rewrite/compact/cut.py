@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fxprune.channels.by_channel import any_by_channel
+from fxprune.channels.contractions import shared_axes
 from fxprune.channels.follow import follow
 from fxprune.channels.labels import FIRST, FIXED, Labels, Lines, Sides
 from fxprune.graph import ChannelGraph, ir
@@ -110,8 +113,7 @@ class Cut:
 
     def _agree_on_heads(self) -> bool:
         """Keep channels of a head that has none left in one place, where it has some in another."""
-        every = self.labels.lines if any(isinstance(op, ir.Mix) for op in self.graph.ops) else ()
-        partial = [lines for lines in every if lines.value >= 0 and self._loses_some(lines.labels)]
+        partial = [(lines, place) for lines, place in self._head_lines if self._loses_some(lines)]
         if not partial:
             return False
         if self._heads is None:
@@ -119,16 +121,31 @@ class Cut:
         needed = torch.zeros(self.labels.count, dtype=torch.bool)
         needed[self._heads[~self.gone[self.labels.root]]] = True
         found = False
-        for lines in partial:
-            left, heads = ~self.is_gone(lines.labels), self._heads[lines.labels]
-            one = (heads == heads[..., :1]).all(-1) & needed[heads[..., 0]] & ~left.any(-1)
-            back = lines.labels[one][:, : int(left.sum(-1).max())]
-            found |= self._revive(back, f"{lines.place}: a head that is used elsewhere")
+        for lines, place in partial:
+            left, heads = ~self.is_gone(lines), self._heads[lines]
+            one = (heads == heads[:, :1]).all(-1) & needed[heads[:, 0]] & ~left.any(-1)
+            back = lines[one][:, : int(left.sum(-1).max())]
+            found |= self._revive(back, f"{place}: a head that is used elsewhere")
         return found
 
-    def _loses_some(self, labels: Tensor) -> bool:
+    @cached_property
+    def _head_lines(self) -> list[tuple[Tensor, str]]:
+        """The labels of the operands of products, (heads, channels of a head), and who reads them."""
+        found = []
+        for op in self.graph.ops:
+            if isinstance(op, ir.Mix) and op.equation:
+                for value, heads in zip(op.inputs, shared_axes(op), strict=True):
+                    for factor in self.labels.values.get(value.index, ()):
+                        own = [axis for axis in factor.axes if axis in heads]
+                        if own and len(own) < len(factor.axes):
+                            lines = factor.labels.movedim(own, tuple(range(len(own))))
+                            sizes = [factor.labels.shape[axis] for axis in own]
+                            found.append((lines.reshape(math.prod(sizes), -1), op.layer or op.node))
+        return found
+
+    def _loses_some(self, lines: Tensor) -> bool:
         """Whether some lines go as a whole, and some do not."""
-        alive = (~self.is_gone(labels)).any(-1)
+        alive = (~self.is_gone(lines)).any(-1)
         return bool(alive.any()) and not bool(alive.all())
 
     def _even_lines(self, every: Lines) -> bool:

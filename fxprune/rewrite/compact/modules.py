@@ -146,7 +146,7 @@ def _homes(gm: fx.GraphModule) -> dict[int, list[tuple[nn.Module, str]]]:
 
 
 _KNOWN = (
-    nn.Linear, ConvNd, NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU, nn.Embedding,
+    nn.Linear, nn.Bilinear, ConvNd, NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU, nn.Embedding,
     nn.EmbeddingBag, nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell,
 )  # fmt: skip
 
@@ -168,6 +168,8 @@ def _set_sizes(module: nn.Module, groups: int | None) -> None:
     m: Any = module
     if isinstance(module, nn.Linear):
         m.out_features, m.in_features = module.weight.shape
+    elif isinstance(module, nn.Bilinear):
+        m.out_features, m.in1_features, m.in2_features = module.weight.shape
     elif isinstance(module, ConvNd):
         if groups is not None:
             m.groups = groups

@@ -100,9 +100,13 @@ def kind_of(node: fx.Node) -> str:
     if node.target is F.normalize:
         p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 2.0)
         return "length" if isinstance(p, (int, float)) and p > 0 else ""
+    if node.target is F.cosine_similarity:
+        return "length"
     module: object = node.target
     if node.op == "call_module" and isinstance(node.graph.owning_module, nn.Module):
         module = node.graph.owning_module.get_submodule(str(node.target))
+    if isinstance(module, nn.CosineSimilarity):
+        return "length"
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or module in (F.layer_norm, F.rms_norm):
         return "layer"
     return "group" if isinstance(module, nn.GroupNorm) or module is F.group_norm else ""

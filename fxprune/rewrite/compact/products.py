@@ -58,9 +58,10 @@ def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded, nodes: M
 
 def _summed(op: ir.AnyOp, nodes: Mapping[str, fx.Node]) -> list[tuple[ir.Value, tuple[int, ...]]]:
     """The operands whose entries an op adds up, as they are or squared, each with the axes of the sum."""
-    if isinstance(op, ir.Norm):
-        node = nodes.get(op.node)
-        return [(op.inputs[0], op.axes)] if node is not None and kind_of(node) == "length" else []
+    node = nodes.get(op.node)
+    divides = node is not None and kind_of(node) == "length"
+    if isinstance(op, ir.Norm) or divides:  # a product of two that are divided by their lengths, too
+        return [(op.inputs[0], op.axes)] if isinstance(op, ir.Norm) and divides else []
     return summed_axes(op)
 
 

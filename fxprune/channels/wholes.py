@@ -1,0 +1,48 @@
+"""Entries that meet several channels each: they go with these if these go as a whole, and else stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fxprune.channels.labels import Labels, Lines
+
+__all__ = ["Whole", "settle"]
+
+
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """Labels ``one`` that each meet several labels of ``each``, along the axes where ``one`` has size one.
+
+    A gate with one entry for each head is such. ``reason`` says why ``one`` cannot go if they go one by one.
+    """
+
+    one: Tensor
+    each: Tensor
+    reason: str
+    place: str
+
+
+def settle(labels: Labels, wholes: list[Whole]) -> None:
+    """Tie what goes as a whole; fix the rest, and let no line of what it meets vanish.
+
+    To be called when all other ties are known: what is read later may tie the channels of a line.
+    """
+    waiting, changed = list(wholes), True
+    while changed:
+        changed, left = False, []
+        for whole in waiting:
+            more = [axis for axis, size in enumerate(whole.one.shape) if size == 1 < whole.each.shape[axis]]
+            roots = labels.root[whole.each]
+            if bool((roots == roots.amax(more, keepdim=True)).all()):
+                labels.tie(whole.one, whole.each)
+                changed = True
+            else:
+                left.append(whole)
+        waiting = left
+    for whole in waiting:
+        more = [axis for axis, size in enumerate(whole.one.shape) if size == 1 < whole.each.shape[axis]]
+        lines = whole.each.movedim(more, tuple(range(-len(more), 0))).flatten(-len(more))
+        labels.fix(whole.one, whole.reason)
+        labels.lines.append(Lines(lines.reshape(-1, lines.shape[-1]), -1, whole.place, stay=True))
