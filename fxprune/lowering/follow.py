@@ -45,12 +45,16 @@ def reads_of_result(
             if not movement.is_data(sources[source]) and sources[source] is not operands[0]:
                 raise TypeError("an index")
 
-            def number(x: ir.Value | Constant) -> Tensor | None:
+            def number(x: ir.Value | Constant) -> Tensor:
                 if x is sources[source]:
                     return own.clone() if in_place else own
-                if isinstance(x, Constant) and not movement.is_data(x):
-                    return x.numbers()
-                return torch.zeros(x.shape, dtype=torch.int64)
+                known = x.numbers() if isinstance(x, Constant) and not movement.is_data(x) else None
+                if isinstance(x, Constant) and x.dtype == torch.bool:
+                    if known is None:
+                        raise TypeError("a mask that is not known")
+                    return known
+                # An index that is not known picks entries along its own axes: others are as they are.
+                return torch.zeros(x.shape, dtype=torch.int64) if known is None else known.long()
 
             moved = run(substitute(args, number), substitute(kwargs, number))
             leaf: Tensor = pytree.tree_leaves(moved)[place]

@@ -108,8 +108,9 @@ class Cut:
     def _round_up(self, labels: Tensor, multiple: int, place: str) -> bool:
         """Keep some more of the labels, if their number is no multiple."""
         gone = self.is_gone(labels)
-        missing = min(-int((~gone).sum()) % multiple, int(gone.sum()))
-        return self._revive(labels[gone][:missing], f"{place}: it takes a multiple of {multiple} channels")
+        missing = int((~gone).sum()) % multiple > 0
+        back = labels[gone][: int(missing)]  # one at a time: it may bring others with it
+        return self._revive(back, f"{place}: it takes a multiple of {multiple} channels")
 
     def _agree_on_heads(self) -> bool:
         """Keep channels of a head that has none left in one place, where it has some in another."""
