@@ -278,7 +278,7 @@ class _Follower:
                 continue
             parts = [torch.zeros(other.shape) for other in op.inputs]
             parts[place] = torch.arange(1, 1 + parts[place].numel()).float().view(value.shape)
-            entries = op.move(*parts).long()
+            entries = op.move.reading_zeros()(*parts).long()
             own = []
             for factor in factors:
                 labels = torch.full((parts[place].numel() + 1,), FILLED)
@@ -320,6 +320,8 @@ class _Follower:
             self.labels.tie(along[0], columns)
         elif not along and self._may_be_cut(value):  # such as the first state of a recurrent layer
             self._set_constant(value, [along_axis(axis, columns, len(value.shape))])
+        elif not along and (zero := self._zeros_along(value, axis)) is not None:
+            self._read_zeros(value, axis, columns, zero)
         else:
             reason = "read together with positions" if along else "reads channels that cannot be removed"
             for labels in (*along, columns):
@@ -334,6 +336,24 @@ class _Follower:
             self.labels.fix(rows, self._because("the only output channel"))
             return passed
         return [*passed, along_axis(axis, rows, len(op.output.shape))]
+
+    def _zeros_along(self, value: ir.Value, axis: int) -> Tensor | None:
+        """Mark the entries along an axis (bool) that are zeros beside an input; None if there are none."""
+        maker = self.graph.op_of(value)
+        if not isinstance(maker, ir.Gather) or not any(each.index in self.zeros for each in maker.inputs):
+            return None
+        parts = [torch.full(each.shape, float(each.index not in self.zeros)) for each in maker.inputs]
+        zero = (maker.move(*parts) == 0).movedim(axis, 0).flatten(1).all(1)
+        return zero if bool(zero.any()) else None
+
+    def _read_zeros(self, value: ir.Value, axis: int, columns: Tensor, zero: Tensor) -> None:
+        """Let zeros, as of the first state of a layer written by hand, go with the columns that read them."""
+        self.labels.fix(columns[~zero], self._because("reads channels that cannot be removed"))
+        factor = along_axis(axis, columns.where(zero, FIXED), len(value.shape))
+        self.labels.values[value.index] = (*self._of(value), factor)
+        maker = self.graph.op_of(value)
+        assert isinstance(maker, ir.Gather)
+        self._label_moved_constants(maker, [factor])
 
     def _column(self, factor: Factor, axis: int) -> Tensor:
         """The labels along the contracted axis: those of other axes fold into one column."""

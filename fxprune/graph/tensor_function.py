@@ -105,6 +105,20 @@ class TensorFunction:
         """Append the calls of ``other``, a function of one operand written with ``PREVIOUS``."""
         return self if other is None else TensorFunction((*self.calls, *other.calls))
 
+    def reading_zeros(self) -> TensorFunction:
+        """Return the function that reads the tensors in whose place this one puts zeros.
+
+        >>> print(TensorFunction.of(torch.cat, [Operand(0), Operand(1, is_zero=True)]).reading_zeros())
+        cat([x0, x1])
+        """
+
+        def plain(x: Any) -> Any:
+            return _replace(x, lambda operand: Operand(operand.place))
+
+        return TensorFunction(
+            tuple(Call(call.target, plain(call.args), plain(call.kwargs)) for call in self.calls)
+        )
+
     def __call__(self, *tensors: Tensor) -> Any:
         result: Any = tensors[0] if tensors else None
         for call in self.calls:

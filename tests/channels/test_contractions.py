@@ -79,7 +79,7 @@ def test_one_key_head_for_all_queries() -> None:
     }  # fmt: skip
 
 
-def test_channels_that_a_softmax_runs_over_go_in_whole_heads_only() -> None:
+def test_channels_that_a_softmax_runs_over_go_in_whole_heads() -> None:
     net = attention("channels")
     for whole_heads in (False, True):
         heads = {key: [0, 0, 1, 1] for key in ("q", "k", "v", "out.in")}

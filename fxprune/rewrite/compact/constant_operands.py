@@ -41,6 +41,8 @@ def cut_constants(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Sli
             _cut_states(graph, node, cut, changed)
         value = graph.results.get(node.name)
         called = node.op in ("call_function", "call_method")
+        if called and node.name in others:
+            _cut_states(graph, node, cut, changed)
         if not called or (node.name in others and _name(node) not in SCATTERED):
             continue
         if not isinstance(value, ir.Value) or not value.live:  # zeros, times what is followed
@@ -70,11 +72,13 @@ def _followed_operand(graph: ChannelGraph, node: fx.Node) -> ir.Value | None:
 
 
 def _cut_states(graph: ChannelGraph, node: fx.Node, cut: Cut, changed: set[fx.Node]) -> None:
-    """Index the first states of a recurrent layer, which code has made."""
+    """Index what code has made for a node that moves it, or for the first states of a recurrent layer."""
     for source in node.all_input_nodes:
         own = graph.results.get(source.name)
         if source not in changed and isinstance(own, ir.Value) and not own.live:
-            node.replace_input_with(source, _picked(node, source, own, cut))
+            maker = graph.op_of(own)
+            if isinstance(maker, ir.Source) and cut.touches(own):
+                node.replace_input_with(source, _picked(node, source, own, cut))
 
 
 def _picked(node: fx.Node, source: fx.Node, value: ir.Value, cut: Cut) -> fx.Node:

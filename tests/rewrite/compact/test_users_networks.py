@@ -179,9 +179,27 @@ class Twins(nn.Module):
         return self.out(self.both(a, b).relu()), F.cosine_similarity(a, b)
 
 
+@case(lambda: torch.randn(2, 3, 3, 6, 6))
+class ConvolutionalStates(nn.Module):
+    """A recurrent convolution by hand, whose first state is joined with the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates, self.out = nn.Conv2d(9, 24, 3, padding=1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[0], 6, *x.shape[-2:])
+        c = torch.zeros_like(h)
+        for step in range(x.shape[1]):
+            take, keep, out, new = self.gates(torch.cat([x[:, step], h], 1)).chunk(4, 1)
+            c = keep.sigmoid() * c + take.sigmoid() * new.tanh()
+            h = out.sigmoid() * c.tanh()
+        return self.out(h)
+
+
 @case(lambda: torch.randn(2, 3, 8, 8))
 class Largest(nn.Module):
-    """The largest over groups of channels, each with a table of its own."""
+    """The largest over two groups of channels."""
 
     def __init__(self) -> None:
         super().__init__()
