@@ -215,8 +215,8 @@ def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks) -> Cut:
             f"model: no path leads from its inputs to its outputs; without weights on a path: "
             f"{', '.join(empty[:10])}; prune less, or with on_collapse='repair'"
         )
-    labels = follow(graph)
-    cut = Cut(graph, labels, used, nonzero, multiples(graph, gm, labels))
+    followed = follow(graph)
+    cut = Cut(graph, followed, used, nonzero, multiples(graph, gm, followed))
     for sides in cut.labels.sides:
         if sides.name in computed:
             labels = torch.cat([sides.rows, sides.columns])
