@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -196,21 +195,17 @@ def test_a_direction_that_nothing_reads_keeps_the_width_of_the_other() -> None:
     assert_same(outputs(model, x), outputs(small, x))
 
 
-def test_the_smaller_layer_trains_saves_and_loads() -> None:
-    model, x = redrawn(Tagger(nn.LSTM, num_layers=2)), torch.randn(4, 2, 3)
-    small = assert_compacts(model, x, 0.5).train()
-    optimizer = torch.optim.Adam(small.parameters())
-    before = outputs(small.eval(), x)
+def test_the_smaller_layer_trains_saves_and_loads(tmp_path: Path) -> None:
+    x = torch.randn(4, 2, 3)
+    small = assert_compacts(redrawn(Tagger(nn.LSTM, num_layers=2)), x, 0.5)
+    optimizer = torch.optim.Adam(small.parameters(), lr=0.1)
+    before = outputs(small, x)
     small.train()(x).square().mean().backward()
     optimizer.step()
-    assert float((outputs(small.eval(), x)[0] - before[0]).abs().max()) > 0
-    assert_same(outputs(copy.deepcopy(small), x), outputs(small, x))
-    twin = copy.deepcopy(model)
-    file = io.BytesIO()
-    torch.save(small.state_dict(), file)
-    file.seek(0)
-    other = fxprune.compact(
-        fxprune.apply(twin, "random", 0.5, granularity="channel", example_inputs=x, progress=False, seed=1)
-    )
-    other.load_state_dict(torch.load(file))
-    assert_same(outputs(other.eval(), x), outputs(small, x))
+    small.eval()
+    assert float((outputs(small, x)[0] - before[0]).abs().max()) > 1e-3
+    fxprune.save(small, tmp_path / "small.safetensors")
+    loaded = fxprune.load(tmp_path / "small.safetensors", Tagger(nn.LSTM, num_layers=2).eval())
+    assert_same(outputs(loaded, x), outputs(small, x))
+    exported = torch.export.export(small, (x,)).module()
+    assert torch.allclose(exported(x), small(x), atol=1e-6)

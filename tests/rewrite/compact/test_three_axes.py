@@ -186,3 +186,33 @@ def test_norms_over_the_channels_of_heads_lose_channels() -> None:
     model, x = redrawn(NormedHeads()), torch.randn(2, 5, 6)
     small = assert_compacts(model, x, 0.5, "magnitude")
     assert len(small.get_parameter("scale")) < 4
+
+
+def test_rounding_counts_the_inputs_of_a_layer_behind_a_gate() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 32), nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = self.up(x).chunk(2, -1)
+            return self.down(first.sigmoid() * second)
+
+    model, x = redrawn(Gated()), torch.randn(4, 6)
+    small = assert_compacts(model, x, 0.4, round_to=4)
+    down: Any = small.get_submodule("down")
+    assert down.in_features % 4 == 0
+    assert down.in_features < 16
+
+
+def test_regularizers_add_up_groups_of_parameters_of_three_axes() -> None:
+    model, x = redrawn(Experts("matmul", "halves")), torch.randn(2, 3, 5)
+    penalty = fxprune.regularizer("group-lasso", model, example_inputs=x, strength=1.0)
+    groups = [group for group in fxprune.channel_groups(model, x) if group.removable]
+    place = next(
+        number
+        for number, group in enumerate(groups)
+        if any(m.parameter == "down" and m.axis == "in" and m.indices == (4,) for m in group.members)
+    )
+    parts = model.up[:, :, [4, 14]], model.down[:, 4], model.shift[:, :, [4, 14]]
+    assert float(penalty.sizes()[place]) == sum(part.numel() for part in parts) == groups[place].parameters
