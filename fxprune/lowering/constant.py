@@ -10,9 +10,18 @@ import torch
 from torch import Tensor
 
 from fxprune.graph import ir
+from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.reads import Reads
 
-__all__ = ["Constant"]
+__all__ = ["Constant", "Joined"]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The parts of a constant, one after the other along an axis; some of them are parameters."""
+
+    axis: int
+    parts: tuple[Constant, ...]
 
 
 @dataclass(frozen=True)
@@ -26,7 +35,8 @@ class Constant:
     input (a variance, a length) counts as a constant, too: ``statistic`` is the set of axes, counted from the
     last one as -1, along which entries of the input went into it, as far as its shape does not show it.
     ``is_empty``: memory that nobody has written to yet, taken for zeros, and never for an index.
-    ``reads`` follows the parameters and buffers in it, entry by entry.
+    ``reads`` follows the parameters and buffers in it, entry by entry. ``joined``: the parameters that were
+    joined to it.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +48,20 @@ class Constant:
     statistic: frozenset[int] | None = None
     reads: Reads | None = None
     is_empty: bool = False
+    joined: Joined | None = None
+
+    def moved(self, view: TensorFunction, shape: tuple[int, ...]) -> Constant:
+        """The constant after a movement of its entries; of what it is, only the parameter is kept."""
+        ref = self.weight
+        if ref is not None:
+            whole = (ref.view or TensorFunction()).followed_by(view)
+            ref = ir.WeightRef(ref.name, shape, whole, ref.direct, ref.computed)
+        return Constant(shape, self.dtype, lambda: view(self.evaluate()), ref, is_learnt=self.is_learnt)
+
+    def select(self, axis: int) -> Constant:
+        """The constant without an axis of size one."""
+        shape = (*self.shape[:axis], *self.shape[axis + 1 :])
+        return self.moved(TensorFunction.of("select", PREVIOUS, axis, 0), shape)
 
     def numbers(self) -> Tensor | None:
         """The numbers, or ``None`` where they cannot be had (on the meta device, in memory without any)."""

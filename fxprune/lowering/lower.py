@@ -29,6 +29,7 @@ from fxprune.lowering.builder import Builder
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.folding import as_constants, changed
 from fxprune.lowering.follow import reads_of_result
+from fxprune.lowering.joined import joined_weights
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, lost
 from fxprune.lowering.results import Results
@@ -49,7 +50,6 @@ from fxprune.lowering.rules.table import (
 from fxprune.lowering.weight_views import parameter_view, simplified, view_of
 
 __all__ = ["lower"]
-
 
 FAILURES = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 """What code raises that meets arguments nobody has foreseen."""
@@ -324,6 +324,7 @@ class _Walk:
                 zero=node.target in ZERO or blank,
                 is_empty=blank and val.numel() > 0,
                 is_learnt=any(x.is_learnt for x in known),
+                joined=joined_weights(kind, args, kwargs, view, val.shape),
                 reads=reads_of_result(kind, args, kwargs, run, places[id(val)]),
                 statistic=statistic_axes(operands, () if node.target in REARRANGES else val.shape),
             )
@@ -378,9 +379,8 @@ def _described(error: Exception) -> str:
 
 
 def _leaves_any(x: Any) -> list[Any]:
-    if hasattr(x, "__dataclass_fields__") and not isinstance(x, type):
-        return _leaves(list(vars(x).values()))
-    return _leaves(x)
+    has_fields = hasattr(x, "__dataclass_fields__") and not isinstance(x, type)
+    return _leaves(list(vars(x).values()) if has_fields else x)
 
 
 def _bind(inner: fx.GraphModule, args: Any, kwargs: Any) -> list[Any]:

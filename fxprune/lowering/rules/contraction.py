@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
+from fxprune.graph.tensor_function import Operand as Place
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.pointwise import plus_constant
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, describe
@@ -26,9 +27,14 @@ Operand = ir.Value | Constant
 
 
 def contract(context: Context, equation: str, a: Operand, b: Operand, shape: Sequence[int]) -> ir.Value:
-    """``einsum(equation, a, b)``: a kernel set if one operand is a prunable parameter, else a mix."""
+    """``einsum(equation, a, b)``: a kernel set if one operand is a prunable parameter, one for each part if
+    it is joined of several, else a mix.
+    """
     build = context.build
     left, right, out = equation.replace("->", ",").split(",")
+    for place, w in enumerate((a, b)):
+        if isinstance(w, Constant) and w.joined is not None and isinstance((b, a)[place], ir.Value):
+            return _with_joined(context, equation, (a, b), place, shape)
     for x, w, x_letters, w_letters in ((a, b, left, right), (b, a, right, left)):
         if isinstance(w, Constant) and w.weight is not None and isinstance(x, ir.Value):
             letters = x_letters, w_letters, out
@@ -83,6 +89,36 @@ def _with_weight(
     whole = ir.WeightRef(ref.name, (blocks * rows, blocks * columns), view, ref.direct, ref.computed)
     made_last = build.linear(last, whole, bias=None, weights=blocks * rows * columns)
     return build.gather(place, [made_last], shape)
+
+
+def _with_joined(
+    context: Context, equation: str, factors: tuple[Operand, Operand], place: int, shape: Sequence[int]
+) -> ir.Value:
+    """A product with each part of the factor at ``place``; the results are joined, or added up."""
+    build = context.build
+    terms = equation.replace("->", ",").split(",")
+    whole, other, out = factors[place], factors[1 - place], terms[2]
+    assert isinstance(whole, Constant)
+    assert whole.joined is not None
+    assert isinstance(other, ir.Value)
+    letter = terms[place][whole.joined.axis]
+    axis = terms[1 - place].find(letter)  # of the other factor
+    results, start = [], 0
+    for part in whole.joined.parts:
+        size = part.shape[whole.joined.axis]
+        x, own = other, [size if c == letter else n for c, n in zip(out, shape, strict=True)]
+        if axis >= 0 and other.shape[axis] > 1:
+            cut = TensorFunction.of("narrow", PREVIOUS, axis, start, size)
+            x = build.gather(cut, [other], [*other.shape[:axis], size, *other.shape[axis + 1 :]])
+        letters = equation
+        if axis < 0 and letter not in out and size == 1:  # added up
+            part, letters = part.select(whole.joined.axis), equation.replace(letter, "")
+        results.append(contract(context, letters, *((part, x) if place == 0 else (x, part)), own))
+        start += size
+    if letter not in out:
+        return build.sum(results, shape)
+    join = TensorFunction.of(torch.cat, [Place(i) for i in range(len(results))], out.index(letter))
+    return build.gather(join, results, shape)
 
 
 def block_diagonal(blocks: Tensor) -> Tensor:

@@ -136,6 +136,8 @@ def describe(target: Any) -> str:
     >>> describe(torch.cosine_similarity), describe("masked_fill"), describe(torch.ops.aten.add)
     ('cosine_similarity', 'masked_fill', 'aten.add')
     """
+    if isinstance(target, OpOverload):
+        target = target.overloadpacket
     if isinstance(target, str):
         return target
     name = str(target) if is_operator(target) else getattr(target, "__qualname__", repr(target))

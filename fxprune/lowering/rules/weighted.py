@@ -12,6 +12,7 @@ from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.reads import joined
+from fxprune.lowering.rules.contraction import contract
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 
 __all__ = ["table"]
@@ -82,6 +83,10 @@ def linear(context: Context, x: Any, weight: Any, bias: Any = None) -> ir.Value:
             raise Unknown("linear with a vector as weight")
         letters = "abcdefgh"[: len(value.shape) - 1]
         result = build.mix(f"{letters}i,oi->{letters}o", value, weight, context.shape)
+        return _biased(context, result, bias, len(result.shape) - 1)
+    if isinstance(weight, Constant) and weight.joined is not None:
+        letters = "abcdefgh"[: len(value.shape) - 1]
+        result = contract(context, f"{letters}i,oi->{letters}o", value, weight, context.shape)
         return _biased(context, result, bias, len(result.shape) - 1)
     ref = operand(weight)
     if len(ref.shape) == 1:
