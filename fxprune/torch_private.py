@@ -8,6 +8,8 @@ their places.
 from __future__ import annotations
 
 import torch
+import torch._functorch.eager_transforms
+import torch._functorch.vmap
 from torch._C import DisableTorchFunction
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.amp.autocast_mode import _enter_autocast as enter_autocast
@@ -54,6 +56,8 @@ __all__ = [
     "pytree",
     "qualified_name",
     "set_grad_mode",
+    "transform_levels",
+    "transform_wrappers",
     "unique2",
 ]
 
@@ -74,3 +78,14 @@ all_true, any_true = torch._is_all_true, torch._is_any_true
 pack_padded_sequence = torch._VF._pack_padded_sequence
 pad_packed_sequence = torch._VF._pad_packed_sequence
 """Parts of the functions of ``torch.nn.utils.rnn`` that are no code of Python."""
+transform_levels = (
+    (torch._functorch.vmap, "vmap_increment_nesting"),
+    (torch._functorch.eager_transforms, "grad_increment_nesting"),
+    (torch._functorch.eager_transforms, "jvp_increment_nesting"),
+)
+"""The contexts that open a level of a transform of ``torch.func``, by the modules that call them by name."""
+transform_wrappers = (
+    (torch._functorch.vmap, "_add_batch_dim"),
+    (torch._functorch.eager_transforms, "_wrap_for_grad"),
+)
+"""The functions that wrap a tensor, their first argument, for a level."""

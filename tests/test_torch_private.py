@@ -185,3 +185,24 @@ def test_checks_of_distributions_and_packed_sequences_call_functions() -> None:
         nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
     assert {private.all_true, private.pack_padded_sequence, private.pad_packed_sequence} <= set(calls.seen)
     assert bool(private.any_true(torch.tensor([False, True])))
+
+
+def test_transforms_open_levels_and_wrap_tensors() -> None:
+    levels, wrapped = [], []
+
+    def noting(kind: list[str], name: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            kind.append(name)
+            return original(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, places in ((levels, private.transform_levels), (wrapped, private.transform_wrappers)):
+            for home, name in places:
+                patch.setattr(home, name, noting(kind, name, getattr(home, name)))
+        x = torch.ones(3)
+        torch.func.vmap(torch.func.grad(torch.sin))(x)
+        torch.func.jvp(torch.sin, (x,), (x,))
+    assert set(levels) == {name for _, name in private.transform_levels}
+    assert set(wrapped) == {name for _, name in private.transform_wrappers}

@@ -158,7 +158,9 @@ class _Search:
             resolve_types(base, together)
         else:
             together = self.fixed_batch(base)
-            if self.keep_whole(dict.fromkeys(together.places - {""}, COUNTS_BATCH)):
+            in_training = self.fixed_batch(training, training=True) if training else Differences()
+            places = together.places | in_training.places
+            if self.keep_whole(dict.fromkeys(places - {""}, COUNTS_BATCH)):
                 return None
             other = self.attempt(types=True)
             types = compare(base, other) if other else Differences()
@@ -246,9 +248,9 @@ class _Search:
         larger = self.attempt(images=True)
         return larger is not None and bool(compare(base, larger))
 
-    def fixed_batch(self, base: Trace) -> Differences:
+    def fixed_batch(self, base: Trace, *, training: bool = False) -> Differences:
         """Find what a larger batch changes; note it if the model itself takes the batch size for constant."""
-        larger = self.attempt(batch=True)
+        larger = self.attempt(training=training, batch=True)
         found = compare(base, larger) if larger else Differences()
         if "" in found.places:
             self.notes.setdefault("", f"{COUNTS_BATCH}; the graph holds for the batch size of example_inputs")

@@ -30,9 +30,9 @@ from fxprune.capture.leaves import is_compiled, is_leaf
 from fxprune.capture.tracer.call_targets import MethodCall
 from fxprune.capture.tracer.hook_calls import HookCalls
 from fxprune.capture.tracer.isolation import restore_rng, rng_state
-from fxprune.capture.tracer.patches import replaced
 from fxprune.capture.tracer.questions import Question, TrialOver
 from fxprune.capture.tracer.recorder import Recorder
+from fxprune.capture.tracer.replacing import replaced
 from fxprune.capture.tracer.sample_values import needs_numbers
 
 __all__ = ["CallSettings", "Caller"]

@@ -22,25 +22,12 @@ from fxprune.capture.errors import TRACE_ERRORS
 from fxprune.capture.tracer.call_targets import AutogradCall, ScriptedCall
 from fxprune.capture.tracer.reachable import ATOMS, Place
 from fxprune.capture.tracer.recorder import Recorder
+from fxprune.capture.tracer.replacing import replaced
 from fxprune.capture.tracer.sample_values import MadeUp, needs_numbers
-from fxprune.torch_private import DisableTorchFunction, exit_autocast
+from fxprune.capture.tracer.transforms import nesting, wrapping
+from fxprune.torch_private import DisableTorchFunction, exit_autocast, transform_levels, transform_wrappers
 
-__all__ = ["patched_functions", "replaced"]
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """``owner.name`` is ``value`` inside."""
-    own = name in vars(owner)
-    before = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:
-            delattr(owner, name)
+__all__ = ["patched_functions"]
 
 
 @contextmanager
@@ -53,6 +40,10 @@ def patched_functions(recorder: Recorder, places: Iterable[Place]) -> Iterator[N
         for name in ("__enter__", "__exit__"):
             hooks = torch.autograd.graph.saved_tensors_hooks
             stack.enter_context(replaced(hooks, name, _checkpointing(recorder, name)))
+        for home, name in transform_levels:
+            stack.enter_context(replaced(home, name, nesting(recorder, getattr(home, name))))
+        for home, name in transform_wrappers:
+            stack.enter_context(replaced(home, name, wrapping(recorder, getattr(home, name))))
         for place in places:
             if isinstance(place.function, torch.jit.ScriptFunction):
                 home = _home(place.holder)

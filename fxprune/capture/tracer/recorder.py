@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError
 from fxprune.capture.tracer.call_targets import MethodCall
-from fxprune.capture.tracer.meta_values import map_structure
+from fxprune.capture.tracer.meta_values import META, map_structure
 from fxprune.capture.tracer.packed import is_packed, packed_results, packed_shapes, padded_shapes
 from fxprune.capture.tracer.sample_values import MadeUp, has_no_shapes, needs_numbers
-from fxprune.capture.tracer.spelling import RESHAPING, VALUE_READERS, selects, spelling
+from fxprune.capture.tracer.spelling import CONSTRUCTORS, RESHAPING, VALUE_READERS, selects, spelling
 from fxprune.capture.tracer.tape import Tape
 from fxprune.capture.tracer.traced_numbers import plain_number
 from fxprune.torch_private import DisableTorchFunction, enter_autocast, exit_autocast, set_grad_mode
@@ -41,6 +41,9 @@ class Recorder(TorchFunctionMode):
         self.device = device
         self._grad_modes: list[tuple[bool, fx.Node]] = []
         self._by_numbers = False
+        # Inside of a transform of torch.func, and the mode that records beneath it.
+        self.transformed = False
+        self.beneath: Any = None
         tape.shadows.numbers = self._numbers
 
     @property
@@ -52,24 +55,24 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if self.transformed:
+            return self._under_transform(func, name, args, kwargs)
         if name == "__get__":
             return self._property(func, args[0])
-        if name == "__set__" and self.recording and func.__self__.__name__ in ("data", "grad"):
-            raise CaptureError(f"it assigns the .{func.__self__.__name__} of a tensor")
+        if name == "__set__" and self.recording:
+            func = _assignment(func)
         if name in VALUE_READERS:
             return self._read(func, name, args, kwargs)
+        if func is torch.autograd.grad:
+            return self._gradients(args, kwargs)
         if not self.recording:
             return self.tape.shadows.run(func, args, kwargs)
         if name == "__len__" or (name == "unbind" and 0 in (*args[1:2], kwargs.get("dim"))):
             self._check_length(args[0], name)
         if name == "__len__":
             return plain_number(args[0].shape[0])
-        if func is set_grad_mode:
-            return self._grad_mode(args[0])
-        if func is enter_autocast:
-            return self.enter_autocast(*args)
-        if func is exit_autocast:
-            return self.tape.effect(func, args)
+        if func in (set_grad_mode, enter_autocast, exit_autocast):
+            return self._region(func, args)
         op, target, operands = spelling(func, args, kwargs)
         if name in ("_pack_padded_sequence", "_pad_packed_sequence"):
             out = self._sequences(name, args)
@@ -84,6 +87,29 @@ class Recorder(TorchFunctionMode):
                 raise
             return self._made_up(op, target, func, operands, kwargs, args)
         return self.tape.record(op, target, operands, kwargs, out, unsized=self._by_numbers)
+
+    def _under_transform(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call on wrapped tensors as it is; what it does to plain ones is recorded beneath."""
+        if name in VALUE_READERS:
+            raise CaptureError(f"{name.strip('_')}() asks for the numbers in a tensor")
+
+        def argument(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return self.twin(value)
+            return META if isinstance(value, torch.device) else plain_number(value)
+
+        given = [map_structure(argument, arg) for arg in args]
+        options = {key: map_structure(argument, arg) for key, arg in kwargs.items()}
+        if options.get("device") is not None or func in CONSTRUCTORS:
+            options["device"] = META
+        return func(*given, **options)
+
+    def twin(self, tensor: Tensor) -> Tensor:
+        """The shape of a tensor, which the tape knows by the tensor's node from now on."""
+        twin = self.tape.shadows.of(tensor)
+        if twin is not tensor and self.beneath is not None:
+            self.tape.rename(twin, tensor)
+        return twin
 
     def _numbers(self, tensor: Tensor) -> Tensor:
         """The number in a tensor that says how long a result is: known, or that of the example.
@@ -132,6 +158,13 @@ class Recorder(TorchFunctionMode):
             longest = args[0].shape[1 if args[2] else 0] if lengths is None else int(lengths.max())
             return packed_shapes(args[0], longest, batch_first=args[2])
 
+    def _gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One node for ``torch.autograd.grad``, which gives a tensor like each of the inputs."""
+        inputs = args[1] if isinstance(args[1], tuple | list) else (args[1],)
+        with DisableTorchFunction():
+            out = tuple(torch.empty_like(self.tape.shadows.of(x)) for x in inputs)
+            return self.tape.record("call_function", torch.autograd.grad, args, kwargs, out)
+
     def _check_length(self, tensor: Tensor, name: str) -> None:
         if self.tape.find(tensor) in self.tape.unsized:
             raise CaptureError(
@@ -164,6 +197,12 @@ class Recorder(TorchFunctionMode):
             return tensor.is_floating_point() and node.op != "placeholder"
         return func(tensor)
 
+    def _region(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Record where a region without gradients, or of another precision, begins or ends."""
+        if func is set_grad_mode:
+            return self._grad_mode(args[0])
+        return self.enter_autocast(*args) if func is enter_autocast else self.tape.effect(func, args)
+
     def _grad_mode(self, enabled: bool) -> None:
         """Regions without gradients: their end goes back to what was there when the graph runs."""
         setter = set_grad_mode
@@ -181,6 +220,15 @@ class Recorder(TorchFunctionMode):
         """A region for the kind of device that the model runs on follows the model to another one."""
         kind = self.tape.device_kind(device) if device == self.device.type else device
         return self.tape.effect(enter_autocast, (kind, *options))
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Operations leave nodes, inside of :meth:`paused`."""
+        before, self.tape.running = self.tape.running, True
+        try:
+            yield
+        finally:
+            self.tape.running = before
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -251,6 +299,14 @@ class Recorder(TorchFunctionMode):
             return function(*given, **options)
         finally:
             self.tape.shadows = shadows
+
+
+def _assignment(setter: Any) -> Any:
+    """The method that does what an assignment to an attribute of a tensor does, or its setter."""
+    name = setter.__self__.__name__
+    if name in ("data", "grad"):
+        raise CaptureError(f"it assigns the .{name} of a tensor")
+    return Tensor.requires_grad_ if name == "requires_grad" else setter
 
 
 def _sizes(value: Any) -> list[Any]:

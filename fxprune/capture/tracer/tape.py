@@ -103,6 +103,8 @@ class Tape:
     def decided(self, function: Callable[..., Any], number: Any, other: Any, result: bool) -> bool:
         """A comparison of sizes: the graph holds where it comes out the same."""
         other_node = getattr(other, "node", None)
+        if other_node is number.node:
+            return result  # as for every number
         if self.running and (number.node in self.unsized or other_node in self.unsized):
             return self.values.compared(self, function, (number, other))
         if self.running:
@@ -158,6 +160,10 @@ class Tape:
 
     def find(self, tensor: Tensor) -> fx.Node | None:
         return self._nodes.get(id(tensor))
+
+    def rename(self, tensor: Tensor, other: Tensor) -> None:
+        """Let a tensor stand for the node of another one from now on."""
+        self._register(tensor, self._source(other))
 
     def note_device(self, device: torch.device, tensor: Tensor) -> None:
         """This very object was read off ``tensor``: where it is an argument, that reading is one."""

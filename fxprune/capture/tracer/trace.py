@@ -25,9 +25,10 @@ from fxprune.capture.tracer.isolation import Changes, ModelState, rng_state
 from fxprune.capture.tracer.memos import Cache, Memos
 from fxprune.capture.tracer.meta_values import Shadows
 from fxprune.capture.tracer.module_calls import Caller, CallSettings
-from fxprune.capture.tracer.patches import patched_functions, replaced
+from fxprune.capture.tracer.patches import patched_functions
 from fxprune.capture.tracer.questions import Question
 from fxprune.capture.tracer.recorder import Recorder
+from fxprune.capture.tracer.replacing import replaced
 from fxprune.capture.tracer.spelling import is_pure
 from fxprune.capture.tracer.tape import Tape
 from fxprune.capture.tracer.values import Values
