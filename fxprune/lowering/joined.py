@@ -43,7 +43,8 @@ def _joined(parts: Sequence[Any], axis: int, stacked: bool) -> Joined | None:
         return None
     if any(not isinstance(part, Constant) or (part.weight and part.weight.computed) for part in parts):
         return None
-    return Joined(axis, tuple(_along(part, axis) if stacked else part for part in parts))
+    whole = tuple(_along(part, axis) if stacked else part for part in parts)
+    return Joined(axis, tuple(part for part in whole if part.shape[axis]))
 
 
 def _along(part: Constant, axis: int) -> Constant:

@@ -51,7 +51,7 @@ class Parameters:
                 elif name not in table.aliases[first]:
                     table.aliases[first].append(name)
                 is_whole = not isinstance(module, ParametrizationList)  # else something is computed from it
-                if tensor.dim() > 1 and tensor.is_floating_point() and is_whole:
+                if tensor.dim() > 1 and (tensor.is_floating_point() or tensor.is_complex()) and is_whole:
                     table.prunable.add(first)
         return table
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fxprune.scoring.complex_weights import removal
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.scoring.gradients import Mode, count_of, gradients_of
 from fxprune.sparsity.masks import Masks
@@ -34,7 +35,7 @@ def force(*, rounds: int = 60, batches: int = 1, mode: Mode = "train", regrow: b
 
     def sensitivity(problem: Problem, masks: Masks) -> Scores:
         gradients = gradients_of(problem, masks, batches=batches, mode=mode, method="force")
-        scores = {name: g.mul_(problem.weights[name]).abs_() for name, g in gradients.items()}
+        scores = {name: removal(g, problem.weights[name]).abs_() for name, g in gradients.items()}
         for name, score in scores.items():
             score.masked_fill_((score == 0) & masks[name], torch.finfo(score.dtype).tiny)
         return scores

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from fxprune.scoring.complex_weights import removal
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.scoring.data import Batch
 from fxprune.scoring.data import batches as read_batches
@@ -58,7 +59,7 @@ def grasp(
         divisor = temperature or (200.0 if problem.loss_fn is None else 1.0)
         with scoring(problem, mode), twice_differentiable():
             products = _hessian_times_gradient(problem, weights, data, divisor)
-        scores = {name: product.mul_(problem.weights[name]) for name, product in products.items()}
+        scores = {name: removal(product, problem.weights[name]) for name, product in products.items()}
         return {name: score.abs_() for name, score in scores.items()} if rank == "absolute" else scores
 
     return Method(
@@ -82,7 +83,7 @@ def _hessian_times_gradient(
         leaves = list(weights.values())
         slopes = torch.autograd.grad(loss(batch), leaves, create_graph=True, materialize_grads=True)
         pairs = zip(slopes, mean.values(), strict=True)
-        return torch.stack([(slope * g.to(slope.device)).sum() for slope, g in pairs]).sum()
+        return torch.stack([(slope * g.conj().to(slope.device)).real.sum() for slope, g in pairs]).sum()
 
     mean = mean_gradients(problem, weights, data, "grasp", of=loss)
     return mean_gradients(problem, weights, data, "grasp", of=product_with_mean)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from fxprune.scoring.complex_weights import squared
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.scoring.gradients import Mode, count_of, gradients_of
 from fxprune.sparsity.masks import Masks
@@ -28,7 +31,9 @@ def grasp_it(*, rounds: int = 60, batches: int = 1, mode: Mode = "train") -> Met
 
     def flow(problem: Problem, masks: Masks) -> Scores:
         gradients = gradients_of(problem, masks, batches=batches, mode=mode, method="grasp-it")
-        return {name: g.double().square() for name, g in gradients.items()}
+        return {
+            name: squared(g.to(torch.promote_types(g.dtype, torch.float64))) for name, g in gradients.items()
+        }
 
     return Method(
         name="grasp-it",

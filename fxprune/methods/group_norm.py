@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fxprune.scoring.complex_weights import squared
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks
@@ -37,4 +38,4 @@ def group_norm() -> Method:
 
 
 def _squares(problem: Problem, masks: Masks) -> Scores:
-    return {name: weight.square() for name, weight in problem.weights.items()}
+    return {name: squared(weight) for name, weight in problem.weights.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fxprune.scoring.complex_weights import removal
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.scoring.gradients import Mode, count_of, gradients_of
 from fxprune.sparsity.masks import Masks
@@ -30,7 +31,7 @@ def iter_snip(*, rounds: int = 60, batches: int = 1, mode: Mode = "train") -> Me
 
     def sensitivity(problem: Problem, masks: Masks) -> Scores:
         gradients = gradients_of(problem, masks, batches=batches, mode=mode, method="iter-snip")
-        return {name: g.mul_(problem.weights[name]).abs_() for name, g in gradients.items()}
+        return {name: removal(g, problem.weights[name]).abs_() for name, g in gradients.items()}
 
     return Method(
         name="iter-snip",

@@ -33,7 +33,7 @@ def _scores(problem: Problem, masks: Masks) -> Scores:
 
 
 def _score(weight: torch.Tensor) -> torch.Tensor:
-    squares, order = weight.double().square().flatten().sort(descending=True, stable=True)
+    squares, order = weight.abs().double().square().flatten().sort(descending=True, stable=True)
     score = torch.zeros_like(squares)
     score[order] = squares / squares.cumsum(0).clamp(min=torch.finfo(torch.float64).tiny)
     return score.view(weight.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from fxprune.scoring.complex_weights import removal
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.scoring.data import Batch, samples_of
 from fxprune.scoring.data import batches as read_batches
@@ -39,7 +40,7 @@ def obd(*, batches: int = 1, samples: int = 64, mode: Mode = "eval") -> Method:
         with scoring(problem, mode):
             for sample in single:
                 for name, gradient in mean_gradients(alone, weights, [sample], "obd").items():
-                    square = gradient.mul_(problem.weights[name]).square_().div_(2 * len(single))
+                    square = removal(gradient, problem.weights[name]).square_().div_(2 * len(single))
                     scores[name] = scores[name].add_(square) if name in scores else square
         average_over(scores.values(), problem.group)
         return scores

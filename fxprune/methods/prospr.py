@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from fxprune.scoring.complex_weights import removal
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.scoring.data import Batch
 from fxprune.scoring.data import batches as read_batches
@@ -55,7 +56,7 @@ def prospr(
         others = {
             name: parameter.detach().requires_grad_()
             for name, parameter in problem.model.named_parameters()
-            if name not in start and parameter.is_floating_point()
+            if name not in start and (parameter.is_floating_point() or parameter.is_complex())
         }
         with scoring(problem, mode), twice_differentiable():
             final = _train(problem, start | others, data, steps, lr, momentum, full=order == "full")
@@ -65,7 +66,7 @@ def prospr(
         homes = problem.weights
         found = {n: slope.to(homes[n].device) for n, slope in zip(start, slopes, strict=True)}
         average(found.values(), problem.group)
-        return {name: slope.mul(homes[name]).abs_() for name, slope in found.items()}
+        return {name: removal(slope, homes[name]).abs_() for name, slope in found.items()}
 
     return Method(
         name="prospr",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from fxprune.scoring.complex_weights import removal
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.scoring.data import batches as read_batches
 from fxprune.scoring.distributed import average as average_over
@@ -47,7 +48,7 @@ def snip(
         with scoring(problem, mode):
             for group in groups:
                 for name, gradient in mean_gradients(alone, weights, group, "snip").items():
-                    saliency = gradient.mul_(problem.weights[name]).abs_()
+                    saliency = removal(gradient, problem.weights[name]).abs_()
                     scores[name] = scores[name].add_(saliency) if name in scores else saliency
         if alone is not problem:
             average_over(scores.values(), problem.group)

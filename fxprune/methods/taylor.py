@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fxprune.scoring.complex_weights import removal
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.scoring.data import batches as read_batches
 from fxprune.scoring.distributed import average as average_over
@@ -35,7 +36,7 @@ def taylor(*, batches: int = 1, mode: Mode = "eval") -> Method:
         with scoring(problem, mode):
             for batch in some:
                 for name, gradient in mean_gradients(alone, weights, [batch], "taylor").items():
-                    change = gradient.mul_(problem.weights[name]).square_().div_(len(some))
+                    change = removal(gradient, problem.weights[name]).square_().div_(len(some))
                     scores[name] = scores[name].add_(change) if name in scores else change
         average_over(scores.values(), problem.group)
         return scores

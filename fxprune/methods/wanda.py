@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from fxprune.channels.orientation import output_first
+from fxprune.scoring.complex_weights import refuse_complex
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores
 from fxprune.scoring.data import batches as read_batches
 from fxprune.scoring.gradients import count_of, masked, scoring
@@ -35,6 +36,7 @@ def wanda(*, batches: int = 1, compare: Literal["output", "layer", "model"] = "o
     count_of("wanda", "batches", batches)
 
     def score(problem: Problem, masks: Masks) -> Scores:
+        refuse_complex(problem, "wanda")
         some = read_batches(problem, batches, "wanda")
         weights = masked(problem, masks)
         with scoring(problem, "eval"):

@@ -9,6 +9,7 @@ from fxprune.methods.px.output_activity import output_activities
 from fxprune.methods.px.weighted_outputs import WeightedOutputs
 from fxprune.paths.count import flow
 from fxprune.paths.used import used_layers
+from fxprune.scoring.complex_weights import refuse_complex
 from fxprune.scoring.contract import Method, Problem, Scores, fixed_magnitudes, prune_in_rounds
 from fxprune.scoring.data import batches as read_batches
 from fxprune.scoring.gradients import count_of
@@ -48,6 +49,7 @@ def px(
     count_of("px", "batches", batches)
 
     def find(problem: Problem) -> Masks:
+        refuse_complex(problem, "px")
         squares = {name: weight.float().square() for name, weight in problem.weights.items()}
         others = {name: size.square() for name, size in fixed_magnitudes(problem).items()}
         weighted = WeightedOutputs(problem.graph)

@@ -139,4 +139,9 @@ def private_twin(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
         twin = twin.to_empty(device="cpu")
         for tensor in [*twin.parameters(), *twin.buffers()]:
             tensor.data.fill_(1)
-    return twin.to(device="cpu", dtype=dtype).eval()
+    twin = twin.to(device="cpu")
+    if dtype is not None:
+        for tensor in [*twin.parameters(), *twin.buffers()]:
+            if tensor.is_floating_point() or tensor.is_complex():  # Module.to would make complex ones real
+                tensor.data = tensor.data.to(dtype.to_complex() if tensor.is_complex() else dtype)
+    return twin.eval()
