@@ -37,9 +37,9 @@ def contract(context: Context, equation: str, a: Operand, b: Operand, shape: Seq
             return _with_joined(context, equation, (a, b), place, shape)
     for x, w, x_letters, w_letters in ((a, b, left, right), (b, a, right, left)):
         if isinstance(w, Constant) and w.weight is not None and isinstance(x, ir.Value):
-            letters = x_letters, w_letters, out
-            if _is_linear(x, w.weight, letters):
-                return _with_weight(context, x, w.weight, letters, shape)
+            narrow = _without_broadcasts(context, x, w, (x_letters, w_letters, out))
+            if narrow is not None:
+                return _with_weight(context, *narrow, shape)
     return build.mix(equation, build.materialise(a, exact=True), build.materialise(b, exact=True), shape)
 
 
@@ -51,6 +51,28 @@ def _roles(letters: tuple[str, str, str]) -> tuple[list[str], list[str], list[st
     gone = [c for c in w_letters if c in x_letters and c not in out]
     made = [c for c in w_letters if c not in x_letters and c in out]
     return shared, gone, made, [c for c in x_letters if c not in gone + shared]
+
+
+def _without_broadcasts(
+    context: Context, x: ir.Value, w: Constant, letters: tuple[str, str, str]
+) -> tuple[ir.Value, ir.WeightRef, tuple[str, str, str]] | None:
+    """The factors without axes of size one that the other factor's are broadcast along; None unless their
+    product is a linear layer, in which a zero of the parameter is one.
+    """
+    x_letters, w_letters, out = letters
+    for c in (c for c in w_letters if c in x_letters):
+        at, own = x_letters.index(c), w_letters.index(c)
+        if w.shape[own] == 1 < x.shape[at]:
+            w, w_letters = w.select(own), w_letters.replace(c, "")
+        elif x.shape[at] == 1 < w.shape[own]:
+            x = context.build.gather(
+                TensorFunction.of("select", PREVIOUS, at, 0), [x], (*x.shape[:at], *x.shape[at + 1 :])
+            )
+            x_letters = x_letters.replace(c, "")
+    ref = w.weight
+    assert ref is not None
+    letters = x_letters, w_letters, out
+    return (x, ref, letters) if _is_linear(x, ref, letters) else None
 
 
 def _is_linear(x: ir.Value, ref: ir.WeightRef, letters: tuple[str, str, str]) -> bool:
