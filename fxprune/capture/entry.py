@@ -6,6 +6,7 @@ like the model in training and in evaluation, at any batch size.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Hashable, Mapping
 from types import MappingProxyType
@@ -26,13 +27,14 @@ from fxprune.capture.errors import (
     first_line,
     where,
 )
-from fxprune.capture.fidelity.compare import Differences
+from fxprune.capture.fidelity.compare import Differences, computes_same
 from fxprune.capture.fidelity.search import faithful_graph, resolve_types
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaf_forms import leaf_form
 from fxprune.capture.leaves import is_compiled
 from fxprune.capture.module import assemble, reserved_names
+from fxprune.capture.tracer.isolation import restore_rng, rng_state, seed_rng
 from fxprune.capture.tracer.meta_values import map_structure, meta_like
 from fxprune.capture.tracer.sample_values import needs_numbers
 from fxprune.capture.tracer.trace import Trace, remove_dead_code, shapes_only, trace
@@ -40,6 +42,9 @@ from fxprune.capture.tracer.values import Values
 from fxprune.sharded_types import is_dtensor
 
 __all__ = ["capture", "capture_leaf"]
+
+TRIALS = 6
+"""Traces with other random numbers, of a part that draws some: all of them have to be the same."""
 
 
 def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
@@ -105,6 +110,9 @@ def capture_leaf(
 ) -> fx.GraphModule:
     """The inside of one module in evaluation mode, whether or not :func:`capture` would enter it.
 
+    It is to be looked at, not run: code that asks whether a mask chooses anything, or a list is empty, goes
+    on as if there were something to do.
+
     Args:
         module: the module to open. Those of torch.nn inside it stay whole.
         args: its positional arguments; tensors count by their shape and type.
@@ -131,7 +139,7 @@ def capture_leaf(
             form = None if traced is None else leaf_form(module, args, kwargs)
             known = None if traced is None or form is None else traced.get(form)
             given = _shapes(tuple(args)), _shapes(dict(kwargs))
-            found = known or trace(module, *given, training=False, values=lambda: Values(made_up=None))
+            found = known or _looked_at(module, *given)
     except TRACE_ERRORS as error:
         raise CaptureError(
             f"{type(module).__name__}: {first_line(error)} ({where(error, module)})"
@@ -142,6 +150,22 @@ def capture_leaf(
     if traced is not None and form is not None:
         traced[form] = found
     return assemble(module, found.graph, found.constants)
+
+
+def _looked_at(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+    """A trace in evaluation that is not run; random numbers outside of PyTorch must not matter."""
+    values = functools.partial(Values, made_up=None, reached=True)
+    before = rng_state()
+    try:
+        found = trace(module, args, kwargs, training=False, values=values, may_draw=True)
+        for seed in range(TRIALS if found.drew else 0):
+            seed_rng(seed)
+            other = trace(module, args, kwargs, training=False, values=values, may_draw=True)
+            if not computes_same(found, other):
+                raise CaptureError("its forward decides by random numbers outside PyTorch")
+    finally:
+        restore_rng(before)
+    return found
 
 
 def _notes(model: nn.Module, notes: Mapping[str, str], whole: set[str]) -> list[str]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxprune.scoring.complex_weights import refuse_complex
 from fxprune.scoring.contract import Found, Method, Problem
 from fxprune.scoring.gradients import count_of
 from fxprune.scoring.layer_plan import Plan, Split, choose_in_layer, solve_in_rounds
@@ -65,7 +64,6 @@ def alps(
     check_damp(NAME, damp)
 
     def find(problem: Problem) -> Found:
-        refuse_complex(problem, "alps")
         return solve_in_rounds(
             problem,
             lambda plan, layer: solve_layer(layer, plan, damp, steps),

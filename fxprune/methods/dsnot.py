@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fxprune.scoring.complex_weights import refuse_complex
 from fxprune.scoring.contract import Method, Problem
 from fxprune.scoring.gradients import count_of
 from fxprune.scoring.layer_plan import Plan, Split, choose_in_layer, solve_in_rounds
@@ -58,7 +57,6 @@ def dsnot(
         raise ValueError(f"method {NAME!r}: enough={enough!r}, expected a share, at least 0")
 
     def find(problem: Problem) -> Masks:
-        refuse_complex(problem, "dsnot")
         found = solve_in_rounds(
             problem,
             lambda plan, layer: _solved(layer, plan, start, cycles, enough),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxprune.scoring.complex_weights import refuse_complex
 from fxprune.scoring.contract import Found, Method, Problem
 from fxprune.scoring.gradients import count_of
 from fxprune.scoring.layer_plan import Plan, choose_in_layer, solve_in_rounds
@@ -61,7 +60,6 @@ def obc(
         return _solved(layer, plan, damp)
 
     def find(problem: Problem) -> Found:
-        refuse_complex(problem, "obc")
         return solve_in_rounds(
             problem,
             solve,

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fxprune.scoring.complex_weights import refuse_complex
 from fxprune.scoring.contract import Found, Method, Problem
 from fxprune.scoring.gradients import count_of
 from fxprune.scoring.layer_plan import Plan, choose_in_layer, solve_in_rounds
@@ -61,7 +60,6 @@ def sparsegpt(
     check_damp(NAME, damp)
 
     def find(problem: Problem) -> Found:
-        refuse_complex(problem, "sparsegpt")
         return solve_in_rounds(
             problem,
             lambda plan, layer: solve_layer(layer, plan, damp, block),

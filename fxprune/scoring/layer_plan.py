@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fxprune.scoring.complex_weights import refuse_complex
 from fxprune.scoring.contract import Found, Problem, Weights, round_budgets, select_within
 from fxprune.scoring.distributed import agree
 from fxprune.scoring.sequential import Layer, solve_layers
@@ -62,6 +63,7 @@ def solve_in_rounds(
     are kept, with the method's ``options``. The others are the arguments of
     :func:`fxprune.scoring.sequential.solve_layers`.
     """
+    refuse_complex(problem, method)
     masks, weights = dict(problem.masks), dict[str, Tensor]()
     budgets = list(round_budgets(problem, schedule=OneShot(), regrow=False, name=method))
     for number, budget in enumerate(budgets):

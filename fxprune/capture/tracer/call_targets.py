@@ -18,7 +18,9 @@ class AutogradCall:
         self.function_class = function_class
         self.__name__ = "apply"
         self.__qualname__ = f"{function_class.__qualname__}.apply"
-        self.__module__ = function_class.__module__
+        home = str(function_class.__module__)
+        # The code of a graph calls what is in torch by its name, and takes it for free of side effects.
+        self.__module__ = __name__ if home.partition(".")[0] == "torch" else home
 
     def __call__(self, *args: Any) -> Any:
         return self.function_class.apply(*args)

@@ -17,7 +17,7 @@ from fxprune.capture.hooks import FORWARD_TABLES
 from fxprune.capture.tracer.reachable import CACHED, Place, Reachable
 from fxprune.capture.tracer.snapshots import content, is_same, rebound_entry, restore
 
-__all__ = ["Changes", "ModelState", "restore_rng", "rng_state"]
+__all__ = ["Changes", "ModelState", "restore_rng", "rng_state", "seed_rng"]
 
 
 @dataclass
@@ -95,6 +95,14 @@ def restore_rng(state: tuple[Any, ...]) -> None:
         numpy = sys.modules["numpy"]
         kind, key, *rest = state[1]
         numpy.random.set_state((kind, numpy.frombuffer(key, dtype=numpy.uint32), *rest))
+
+
+def seed_rng(seed: int) -> None:
+    """Seed the generators of :func:`rng_state`."""
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed)
 
 
 def _misses(function: Any) -> int:

@@ -66,7 +66,7 @@ class Recorder(TorchFunctionMode):
         if func is torch.autograd.grad:
             return self._gradients(args, kwargs)
         if not self.recording:
-            return self.tape.shadows.run(func, args, kwargs)
+            return self._unrecorded(func, args, kwargs)
         if name == "__len__" or (name == "unbind" and 0 in (*args[1:2], kwargs.get("dim"))):
             self._check_length(args[0], name)
         if name == "__len__":
@@ -87,6 +87,15 @@ class Recorder(TorchFunctionMode):
                 raise
             return self._made_up(op, target, func, operands, kwargs, args)
         return self.tape.record(op, target, operands, kwargs, out, unsized=self._by_numbers)
+
+    def _unrecorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result in shapes, of made-up numbers where PyTorch has none for shapes alone."""
+        try:
+            return self.tape.shadows.run(func, args, kwargs)
+        except NotImplementedError as error:
+            if not has_no_shapes(error):
+                raise
+            return map_structure(meta_of, self._on_numbers(func, args, kwargs, MadeUp(example=self._example)))
 
     def _under_transform(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call on wrapped tensors as it is; what it does to plain ones is recorded beneath."""
@@ -314,6 +323,11 @@ def _sizes(value: Any) -> list[Any]:
     found: list[Any] = []
     map_structure(lambda x: found.append(x.shape if isinstance(x, Tensor) else None), value)
     return found
+
+
+def meta_of(value: Any) -> Any:
+    """A tensor without its numbers."""
+    return value.to(META) if isinstance(value, Tensor) else value
 
 
 def _at_least_one(value: Any) -> Any:

@@ -45,7 +45,7 @@ class Trace:
     ``reasons`` why a module had to stay whole, ``changed`` which entered modules wrote which attribute
     of themselves, ``hook_writes`` which hooks of which module wrote something of their own. ``memos`` is what
     depends on no input. ``reads`` are the nodes that read numbers from tensors. ``refilled``: the caches
-    that were emptied hold what they held.
+    that were emptied hold what they held. ``drew``: random numbers outside of PyTorch.
     """
 
     graph: fx.Graph
@@ -58,6 +58,7 @@ class Trace:
     memos: Memos = field(default_factory=Memos)
     reads: list[fx.Node] = field(default_factory=list)
     refilled: bool = True
+    drew: bool = False
 
     def path_of(self, node: fx.Node) -> str:
         """The path of the module whose code made a node."""
@@ -77,12 +78,14 @@ def trace(
     left_out: frozenset[Hook] = frozenset(),
     caches: Sequence[Cache] = (),
     values: Callable[[], Values] = Values,
+    may_draw: bool = False,
 ) -> Trace:
     """Record ``model(*args, **kwargs)``; ``whole`` names modules that are not entered.
 
     ``rehearsed``: a run before this one has left its traces in the model's attributes. ``left_out`` are hooks
     that are not run. ``caches`` are empty when the run begins; the trace says whether it filled them again.
-    ``values`` makes what is known of numbers in tensors.
+    ``values`` makes what is known of numbers in tensors. ``may_draw``: random numbers outside of PyTorch are
+    drawn, and not refused.
     """
     shadows = shadows or Shadows(model)
     changes = Changes()
@@ -99,7 +102,8 @@ def trace(
         memos = run(CallSettings(whole, left_out)).memos if rehearsed else None
         before = rng_state()
         result = run(CallSettings(whole, left_out), memos)
-        if rng_state() != before:
+        result.drew = rng_state() != before
+        if result.drew and not may_draw:
             result = run(CallSettings(whole, left_out, watching=True), memos and result.memos)
         result.refilled = training or result.memos.explain(caches, model)
     leaves = {str(node.target) for node in result.graph.nodes if node.op == "call_module"}

@@ -17,7 +17,7 @@ from fxprune.capture.tracer.spelling import is_pure
 from fxprune.capture.tracer.traced_numbers import plain_number
 from fxprune.torch_private import DisableTorchFunction, check_number
 
-__all__ = ["Values"]
+__all__ = ["Values", "is_any"]
 
 SHAPED_LIKE = frozenset(
     (
@@ -33,7 +33,8 @@ class Values:
     ``examples``: by the ``id`` of a meta tensor among the inputs, its numbers; ``answers`` has those to the
     questions that were settled. ``made_up`` stands for numbers that no example tells (None: these are asked
     for in vain); ``frozen``: what the
-    model's own forward reads is a constant, with a check.
+    model's own forward reads is a constant, with a check. ``reached``: the graph is looked at and not run, so
+    code goes where there is something to do: a mask that chooses nothing, or an empty list, may be otherwise.
     """
 
     def __init__(
@@ -42,7 +43,10 @@ class Values:
         examples: Mapping[int, Tensor] = MappingProxyType({}),
         made_up: int | None = 1,
         frozen: bool = False,
+        *,
+        reached: bool = False,
     ) -> None:
+        self.reached = reached
         self.answers = answers or Answers("the model")
         self.made_up, self.frozen = made_up, frozen
         self._examples = examples
@@ -57,12 +61,20 @@ class Values:
     def truth(self, tape: Any, tensor: Tensor) -> bool:
         """Answer ``bool`` of a tensor, with a check in the graph."""
         node = tape.arg(tensor)
+        if self.reached and is_any(node) and self.example(tape, node) is None:
+            return True
         answer = self._answer(tape, node, "bool() asks for the numbers in a tensor", bool, (node,))
         self._check(tape, answer, tensor, torch.logical_not)
         return answer.value
 
     def compared(self, tape: Any, function: Callable[..., Any], args: tuple[Any, Any]) -> bool:
         """Answer a comparison of a number that was read from data, with a check in the graph."""
+        if (
+            self.reached
+            and plain_number(args[1]) == 0
+            and function in (operator.eq, operator.ne, operator.gt)
+        ):
+            return function is not operator.eq
         node = tape.node("call_function", function, args, {})
         text = "a comparison of lengths asks for the numbers in a tensor: they decide a length"
         answer = self._answer(tape, node, text, function, node.args)
@@ -99,9 +111,10 @@ class Values:
             return found
         known = example is not None
         number = self.made_up is not None and tensor.dtype != torch.bool and not tensor.is_complex()
+        number = number or (self.reached and tensor.is_floating_point())
         if not known and (name == "tolist" or not number):
             raise CaptureError(f"{name}() asks for the numbers in a tensor")
-        made_up = float(self.made_up or 0) if tensor.is_floating_point() else self.made_up
+        made_up = float(self.made_up or self.reached) if tensor.is_floating_point() else self.made_up
         return tape.numbers(tape.read(name, tensor, example.tolist() if known else made_up))
 
     def made_plain(self, tape: Any, number: Any) -> None:
@@ -197,6 +210,17 @@ def _needed(node: fx.Node) -> list[fx.Node]:
     if _is_size(node):
         return []
     return [part for part in node.all_input_nodes if part not in _shaped(node)]
+
+
+def is_any(node: Any) -> bool:
+    """Whether a condition asks whether any entry of a mask holds.
+
+    >>> graph = fx.Graph()
+    >>> is_any(graph.call_method("any", (graph.placeholder("mask"),)))
+    True
+    """
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name == "any" and len(node.args) == 1
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,12 @@ from fxprune.rewrite.compact.trial import NodeFailure
 from fxprune.rewrite.files.container import CHECKSUM, FORMAT, read_container
 from fxprune.rewrite.files.state import assign, cast, check_fit, held, tied_names, transient_types
 from fxprune.rewrite.files.tensors import decode_tensors, encode_tensors
+from fxprune.rewrite.masking.computed import (
+    computed_weights,
+    masks_of_computed,
+    put_computed,
+    value_of,
+)
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.finalize import BAKED, finalize, plain
 from fxprune.rewrite.masking.install import install, put_masks
@@ -47,6 +53,7 @@ class _Manifest:
     transient: dict[str, str]
     direct: list[str]
     recipes: list[Recipe]
+    computed: list[str] = field(default_factory=list)
 
 
 def network_file(network: nn.Module, *, sparse: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -54,8 +61,9 @@ def network_file(network: nn.Module, *, sparse: bool) -> tuple[dict[str, Tensor]
 
     The header's ``manifest`` is JSON: ``kind`` ("graph", "module"), ``inputs`` of the capture, ``parameters``
     of the original (name -> shape), ``classes`` of the modules with parameters, ``layout`` of the tensors,
-    ``tied`` names, ``transient`` buffers' types, names that are read ``direct``, and the ``recipes`` of
-    compactions, with the indices that were kept of every parameter.
+    ``tied`` names, ``transient`` buffers' types, names that are read ``direct``, the ``recipes`` of
+    compactions, with the indices that were kept of every parameter, and the ``computed`` weights that have a
+    mask, which is one of the tensors.
 
     Raises:
         ValueError: the network cannot be built again from its original; the message says why.
@@ -81,6 +89,7 @@ def network_file(network: nn.Module, *, sparse: bool) -> tuple[dict[str, Tensor]
         "transient": transient_types(inside),
         "direct": _direct(inside),
         "recipes": [recipe.to_json() for recipe in recipes],
+        "computed": list(masks_of_computed(inside)),
     }
     return tensors, {"manifest": json.dumps(manifest)}
 
@@ -126,6 +135,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
     modes = {name: module.training for name, module in unwrap(model).named_modules()}
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         network = _rebuilt(manifest, original, example_inputs, values)
+        _mask_computed(network, manifest.computed)
         check_fit(network, values, manifest.tied)
         _check_classes(network, manifest.classes)
         assign(network, values, manifest.tied)
@@ -137,6 +147,18 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
     for name, module in network.named_modules():
         module.train(modes.get(name, modes[""]))
     return network
+
+
+def _mask_computed(network: nn.Module, names: list[str]) -> None:
+    """Give computed weights a mask, which keeps all until its values are read from the file."""
+    places = computed_weights(network)
+    for name in names:
+        if name not in places:
+            raise ValueError(
+                f"model: its {name!r} is not computed from other parameters, as it was when saved"
+            )
+        module, leaf = places[name]
+        put_computed(module, leaf, torch.ones_like(value_of(module, leaf), dtype=torch.bool))
 
 
 def is_network(header: dict[str, str]) -> bool:
