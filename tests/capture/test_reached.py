@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.capture import CaptureError
 from tests.capture.faithful import assert_same_training
 
 
@@ -129,3 +130,43 @@ def test_random_numbers_that_have_no_shapes_are_part_of_training() -> None:
     net = Mixed()
     gm = fxprune.capture(net, torch.randn(4, 8))
     assert_same_training(gm, net, (8,))
+
+
+class Masked(nn.Conv2d):
+    """Sees what is above and to the left, as in PixelCNN: the weight is masked in place."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.register_buffer("mask", torch.ones_like(self.weight))
+        self.mask[:, :, 1, 2:], self.mask[:, :, 2] = 0, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data *= self.mask
+        return super().forward(x)
+
+
+def test_weights_that_a_layer_masks_in_place_are_prunable() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(Masked(1, 6), nn.ReLU(), Masked(6, 2)), torch.randn(2, 1, 6, 6)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    graph = fxprune.lower(fxprune.capture(net, x))
+    assert list(graph.kernels) == ["0.weight", "2.weight"]
+    assert not graph.opaque
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    pruned = fxprune.apply(net, "magnitude", 0.5, example_inputs=x, progress=False)
+    pruned.train()(x).sum().backward()
+    torch.optim.SGD(pruned.parameters(), 0.1, momentum=0.9).step()
+    pruned(x)
+    fxprune.verify(pruned)
+
+
+class Assigning(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        x.data = x.data.clamp(-1, 1)
+        return x
+
+
+def test_other_data_that_is_assigned_is_refused() -> None:
+    with pytest.raises(CaptureError, match=r"assigns the \.data"):
+        fxprune.capture(Assigning(), torch.randn(2, 8))

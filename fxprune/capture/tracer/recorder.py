@@ -20,7 +20,14 @@ from fxprune.capture.tracer.call_targets import MethodCall
 from fxprune.capture.tracer.meta_values import META, map_structure
 from fxprune.capture.tracer.packed import is_packed, packed_results, packed_shapes, padded_shapes
 from fxprune.capture.tracer.sample_values import MadeUp, has_no_shapes, needs_numbers
-from fxprune.capture.tracer.spelling import CONSTRUCTORS, RESHAPING, VALUE_READERS, selects, spelling
+from fxprune.capture.tracer.spelling import (
+    CONSTRUCTORS,
+    RESHAPING,
+    VALUE_READERS,
+    changes_input,
+    selects,
+    spelling,
+)
 from fxprune.capture.tracer.tape import Tape
 from fxprune.capture.tracer.traced_numbers import plain_number
 from fxprune.torch_private import DisableTorchFunction, enter_autocast, exit_autocast, set_grad_mode
@@ -60,6 +67,8 @@ class Recorder(TorchFunctionMode):
         if name == "__get__":
             return self._property(func, args[0])
         if name == "__set__" and self.recording:
+            if func.__self__.__name__ == "data" and self._is_own_data(*args):
+                return None
             func = _assignment(func)
         if name in VALUE_READERS:
             return self._read(func, name, args, kwargs)
@@ -205,6 +214,13 @@ class Recorder(TorchFunctionMode):
         if attribute == "requires_grad":
             return tensor.is_floating_point() and node.op != "placeholder"
         return func(tensor)
+
+    def _is_own_data(self, tensor: Tensor, value: Any) -> bool:
+        """Whether a tensor's own memory is assigned to it, as by ``weight.data *= mask``."""
+        node = self.tape.find(value)
+        while node is not None and changes_input(node) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return node is not None and node.target is getattr and node.args == (self.tape.arg(tensor), "data")
 
     def _region(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Record where a region without gradients, or of another precision, begins or ends."""
