@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
@@ -233,8 +233,8 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
         args = (args[0], plain_slices(args[1], args[0].shape, context.shape))
     if context.target in _PADS:
         args = (args[0], *substitute(args[1:], lambda x: int(_numbers(x)) if isinstance(x, Constant) else x))
-    if context.target in ("as_strided", torch.as_strided) and not _is_contiguous(context.node.args[0]):
-        raise Unknown("memory that is laid out in another order")
+    strided = context.target in ("as_strided", torch.as_strided)
+    order = _memory_order(context.node.args[0]) if strided else None
     if any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values())):  # x.view(torch.int32)
         raise Unknown("memory seen as another type")
     if context.target is getattr and args[1] in ("real", "imag", "data"):
@@ -254,6 +254,8 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
         pads = _image_pads(len(values[0].shape), amounts) if zeros else {}
         fill = 0.0 if zeros else 1.0  # the label of a constant
         run = TensorFunction.of(F.pad, PREVIOUS, amounts, value=fill)
+    if order is not None:
+        run = TensorFunction.of("permute", PREVIOUS, order).then("contiguous", PREVIOUS).followed_by(run)
     moved = _outputs(context, run, values, context.result, pads)
     if values and values[0].index in build.squares:
         build.squares.update(x.index for x in tensors_in(moved) if isinstance(x, ir.Value))
@@ -287,8 +289,13 @@ def _chosen(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return any_along(context, x, (dim,), shape)
 
 
-def _is_contiguous(node: Any) -> bool:
-    return isinstance(node, fx.Node) and bool(node.meta["val"].is_contiguous())
+def _memory_order(node: Any) -> list[int]:
+    """The axes of a tensor in the order in which its memory has them."""
+    val = node.meta["val"]
+    order = sorted(range(val.dim()), key=lambda axis: -val.stride(axis))
+    if val.storage_offset() or not val.permute(order).is_contiguous():
+        raise Unknown("memory that has gaps, or is seen twice")
+    return order
 
 
 def _indices(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

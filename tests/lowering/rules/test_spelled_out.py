@@ -1,4 +1,4 @@
-"""Weights that a product broadcasts, as those of capsules: each entry is a weight of a linear layer."""
+"""Products and windows in unusual forms have the paths of the same nets spelled out."""
 
 import pytest
 import torch
@@ -57,3 +57,41 @@ def test_paths_are_those_of_the_sum_spelled_out(kind: type[nn.Module], spelled: 
         reports.append(fxprune.analyze(gm))
     assert reports[0].log_paths == pytest.approx(reports[1].log_paths)
     assert torch.equal(reports[0].effective["weight"], reports[1].effective["weight"])
+
+
+class Windows(nn.Module):
+    """Overlapping windows of a sequence whose memory has the batch last, as in Longformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def windows(self, x: Tensor) -> Tensor:
+        steps, channels, batch = x.stride(1), x.stride(2), x.stride(0)
+        return x.as_strided((x.shape[0], 3, 4, 6), (batch, 2 * steps, steps, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.windows(self.layer(x).transpose(0, 1)))
+        return out
+
+
+class Unfolded(Windows):
+    def windows(self, x: Tensor) -> Tensor:
+        return x.unfold(1, 4, 2).transpose(2, 3)
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+def test_windows_of_memory_in_another_order_are_those_of_unfold() -> None:
+    torch.manual_seed(0)
+    net, other, x = Windows(), Unfolded(), torch.randn(8, 2, 4)
+    other.load_state_dict(net.state_dict())
+    assert torch.allclose(net(x), other(x), atol=1e-6)
+    masks = {"layer.weight": torch.rand(6, 4) < 0.3, "out.weight": torch.rand(2, 6) < 0.3}
+    reports = []
+    for model in (net, other):
+        gm = fxprune.capture(model, x)
+        assert not fxprune.lower(gm, strict=True).opaque
+        put_masks(gm, masks)
+        reports.append(fxprune.analyze(gm))
+    assert reports[0].log_paths == pytest.approx(reports[1].log_paths)
+    assert all(torch.equal(mask, reports[1].effective[name]) for name, mask in reports[0].effective.items())
