@@ -40,10 +40,10 @@ def patched_functions(recorder: Recorder, places: Iterable[Place]) -> Iterator[N
         for name in ("__enter__", "__exit__"):
             hooks = torch.autograd.graph.saved_tensors_hooks
             stack.enter_context(replaced(hooks, name, _checkpointing(recorder, name)))
-        for home, name in transform_levels:
-            stack.enter_context(replaced(home, name, nesting(recorder, getattr(home, name))))
-        for home, name in transform_wrappers:
-            stack.enter_context(replaced(home, name, wrapping(recorder, getattr(home, name))))
+        for module, name in transform_levels:
+            stack.enter_context(replaced(module, name, nesting(recorder, getattr(module, name))))
+        for module, name in transform_wrappers:
+            stack.enter_context(replaced(module, name, wrapping(recorder, getattr(module, name))))
         for place in places:
             if isinstance(place.function, torch.jit.ScriptFunction):
                 home = _home(place.holder)

@@ -104,7 +104,7 @@ class Recorder(TorchFunctionMode):
         except NotImplementedError as error:
             if not has_no_shapes(error):
                 raise
-            return map_structure(meta_of, self._on_numbers(func, args, kwargs, MadeUp(example=self._example)))
+            return map_structure(_meta_of, self._on_numbers(func, args, kwargs, MadeUp(example=self._example)))
 
     def _under_transform(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call on wrapped tensors as it is; what it does to plain ones is recorded beneath."""
@@ -341,7 +341,7 @@ def _sizes(value: Any) -> list[Any]:
     return found
 
 
-def meta_of(value: Any) -> Any:
+def _meta_of(value: Any) -> Any:
     """A tensor without its numbers."""
     return value.to(META) if isinstance(value, Tensor) else value
 

@@ -29,14 +29,14 @@ FROM_NONE = frozenset(("new_zeros", "new_ones", "new_empty", "new_full"))
 """Methods that take sizes, as a list: those of the tensor in other groups, or any."""
 
 
-class Beneath(TorchDispatchMode):
+class Beneath(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Puts operators on the tape of ``recorder``.
 
     ``sizes``: those that vmap runs over, where they follow the inputs.
     """
 
     def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.recorder = recorder
         self.sizes: list[TracedInt] = []
 

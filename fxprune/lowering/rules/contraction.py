@@ -135,7 +135,8 @@ def _with_joined(
         letters = equation
         if axis < 0 and letter not in out and size == 1:  # added up
             part, letters = part.select(whole.joined.axis), equation.replace(letter, "")
-        results.append(contract(context, letters, *((part, x) if place == 0 else (x, part)), own))
+        pair: tuple[Operand, Operand] = (x, part) if place else (part, x)
+        results.append(contract(context, letters, *pair, own))
         start += size
     if letter not in out:
         return build.sum(results, shape)
