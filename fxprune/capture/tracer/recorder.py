@@ -104,7 +104,8 @@ class Recorder(TorchFunctionMode):
         except NotImplementedError as error:
             if not has_no_shapes(error):
                 raise
-            return map_structure(_meta_of, self._on_numbers(func, args, kwargs, MadeUp(example=self._example)))
+            found = self._on_numbers(func, args, kwargs, MadeUp(example=self._example))
+            return map_structure(_meta_of, found)
 
     def _under_transform(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call on wrapped tensors as it is; what it does to plain ones is recorded beneath."""
