@@ -211,10 +211,19 @@ def theirs(dense: nn.Module, cell: dict[str, Any], train: Images) -> nn.Module:
     for _ in range(200):
         _gradients(network, importance, cell["criterion"], data)
         pruner.step()
+        for module in heads:
+            _set_widths(network, module)
         left, _ = tp.utils.count_ops_and_params(network, x)
         if left <= cell["share"] * whole:
             return network
     raise RuntimeError(f"{left / whole:.2f} of the multiply-adds are left after 200 steps")
+
+
+def _set_widths(network: nn.Module, qkv: nn.Module) -> None:
+    """Tell an attention of timm how wide its heads are now, as torch-pruning leaves to its user."""
+    attention: Any = next(module for module in network.modules() if getattr(module, "qkv", None) is qkv)
+    attention.attn_dim = attention.qkv.out_features // 3
+    attention.head_dim = attention.attn_dim // attention.num_heads
 
 
 def _gradients(network: nn.Module, importance: Any, criterion: str, data: list[Images]) -> None:
