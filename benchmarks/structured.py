@@ -175,7 +175,7 @@ def batches(data: Images, seed: int, number: int = 4) -> list[Images]:
 
 def ours(dense: nn.Module, cell: dict[str, Any], train: Images) -> nn.Module:
     criterion, _, normalize = cell["criterion"].partition(", ")
-    options = {"normalize": normalize} if normalize else {}
+    options = {"normalize": normalize or "none"}
     pruned = fxprune.apply(
         dense.eval(), criterion, 1 - cell["share"], granularity="channel", of="macs", **options,
         scope=cell["scope"], example_inputs=train[0][:2], data=batches(train, cell["seed"]),

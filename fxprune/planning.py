@@ -104,7 +104,7 @@ def _described(network: Network, problem: Problem, masks: Masks, wish: Request, 
             _layer(grain, name, every, staying, macs.whole, cost if isinstance(cost, Latency) else None)
             for name in groups.graph.kernels
         ),
-        curve=tuple(_curve(grain, problem.budget, *seen[0])) if seen else (),
+        curve=tuple(_curve(problem.budget, *seen[0])) if seen else (),
         excluded=tuple(name for name in groups.graph.kernels if name not in problem.weights),
         options=asdict(grain.options),
         seed=wish.seed,
@@ -138,7 +138,7 @@ def _layer(
 
 
 def _curve(
-    grain: ChannelGroups, budget: Budget, scores: Mapping[str, Tensor], within: Masks
+    budget: Budget, grain: ChannelGroups, scores: Mapping[str, Tensor], within: Masks
 ) -> Iterable[TargetPoint]:
     """Choose groups for ten targets by the same scores, up to the most that can go."""
     cost = grain.cost(within)

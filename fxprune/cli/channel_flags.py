@@ -21,7 +21,10 @@ HELP = {
     "min_channels": (int, "Layers keep at least so many channels."),
     "max_sparsity": (float, "Layers lose at most this share of their channels."),
     "sides": (str, "Weights that a channel group is scored by: both, or rows alone."),
-    "normalize": (str, "Divide scores of groups by the mean over: none, or their family."),
+    "normalize": (
+        str,
+        "Divide scores of groups by a mean over: none, their family, or as the method has it.",
+    ),
     "runtime": (str, "Of --of latency: eager, compile or onnxruntime."),
     "threads": (int, "Threads to compute with, and to measure with; as many as PyTorch takes."),
     "at_most": (float, "Instead of --sparsity, what may stay, in the unit of --of: MACs, bytes, ms."),

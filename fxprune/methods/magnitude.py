@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxprune.scoring.contract import Method, Problem, Scores, from_scores
+from fxprune.scoring.contract import Method, Problem, Scores, by_family, from_scores
 from fxprune.sparsity.masks import Masks
 
 
@@ -18,7 +18,7 @@ def magnitude() -> Method:
     """
     return Method(
         name="magnitude",
-        find=from_scores(_magnitudes, name="magnitude"),
+        find=by_family(from_scores(_magnitudes, name="magnitude")),
         summary="keeps the largest weights",
         paper="Han et al. 2015, arXiv 1506.02626",
         shards="rows",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from fxprune.scoring.complex_weights import removal
-from fxprune.scoring.contract import Method, Problem, Scores, from_scores
+from fxprune.scoring.contract import Method, Problem, Scores, by_family, from_scores
 from fxprune.scoring.data import Batch, samples_of
 from fxprune.scoring.data import batches as read_batches
 from fxprune.scoring.distributed import average as average_over
@@ -47,7 +47,7 @@ def obd(*, batches: int = 1, samples: int = 64, mode: Mode = "eval") -> Method:
 
     return Method(
         name="obd",
-        find=from_scores(score, name="obd"),
+        find=by_family(from_scores(score, name="obd")),
         needs=frozenset({"data"}),
         summary="keeps the weights whose removal changes the loss most, to second order",
         paper="LeCun et al. 1989; Theis et al. 2018, arXiv 1801.05787",

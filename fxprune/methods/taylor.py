@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fxprune.scoring.complex_weights import removal
-from fxprune.scoring.contract import Method, Problem, Scores, from_scores
+from fxprune.scoring.contract import Method, Problem, Scores, by_family, from_scores
 from fxprune.scoring.data import batches as read_batches
 from fxprune.scoring.distributed import average as average_over
 from fxprune.scoring.gradients import Mode, count_of, masked, mean_gradients, scoring
@@ -43,7 +43,7 @@ def taylor(*, batches: int = 1, mode: Mode = "eval") -> Method:
 
     return Method(
         name="taylor",
-        find=from_scores(score, name="taylor"),
+        find=by_family(from_scores(score, name="taylor")),
         needs=frozenset({"data"}),
         summary="keeps the weights whose removal changes the loss most, batch by batch",
         paper="Molchanov et al. 2019, arXiv 1906.10771",

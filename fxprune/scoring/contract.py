@@ -202,6 +202,24 @@ def by_rows(find: Callable[[Problem], Masks]) -> Callable[[Problem], Masks]:
     return find_by_rows
 
 
+def by_family(find: Callable[[Problem], Masks]) -> Callable[[Problem], Masks]:
+    """Let ``find`` compare channel groups of a kind by scores relative to their family, by default.
+
+    For criteria whose scores have another scale in every layer, such as ``|w|``. Under any other scope groups
+    compete within their family alone, or by what they cost.
+    """
+
+    def find_by_family(problem: Problem) -> Masks:
+        grain = problem.granularity
+        if isinstance(grain, ChannelGroups):
+            options = grain.options
+            if options.normalize == "method" and options.scope == "isomorphic":
+                grain = replace(grain, options=replace(options, normalize="family"))
+        return find(replace(problem, granularity=grain))
+
+    return find_by_family
+
+
 def prune_in_rounds(
     problem: Problem, criterion: Criterion, *, schedule: Schedule, regrow: bool, name: str
 ) -> Masks:

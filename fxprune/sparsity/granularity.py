@@ -173,8 +173,9 @@ class Channel:
     """Whole channels, with all that goes with them in the network's graph.
 
     ``pool`` makes one score of the scores of a group's weights: "mean", "sum", "l2" or "max". ``sides``: of
-    the weights in its rows and columns ("both") or in its rows alone. ``normalize``: "none", or "family" to
-    divide a group's score by the mean over its family of tied layers.
+    the weights in its rows and columns ("both") or in its rows alone. ``normalize``: "none"; "family" to
+    divide a group's score by the mean over its family of tied layers; "method", as the method has it:
+    "family" for magnitude, taylor and obd among groups of one kind (``scope="isomorphic"``).
     ``whole_heads``: attention loses whole heads, instead of equally many channels in every head. Where no
     graph is known a channel is a slice of the first dimension.
 
@@ -197,7 +198,7 @@ class Channel:
     min_channels: int = 1
     max_sparsity: float = 1.0
     sides: str = "both"
-    normalize: str = "none"
+    normalize: str = "method"
     runtime: str = "eager"
     threads: int | None = None
     at_most: float | None = None
@@ -258,7 +259,7 @@ CHOICES = {
     "of": COSTS,
     "scope": SCOPES,
     "sides": ("both", "rows"),
-    "normalize": ("none", "family"),
+    "normalize": ("method", "none", "family"),
     "runtime": ("eager", "compile", "onnxruntime"),
 }
 """What the options of a `Channel` that are words may be."""

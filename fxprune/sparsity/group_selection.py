@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -27,8 +27,8 @@ from fxprune.sparsity.masks import Masks, kept
 
 __all__ = ["ChannelGroups", "Choice"]
 
-Choice = tuple[Mapping[str, Tensor], Masks]
-"""The scores that groups were chosen by, and the masks that they were chosen within."""
+Choice = tuple["ChannelGroups", Mapping[str, Tensor], Masks]
+"""The groups with a method's own options, the scores that they were chosen by, and the masks within which."""
 
 ROUNDING = 1e-12
 """The relative error of a cost that is a sum of numbers."""
@@ -156,7 +156,7 @@ class ChannelGroups:
         its lowest groups in proportion.
         """
         if self.seen is not None:
-            self.seen.append((scores, dict(within)))
+            self.seen.append((replace(self, seen=None), scores, dict(within)))
         pooled, number = self._pooled(scores, within)
         alive = number > 0
         cost, limit = self.cost(within), self.limit(budget) * (1 + ROUNDING)

@@ -119,6 +119,22 @@ def test_the_curve_has_ten_targets_from_one_scoring() -> None:
     assert fxprune.compact(pruned).meta["fxprune"]["compaction"].macs[1] == point.cost
 
 
+def test_the_curve_is_chosen_as_the_method_chooses() -> None:
+    """Group norms add up squares, relative to their family; the curve does too."""
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 4)),
+        None,
+    )
+    x = torch.randn(2, 6)
+    with torch.no_grad():
+        model[2].weight.mul_(100)
+    whole = fxprune.plan(model, "group-norm", 0.2, of="macs", example_inputs=x, progress=False)
+    for point in whole.curve[:5]:
+        own = fxprune.plan(model, "group-norm", point.sparsity, of="macs", example_inputs=x, progress=False)
+        assert own.cost[1] == point.cost
+
+
 def test_the_curve_is_drawn() -> None:
     pytest.importorskip("matplotlib")
     plan = make(net(), of="macs")

@@ -150,6 +150,32 @@ def test_group_norm_compares_within_families() -> None:
     assert len(kept_channels(magnitude, "0.weight")) < len(kept_channels(pruned, "0.weight"))
 
 
+@pytest.mark.parametrize("method", ["magnitude", "taylor", "obd"])
+def test_groups_of_a_kind_are_compared_within_families(method: str) -> None:
+    """A layer of small weights, or small derivatives, keeps as many channels as its like."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 12, 3), *(nn.Conv2d(12, 12, 3) for _ in range(3)), nn.Conv2d(12, 2, 1)]
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        for layer, factor in zip(layers, (1, 1e-3, 1, 1e3, 1), strict=True):
+            layer.weight.mul_(factor)
+    x, y = torch.randn(8, 3, 9, 9), torch.randint(2, (8,))
+
+    def loss(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(out.mean((2, 3)), y)
+
+    def widths(normalize: str, scope: str) -> list[int]:
+        pruned = fxprune.apply(
+            model, method, 0.5, granularity="channel", of="macs", scope=scope, normalize=normalize,
+            example_inputs=x, data=(x, y), loss_fn=loss, progress=False,
+        )  # fmt: skip
+        return [int(fxprune.masks(pruned)[f"{i}.weight"].flatten(1).any(1).sum()) for i in range(4)]
+
+    assert widths("method", "isomorphic") == widths("family", "isomorphic")
+    assert widths("method", "global") == widths("none", "global")
+    assert min(widths("method", "isomorphic")) > min(widths("none", "isomorphic"))
+
+
 def test_group_norm_by_hand() -> None:
     # Groups of the hidden layer: squares of the row plus squares of the column.
     model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False))
