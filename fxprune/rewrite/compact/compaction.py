@@ -165,7 +165,7 @@ def _proved(
     before = _recorded(source, way, runs)
     expected = before.outputs
     if verify and source is not gm:
-        expected = outputs_of(gm, runs[0]), outputs_of(gm, runs[1])
+        expected = outputs_of(gm, runs[0]), outputs_of(gm, runs[1], 1)
     while True:
         small, slices, first = _smallest(source, way, runs, before.recorded)
         if not (verify and way.exact):
@@ -175,7 +175,7 @@ def _proved(
             wide, both = copy.deepcopy(source).double(), (in_double(runs[0]), in_double(runs[1]))
             return _smallest(wide, way, both, _recorded(wide, way, both).recorded)[0]
 
-        outputs = (expected[0], first), (expected[1], outputs_of(small, runs[1]))
+        outputs = (expected[0], first), (expected[1], outputs_of(small, runs[1], 1))
         try:
             return small, slices, verified(gm, small, runs, outputs, in_float64)
         except OutputsDiffer as error:

@@ -26,8 +26,8 @@ Recorded = dict[str, tuple[Tensor, Tensor]]
 
 
 class _NodeValues(Unchecked):
-    def __init__(self, gm: fx.GraphModule, wanted: set[str]) -> None:
-        super().__init__(gm)
+    def __init__(self, gm: fx.GraphModule, wanted: set[str], seed: int) -> None:
+        super().__init__(gm, seed)
         self.wanted = wanted
         self.found: dict[str, Tensor] = {}
 
@@ -48,11 +48,11 @@ class Dense:
 
 
 def record(gm: fx.GraphModule, inputs: tuple[tuple[Any, ...], tuple[Any, ...]], wanted: set[str]) -> Dense:
-    """Run the network on two inputs; keep its outputs, and those of the ``wanted`` nodes."""
+    """Run the network on two inputs, each with its own random numbers; keep outputs and ``wanted`` nodes."""
     runs, outputs = [], []
     with torch.no_grad():
-        for args in inputs:
-            recorder = _NodeValues(gm, wanted)
+        for seed, args in enumerate(inputs):
+            recorder = _NodeValues(gm, wanted, seed)
             outputs.append(recorder.run(*args))
             runs.append(recorder.found)
     return Dense({name: (runs[0][name], runs[1][name]) for name in runs[0]}, (outputs[0], outputs[1]))
@@ -60,7 +60,7 @@ def record(gm: fx.GraphModule, inputs: tuple[tuple[Any, ...], tuple[Any, ...]], 
 
 def constant_entries(values: tuple[Tensor, Tensor], axis: int, gone: Tensor) -> tuple[Tensor, Tensor]:
     """Return the removed entries along ``axis``, (removed, all else), and which are equal in both runs."""
-    first, second = (value.movedim(axis, 0)[gone].flatten(1) for value in values)
+    first, second = (value.movedim(axis, 0)[gone].unsqueeze(-1).flatten(1) for value in values)
     if first.shape != second.shape:  # sequences of other lengths
         even = (first == first[:, :1]).all(1) & (second == first[:, :1]).all(1)
         return first, even

@@ -85,8 +85,8 @@ def trial_inputs(gm: fx.GraphModule, example_inputs: Any, seed: int) -> tuple[An
 class _Watching(Unchecked):
     """Keeps what nodes give: their shapes on the meta device, or the numbers of some."""
 
-    def __init__(self, gm: fx.GraphModule, numbers: bool) -> None:
-        super().__init__(gm)
+    def __init__(self, gm: fx.GraphModule, numbers: bool, seed: int = 0) -> None:
+        super().__init__(gm, seed)
         self.numbers = numbers
         self.found: dict[str, Any] = {}
 
@@ -138,10 +138,10 @@ def set_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     return result
 
 
-def outputs_of(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
-    """Return the network's outputs."""
+def outputs_of(gm: fx.GraphModule, inputs: Sequence[Any], seed: int = 0) -> Any:
+    """Return the network's outputs; ``seed`` is that of the random numbers it draws."""
     with torch.no_grad():
-        return Unchecked(gm).run(*inputs)
+        return Unchecked(gm, seed).run(*inputs)
 
 
 def in_double(inputs: Sequence[Any]) -> tuple[Any, ...]:
@@ -170,11 +170,13 @@ def difference(old: Any, new: Any) -> float:
     return largest / scale if scale else largest
 
 
-def differing_node(old: fx.GraphModule, new: fx.GraphModule, inputs: Sequence[Any], tolerance: float) -> str:
+def differing_node(
+    old: fx.GraphModule, new: fx.GraphModule, inputs: Sequence[Any], tolerance: float, seed: int = 0
+) -> str:
     """Return the first node whose numbers differ where its shape is the same."""
     runs = []
     for gm in (old, new):
-        watching = _Watching(gm, numbers=True)
+        watching = _Watching(gm, numbers=True, seed=seed)
         with torch.no_grad():
             watching.run(*inputs)
         runs.append(watching.found)
@@ -195,21 +197,21 @@ def verified(
 ) -> float:
     """Return the largest relative difference; an error that names the first node if it is too large.
 
-    ``outputs``: by run, those of both networks. What is over the tolerance in float32 is compacted and
-    computed again in float64, which tells rounding, also that of constants which moved into biases, from
-    error.
+    ``outputs``: by run, those of both networks, with its number as the seed. What is over the tolerance in
+    float32 is compacted and computed again in float64, which tells rounding, also that of constants which
+    moved into biases, from error.
     """
     double = all(p.dtype == torch.float64 for p in gm.parameters() if p.is_floating_point())
     worst = 0.0
-    for inputs, (old, new) in zip(runs, outputs, strict=True):
+    for seed, (inputs, (old, new)) in enumerate(zip(runs, outputs, strict=True)):
         found = difference(old, new)
         if found <= (1e-10 if double else 1e-5):
             worst = max(worst, found)
             continue
         with _Widening():
             twice, half, wide = copy.deepcopy(gm).double(), in_float64(), in_double(inputs)
-            exact = difference(outputs_of(twice, wide), outputs_of(half, wide))
+            exact = difference(outputs_of(twice, wide, seed), outputs_of(half, wide, seed))
             if not exact <= 1e-10:
-                raise OutputsDiffer(found, differing_node(twice, half, wide, 1e-10))
+                raise OutputsDiffer(found, differing_node(twice, half, wide, 1e-10, seed))
         worst = max(worst, exact)
     return worst

@@ -1,22 +1,26 @@
 """Run a captured graph on inputs that are made up, which its checks of numbers need not like.
 
+A run draws the same random numbers whenever it has the same seed, and leaves the generators as they were.
 Packed sequences are all as long as the longest one was in the capture, as the graph's shapes say.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 
+from fxprune.capture.tracer.isolation import restore_rng, rng_state, seed_rng
 from fxprune.torch_private import check_number, pack_padded_sequence
 
 __all__ = ["Unchecked"]
 
 
 class Unchecked(fx.Interpreter):
-    """An interpreter that passes over ``check_number``.
+    """An interpreter that passes over ``check_number``, with random numbers of ``seed``.
 
     Example:
         >>> import torch
@@ -25,6 +29,15 @@ class Unchecked(fx.Interpreter):
         >>> _ = graph.output(None)
         >>> Unchecked(fx.GraphModule(torch.nn.Module(), graph)).run()
     """
+
+    def __init__(self, gm: fx.GraphModule, seed: int = 0) -> None:
+        super().__init__(gm)
+        self.seed = seed
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        devices = {p.device.index for p in self.module.parameters() if p.is_cuda}
+        with _seeded(self.seed, sorted(devices)):
+            return super().run(*args, **kwargs)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
         args, kwargs = super().fetch_args_kwargs_from_env(n)
@@ -35,3 +48,18 @@ class Unchecked(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return None if target is check_number else super().call_function(target, args, kwargs)
+
+
+@contextmanager
+def _seeded(seed: int, devices: list[int]) -> Iterator[None]:
+    """Seed the generators of the processor, of some CUDA devices, of Python and of numpy; restore them."""
+    others = rng_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                torch.cuda.default_generators[device].manual_seed(seed)
+            seed_rng(seed)
+            yield
+    finally:
+        restore_rng(others)

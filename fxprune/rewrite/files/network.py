@@ -324,11 +324,14 @@ def _forms(network: nn.Module, recipe: Recipe, original: nn.Module) -> Iterator[
     yield again
     names = dict(network.named_parameters(remove_duplicate=False))
     ones = {name: torch.ones(names[name].shape, dtype=torch.bool) for name in recipe.masked if name in names}
-    if ones:
+    computed = [name for name in recipe.masked if name in computed_weights(again)]
+    if ones or computed:
         masked = duplicate(again)
         install(masked, ones)
+        _mask_computed(masked, computed)
         yield finalize(masked)
         inside = duplicate(original)
         put_masks(inside, ones)
+        _mask_computed(inside, [name for name in computed if name in computed_weights(inside)])
         inputs = {str(n.target): n.meta["val"] for n in network.graph.nodes if n.op == "placeholder"}
         yield capture(finalize(inside), inputs)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -93,3 +95,47 @@ def test_inputs_are_drawn_in_the_shape_and_range_of_the_examples() -> None:
     assert not torch.equal(first[0], other[0])
     assert (first[0].shape, first[1].shape) == ((4, 3), (3,))
     assert 0 <= int(first[1].min()) <= int(first[1].max()) <= 3
+
+
+class Sampled(nn.Module):
+    """Draws a latent in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.spread = nn.Linear(6, 8), nn.Linear(6, 8)
+        self.wide, self.out = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        latent = torch.distributions.Normal(self.mean(x), self.spread(x).exp()).rsample()
+        return self.out(torch.relu(self.wide(latent)))
+
+
+def test_networks_that_draw_are_compared_with_the_same_numbers() -> None:
+    torch.manual_seed(0)
+    net, x = Sampled().eval(), torch.randn(5, 6)
+    pruned = fxprune.apply(
+        net,
+        "random",
+        0.5,
+        granularity="channel",
+        exclude=["mean", "spread"],
+        example_inputs=x,
+        progress=False,
+    )
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tobytes()
+    small = fxprune.compact(pruned)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tobytes()) == states[1:]
+    assert small.get_submodule("wide").weight.shape[0] < 16
+    torch.manual_seed(1)
+    expected = pruned(x)
+    torch.manual_seed(1)
+    assert torch.allclose(small(x), expected, atol=1e-6)
+    assert not torch.allclose(small(x), expected, atol=1e-2)
+
+
+def test_a_run_draws_what_its_seed_says() -> None:
+    gm = fxprune.capture(Sampled().eval(), torch.ones(2, 6))
+    x = (torch.ones(2, 6),)
+    assert torch.equal(outputs_of(gm, x, 3), outputs_of(gm, x, 3))
+    assert not torch.equal(outputs_of(gm, x, 3), outputs_of(gm, x, 4))

@@ -266,3 +266,9 @@ def test_a_head_that_is_scaled_stays_while_its_gate_does() -> None:
     assert_same(outputs(model, x), outputs(small, x))
     assert small.get_submodule("first").out_features == 9
     assert small.get_submodule("gate").out_features == 3
+
+
+def test_a_network_without_a_batch_loses_channels() -> None:
+    """Layers that are given one vector, as where a network computes the weights of another."""
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    assert_compacts(redrawn(net), torch.randn(5), 0.4)

@@ -44,3 +44,18 @@ def test_a_model_without_the_computation_is_another_one(tmp_path: Path) -> None:
     fxprune.save(pruned, tmp_path / "net.safetensors")
     with pytest.raises(ValueError, match=r"0\.(weight|parametrizations)"):
         fxprune.load(tmp_path / "net.safetensors", nn.Sequential(nn.Conv1d(4, 8, 3)))
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm"])
+def test_a_compact_network_is_loaded_into_one_that_computes_its_weights(name: str, tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        return nn.Sequential(LAYERS[name](), nn.ReLU(), nn.Conv1d(8, 6, 3), nn.ReLU(), nn.Conv1d(6, 2, 1))
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 9)
+    pruned = fxprune.apply(made(), "magnitude", 0.3, granularity="channel", example_inputs=x, progress=False)
+    small = fxprune.compact(pruned.eval())
+    fxprune.save(small, tmp_path / "net.safetensors")
+    again = fxprune.load(tmp_path / "net.safetensors", made().eval())
+    assert again.get_submodule("0").weight.shape == small.get_submodule("0").weight.shape
+    assert torch.equal(again(x), small(x))

@@ -340,3 +340,32 @@ def test_an_interrupt_leaves_a_whole_file_and_nothing_else(tmp_path: Path) -> No
     process.communicate(timeout=60)
     assert os.listdir(tmp_path) == ["file"]
     fxprune.load(file, nn.Linear(3000, 3000))
+
+
+class Variational(nn.Module):
+    """Draws in training alone, which its graph runs as a branch of that mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mean, self.spread = nn.Linear(6, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.first(x))
+        latent, spread = self.mean(hidden), self.spread(hidden)
+        if self.training:
+            latent = latent + torch.randn_like(latent) * spread.exp()
+        return self.out(latent)
+
+
+def test_a_compact_network_with_code_of_one_mode(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Variational().eval(), torch.randn(2, 6)
+    small = fxprune.compact(pruned(net, x, 0.3, granularity="channel"))
+    fxprune.save(small, tmp_path / "net.safetensors")
+    again = fxprune.load(tmp_path / "net.safetensors", Variational().eval())
+    assert_equal(small, again, x)
+    torch.manual_seed(1)
+    expected = small.train()(x)
+    torch.manual_seed(1)
+    assert torch.equal(again.train()(x), expected)
