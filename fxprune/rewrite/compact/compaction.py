@@ -43,7 +43,7 @@ from fxprune.rewrite.compact.trial import (
     in_double,
     outputs_of,
     set_shapes,
-    trial_inputs,
+    two_runs,
     verified,
 )
 from fxprune.rewrite.masking.finalize import baked, shapes_of
@@ -80,7 +80,8 @@ def compact(
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: no path leads from the inputs to the outputs any more.
+        ValueError: no path leads from the inputs to the outputs any more, or the network takes only certain
+            whole numbers, and ``example_inputs`` is not given.
         RuntimeError: the outputs differ; the message names the first node that does.
 
     Example:
@@ -106,7 +107,7 @@ def _compact(
     gm = plain if isinstance(plain, fx.GraphModule) and has_shapes else capture(plain, example_inputs)
     gm.eval()
     known = read(model)
-    runs = trial_inputs(gm, example_inputs, 0), trial_inputs(gm, example_inputs, 1)
+    runs = two_runs(gm, example_inputs)
     source, whole, opened = gm, set[str](), list[str]()
     while True:
         graph = lower(source)

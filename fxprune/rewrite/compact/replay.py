@@ -13,7 +13,7 @@ from fxprune.rewrite.compact.leaves import open_leaf
 from fxprune.rewrite.compact.modules import slice_parameters
 from fxprune.rewrite.compact.plain_values import FUNCTIONS, METHODS, decode
 from fxprune.rewrite.compact.recipe import DIGEST, NORMS, Recipe, node_digests
-from fxprune.rewrite.compact.trial import set_shapes, trial_inputs
+from fxprune.rewrite.compact.trial import set_shapes, two_runs
 from fxprune.rewrite.files.runs import indices
 
 __all__ = ["first_difference", "replay"]
@@ -29,17 +29,20 @@ def first_difference(gm: fx.GraphModule, recipe: Recipe) -> str | None:
     return None if len(found) == len(wanted) else f"number {min(len(found), len(wanted)) + 1}"
 
 
-def replay(gm: fx.GraphModule, recipe: Recipe) -> fx.GraphModule:
+def replay(gm: fx.GraphModule, recipe: Recipe, example_inputs: Any = None) -> fx.GraphModule:
     """Return a copy of a captured network with the smaller graph; the values of its tensors mean nothing.
+
+    ``example_inputs``: as in :func:`fxprune.compact`.
 
     Raises:
         KeyError, ValueError, AttributeError, RuntimeError: the recipe does not fit.
     """
     small = copy.deepcopy(gm).eval()
+    inputs, _ = two_runs(small, example_inputs)
     for path in recipe.opened:
         if not open_leaf(small, path):
             raise ValueError(f"{path} cannot be written out")
-        set_shapes(small, trial_inputs(small, None, 0))
+        set_shapes(small, inputs)
     for path, norm in recipe.norms.items():
         small.add_module(path, _norm(norm))
     for path, sizes in recipe.sizes.items():
@@ -60,7 +63,7 @@ def replay(gm: fx.GraphModule, recipe: Recipe) -> fx.GraphModule:
     for name in recipe.removed:
         path, _, leaf = name.rpartition(".")
         delattr(small.get_submodule(path), leaf)
-    set_shapes(small, trial_inputs(small, None, 0))
+    set_shapes(small, inputs)
     before = gm.meta.get("fxprune", {}).get("recipes", ())
     small.meta["fxprune"] = {"recipes": [*before, recipe]}
     return small

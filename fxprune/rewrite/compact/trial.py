@@ -24,6 +24,7 @@ __all__ = [
     "outputs_of",
     "set_shapes",
     "trial_inputs",
+    "two_runs",
     "verified",
 ]
 
@@ -49,8 +50,43 @@ class NodeFailure(Exception):
         self.node = node
 
 
-def trial_inputs(gm: fx.GraphModule, example_inputs: Any, seed: int) -> tuple[Any, ...]:
-    """Return inputs for every placeholder: numbers drawn anew in the shape and the range of the examples."""
+def two_runs(gm: fx.GraphModule, example_inputs: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return two sets of inputs that the network runs on.
+
+    Whole numbers are drawn as :func:`trial_inputs` does, or are those of the examples if the network takes no
+    others (sizes, lengths, edges). Raises ``ValueError`` where neither will do.
+    """
+    drawn = trial_inputs(gm, example_inputs, 0), trial_inputs(gm, example_inputs, 1)
+    leaves = pytree.tree_leaves(drawn[0])
+    if not any(isinstance(x, Tensor) and _is_whole(x) for x in leaves):
+        return drawn
+    try:
+        for inputs in drawn:
+            outputs_of(gm, inputs)
+    except RUN_ERRORS as error:
+        if example_inputs is None:
+            line = str(error).split("\n")[0]
+            raise ValueError(
+                f"example_inputs=None: the network does not run on whole numbers that are made up ({line}); "
+                "pass inputs that it takes"
+            ) from error
+        return trial_inputs(gm, example_inputs, 0, whole=False), trial_inputs(
+            gm, example_inputs, 1, whole=False
+        )
+    return drawn
+
+
+def _is_whole(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def trial_inputs(
+    gm: fx.GraphModule, example_inputs: Any, seed: int, *, whole: bool = True
+) -> tuple[Any, ...]:
+    """Return inputs for every placeholder: numbers drawn anew in the shape and the range of the examples.
+
+    Without ``whole``, whole numbers are those of the examples.
+    """
     given: dict[str, Any] = {}
     names = [str(node.target).lstrip("*") for node in gm.graph.nodes if node.op == "placeholder"]
     if isinstance(example_inputs, Mapping):
@@ -67,7 +103,7 @@ def trial_inputs(gm: fx.GraphModule, example_inputs: Any, seed: int) -> tuple[An
             return example
         if example.is_floating_point():
             return torch.randn(example.shape, generator=generator).to(device, example.dtype)
-        if example.dtype == torch.bool or example.is_complex():
+        if not _is_whole(example) or not (whole or example.is_meta):
             return example.to(device) if not example.is_meta else torch.ones_like(example, device=device)
         low, high = (0, 2) if example.is_meta else (int(example.min()), int(example.max()) + 1)
         return torch.randint(low, max(high, low + 1), example.shape, generator=generator).to(

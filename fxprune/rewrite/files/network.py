@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.capture import capture
-from fxprune.capture.errors import check_module
+from fxprune.capture.errors import CaptureError, check_module
 from fxprune.rewrite.compact.plain_values import Unwritable, decode_tree, encode_tree
 from fxprune.rewrite.compact.recipe import Recipe
 from fxprune.rewrite.compact.replay import first_difference, replay
@@ -111,7 +111,8 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
         TypeError: ``model`` is no module.
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged, not one of ours, or holds masks or a ticket only; or ``model`` is not
-            its original: the message names the first parameter or node that does not fit.
+            its original: the message names the first parameter or node that does not fit; or the capture
+            needs the numbers of its inputs, and ``example_inputs`` is not given.
 
     >>> import tempfile
     >>> from fxprune.rewrite import install, save
@@ -262,16 +263,27 @@ def _rebuilt(
         cast(original, values, manifest.tied, manifest.transient)
     if manifest.kind == "module":
         return original
-    return follow_recipes(capture(original, inputs), manifest.recipes, original)
+    try:
+        captured = capture(original, inputs)
+    except CaptureError as error:
+        if example_inputs is not None:
+            raise
+        raise ValueError(
+            f"example_inputs=None: the shapes in the file are not enough to capture the model ({error}); "
+            "pass inputs that it takes"
+        ) from error
+    return follow_recipes(captured, manifest.recipes, original, example_inputs)
 
 
-def follow_recipes(network: fx.GraphModule, recipes: Iterable[Recipe], original: nn.Module) -> fx.GraphModule:
+def follow_recipes(
+    network: fx.GraphModule, recipes: Iterable[Recipe], original: nn.Module, example_inputs: Any = None
+) -> fx.GraphModule:
     """Cut a captured network as compactions did, one after the other; the values of tensors mean nothing.
 
     ``original``: the model that was captured. Raises ``ValueError`` where a recipe is of another network.
     """
     for recipe in recipes:
-        network = _followed(network, recipe, original)
+        network = _followed(network, recipe, original, example_inputs)
     return network
 
 
@@ -299,14 +311,14 @@ def _check_parameters(model: nn.Module, wanted: dict[str, list[int]], tied: dict
             )
 
 
-def _followed(network: nn.Module, recipe: Recipe, original: nn.Module) -> fx.GraphModule:
+def _followed(network: nn.Module, recipe: Recipe, original: nn.Module, example_inputs: Any) -> fx.GraphModule:
     """Cut a network as the recipe says, in the first form of it that has the recipe's graph."""
     difference: str | None = None
     for gm in _forms(network, recipe, original):
         found = first_difference(gm, recipe)
         if found is None:
             try:
-                return replay(gm, recipe)
+                return replay(gm, recipe, example_inputs)
             except DAMAGE as error:
                 raise ValueError(f"model: the saved network cannot be cut from it ({error})") from error
         difference = difference or found

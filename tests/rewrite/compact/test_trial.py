@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,3 +140,45 @@ def test_a_run_draws_what_its_seed_says() -> None:
     x = (torch.ones(2, 6),)
     assert torch.equal(outputs_of(gm, x, 3), outputs_of(gm, x, 3))
     assert not torch.equal(outputs_of(gm, x, 3), outputs_of(gm, x, 4))
+
+
+class Resized(nn.Module):
+    """Adds a table in a size that is one of the inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 4, 4, 4))
+
+    def forward(self, x: Tensor, size: Tensor) -> Tensor:
+        return x + nn.functional.interpolate(self.table, tuple(size.tolist())).flatten(2).mT
+
+
+class Sized(nn.Module):
+    """Layers behind such a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.wide, self.out = Resized(), nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, size: Tensor) -> Tensor:
+        return self.out(torch.relu(self.wide(self.embed(x, size))))
+
+
+@pytest.mark.filterwarnings("ignore:capture", "ignore:.*cannot be pruned")
+def test_whole_numbers_that_no_other_will_do_for_are_those_of_the_examples(tmp_path: Path) -> None:
+    """No product of two sizes but 3 x 2 and 2 x 3 is six."""
+    torch.manual_seed(0)
+    net, inputs = Sized().eval(), (torch.randn(2, 6, 4), torch.tensor([2, 3]))
+    pruned = fxprune.apply(
+        net, "magnitude", 0.3, granularity="channel", example_inputs=inputs, progress=False
+    )
+    with pytest.raises(ValueError, match="example_inputs=None: the network does not run on whole numbers"):
+        fxprune.compact(pruned)
+    small = fxprune.compact(pruned, inputs)
+    assert small.get_submodule("wide").weight.shape[0] < 8
+    assert torch.allclose(small(*inputs), pruned(*inputs), atol=1e-6)
+    fxprune.save(small, tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match="example_inputs=None: the shapes in the file are not enough"):
+        fxprune.load(tmp_path / "net.safetensors", Sized().eval())
+    again = fxprune.load(tmp_path / "net.safetensors", Sized().eval(), example_inputs=inputs)
+    assert torch.equal(again(*inputs), small(*inputs))
