@@ -11,7 +11,7 @@ from torch import nn
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.constant import Constant
-from fxprune.lowering.reads import joined
+from fxprune.lowering.reads import joined, lost
 from fxprune.lowering.rules.contraction import contract
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 
@@ -226,14 +226,26 @@ def embedding(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value |
     if table_first:
         tokens, entries = entries, tokens
     shape = context.shape
+    mixes = _shortens(context, args, kwargs)
     if isinstance(tokens, ir.Value):
         value = context.build.source(shape)
-        context.build.read(value, entries, [None, (value.index, len(shape) - 1)])
+        along = None if mixes else (value.index, len(shape) - 1)
+        context.build.read(value, entries, [None, along])
         return value
     reads = context.build.reads_of(entries)
-    if reads is not None:
+    if reads is not None and mixes:
+        reads = lost([reads])
+    elif reads is not None:
         # Of which rows are read nothing is known, where their numbers are not; all have the same channels.
         numbers = tokens.numbers()
         rows = torch.zeros(shape[:-1], dtype=torch.int64) if numbers is None else numbers
         reads = joined([reads], lambda _, own: own[rows])
     return Constant(shape, torch.float32, lambda: torch.ones(shape), is_learnt=True, reads=reads)
+
+
+def _shortens(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a lookup divides vectors by their length where that is over ``max_norm``: by all channels."""
+    if context.module is not None:
+        return context.module.max_norm is not None
+    longest = args[2] if len(args) > 2 else kwargs.get("max_norm")
+    return longest is not None and context.target is not torch.embedding

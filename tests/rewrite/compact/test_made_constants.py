@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -99,3 +100,35 @@ def test_biases_of_heads_stay_those_of_their_heads() -> None:
     small = fxprune.compact(net, x, verify=False)
     torch.testing.assert_close(small(x), net(x))
     assert sizes(small)["bias.weight"] == (3, 6)
+
+
+class Lookup(nn.Module):
+    """Vectors of bounded length, by an index that is given or that is a constant."""
+
+    def __init__(self, kind: type[nn.Module], constant: bool) -> None:
+        super().__init__()
+        self.table, self.other, self.head = kind(10, 6, max_norm=1.0), nn.Embedding(10, 6), nn.Linear(6, 3)
+        self.constant = constant
+
+    def forward(self, index: Tensor) -> Tensor:
+        places = torch.arange(10).view(1, 10) if self.constant else index
+        found = self.table(places)
+        if found.dim() == 2:
+            found = found[:, None]
+        both = self.other(index) + (found[:, :1] if self.constant else found)
+        out: Tensor = self.head(both)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("kind", "constant"), [(nn.Embedding, False), (nn.Embedding, True), (nn.EmbeddingBag, False)]
+)
+def test_a_length_that_is_bounded_counts_all_channels(kind: type[nn.Module], constant: bool) -> None:
+    torch.manual_seed(0)
+    net = Lookup(kind, constant).eval()
+    with torch.no_grad():
+        net.head.weight[:, :3] = 0
+    index = torch.arange(10)[None]
+    expected = copy.deepcopy(net)(index)
+    small = fxprune.compact(net, index[:, :3], verify=False)
+    assert torch.allclose(small(index), expected, atol=1e-6)
