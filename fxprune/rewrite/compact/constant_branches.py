@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.capture.hooks import keeps_hooks
+from fxprune.capture.tracer.spelling import changes_input
 from fxprune.rewrite.compact.constants import record
 
 __all__ = ["is_constant", "remove_constant_branches"]
@@ -24,11 +25,11 @@ __all__ = ["is_constant", "remove_constant_branches"]
 _CONTRACTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 _SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, "mul", "mul_")
-_WRITERS = (operator.iadd, operator.imul, "add_", "mul_")
 _SHAPERS = ("reshape", "view", "expand", "flatten", "unflatten", torch.reshape, torch.flatten)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d,
            nn.ConvTranspose3d)  # fmt: skip
 PREFIX = "constant_of_"
+_READERS = ("call_module", "get_attr")
 _CALLS = ("call_function", "call_method", "call_module")
 
 
@@ -110,12 +111,8 @@ def _repeats(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 def _is_written(node: fx.Node, constant: Collection[fx.Node]) -> bool:
     """Whether something that is no constant is written into a node's memory."""
-    for user in node.users:
-        name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-        writes = user.target in (*_WRITERS, operator.setitem) or (name.endswith("_") and name[-2:] != "__")
-        if writes and user not in constant and user.op != "call_module" and user.args[0] is node:
-            return True
-    return False
+    written = (user for user in node.users if changes_input(user) and user not in constant)
+    return any(node in (*user.args[:1], user.kwargs.get("out")) for user in written)
 
 
 def _is_met_by_live_values(node: fx.Node, constant: Collection[fx.Node]) -> bool:
@@ -132,7 +129,7 @@ def _other(node: fx.Node, user: fx.Node) -> fx.Node | None:
         return None
     first, second = user.args
     other = second if first is node else first
-    if not isinstance(other, fx.Node) or (user.target in _WRITERS and first is node):
+    if not isinstance(other, fx.Node) or (changes_input(user) and first is node):
         return None
     result, value, own = (one.meta.get("val") for one in (user, other, node))
     if not (isinstance(result, Tensor) and isinstance(value, Tensor) and isinstance(own, Tensor)):
@@ -186,17 +183,18 @@ def _replace(gm: fx.GraphModule, node: fx.Node, value: Tensor, constant: Collect
 
 
 def _into_bias(gm: fx.GraphModule, node: fx.Node, value: Tensor) -> bool:
-    """Add a constant to the bias of the layer that gives ``node``; False if it has none of its own."""
+    """Add a constant to the bias of the layer that gives ``node``; False if it has none that nothing else reads."""
     if node.op != "call_module" or len(node.users) != 1:
         return False
-    calls = [other for other in gm.graph.nodes if other.op == "call_module" and other.target == node.target]
+    names = (node.target, f"{node.target}.bias")
+    calls = [other for other in gm.graph.nodes if other.op in _READERS and other.target in names]
     module: Any = gm.get_submodule(str(node.target))
     if len(calls) != 1 or not _is_plain(module, (*_LAYERS, nn.BatchNorm2d)):
         return False
     if not isinstance(module.bias, nn.Parameter) or _homes(gm, module.bias) != 1:
         return False
     axis, size = value.dim() - 1 if isinstance(module, nn.Linear) else 1, value.numel()
-    if axis >= value.dim() or value.shape[axis] != size or size not in (1, len(module.bias)):
+    if size not in (1, len(module.bias)) or (size > 1 and value.shape[axis : axis + 1] != (size,)):
         return False
     with torch.no_grad():
         bias = module.bias + value.flatten().to(module.bias)
@@ -218,10 +216,10 @@ def _erase(gm: fx.GraphModule, unread: list[fx.Node]) -> None:
             continue
         gone.add(node)
         waiting += node.all_input_nodes
-        names += [str(node.target)] if node.op in ("call_module", "get_attr") else []
+        names += [str(node.target)] if node.op in _READERS else []
         gm.graph.erase_node(node)
-    read = {str(node.target) for node in gm.graph.nodes if node.op in ("call_module", "get_attr")}
-    for name in names:
+    read = {str(node.target) for node in gm.graph.nodes if node.op in _READERS}
+    for name in sorted(set(names), key=len, reverse=True):  # what is inside goes first
         if not any(_holds(name, other) or _holds(other, name) for other in read):
             owner, _, attribute = name.rpartition(".")
             if hasattr(gm.get_submodule(owner), attribute):

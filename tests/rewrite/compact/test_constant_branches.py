@@ -269,3 +269,51 @@ def test_a_pruner_goes_on_without_the_branch(net: nn.Module) -> None:
     assert "shortcut.weight" not in pruner.masks
     pruner.step(2)
     assert pruner.sparsity == pytest.approx(0.5, abs=0.01)
+
+
+class Written(nn.Module):
+    """A dead layer, whose memory a live value is written into through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dead, self.live, self.head = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, live = self.dead(x), self.live(x)
+        view = y.view(-1, 6)
+        view -= live
+        out: torch.Tensor = self.head(y + live.tanh())
+        return out
+
+
+class BiasIsRead(Written):
+    """The live layer's bias, which could take up the constant, is an output as well."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sums = self.head((self.live(x) + self.dead(x)).relu())
+        return torch.cat([sums, self.live.bias.expand(x.shape[0], -1)], 1)
+
+
+class WeightIsRead(Written):
+    """The branch reads the dead weight by itself, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate = torch.sigmoid(self.dead.weight.sum(1) + self.dead(x))
+        out: torch.Tensor = self.head(self.live(x).relu() * gate)
+        return out
+
+
+class Scalar(Written):
+    """A number without axes meets a live value."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.live(x) + self.dead(x)) + self.live.bias.sum()
+        return out
+
+
+@pytest.mark.parametrize("kind", [Written, BiasIsRead, WeightIsRead, Scalar])
+def test_what_reads_or_writes_beside_the_branch(kind: type[Written]) -> None:
+    torch.manual_seed(0)
+    net, x = _cleared(kind().eval(), "dead.weight"), torch.randn(5, 4)
+    small = fxprune.compact(net, x, verify=False)
+    assert torch.allclose(small(x), net(x), atol=1e-6)
