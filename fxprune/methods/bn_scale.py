@@ -54,10 +54,11 @@ def _scales(problem: Problem, masks: Masks) -> Scores:
     scale = scale.where(number > 0, 2 * scale.max())
     scores = {}
     for name, weight in problem.weights.items():
+        dtype = weight.dtype.to_real()
         if name in groups.rows:
-            score = scale[groups.by_weight(name)[0]].to(weight.device, weight.dtype)
+            score = scale[groups.by_weight(name)[0]].to(weight.device, dtype)
         else:
-            score = scale.max().to(weight.device, weight.dtype)
+            score = scale.max().to(weight.device, dtype)
         scores[name] = score.expand(weight.shape).contiguous()
     return scores
 

@@ -35,7 +35,8 @@ def _distances(problem: Problem, masks: Masks) -> Scores:
     for name, weight in problem.weights.items():
         kernels = problem.graph.kernels.get(name)
         own = output_first(weight * masks[name], kernels)
-        filters = own.flatten(1).double()
+        filters = own.flatten(1)
+        filters = (torch.view_as_real(filters).flatten(1) if own.is_complex() else filters).double()
         distances = torch.cdist(filters, filters).sum(1)
         relative = distances / distances.mean() if bool(distances.any()) else torch.ones_like(distances)
         score = relative.view(-1, *[1] * (own.dim() - 1)).expand(own.shape)

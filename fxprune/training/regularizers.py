@@ -16,6 +16,7 @@ from fxprune.lowering import lower
 from fxprune.network import inside
 from fxprune.request import Exclusion, check_exclude, exclusions, is_excluded
 from fxprune.rewrite import plain
+from fxprune.scoring.complex_weights import squared
 from fxprune.training.numbers import fraction, integer, positive
 
 __all__ = ["Regularizer", "regularizer"]
@@ -50,11 +51,11 @@ class Regularizer:
 
         These are its rows and columns of weights, and its entries of biases and norms.
         """
-        return self._added_up(lambda parameter: parameter.square())
+        return self._added_up(squared)
 
     def sizes(self) -> Tensor:
         """Return the number of parameters in each group."""
-        return self._added_up(torch.ones_like)
+        return self._added_up(lambda one: torch.ones_like(one, dtype=one.dtype.to_real()))
 
     def penalty(self) -> Tensor:
         """Return the penalty now, a scalar with a gradient: add it to the loss."""

@@ -120,3 +120,64 @@ def test_the_smallest_sizes_go(net: Operator, data: tuple[Tensor, Tensor]) -> No
 def test_methods_for_real_weights_say_so(method: str, net: Operator, data: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"real weights, and 'spectral.weight' is complex"):
         fxprune.apply(net, method, 0.5, example_inputs=data[0], data=data, loss_fn=F.mse_loss, progress=False)
+
+
+class Phases(nn.Module):
+    """Complex layers, with a real step between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6, dtype=torch.cfloat)
+        self.second = nn.Linear(6, 2, dtype=torch.cfloat)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(torch.fft.fft(x))
+        hidden = torch.complex(self.norm(hidden.real).relu(), hidden.imag.relu())
+        out: Tensor = self.second(hidden).abs()
+        return out
+
+
+@pytest.mark.filterwarnings("error:Casting complex")
+def test_complex_constants_move_into_biases() -> None:
+    torch.manual_seed(0)
+    net, x = Phases().eval(), torch.randn(3, 4)
+    with torch.no_grad():
+        net.first.weight[:2] = 0
+        net.first.bias[:2] = 2 + 3j
+    small = fxprune.compact(net, x, verify=False)
+    assert small.get_parameter("first.weight").shape == (4, 4)
+    assert torch.allclose(small(x), net(x), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("error:Casting complex")
+@pytest.mark.parametrize("method", ["fpgm", "bn-scale"])
+def test_channels_by_their_distance_and_scale(method: str) -> None:
+    torch.manual_seed(0)
+    net, x = Phases(), torch.randn(3, 4)
+    with torch.no_grad():
+        net.norm.weight.copy_(torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0, 6.0]))
+        net.first.weight.copy_(1j * torch.arange(6.0)[:, None].square().expand(6, 4))
+    pruned = fxprune.apply(
+        net, method, 1 / 3, granularity="channel", example_inputs=x, exclude=["second"], progress=False
+    )
+    rows = fxprune.masks(pruned)["first.weight"].any(1)
+    assert (
+        rows.tolist()
+        == {
+            "fpgm": [True, True, False, False, True, True],
+            "bn-scale": [True, False, False, True, True, True],
+        }[method]
+    )
+
+
+@pytest.mark.parametrize("kind", ["group-lasso", "group-norm", "greg"])
+def test_penalties_of_complex_weights(kind: str, net: Operator, data: tuple[Tensor, Tensor]) -> None:
+    one = fxprune.regularizer(kind, net, example_inputs=data[0])
+    before = one.squares().detach()
+    weight = net.spectral.weight
+    one.penalty().backward()
+    assert weight.grad is not None
+    with torch.no_grad():
+        weight *= 1j  # a turn leaves sizes as they are
+    assert torch.allclose(one.squares(), before)

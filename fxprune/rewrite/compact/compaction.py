@@ -46,6 +46,7 @@ from fxprune.rewrite.compact.trial import (
     two_runs,
     verified,
 )
+from fxprune.rewrite.masking.copying import cast_numbers
 from fxprune.rewrite.masking.finalize import baked, shapes_of
 from fxprune.rewrite.masking.parameters import read
 from fxprune.sparsity.masks import Masks
@@ -173,7 +174,10 @@ def _proved(
             return small, slices, None
 
         def in_float64() -> fx.GraphModule:
-            wide, both = copy.deepcopy(source).double(), (in_double(runs[0]), in_double(runs[1]))
+            wide, both = (
+                cast_numbers(copy.deepcopy(source), torch.float64),
+                (in_double(runs[0]), in_double(runs[1])),
+            )
             return _smallest(wide, way, both, _recorded(wide, way, both).recorded)[0]
 
         outputs = (expected[0], first), (expected[1], outputs_of(small, runs[1], 1))

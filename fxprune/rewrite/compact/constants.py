@@ -145,7 +145,8 @@ def _contribution(
         cut.give_back(labels[read & even & ~zero], f"{place}: {reason}")
         return None
     left = cut.is_gone(labels) & read  # what is not read may be no number: zero times that is none either
-    return taps[:, left].double() @ entries[left, 0].double()
+    wide = torch.promote_types(torch.promote_types(taps.dtype, entries.dtype), torch.float64)
+    return taps[:, left].to(wide) @ entries[left, 0].to(wide)
 
 
 def _is_read(op: ir.Kernel, sides: Sides, cut: Cut, gone: Tensor) -> Tensor:

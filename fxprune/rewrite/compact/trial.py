@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 
 from fxprune.rewrite.compact.unchecked import Unchecked
+from fxprune.rewrite.masking.copying import cast_numbers
 from fxprune.torch_private import DisableTorchFunction, pytree
 
 __all__ = [
@@ -148,7 +149,7 @@ def _meta(x: Any) -> Any:
 
 
 class _Widening(TorchFunctionMode):
-    """Makes float64 of all other real numbers that code makes by itself, as constants in float32."""
+    """Widens the numbers that code makes by itself, as constants in float32, to float64 or complex128."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -159,8 +160,11 @@ class _Widening(TorchFunctionMode):
 
 
 def _widened(x: Any) -> Any:
-    narrow = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
-    return x.double() if narrow else x
+    if not isinstance(x, Tensor):
+        return x
+    if x.is_complex():
+        return x.to(torch.complex128)
+    return x.double() if x.is_floating_point() else x
 
 
 def set_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -181,7 +185,7 @@ def outputs_of(gm: fx.GraphModule, inputs: Sequence[Any], seed: int = 0) -> Any:
 
 
 def in_double(inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """Return the inputs with real numbers in float64."""
+    """Return the inputs with real numbers in float64, and complex ones in complex128."""
 
     return tuple(pytree.tree_map(_widened, x) for x in inputs)
 
@@ -245,7 +249,11 @@ def verified(
             worst = max(worst, found)
             continue
         with _Widening():
-            twice, half, wide = copy.deepcopy(gm).double(), in_float64(), in_double(inputs)
+            twice, half, wide = (
+                cast_numbers(copy.deepcopy(gm), torch.float64),
+                in_float64(),
+                in_double(inputs),
+            )
             exact = difference(outputs_of(twice, wide, seed), outputs_of(half, wide, seed))
             if not exact <= 1e-10:
                 raise OutputsDiffer(found, differing_node(twice, half, wide, 1e-10, seed))

@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+__all__ = ["cast_numbers", "duplicate"]
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -33,3 +35,18 @@ def duplicate(
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)
+
+
+def cast_numbers(model: Model, dtype: torch.dtype) -> Model:
+    """Bring the real numbers of a model to ``dtype``, and complex ones to its complex type, in place.
+
+    ``Module.to`` with a real type makes complex numbers real, and ``Module.double`` leaves them as they are.
+
+    >>> layer = nn.Linear(2, 1, dtype=torch.complex64)
+    >>> cast_numbers(layer, torch.float64).weight.dtype
+    torch.complex128
+    """
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.is_floating_point() or tensor.is_complex():
+            tensor.data = tensor.data.to(dtype.to_complex() if tensor.is_complex() else dtype)
+    return model

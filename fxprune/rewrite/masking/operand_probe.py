@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from fxprune.rewrite.masking.copying import duplicate
+from fxprune.rewrite.masking.copying import cast_numbers, duplicate
 from fxprune.rewrite.masking.sharded import is_sharded, plain_twin
 from fxprune.rewrite.masking.weight_functions import KERNELS, PRODUCTS, weight_operand
 from fxprune.torch_private import ConvNd
@@ -140,8 +140,4 @@ def private_twin(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Modu
         for tensor in [*twin.parameters(), *twin.buffers()]:
             tensor.data.fill_(1)
     twin = twin.to(device="cpu")
-    if dtype is not None:
-        for tensor in [*twin.parameters(), *twin.buffers()]:
-            if tensor.is_floating_point() or tensor.is_complex():  # Module.to would make complex ones real
-                tensor.data = tensor.data.to(dtype.to_complex() if tensor.is_complex() else dtype)
-    return twin.eval()
+    return (twin if dtype is None else cast_numbers(twin, dtype)).eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from pathlib import Path
@@ -20,6 +21,7 @@ from fxprune.rewrite.compact.trial import (
     trial_inputs,
     verified,
 )
+from fxprune.rewrite.masking.copying import cast_numbers
 
 
 class Sums(nn.Module):
@@ -182,3 +184,26 @@ def test_whole_numbers_that_no_other_will_do_for_are_those_of_the_examples(tmp_p
         fxprune.load(tmp_path / "net.safetensors", Sized().eval())
     again = fxprune.load(tmp_path / "net.safetensors", Sized().eval(), example_inputs=inputs)
     assert torch.equal(again(*inputs), small(*inputs))
+
+
+class Turned(nn.Module):
+    """A complex layer on the spectrum of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Linear(3, 3, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.turn(torch.fft.fft(x)).abs()
+        return y
+
+
+def test_complex_numbers_are_compared_in_complex128() -> None:
+    net, x = fxprune.capture(Turned(), torch.ones(2, 3)), (torch.ones(2, 3),)
+    right = outputs_of(net, x)
+    outputs = (right, right + 1e-3), (right, right + 1e-3)
+
+    def in_float64() -> fx.GraphModule:
+        return cast_numbers(copy.deepcopy(net), torch.float64)
+
+    assert verified(net, net, (x, x), outputs, in_float64) == 0
