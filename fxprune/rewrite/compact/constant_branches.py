@@ -183,7 +183,7 @@ def _replace(gm: fx.GraphModule, node: fx.Node, value: Tensor, constant: Collect
 
 
 def _into_bias(gm: fx.GraphModule, node: fx.Node, value: Tensor) -> bool:
-    """Add a constant to the bias of the layer that gives ``node``; False if it has none that nothing else reads."""
+    """Add a constant to the bias of the layer that gives ``node``; False if it has none to itself."""
     if node.op != "call_module" or len(node.users) != 1:
         return False
     names = (node.target, f"{node.target}.bias")
