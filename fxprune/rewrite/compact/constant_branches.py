@@ -19,6 +19,8 @@ from torch import Tensor, fx, nn
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.tracer.spelling import changes_input
 from fxprune.rewrite.compact.constants import record
+from fxprune.rewrite.compact.trial import RUN_ERRORS
+from fxprune.torch_private import pytree
 
 __all__ = ["is_constant", "remove_constant_branches"]
 
@@ -47,6 +49,8 @@ def remove_constant_branches(
     ends = [node for node in constant if node.op != "get_attr" and _is_met_by_live_values(node, constant)]
     if not ends or any(_is_written(node, constant) for node in constant):
         return False
+    narrow = _losing_a_batch(gm, ends, constant, runs[0])
+    ends = [node for node in ends if node not in narrow]
     recorded = record(gm, runs, {node.name for node in ends}).recorded
     changed = False
     for node in ends:
@@ -135,6 +139,30 @@ def _other(node: fx.Node, user: fx.Node) -> fx.Node | None:
     if not (isinstance(result, Tensor) and isinstance(value, Tensor) and isinstance(own, Tensor)):
         return None
     return other if result.shape == value.shape and result.dtype == value.dtype == own.dtype else None
+
+
+def _losing_a_batch(
+    gm: fx.GraphModule, ends: list[fx.Node], constant: Collection[fx.Node], inputs: tuple[Any, ...]
+) -> set[fx.Node]:
+    """The constants that meet a value of one sample, such as a mean over the batch, where there are two.
+
+    With a batch of one the shapes do not tell. A network that takes no other batch is not asked.
+    """
+    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor) and x.dim()]
+    if all(len(x) > 1 for x in tensors):
+        return set()
+    twice = pytree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, inputs)
+    met = [(node, user, _other(node, user)) for node in ends for user in node.users if user not in constant]
+    names = {one.name for _, *both in met for one in both if one is not None}
+    try:
+        found = record(gm, (twice, twice), names).recorded
+    except RUN_ERRORS:
+        return set()
+    return {
+        node
+        for node, user, other in met
+        if other is not None and found[user.name][0].shape != found[other.name][0].shape
+    }
 
 
 # -- what takes its place -----------------------------------------------------------------------------------

@@ -143,6 +143,26 @@ def test_small_differences_in_half_precision_are_no_rounding() -> None:
     assert torch.equal(small(x), net(x))
 
 
+def test_a_constant_keeps_the_batch_that_it_gives_its_sum() -> None:
+    """A mean over the batch is one sample; with the branch beside it, the sum has as many as the batch."""
+
+    class Centre(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.head(self.a(x) + self.b(x).mean(0, keepdim=True))
+            return out
+
+    torch.manual_seed(0)
+    net = _cleared(Centre(), "a.weight")
+    small = fxprune.compact(net, torch.randn(1, 4))
+    x = torch.randn(3, 4)
+    assert small(x).shape == (3, 2)
+    assert torch.allclose(small(x), net(x), atol=1e-6)
+
+
 class Activated(nn.BatchNorm2d):
     """A norm that ends in an activation."""
 
