@@ -69,7 +69,7 @@ class Recorder(TorchFunctionMode):
         if name == "__set__" and self.recording:
             if func.__self__.__name__ == "data" and self._is_own_data(*args):
                 return None
-            func = _assignment(func)
+            func = _assignment(func, self.tape.find(args[0]))
         if name in VALUE_READERS:
             return self._read(func, name, args, kwargs)
         if func is torch.autograd.grad:
@@ -327,12 +327,16 @@ class Recorder(TorchFunctionMode):
             self.tape.shadows = shadows
 
 
-def _assignment(setter: Any) -> Any:
-    """The method that does what an assignment to an attribute of a tensor does, or its setter."""
+def _assignment(setter: Any, node: fx.Node | None) -> Any:
+    """The method that does what an assignment to an attribute of a tensor does, or its setter.
+
+    Of a tensor that was detached, gradients are asked for in the forward; of any other, for its user's sake.
+    """
     name = setter.__self__.__name__
     if name in ("data", "grad"):
         raise CaptureError(f"it assigns the .{name} of a tensor")
-    return Tensor.requires_grad_ if name == "requires_grad" else setter
+    detached = node is not None and getattr(node.target, "__name__", node.target) == "detach"
+    return Tensor.requires_grad_ if name == "requires_grad" and detached else setter
 
 
 def _sizes(value: Any) -> list[Any]:
