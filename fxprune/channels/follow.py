@@ -75,7 +75,17 @@ class _Follower:
         for index in self.made - self.read:  # a bias of attention, say, which is on no path
             for factor in self.labels.values.get(index, ()):
                 self.labels.fix(factor.labels, "a constant that no rule follows")
+        self._keep_read_tables()
         return self.labels
+
+    def _keep_read_tables(self) -> None:
+        """Fix the entries of tables that an excluded layer reads: neither is masked, so that they stay."""
+        for name in [name for name in self.fixed if name in self.graph.kernels]:
+            first = self.labels.columns[name]
+            read = self.labels.root[first + torch.arange(self.graph.kernels[name].inputs)]
+            for entries in list(self.labels.tables.values()):
+                met = torch.isin(self.labels.root[entries], read)
+                self.labels.fix(entries[met], f"{name} is excluded, and reads a table")
 
     def _is_made(self, op: ir.AnyOp) -> bool:
         """Whether a layer makes this constant of others: its channels go with those that it meets."""
