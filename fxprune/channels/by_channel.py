@@ -67,9 +67,8 @@ def largest_by_channel(
 
 def any_by_channel(mask: Tensor, kernels: KernelSet) -> tuple[Tensor, Tensor]:
     """Mark the output and the input channels with any weight that ``mask`` (bool, of the shape) marks."""
-    marks = (
-        kernels.by_axes(mask).contiguous().view(torch.uint8)
-    )  # arithmetic on bytes is several times faster than on bits
+    # Arithmetic on bytes is several times faster than on bits.
+    marks = kernels.by_axes(mask).contiguous().view(torch.uint8)
     matrix = marks.flatten(2).amax(2) if marks.dim() > 2 else marks
     first, second = _sides(*_reduced(matrix, kernels), kernels)
     return first.bool(), second.bool()

@@ -39,6 +39,10 @@ TrainFunction = Callable[[nn.Module, int], float | Mapping[str, float]]
 """``train_fn(model, seed)``: trains in place; returns the accuracy, or several numbers by name."""
 
 
+NO_LATENCY: dict[str, Any] = {"milliseconds compact": None, "parameters compact": None}
+"""What is noted of a network that was cut to nothing; its training goes on."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One network to prune and train."""
@@ -216,16 +220,14 @@ class _Work:
             "seconds": round(seconds, 3),
         }
         if self.latency:
-            numbers |= self._latency(dense, pruned)
+            numbers |= self._latency(dense, pruned) if math.isfinite(report.log_paths) else NO_LATENCY
         return pruned, numbers
 
     def _latency(self, dense: nn.Module, pruned: nn.Module) -> dict[str, Any]:
-        """Measure the dense and the compact network in turn; None where nothing is left to measure."""
-        try:
-            small = compact(pruned)
-        except ValueError:  # cut to nothing; it is a result, and training goes on
-            return {"milliseconds compact": None, "parameters compact": None}
-        timings = measure({"dense": dense, "compact": small}, self.options.get("example_inputs"))
+        """Measure the dense and the compact network in turn."""
+        given = self.options.get("example_inputs")
+        small = compact(pruned, given)
+        timings = measure({"dense": dense, "compact": small}, given)
         found: dict[str, Any] = {f"milliseconds {one.network}": one.median for one in timings}
         return found | {"parameters compact": sum(one.numel() for one in small.parameters())}
 

@@ -174,10 +174,8 @@ def _proved(
             return small, slices, None
 
         def in_float64() -> fx.GraphModule:
-            wide, both = (
-                cast_numbers(copy.deepcopy(source), torch.float64),
-                (in_double(runs[0]), in_double(runs[1])),
-            )
+            wide = cast_numbers(copy.deepcopy(source), torch.float64)
+            both = in_double(runs[0]), in_double(runs[1])
             return _smallest(wide, way, both, _recorded(wide, way, both).recorded)[0]
 
         outputs = (expected[0], first), (expected[1], outputs_of(small, runs[1], 1))

@@ -197,13 +197,7 @@ def _set_units(module: nn.RNNBase | nn.RNNCellBase) -> None:
     m: Any = module
     end = "_l0" if isinstance(module, nn.RNNBase) else ""
     taken, fed = m._parameters[f"weight_ih{end}"], m._parameters[f"weight_hh{end}"]
-    gates = (
-        4
-        if isinstance(module, (nn.LSTM, nn.LSTMCell))
-        else 3
-        if isinstance(module, (nn.GRU, nn.GRUCell))
-        else 1
-    )
-    m.input_size, m.hidden_size = taken.shape[1], taken.shape[0] // gates
-    if getattr(m, "proj_size", 0):
+    projected = m._parameters.get(f"weight_hr{end}")
+    m.input_size, m.hidden_size = taken.shape[1], (fed if projected is None else projected).shape[1]
+    if projected is not None:
         m.proj_size = fed.shape[1]

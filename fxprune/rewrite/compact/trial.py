@@ -71,9 +71,8 @@ def two_runs(gm: fx.GraphModule, example_inputs: Any) -> tuple[tuple[Any, ...], 
                 f"example_inputs=None: the network does not run on whole numbers that are made up ({line}); "
                 "pass inputs that it takes"
             ) from error
-        return trial_inputs(gm, example_inputs, 0, whole=False), trial_inputs(
-            gm, example_inputs, 1, whole=False
-        )
+        first, second = (trial_inputs(gm, example_inputs, seed, whole=False) for seed in (0, 1))
+        return first, second
     return drawn
 
 
@@ -249,11 +248,8 @@ def verified(
             worst = max(worst, found)
             continue
         with _Widening():
-            twice, half, wide = (
-                cast_numbers(copy.deepcopy(gm), torch.float64),
-                in_float64(),
-                in_double(inputs),
-            )
+            twice = cast_numbers(copy.deepcopy(gm), torch.float64)
+            half, wide = in_float64(), in_double(inputs)
             exact = difference(outputs_of(twice, wide, seed), outputs_of(half, wide, seed))
             if not exact <= 1e-10:
                 raise OutputsDiffer(found, differing_node(twice, half, wide, 1e-10, seed))
