@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.tracer.spelling import changes_input
 from fxprune.rewrite.compact.constants import record
-from fxprune.rewrite.compact.trial import RUN_ERRORS
+from fxprune.rewrite.compact.modules import holders
+from fxprune.rewrite.compact.trial import NodeFailure, shapes_of_run
 from fxprune.torch_private import pytree
 
 __all__ = ["is_constant", "remove_constant_branches"]
@@ -152,16 +153,15 @@ def _losing_a_batch(
     if all(len(x) > 1 for x in tensors):
         return set()
     twice = pytree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() else x, inputs)
-    met = [(node, user, _other(node, user)) for node in ends for user in node.users if user not in constant]
-    names = {one.name for _, *both in met for one in both if one is not None}
     try:
-        found = record(gm, (twice, twice), names).recorded
-    except RUN_ERRORS:
+        found = shapes_of_run(gm, twice)[0]
+    except NodeFailure:
         return set()
+    met = [(node, user, _other(node, user)) for node in ends for user in node.users if user not in constant]
     return {
         node
         for node, user, other in met
-        if other is not None and found[user.name][0].shape != found[other.name][0].shape
+        if other is not None and found[user.name].shape != found[other.name].shape
     }
 
 
@@ -189,8 +189,8 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 def _replace(gm: fx.GraphModule, node: fx.Node, value: Tensor, constant: Collection[fx.Node]) -> None:
     """Let a constant take the place of a node for its live readers; erase what nobody reads then."""
-    like = next(gm.parameters())
-    value = value.to(like.device)
+    trained = _is_trained(gm, node, constant)
+    value = value.to(next(gm.parameters()).device)
     attribute: fx.Node | None = None
     unread = [node]
     for user in [user for user in node.users if user not in constant]:
@@ -203,11 +203,27 @@ def _replace(gm: fx.GraphModule, node: fx.Node, value: Tensor, constant: Collect
             continue
         if attribute is None:
             name = f"{PREFIX}{node.name}"
-            gm.register_parameter(name, nn.Parameter(value, requires_grad=like.requires_grad))
+            gm.register_parameter(name, nn.Parameter(value, requires_grad=trained))
             with gm.graph.inserting_before(node):
                 attribute = gm.graph.get_attr(name)
         user.replace_input_with(node, attribute)
     _erase(gm, unread)
+
+
+def _is_trained(gm: fx.GraphModule, node: fx.Node, constant: Collection[fx.Node]) -> bool:
+    """Whether a parameter that a constant is computed from asks for gradients."""
+    waiting, seen = [node], set[fx.Node]()
+    while waiting:
+        one = waiting.pop()
+        seen.add(one)
+        waiting += [source for source in one.all_input_nodes if source in constant and source not in seen]
+        if one.op == "get_attr" and gm.get_parameter(str(one.target)).requires_grad:
+            return True
+        if one.op == "call_module":
+            module = gm.get_submodule(str(one.target))
+            if any(parameter.requires_grad for parameter in module.parameters()):
+                return True
+    return False
 
 
 def _into_bias(gm: fx.GraphModule, node: fx.Node, value: Tensor) -> bool:
@@ -219,7 +235,7 @@ def _into_bias(gm: fx.GraphModule, node: fx.Node, value: Tensor) -> bool:
     module: Any = gm.get_submodule(str(node.target))
     if len(calls) != 1 or not _is_plain(module, (*_LAYERS, nn.BatchNorm2d)):
         return False
-    if not isinstance(module.bias, nn.Parameter) or _homes(gm, module.bias) != 1:
+    if not isinstance(module.bias, nn.Parameter) or len(holders(gm)[id(module.bias)]) != 1:
         return False
     axis, size = value.dim() - 1 if isinstance(module, nn.Linear) else 1, value.numel()
     if size not in (1, len(module.bias)) or (size > 1 and value.shape[axis : axis + 1] != (size,)):
@@ -228,10 +244,6 @@ def _into_bias(gm: fx.GraphModule, node: fx.Node, value: Tensor) -> bool:
         bias = module.bias + value.flatten().to(module.bias)
     module.bias = nn.Parameter(bias, requires_grad=module.bias.requires_grad)
     return True
-
-
-def _homes(gm: fx.GraphModule, parameter: Tensor) -> int:
-    return sum(parameter is one for module in gm.modules() for one in module._parameters.values())
 
 
 # -- what is gone with it -----------------------------------------------------------------------------------

@@ -14,7 +14,14 @@ from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.kept import Kept, Slices
 from fxprune.torch_private import ConvNd, NormBase
 
-__all__ = ["first_unsizeable", "own_parameters", "share_parameters", "slice_parameters", "slices_of"]
+__all__ = [
+    "first_unsizeable",
+    "holders",
+    "own_parameters",
+    "share_parameters",
+    "slice_parameters",
+    "slices_of",
+]
 
 
 def slices_of(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut) -> Slices:
@@ -96,7 +103,7 @@ def slice_parameters(
                 module.bias = nn.Parameter(module.weight.new_zeros(len(extra)), module.weight.requires_grad)
                 if weight in slices:
                     slices[bias] = Kept((len(extra),), (slices[weight].first_indices(),))
-        homes = _homes(gm)
+        homes = holders(gm)
         for path, extra in biases.items():
             present = gm.get_parameter(f"{path}.bias")
             _replace(homes, present, present.detach() + extra.to(present))
@@ -116,7 +123,7 @@ def share_parameters(gm: fx.GraphModule) -> fx.GraphModule:
 def own_parameters(gm: fx.GraphModule, others: nn.Module) -> None:
     """Copy the parameters that ``gm`` still shares with ``others``."""
     shared = {id(parameter) for parameter in others.parameters()}
-    homes = _homes(gm)
+    homes = holders(gm)
     for parameter in list(gm.parameters()):
         if id(parameter) in shared:
             _replace(homes, parameter, parameter.detach().clone())
@@ -135,7 +142,7 @@ def _replace(homes: dict[int, list[tuple[nn.Module, str]]], old: Tensor, value: 
     homes[id(new)] = places
 
 
-def _homes(gm: fx.GraphModule) -> dict[int, list[tuple[nn.Module, str]]]:
+def holders(gm: fx.GraphModule) -> dict[int, list[tuple[nn.Module, str]]]:
     """By the id of each parameter and buffer: the modules that hold it; tied ones have several."""
     found: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in gm.modules():

@@ -24,6 +24,7 @@ __all__ = [
     "in_double",
     "outputs_of",
     "set_shapes",
+    "shapes_of_run",
     "trial_inputs",
     "two_runs",
     "verified",
@@ -168,13 +169,22 @@ def _widened(x: Any) -> Any:
 
 def set_shapes(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
     """Run the graph once, note the shape of every node, and return the outputs; `NodeFailure` if it fails."""
+    found, result = shapes_of_run(gm, inputs)
+    for node in gm.graph.nodes:
+        if node.name in found:
+            node.meta["val"] = found[node.name]
+    return result
+
+
+def shapes_of_run(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[dict[str, Any], Any]:
+    """Run the graph once; return what every node gives, on the meta device, and the outputs.
+
+    Raises `NodeFailure` where a node does not run.
+    """
     watching = _Watching(gm, numbers=False)
     with torch.no_grad():
         result = watching.run(*inputs)
-    for node in gm.graph.nodes:
-        if node.name in watching.found:
-            node.meta["val"] = watching.found[node.name]
-    return result
+    return watching.found, result
 
 
 def outputs_of(gm: fx.GraphModule, inputs: Sequence[Any], seed: int = 0) -> Any:

@@ -277,6 +277,16 @@ def test_what_took_the_place_of_a_branch_is_trained(net: nn.Module) -> None:
     assert not torch.equal(before, small.get_parameter(constant))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_took_the_place_of_a_frozen_branch_is_frozen(net: nn.Module, frozen: bool) -> None:
+    """The rest of the network is as it was, the first of its layers frozen or not."""
+    net.get_submodule("gate").requires_grad_(not frozen)
+    net.get_submodule("stem").requires_grad_(frozen)
+    small = fxprune.compact(_cleared(net, "gate.weight"), X)
+    (constant,) = _names(small) - _names(net)
+    assert small.get_parameter(constant).requires_grad is not frozen
+
+
 def test_a_pruner_goes_on_without_the_branch(net: nn.Module) -> None:
     pruner = fxprune.Pruner(net, "gmp", 0.5, total=2, example_inputs=X)
     masks = {name: mask.clone() for name, mask in pruner.masks.items()}
