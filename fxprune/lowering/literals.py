@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.capture.tracer.spelling import called
 from fxprune.graph.literals import Role, SizeLiteral
 
 __all__ = ["literals_of"]
@@ -45,7 +46,7 @@ def literals_of(
     if target in (operator.getitem, operator.setitem):
         yield from _indices(node.args[1], rank)
         return
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    name = called(node)
     if name in SIZES:
         yield from _given_sizes(node, SIZES[name])
     elif name == "unflatten":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
+from fxprune.capture.tracer.spelling import called
+
 __all__ = ["only_scales"]
 
 SCALES = frozenset(
@@ -35,7 +37,7 @@ def only_scales(node: fx.Node) -> bool:
         if not users:
             return False
         for user in users:
-            name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+            name = called(user)
             others = [part for part in user.all_input_nodes if part not in seen and part.op != "get_attr"]
             if user in seen or (name in SCALES and others):
                 continue

@@ -27,6 +27,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxprune.capture.errors import LIBRARY, PACKAGE, CaptureError
+from fxprune.capture.tracer.spelling import called
 
 __all__ = ["Answer", "Answers", "Question", "TrialOver", "if_finite"]
 
@@ -225,7 +226,7 @@ def if_finite(node: Any) -> bool | None:
         return node
     if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method") or not node.args:
         return None
-    name = _name(node)
+    name = called(node)
     if name in FINITE:
         return FINITE[name] if _is_computed(node.args[0], infinite="inf" in name or "fin" in name) else None
     if node.target in (operator.ne, operator.eq) and node.args[0] is node.args[1]:
@@ -241,10 +242,6 @@ def if_finite(node: Any) -> bool | None:
     return None
 
 
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
-
-
 def _is_computed(last: Any, *, infinite: bool) -> bool:
     """Whether numbers come out of layers: inputs may well not be finite.
 
@@ -257,7 +254,7 @@ def _is_computed(last: Any, *, infinite: bool) -> bool:
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
-        if node.op in ("call_module", "get_attr") or _name(node) in BOUNDED:
+        if node.op in ("call_module", "get_attr") or called(node) in BOUNDED:
             computed = True
             continue
         numbers = (*node.args, *node.kwargs.values())

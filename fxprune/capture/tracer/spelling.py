@@ -26,6 +26,7 @@ __all__ = [
     "RANDOM",
     "RESHAPING",
     "VALUE_READERS",
+    "called",
     "changes_input",
     "is_pure",
     "selects",
@@ -182,11 +183,21 @@ def changes_input(node: fx.Node) -> bool:
         return False
     if node.kwargs.get("out") is not None:  # F.normalize passes on ``out=None``
         return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = called(node)
     if isinstance(node.target, FunctionType) and node.target.__module__ == "torch.nn.functional":
         where = _place_of_inplace(node.target)
         return (where is not None and node.args[where : where + 1] == (True,)) or name.endswith("_")
     return node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+
+
+def called(node: fx.Node) -> str:
+    """Return the name of what a node calls, without the room that it is in; "" if it has none.
+
+    >>> graph = fx.Graph()
+    >>> called(graph.call_function(torch.add, (1, 2))), called(graph.call_method("add_", (1, 2)))
+    ('add', 'add_')
+    """
+    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
 
 
 @functools.cache
@@ -202,7 +213,7 @@ def is_pure(node: fx.Node) -> bool:
         return True
     if node.op not in ("call_function", "call_method") or changes_input(node):
         return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = called(node)
     if name in RANDOM or name in EFFECTFUL:
         return False
     if node.op == "call_method":

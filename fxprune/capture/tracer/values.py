@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from fxprune.capture.errors import CaptureError
 from fxprune.capture.tracer.meta_values import map_structure
 from fxprune.capture.tracer.questions import Answer, Answers, if_finite
-from fxprune.capture.tracer.spelling import is_pure
+from fxprune.capture.tracer.spelling import called, is_pure
 from fxprune.capture.tracer.traced_numbers import plain_number
 from fxprune.torch_private import DisableTorchFunction, check_number
 
@@ -193,14 +193,14 @@ class Values:
 
 def _is_size(node: fx.Node) -> bool:
     """Whether a node reads the shape of a tensor."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = called(node)
     reads_shape = node.target is getattr and node.args[1] in ("shape", "ndim", "device", "dtype")
     return reads_shape or (node.op == "call_method" and name in ("size", "dim", "numel"))
 
 
 def _shaped(node: fx.Node) -> list[fx.Node]:
     """The tensor that a node reads the shape and type of alone."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = called(node)
     first = node.args[0] if node.args else None
     return [first] if name in SHAPED_LIKE and isinstance(first, fx.Node) else []
 
@@ -219,7 +219,7 @@ def is_any(node: Any) -> bool:
     >>> is_any(graph.call_method("any", (graph.placeholder("mask"),)))
     True
     """
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = called(node)
     return name == "any" and len(node.args) == 1
 
 

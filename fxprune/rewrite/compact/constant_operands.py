@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxprune.capture.tracer.spelling import called
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.kept import Slices
@@ -40,10 +41,10 @@ def cut_constants(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Sli
         if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), RECURRENT):
             _cut_states(graph, node, cut, changed)
         value = graph.results.get(node.name)
-        called = node.op in ("call_function", "call_method")
-        if called and node.name in others:
+        calls = node.op in ("call_function", "call_method")
+        if calls and node.name in others:
             _cut_states(graph, node, cut, changed)
-        if not called or (node.name in others and _name(node) not in SCATTERED):
+        if not calls or (node.name in others and called(node) not in SCATTERED):
             continue
         if not isinstance(value, ir.Value) or not value.live:  # zeros, times what is followed
             value = _followed_operand(graph, node)
@@ -54,10 +55,6 @@ def cut_constants(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Sli
             if source not in changed and not (isinstance(own, ir.Value) and own.live):
                 node.replace_input_with(source, _picked(node, source, value, cut))
     gm.recompile()
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _followed_operand(graph: ChannelGraph, node: fx.Node) -> ir.Value | None:

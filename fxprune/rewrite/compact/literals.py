@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxprune.capture.tracer.spelling import called
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.kept import Kept
@@ -94,7 +95,7 @@ class Rewriter:
             return
         if node.op not in ("call_function", "call_method") or not node.args:
             return
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        name = called(node)
         value, source = self._value(node), self._value(node.args[0])
         if name in _SHAPED and self._shrinks(value):
             assert value is not None
