@@ -13,7 +13,7 @@ from fxprune.capture.errors import check_module
 from fxprune.channels.groups import group_channels
 from fxprune.channels.listing import GroupTable, list_groups
 from fxprune.lowering import Rules, lower
-from fxprune.request import Exclusion, check_exclude, exclusions, is_excluded
+from fxprune.request import Exclusion, check_exclude, excluded_parameters, exclusions
 from fxprune.rewrite import plain
 
 __all__ = ["channel_groups"]
@@ -68,10 +68,6 @@ an output of the network
         known = source if isinstance(source, fx.GraphModule) and has_shapes else None
         gm = known if known is not None and example_inputs is None else capture(source, example_inputs)
         graph = lower(gm, rules=rules)
-        fixed = [
-            name
-            for name, kernels in graph.kernels.items()
-            if is_excluded(entries, source, (name, *kernels.aliases))
-        ]
+        fixed = excluded_parameters(entries, source, graph)
         groups = group_channels(graph, fixed=fixed, whole_heads=whole_heads)
         return list_groups(groups, dict(gm.named_parameters()), dict(gm.named_buffers()))

@@ -20,7 +20,7 @@ from fxprune.latency.cost import latency_cost
 from fxprune.lowering import matrices_outside
 from fxprune.methods import Method, Problem, Weights, redraw
 from fxprune.metrics import listed as listed_sizes
-from fxprune.request import Request, resolve_device
+from fxprune.request import Request, excluded_parameters, resolve_device
 from fxprune.rewrite import direct_reads, finalize, put_masks, read
 from fxprune.rewrite.masking.computed import computed_weights
 from fxprune.rewrite.masking.copying import duplicate
@@ -127,6 +127,7 @@ def build_problem(
         progress=progress,
         micro_batch=wish.micro_batch,
         group=group,
+        fixed=tuple(excluded_parameters(wish.exclude, network.scored, network.graph)),
     )
     if wish.budget == "owl":
         problem = replace(problem, budget=outlier_budget(problem))

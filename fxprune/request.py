@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from fxprune.capture.errors import InputError, check_module
 from fxprune.capture.module import CapturedModule
+from fxprune.graph import ChannelGraph, ir
 from fxprune.keywords import TRAINING_METHODS, unknown_argument
 from fxprune.lowering import Rules
 from fxprune.lowering.rules.table import own_rules
@@ -197,6 +198,18 @@ def check_exclude(exclude: Iterable[Exclusion], model: nn.Module) -> None:
 def is_excluded(exclude: Iterable[Exclusion], model: nn.Module, names: Iterable[str]) -> bool:
     """Whether a parameter, known by any of ``names``, is not to be pruned."""
     return any(_covers(entry, model, name) for entry in exclude for name in names)
+
+
+def excluded_parameters(exclude: Iterable[Exclusion], model: nn.Module, graph: ChannelGraph) -> list[str]:
+    """Return the excluded ones of the weights and tables of a graph, such as embeddings."""
+    names: dict[str, tuple[str, ...]] = dict.fromkeys(tables(graph), ())
+    names |= {name: kernels.aliases for name, kernels in graph.kernels.items()}
+    return [name for name, others in names.items() if is_excluded(exclude, model, (name, *others))]
+
+
+def tables(graph: ChannelGraph) -> list[str]:
+    """Return the parameters that are read as they are, in the order of the graph."""
+    return list(dict.fromkeys(u.name for op in graph.ops if isinstance(op, ir.Source) for u in op.params))
 
 
 def _covers(entry: Exclusion, model: nn.Module, name: str) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fxprune.channels.contractions import contraction
 from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, Lines, Sides, aligned, along_axis, thin
 from fxprune.channels.pooling import pooled
-from fxprune.channels.sides import sides_of, table_factors
+from fxprune.channels.sides import keep_read_tables, sides_of, table_factors
 from fxprune.channels.units import tie_units
 from fxprune.channels.wholes import Whole, settle
 from fxprune.graph import ChannelGraph, ir
@@ -48,6 +48,7 @@ class _Follower:
         self.made: set[int] = set()
         self.zeros: set[int] = set()  # constants that are zero
         self.wholes: list[Whole] = []
+        self.looked_up: list[Tensor] = []  # the labels of what tables give
         self.read = {value.index for op in graph.ops for value in op.inputs}
 
     def _ask_for_boxes(self, kernels: ir.KernelSet) -> None:
@@ -75,17 +76,8 @@ class _Follower:
         for index in self.made - self.read:  # a bias of attention, say, which is on no path
             for factor in self.labels.values.get(index, ()):
                 self.labels.fix(factor.labels, "a constant that no rule follows")
-        self._keep_read_tables()
+        keep_read_tables(self.labels, self.graph.kernels, self.fixed, self.looked_up)
         return self.labels
-
-    def _keep_read_tables(self) -> None:
-        """Fix the entries of tables that an excluded layer reads: neither is masked, so that they stay."""
-        for name in [name for name in self.fixed if name in self.graph.kernels]:
-            first = self.labels.columns[name]
-            read = self.labels.root[first + torch.arange(self.graph.kernels[name].inputs)]
-            for entries in list(self.labels.tables.values()):
-                met = torch.isin(self.labels.root[entries], read)
-                self.labels.fix(entries[met], f"{name} is excluded, and reads a table")
 
     def _is_made(self, op: ir.AnyOp) -> bool:
         """Whether a layer makes this constant of others: its channels go with those that it meets."""
@@ -121,7 +113,7 @@ class _Follower:
     def _step(self, op: ir.Op) -> Sequence[Factor]:
         match op:
             case ir.Source():
-                return table_factors(self.labels, self.graph.kernels, op, self._because)
+                return self._table(op)
             case ir.Kernel():
                 return self._kernel(op)
             case ir.Sum() | ir.Gate():
@@ -152,6 +144,15 @@ class _Follower:
                 return self._hold(op, "an output of the network")
             case _:
                 raise TypeError(f"op kind {op.kind} is not known here: {op.node}")
+
+    def _table(self, op: ir.Source) -> Sequence[Factor]:
+        """Return the factor of vectors of a table, all of which stay if it is excluded."""
+        factors = table_factors(self.labels, self.graph.kernels, op, self._because)
+        for factor in factors:
+            self.looked_up.append(factor.labels.flatten())
+            for name in {use.name for use in op.params} & set(self.fixed):
+                self.labels.fix(factor.labels, f"{name} is excluded")
+        return factors
 
     def _hold(self, op: ir.Op, reason: str) -> Sequence[Factor]:
         """Fix whatever comes in; nothing is known of what goes out."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, along_axis
 from fxprune.channels.orientation import swap_orientation
 from fxprune.graph import KernelSet, ir
 
-__all__ = ["sides_of", "table_factors"]
+__all__ = ["keep_read_tables", "sides_of", "table_factors"]
 
 Because = Callable[[str], str]
 """Adds the place to a reason."""
@@ -70,6 +70,19 @@ def table_factors(
     for name in {use.name for use in op.params} & kernels.keys():
         _hold(labels, kernels[name], because)
     return ()
+
+
+def keep_read_tables(
+    labels: Labels, kernels: Mapping[str, KernelSet], excluded: Collection[str], entries: Iterable[Tensor]
+) -> None:
+    """Fix what tables give (``entries``: its labels) and an excluded layer reads.
+
+    No mask cuts the path between the two. To be called when all other ties are known.
+    """
+    for name in kernels.keys() & set(excluded):
+        read = labels.root[labels.columns[name] + torch.arange(kernels[name].inputs)]
+        for own in entries:
+            labels.fix(own[torch.isin(labels.root[own], read)], f"{name} is excluded, and reads a table")
 
 
 def _hold(labels: Labels, one: KernelSet, because: Because, *, inputs: bool = True) -> None:

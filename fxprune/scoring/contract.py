@@ -70,6 +70,7 @@ class Problem:
     on data of its own, and end with the same masks. ``shards``: the processes over which ``fully_shard`` has
     split the parameters of ``model``; ``weights`` and ``masks`` are then this one's rows, and the budget is
     that of the whole. ``history``: where a method notes how it went, as columns of equal length.
+    ``fixed``: excluded tables, such as embeddings, whose channels stay.
     """
 
     model: torch.nn.Module
@@ -89,12 +90,13 @@ class Problem:
     group: ProcessGroup | None = None
     shards: ProcessGroup | None = None
     history: dict[str, list[float]] = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch={self.micro_batch!r}: expected a number of samples, at least 1")
         shapes = {name: tuple(weight.shape) for name, weight in self.model.named_parameters()}
-        grain = fitted(self.granularity, self.graph, self.weights, shapes, self.model)
+        grain = fitted(self.granularity, self.graph, self.weights, shapes, self.model, self.fixed)
         object.__setattr__(self, "granularity", grain)
 
 

@@ -24,14 +24,16 @@ def fitted(
     prunable: Collection[str],
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     model: nn.Module | None = None,
+    fixed: Collection[str] = (),
 ) -> Granularity:
     """Return ``granularity`` as the parameters of ``graph`` need it; the same where nothing is transposed.
 
     ``prunable``: the parameters that may be pruned; the channels of all others stay. ``shapes``: those of all
-    parameters of the network. ``model``: the captured network, for ``of="memory"``.
+    parameters of the network. ``model``: the captured network, for ``of="memory"``. ``fixed``: others whose
+    channels stay, such as embeddings.
     """
     if isinstance(granularity, Channel) and graph.kernels:
-        excluded = [name for name in graph.kernels if name not in prunable]
+        excluded = [*(name for name in graph.kernels if name not in prunable), *fixed]
         groups = group_channels(graph, fixed=excluded, whole_heads=granularity.whole_heads)
         counted = None
         if granularity.of == "memory":

@@ -13,7 +13,7 @@ from fxprune.latency import check_runtime
 from fxprune.lowering import lower
 from fxprune.methods import Problem
 from fxprune.network import Network, adopted, build_problem, rewrite, warn_of_rest
-from fxprune.request import Request, blamed_on_data, with_shapes
+from fxprune.request import Request, blamed_on_data, tables, with_shapes
 from fxprune.rewrite import bare, read
 from fxprune.scoring.contract import silent
 from fxprune.sparsity.granularity import CHANNEL_OPTIONS, Channel, Granularity, resolve
@@ -37,7 +37,12 @@ def prepare_smaller(model: fx.GraphModule, before: Problem, wish: Request) -> Pr
     What was prunable is so still, if it is there. The budget is that of ``before``, of the parameters left.
     """
     free = {id(parameter) for name, parameter in model.named_parameters() if name in before.weights}
-    rest = tuple(name for name, parameter in model.named_parameters() if id(parameter) not in free)
+    open_tables = set(tables(before.graph)) - set(before.fixed)
+    rest = tuple(
+        name
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in free and name not in open_tables
+    )
     problem = _prepared(model, None, replace(wish, budget="global", returns="graph", exclude=rest))
     sizes, old = problem.budget.sizes, before.budget
     layers = None

@@ -14,7 +14,7 @@ from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import Groups, group_channels
 from fxprune.lowering import lower
 from fxprune.network import inside
-from fxprune.request import Exclusion, check_exclude, exclusions, is_excluded
+from fxprune.request import Exclusion, check_exclude, excluded_parameters, exclusions
 from fxprune.rewrite import plain
 from fxprune.scoring.complex_weights import squared
 from fxprune.training.numbers import fraction, integer, positive
@@ -164,7 +164,7 @@ def _groups(
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         source = plain(model)
         graph = lower(capture(source, example_inputs))
-        fixed = [n for n, k in graph.kernels.items() if is_excluded(exclude, source, (n, *k.aliases))]
+        fixed = excluded_parameters(exclude, source, graph)
         groups = group_channels(graph, fixed=fixed, whole_heads=whole_heads)
     if not groups.count:
         raise ValueError("model: no channel of it can go, so there is nothing to make small")

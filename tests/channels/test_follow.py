@@ -7,10 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import fxprune
 from channels.grouping import Net, groups_of, tables
-from fxprune.channels import labels as labelling
-from fxprune.channels.follow import follow
 
 IMAGE, VECTOR = torch.randn(2, 3, 4, 4), torch.randn(2, 5)
 
@@ -236,20 +233,3 @@ def test_a_constant_goes_along_its_own_axes() -> None:
     (factor,) = groups.labels.values[made.index]
     assert factor.axes == (0,)
     assert groups.numbers[factor.labels].tolist() == groups.rows["a.weight"].tolist()
-
-
-def test_an_embedding_that_an_excluded_layer_reads_keeps_its_channels() -> None:
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.e, self.f, self.out = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 2)
-
-        def forward(self, i: torch.Tensor) -> torch.Tensor:
-            x = self.e(i)
-            result: torch.Tensor = self.out(x + self.f(x))
-            return result
-
-    graph = fxprune.lower(fxprune.capture(Reader(), torch.zeros(2, 3, dtype=torch.int64)))
-    labels = follow(graph, fixed=["out.weight"])
-    first = labels.rows["f.weight"]
-    assert bool((labels.root[first : first + 6] == labelling.FIXED).all())
