@@ -46,7 +46,8 @@ from fxprune.rewrite.compact.trial import (
     two_runs,
     verified,
 )
-from fxprune.rewrite.masking.copying import cast_numbers
+from fxprune.rewrite.compact.written import written_parameters
+from fxprune.rewrite.masking.copying import cast_numbers, duplicate
 from fxprune.rewrite.masking.finalize import baked, shapes_of
 from fxprune.rewrite.masking.parameters import read
 from fxprune.sparsity.masks import Masks
@@ -106,7 +107,8 @@ def _compact(
     modes = {name: module.training for name, module in plain.named_modules()}
     has_shapes = isinstance(plain, fx.GraphModule) and all("val" in node.meta for node in plain.graph.nodes)
     gm = plain if isinstance(plain, fx.GraphModule) and has_shapes else capture(plain, example_inputs)
-    gm.eval()
+    written = written_parameters(gm)
+    gm = (duplicate(gm) if written else gm).eval()  # trials change what they run
     known = read(model)
     runs = two_runs(gm, example_inputs)
     source, whole, opened = gm, set[str](), list[str]()
@@ -114,6 +116,7 @@ def _compact(
         graph = lower(source)
         masks = _masks(graph, source, known)
         cut = _first_cut(graph, source, masks)
+        _keep_written(cut, written)
         way = _Way(graph, masks, cut, whole, exact, fold_constants)
         try:
             small, slices, found = _proved(gm, source, way, runs, verify=verify)
@@ -225,6 +228,14 @@ def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks) -> Cut:
             labels = torch.cat([sides.rows, sides.columns])
             cut.give_back(labels, f"{sides.name}: the layer computes its weight from all of it")
     return cut
+
+
+def _keep_written(cut: Cut, written: Collection[str]) -> None:
+    """Give back the channels of weights that the network writes into, in the shape that they have."""
+    for sides in cut.labels.sides:
+        if sides.name in written:
+            labels = torch.cat([sides.rows, sides.columns])
+            cut.give_back(labels, f"{sides.name}: the network writes into it")
 
 
 def _computed_weights(graph: ChannelGraph) -> set[str]:
