@@ -27,7 +27,7 @@ from fxprune.rewrite.masking.computed import settled
 from fxprune.search import ask, known_masks, search
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.granularity import Granularity
-from fxprune.sparsity.masks import Masks, nonzeros
+from fxprune.sparsity.masks import Masks, is_full, nonzeros
 from fxprune.sparsity.schedule import DensityFunction, Schedule
 
 Returns = Literal["graph", "module", "inplace"]
@@ -140,7 +140,7 @@ def analyze(
         zeros = {
             name: mask
             for name, mask in nonzeros(source, graph.kernels).items()
-            if name not in masks and not mask.all()
+            if name not in masks and not is_full(mask)
         }
         known = known_masks(graph, {**masks, **zeros})
         outside = matrices_outside(network, graph)

@@ -29,7 +29,7 @@ from fxprune.scoring.sequential import Layer, Matrix, solve_layers
 from fxprune.scoring.shapes import inputs_of
 from fxprune.scoring.walk import Stage
 from fxprune.sparsity.budget import Budget
-from fxprune.sparsity.masks import Masks, kept, nonzeros
+from fxprune.sparsity.masks import Masks, is_full, kept, nonzeros
 from fxprune.torch_private import BatchNorm
 
 __all__ = ["reconstruct"]
@@ -134,7 +134,7 @@ def _masks(model: nn.Module) -> Masks:
     found = read(inner)
     if not found:
         names = [name for name, parameter in inner.named_parameters() if parameter.dim() > 1]
-        found = {name: mask for name, mask in nonzeros(inner, names).items() if not mask.all()}
+        found = {name: mask for name, mask in nonzeros(inner, names).items() if not is_full(mask)}
     found = {name: mask for name, mask in found.items() if mask.dim() > 1}
     if not found:
         raise ValueError("model: it has no masks and no zeros, so that there is nothing to make up for")

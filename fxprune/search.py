@@ -42,7 +42,7 @@ from fxprune.sparsity.collapse import dead_layers, repair
 from fxprune.sparsity.granularity import CHANNEL_OPTIONS, Channel, Granularity
 from fxprune.sparsity.granularity import resolve as resolve_granularity
 from fxprune.sparsity.group_selection import ChannelGroups, Choice
-from fxprune.sparsity.masks import Masks
+from fxprune.sparsity.masks import Masks, is_full
 from fxprune.sparsity.schedule import DensityFunction, Schedule
 from fxprune.timed import find_in_time, is_timed
 
@@ -185,7 +185,7 @@ def _everybody() -> dist.ProcessGroup | None:
 
 def _without_collapse(problem: Problem, masks: Masks, before: Masks, wish: Request) -> Masks:
     """Repair collapsed layers, or raise or warn of them by name, as ``on_collapse`` says."""
-    if all(bool(mask.all()) for mask in masks.values()):
+    if all(map(is_full, masks.values())):
         return masks
     others = {name: mask.to(problem.device) for name, mask in before.items() if name not in masks}
     dead = _dead(problem.graph, {**others, **masks})

@@ -18,6 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from fxprune.capture.attributes import Attributes, restored_attributes
+from fxprune.capture.collector import collector_paused
 from fxprune.capture.errors import (
     TRACE_ERRORS,
     CaptureError,
@@ -90,7 +91,8 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     examples: dict[int, Tensor] = {}
     args, kwargs = _shapes(args, examples), _shapes(kwargs, examples)
     try:
-        found = faithful_graph(model, args, kwargs, examples)
+        with collector_paused():
+            found = faithful_graph(model, args, kwargs, examples)
     except HookError:
         raise
     except TRACE_ERRORS as error:

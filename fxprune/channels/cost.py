@@ -273,6 +273,9 @@ def _weights(groups: Groups, name: str, mask: Tensor) -> Part:
     each = mask.numel() // (kernels.outputs * kernels.inputs // kernels.groups)
     tables = (groups.rows[name], groups.columns[name])
     if kernels.groups == 1:
+        if mask.numel() and bool(mask.view(torch.uint8).amin()):  # many times faster than `all`
+            rows, columns = (_numbered(table, groups.count) for table in tables)
+            return Block(rows, columns, float(each))
         sides = any_by_channel(mask, kernels)
         if int(mask.count_nonzero()) == each * int(sides[0].sum()) * int(sides[1].sum()):
             rows, columns = (

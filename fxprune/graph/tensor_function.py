@@ -46,7 +46,8 @@ class Call:
         return type(other) is Call and same(vars(self), vars(other))
 
     def __hash__(self) -> int:
-        return hash((_name(self.target), len(self.args), tuple(self.kwargs)))
+        numbers = tuple(x for x in self.args if type(x) is int)
+        return hash((_name(self.target), len(self.args), numbers, tuple(self.kwargs)))
 
     def run(self, tensors: Sequence[Tensor], previous: Any) -> Any:
         """Call the target with ``tensors`` as operands."""

@@ -12,7 +12,12 @@ from torch import Tensor
 from fxprune.graph import ir
 from fxprune.paths.layout import Layout
 
-__all__ = ["Compiled", "EvalContext", "LinearMap", "Pooling", "unit_operand"]
+__all__ = ["Borders", "Compiled", "EvalContext", "LinearMap", "Pooling", "unit_operand"]
+
+Borders = Literal["zeros", "periodic", "inner"]
+"""What windows read beyond the border of an image: zeros, as the network does; the other end of the image;
+or zeros, of which a step may take more than there are, if its positions stay alike for it: a bound of the
+paths from below."""
 
 Pooling = Literal["sum", "mean", "any"]
 """How average pooling combines entries. ``"any"``: entries are 0 or 1, and every pooling adds them."""

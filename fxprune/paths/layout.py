@@ -166,7 +166,7 @@ def layout_of_labels(labels: Tensor) -> tuple[Layout, Tensor]:
             axes.append(collapsed(1))
             continue
         rows = reduced.movedim(dim, 0).reshape(size, -1)
-        if bool((rows == rows[:1]).all()):
+        if bool((rows == rows[:1]).view(torch.uint8).amin()):  # bytes are many times faster than bits
             axes.append(collapsed(size))
             reduced = reduced.narrow(dim, 0, 1)
             continue

@@ -8,7 +8,7 @@ in every run, for those values that some product asks about.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from fxprune.graph import ir
-from fxprune.paths.context import LinearMap
+from fxprune.paths.context import Borders, Compiled, LinearMap
 from fxprune.paths.layout import Layout, collapsed, join, layout_of_labels, reader, reduced_shape
 from fxprune.paths.products import Product, compile_product
 from fxprune.paths.steps import compile_linear
 
-__all__ = ["Program", "Resolution", "Step", "compile_graph"]
+__all__ = ["Program", "Resolution", "Step", "compile_bound", "compile_graph"]
 
 Resolution = Literal["spatial", "channel"]
 
@@ -82,13 +82,26 @@ def compile_graph(graph: ir.ChannelGraph, resolution: Resolution) -> Program:
     """
     if resolution not in ("spatial", "channel"):
         raise ValueError(f"resolution: expected 'spatial' or 'channel', got {resolution!r}")
-    if resolution not in graph.programs:
-        graph.programs[resolution] = _compile(graph, periodic=resolution == "channel")
-    program: Program = graph.programs[resolution]
+    return _kept(graph, "periodic" if resolution == "channel" else "zeros")
+
+
+def compile_bound(graph: ir.ChannelGraph) -> Program:
+    """The program of a part of the paths of ``graph``, in which positions of an image are mostly alike.
+
+    Where it finds a path, there is one. It runs on fewer positions than that of ``compile_graph``.
+    """
+    return _kept(graph, "inner")
+
+
+def _kept(graph: ir.ChannelGraph, borders: Borders) -> Program:
+    if borders not in graph.programs:
+        graph.programs[borders] = _compile(graph, borders)
+    program: Program = graph.programs[borders]
     return program
 
 
-def _compile(graph: ir.ChannelGraph, *, periodic: bool) -> Program:
+def _compile(graph: ir.ChannelGraph, borders: Borders) -> Program:
+    movements: dict[Hashable, Compiled] = {}  # those of the blocks of a network are the same
     full = _present_everywhere(graph)
     needed = _presence_needed(graph, full)
     layouts: dict[int, Layout] = {}
@@ -105,8 +118,13 @@ def _compile(graph: ir.ChannelGraph, *, periodic: bool) -> Program:
                 step = _source(op, index in needed)
             case ir.Gate() | ir.Mix():
                 step = _product(op, inputs, full, index in needed)
+            case ir.Gather():
+                key = op.move, op.pads, tuple(inputs)
+                if key not in movements:
+                    movements[key] = compile_linear(op, inputs, borders)
+                step = Step(op, movements[key][0], index in needed, linear=movements[key][1])
             case _:
-                layout, linear = compile_linear(op, inputs, periodic=periodic)
+                layout, linear = compile_linear(op, inputs, borders)
                 step = Step(op, layout, index in needed, linear=linear)
         layouts[index] = step.layout
         steps.append(step)
@@ -129,13 +147,21 @@ def _used(graph: ir.ChannelGraph) -> list[ir.AnyOp]:
 def _present_everywhere(graph: ir.ChannelGraph) -> set[int]:
     """Values that are not Zero at any entry, whatever the masks are."""
     full: set[int] = set()
+    movements: dict[Hashable, bool] = {}
+
+    def fills(op: ir.Gather) -> bool:
+        key = op.move, tuple(value.shape for value in op.inputs)
+        if key not in movements:
+            movements[key] = _fills(op)
+        return movements[key]
+
     for op in graph.ops:
-        if _is_present_everywhere(op, [value.index in full for value in op.inputs]):
+        if _is_present_everywhere(op, [value.index in full for value in op.inputs], fills):
             full.add(op.output.index)
     return full
 
 
-def _is_present_everywhere(op: ir.AnyOp, inputs: Sequence[bool]) -> bool:
+def _is_present_everywhere(op: ir.AnyOp, inputs: Sequence[bool], fills: Callable[[ir.Gather], bool]) -> bool:
     """Whether the output is present everywhere, given whether each input is."""
     match op:
         case ir.Source():
@@ -149,7 +175,7 @@ def _is_present_everywhere(op: ir.AnyOp, inputs: Sequence[bool]) -> bool:
         case ir.Sum():
             return any(inputs)
         case ir.Gather():
-            return all(inputs) and not op.pads and not _fills(op)
+            return all(inputs) and not op.pads and not fills(op)
         case ir.Gate() | ir.Mix() | ir.Pool() | ir.Sink():
             return all(inputs)
         case ir.Opaque():
@@ -161,7 +187,8 @@ def _is_present_everywhere(op: ir.AnyOp, inputs: Sequence[bool]) -> bool:
 def _fills(op: ir.Gather) -> bool:
     """Whether the movement fills in zeros."""
     ones = [torch.ones((), dtype=torch.float64).expand(value.shape) for value in op.inputs]
-    return not bool(op.move(*ones).all())
+    moved = op.move(*ones)
+    return bool(moved.numel()) and not bool(moved.amin())
 
 
 def _presence_needed(graph: ir.ChannelGraph, full: set[int]) -> set[int]:

@@ -3,7 +3,7 @@
 Each compile function takes an op and the layouts of its inputs, and returns the layout of the output and the
 function. The result is exactly what the op gives on the full tensors: a sum along a collapsed axis, for
 instance, is a multiplication by the axis's size. A periodic image has no border, so that its positions stay
-alike.
+alike; with borders="inner" they are kept alike by leaving out what some of them do not have.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.graph import ir
-from fxprune.paths.context import Compiled, EvalContext
+from fxprune.paths.context import Borders, Compiled, EvalContext
 from fxprune.paths.layout import (
     Layout,
     broadcast,
@@ -36,18 +36,18 @@ __all__ = [
 ]
 
 
-def compile_linear(op: ir.LinearOp, layouts: Sequence[Layout], *, periodic: bool) -> Compiled:
+def compile_linear(op: ir.LinearOp, layouts: Sequence[Layout], borders: Borders) -> Compiled:
     """Compile any op but Source, Gate, Mix and Sink."""
     x = layouts[0] if layouts else ()
     match op:
         case ir.Kernel():
-            return _linear(op, x) if op.window is None else conv(op, op.window, x, periodic)
+            return _linear(op, x) if op.window is None else conv(op, op.window, x, borders)
         case ir.Sum():
             return _sum(op, layouts)
         case ir.Gather():
-            return _gather(op, layouts, periodic)
+            return _gather(op, layouts, borders == "periodic")
         case ir.Pool():
-            return _reduce(op, x) if op.window is None else pool(op, op.window, x, periodic)
+            return _reduce(op, x) if op.window is None else pool(op, op.window, x, borders)
         case ir.Opaque():
             return _opaque(op, layouts)
         case ir.Norm() | ir.Affine() | ir.Map():

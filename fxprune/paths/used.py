@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fxprune.graph import ir
 from fxprune.paths.count import check_weights
-from fxprune.paths.program import Program, Resolution, compile_graph
+from fxprune.paths.program import Program, Resolution, compile_bound, compile_graph
 from fxprune.paths.scaled import Tested
 from fxprune.paths.traversal import EdgeWeights, Traversal
 
-__all__ = ["Used", "used_channels", "used_layers"]
+__all__ = ["Used", "layers_of", "used_channels", "used_layers"]
 
 Used = dict[str, tuple[Tensor, Tensor]]
 """By parameter: marks of its output channels (out,) and its input channels (in,), bool."""
@@ -108,7 +108,20 @@ def used_layers(
     set()
     """
     check_weights(graph, masks)
-    program = compile_graph(graph, resolution)
+    if resolution == "spatial" and any(_has_border(op) for op in graph.ops):
+        # Mostly the taps that are inside of the image everywhere are enough, which is several times faster.
+        found = layers_of(graph, masks, compile_bound(graph))
+        if len(found) == len(graph.kernels):
+            return found
+    return layers_of(graph, masks, compile_graph(graph, resolution))
+
+
+def _has_border(op: ir.AnyOp) -> bool:
+    return isinstance(op, ir.Kernel | ir.Pool) and op.window is not None
+
+
+def layers_of(graph: ir.ChannelGraph, masks: Mapping[str, Tensor], program: Program) -> set[str]:
+    """Return the parameters that lie on a path of one program of ``graph``."""
     device = next((mask.device for mask in masks.values()), torch.device("cpu"))
     gates = {name: torch.ones((), device=device, requires_grad=True) for name in graph.kernels}
     held = _HeldAsBits(graph, masks, device, lambda name, mask: mask.view(torch.uint8).float())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fxprune.graph import ir
 from fxprune.lowering.periodic import fold_periodically
-from fxprune.paths.context import Compiled, EvalContext, LinearMap, Pooling
+from fxprune.paths.context import Borders, Compiled, EvalContext, LinearMap, Pooling
 from fxprune.paths.layout import AxisMap, Layout, collapsed, explicit, reader, reduced_shape
 
 __all__ = ["conv", "pool", "shortened", "wrapped"]
@@ -69,13 +69,18 @@ def _position_reader(x: Layout, positions: dict[int, Tensor]) -> Callable[[Tenso
 
 
 # -- convolutions -----------------------------------------------------------------------------------
-def conv(op: ir.Kernel, window: ir.Window, x: Layout, periodic: bool) -> Compiled:
+def conv(op: ir.Kernel, window: ir.Window, x: Layout, borders: Borders) -> Compiled:
     """Compile a convolution of any rank, transposed or not."""
-    rank = len(window.kernel)
+    rank, periodic = len(window.kernel), borders == "periodic"
     sizes = op.output.shape[-rank:]
     outer = (*x[: -rank - 1], explicit(op.output.shape[-rank - 1]))
-    if all(axis.is_collapsed for axis in x[-rank:]) and _keeps_constant(op, window, x, periodic):
-        return (*outer, *map(collapsed, sizes)), _conv_of_constant_image(op, x, rank)
+    if all(axis.is_collapsed for axis in x[-rank:]):
+        constant = (*outer, *map(collapsed, sizes))
+        if _keeps_constant(op, window, x, periodic):
+            return constant, _conv_of_constant_image(op, x, rank)
+        taps = _inner_taps(window, [axis.size for axis in x[-rank:]], sizes) if borders == "inner" else None
+        if taps is not None:
+            return constant, _conv_of_constant_image(op, x, rank, taps)
     may_shorten = not periodic and not window.transposed and window.mode == "zeros"
     positions, axes = {}, []
     for d, (axis, out) in enumerate(zip(x[-rank:], sizes, strict=True)):
@@ -103,15 +108,40 @@ def _live_weight(op: ir.Kernel, context: EvalContext) -> Tensor:
     return weight if op.live_taps is None else weight * op.live_taps.to(weight)
 
 
-def _conv_of_constant_image(op: ir.Kernel, x: Layout, rank: int) -> LinearMap:
-    """Convolve an image of equal positions: taps add up, and a matrix product is left."""
+def _inner_taps(window: ir.Window, before: Sequence[int], after: Sequence[int]) -> tuple[slice, ...] | None:
+    """Return the taps that lie inside of an image at all positions, by axis; None if there are none.
+
+    ``before``, ``after``: the sizes of the image and of the result.
+
+    >>> _inner_taps(ir.Window((3,), (1,), ((1, 1),), (1,)), [8], [8])
+    (slice(1, 2, None),)
+    """
+    if window.transposed:
+        return None
+    taps = []
+    for d, (size, out) in enumerate(zip(before, after, strict=True)):
+        first = [tap * window.dilation[d] - window.padding[d][0] for tap in range(window.kernel[d])]
+        last = (out - 1) * window.stride[d]
+        inside = [tap for tap, place in enumerate(first) if place >= 0 and place + last < size]
+        if not inside:
+            return None
+        taps.append(slice(inside[0], inside[-1] + 1))
+    return tuple(taps)
+
+
+def _conv_of_constant_image(
+    op: ir.Kernel, x: Layout, rank: int, taps: tuple[slice, ...] | None = None
+) -> LinearMap:
+    """Convolve an image of equal positions: taps, or only ``taps``, add up; a matrix product is left."""
     read = reader(x, (*x[: -rank - 1], explicit(x[-rank - 1].size), *x[-rank:]))
+    index = (slice(None), slice(None), *(taps or ()))
     shape = (*(axis.count for axis in x[: -rank - 1]), -1, *([1] * rank))
     groups, transposed = op.groups, op.window is not None and op.window.transposed
     inputs_per_group = x[-rank - 1].size // groups
 
     def contract(context: EvalContext, tensors: Sequence[Tensor]) -> Tensor:
-        weight = _live_weight(op, context).flatten(2).sum(2)
+        weight = _live_weight(op, context) if taps is None else context.operand(op.weight)[index]
+        weight = weight.flatten(2).sum(2)
         inputs = read(tensors[0]).reshape(-1, groups, inputs_per_group)
         if transposed:
             weight = weight.reshape(groups, -1, weight.shape[1])
@@ -195,11 +225,11 @@ def wrapped(x: Tensor, dim: int, before: int, after: int) -> Tensor:
 
 
 # -- pools ------------------------------------------------------------------------------------------
-def pool(op: ir.Pool, window: ir.WindowPool, x: Layout, periodic: bool) -> Compiled:
+def pool(op: ir.Pool, window: ir.WindowPool, x: Layout, borders: Borders) -> Compiled:
     """Compile pooling, resampling, and anything else that adds up positions."""
-    out = op.output.shape
+    out, periodic = op.output.shape, borders == "periodic"
     if len(out) == len(x) and all(x[dim].is_collapsed for dim in op.dims):
-        gains = _even_gains(op, window, x, periodic)
+        gains = _even_gains(op, window, x, borders)
         if gains is not None:
             layout = tuple(collapsed(out[dim]) if dim in op.dims else axis for dim, axis in enumerate(x))
             return layout, lambda context, tensors: tensors[0] * gains[context.pooling]
@@ -223,12 +253,16 @@ def pool(op: ir.Pool, window: ir.WindowPool, x: Layout, periodic: bool) -> Compi
     return tuple(axes), run
 
 
-def _even_gains(op: ir.Pool, window: ir.WindowPool, x: Layout, periodic: bool) -> dict[Pooling, float] | None:
+def _even_gains(
+    op: ir.Pool, window: ir.WindowPool, x: Layout, borders: Borders
+) -> dict[Pooling, float] | None:
     """Pool an image of ones in each mode; return None if the result differs between positions."""
     if op.how == "max":
         return {"sum": 1.0, "mean": 1.0, "any": 1.0}
     ones = torch.ones([axis.size if dim in op.dims else 1 for dim, axis in enumerate(x)])
     total, own = window.total(ones).flatten(), window.own(ones).flatten()
-    if periodic or bool((total == total[0]).all() and (own == own[0]).all()):
+    if borders == "periodic" or bool((total == total[0]).all() and (own == own[0]).all()):
         return {"sum": float(total.mean()), "mean": float(own.mean()), "any": 1.0}
+    if borders == "inner" and bool((total > 0).all()):
+        return {"sum": float(total.min()), "mean": float(own.min()), "any": 1.0}
     return None

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.nn.functional import pad
 
-from fxprune.sparsity.masks import Masks, kept
+from fxprune.sparsity.masks import Masks, is_full, kept
 
 NEVER = -math.inf
 """Score of a group that cannot be chosen: pruned before, or ruled out by its pattern."""
@@ -323,7 +323,7 @@ def resolve(granularity: str | Granularity, **options: Any) -> Granularity:
 
 def _alive(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The scores, ``NEVER`` where pruned; no copy where nothing is."""
-    return scores if bool(mask.all()) else scores.where(mask, NEVER)
+    return scores if is_full(mask) else scores.where(mask, NEVER)
 
 
 def _per_weight(name: str, scores: torch.Tensor) -> Bundle:

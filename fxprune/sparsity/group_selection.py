@@ -23,7 +23,7 @@ from fxprune.graph import KernelSet
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import NEVER, UNITS, Bundle, Channel
 from fxprune.sparsity.group_order import by_class, by_worth, kinds, round_up
-from fxprune.sparsity.masks import Masks, kept
+from fxprune.sparsity.masks import Masks, is_full, kept
 
 __all__ = ["ChannelGroups", "Choice"]
 
@@ -89,7 +89,7 @@ class ChannelGroups:
         sides = 1 if self.options.sides == "rows" else 2
         for name, score in scores.items():
             kernels, mask = self.groups.graph.kernels[name], masks[name]
-            part = None if bool(mask.all()) else mask
+            part = None if is_full(mask) else mask
             if how == "amax":
                 values = largest_by_channel(score, kernels, part, NEVER)
             else:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy
 import torch
 from torch import nn
 
@@ -60,12 +61,33 @@ def validate(
         raise ValueError(f"masks: nothing given for {_some(missing)}; every prunable parameter needs a mask")
 
 
+def is_full(mask: torch.Tensor) -> bool:
+    """Return whether a mask keeps all its weights.
+
+    >>> is_full(torch.tensor([True, True])), is_full(torch.tensor([True, False]))
+    (True, False)
+    """
+    # The least of bytes is found many times faster than the conjunction of bits.
+    return mask.numel() == 0 or bool(mask.view(torch.uint8).amin())
+
+
+def is_empty(mask: torch.Tensor) -> bool:
+    """Return whether a mask keeps no weight.
+
+    >>> is_empty(torch.tensor([False, False])), is_empty(torch.tensor([True, False]))
+    (True, False)
+    """
+    return mask.numel() == 0 or not bool(mask.view(torch.uint8).amax())
+
+
 def kept(masks: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Number of weights kept in each parameter, with one synchronisation for all of them.
 
     >>> kept({"a": torch.tensor([True, False]), "b": torch.tensor([[True]])})
     {'a': 1, 'b': 1}
     """
+    if all(type(mask) is torch.Tensor and mask.is_cpu for mask in masks.values()):
+        return {name: int(numpy.count_nonzero(mask.numpy())) for name, mask in masks.items()}
     counts = [mask.count_nonzero() for mask in masks.values()]
     together = torch.stack([number.to(counts[0].device) for number in counts]).tolist() if counts else []
     return dict(zip(masks, together, strict=True))
@@ -84,8 +106,8 @@ def density(masks: Mapping[str, torch.Tensor]) -> float:
 
 def is_subset(inner: Mapping[str, torch.Tensor], outer: Mapping[str, torch.Tensor]) -> bool:
     """Whether every weight that ``inner`` keeps is kept by ``outer`` too (same names, same shapes)."""
-    return inner.keys() == outer.keys() and not any(
-        bool((mask & ~outer[name]).any()) for name, mask in inner.items()
+    return inner.keys() == outer.keys() and all(
+        is_full(outer[name]) or is_empty(mask & ~outer[name]) for name, mask in inner.items()
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import NEVER, WEIGHT, Bundle, Granularity
 from fxprune.sparsity.group_selection import ChannelGroups
-from fxprune.sparsity.masks import Masks, dense
+from fxprune.sparsity.masks import Masks, dense, is_empty
 
 _SAMPLE = 1 << 17
 _ATTEMPTS = 3
@@ -54,7 +54,7 @@ def select(
     for group, room in _contests(bundles, budget):
         for bundle, kept in zip(group, _take(group, room, granularity), strict=True):
             chosen |= bundle.spread(kept)
-    if budget.total and not any(bool(mask.any()) for mask in chosen.values()):
+    if budget.total and all(map(is_empty, chosen.values())):
         raise ValueError(
             f"a budget of {budget.total} weights is smaller than the smallest group of {granularity}: "
             "ask for a lower sparsity or a finer granularity"

@@ -54,7 +54,7 @@ GRAPH_CONSUMERS: dict[str, Callable[[ChannelGraph], object]] = {
 }
 COLLAPSED = (collapsed(2), collapsed(6))
 OP_CONSUMERS: dict[str, Callable[[Any], object]] = {
-    "steps": lambda op: compile_linear(op, [COLLAPSED], periodic=True),
+    "steps": lambda op: compile_linear(op, [COLLAPSED], "periodic"),
     "products": lambda op: compile_product(op, COLLAPSED, COLLAPSED),
 }
 
@@ -78,4 +78,4 @@ def test_linear_steps_refuse_products_sources_and_sinks() -> None:
     graph, _ = with_foreign_kind()
     (source,) = (op for op in graph.ops if isinstance(op, ir.Source))
     with pytest.raises(TypeError, match="op kind Source"):
-        compile_linear(cast(Any, source), [], periodic=False)
+        compile_linear(cast(Any, source), [], "zeros")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fxprune.channels.by_channel import labels_by_weight
 from fxprune.graph import ChannelGraph
 from fxprune.paths.count import reach
-from fxprune.paths.program import Resolution
-from fxprune.paths.used import used_channels, used_layers
+from fxprune.paths.program import Resolution, compile_bound
+from fxprune.paths.used import layers_of, used_channels, used_layers
 
 
 def marked(graph: ChannelGraph, effective: dict[str, Tensor]) -> dict[str, tuple[list[int], list[int]]]:
@@ -68,3 +68,27 @@ def test_memory_is_that_of_a_few_layers() -> None:
         used_channels(graph, masks)
     layer = 256 * 256 * 4
     assert peak.peak < 12 * layer / 4 + 3 * layer
+
+
+@pytest.mark.parametrize("name", sorted(NETS))
+def test_the_bound_finds_no_path_that_is_none(name: str) -> None:
+    graph = lowered_net(name)
+    for density in (0.05, 0.2, 0.6):
+        masks = {name: torch.rand(kernels.shape) < density for name, kernels in graph.kernels.items()}
+        effective = reach(graph, masks)
+        assert layers_of(graph, masks, compile_bound(graph)) <= {
+            name for name, weights in effective.items() if bool(weights.any())
+        }
+
+
+def test_the_bound_reads_inner_taps_alone() -> None:
+    """A padded convolution: its middle tap is inside everywhere, and positions stay alike."""
+    net = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 1, 5, stride=2, padding=2))
+    graph = lowered(net, torch.ones(1, 2, 9, 9))
+    program = compile_bound(graph)
+    assert all(shape[2:] == (1, 1) for shape in program.shapes.values())
+    border = torch.ones(3, 2, 3, 3, dtype=torch.bool)
+    border[:, :, 1, 1] = False
+    assert layers_of(graph, {"0.weight": border}, program) == set()
+    assert layers_of(graph, {"0.weight": ~border}, program) == {"0.weight", "1.weight"}
+    assert used_layers(graph, {"0.weight": border}) == {"0.weight", "1.weight"}

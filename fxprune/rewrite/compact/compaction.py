@@ -50,7 +50,7 @@ from fxprune.rewrite.compact.written import written_parameters
 from fxprune.rewrite.masking.copying import cast_numbers, duplicate
 from fxprune.rewrite.masking.finalize import baked, shapes_of
 from fxprune.rewrite.masking.parameters import read
-from fxprune.sparsity.masks import Masks
+from fxprune.sparsity.masks import Masks, is_empty
 
 __all__ = ["compact"]
 
@@ -216,7 +216,7 @@ def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks) -> Cut:
 
     used = used_channels(graph, masks, resolution="channel")
     if graph.kernels and not any(bool(rows.any()) for rows, _ in used.values()):
-        empty = [name for name, mask in masks.items() if not bool(mask.any())] or list(graph.kernels)
+        empty = [name for name, mask in masks.items() if is_empty(mask)] or list(graph.kernels)
         raise ValueError(
             f"model: no path leads from its inputs to its outputs; without weights on a path: "
             f"{', '.join(empty[:10])}; prune less, or with on_collapse='repair'"
@@ -294,7 +294,7 @@ def _smallest(
 def _dead_weights(masks: Masks, slices: Slices) -> set[str]:
     """The weights of which nothing that is left counts, or may grow."""
     left = {name: slices[name].take(mask.cpu()) if name in slices else mask for name, mask in masks.items()}
-    return {name for name, mask in left.items() if not bool(mask.any())}
+    return {name for name, mask in left.items() if is_empty(mask)}
 
 
 def _constants(
