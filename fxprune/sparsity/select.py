@@ -17,7 +17,7 @@ import torch
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import NEVER, WEIGHT, Bundle, Granularity
 from fxprune.sparsity.group_selection import ChannelGroups
-from fxprune.sparsity.masks import Masks, dense, is_empty
+from fxprune.sparsity.masks import Masks, dense, integers, is_empty, number_kept
 
 _SAMPLE = 1 << 17
 _ATTEMPTS = 3
@@ -262,7 +262,7 @@ def _flat(
 def _mass(chosen: Iterable[torch.Tensor], sizes: Sequence[int | torch.Tensor]) -> int:
     """Number of weights in the chosen groups, with one synchronisation per device."""
     masses = [
-        mask.count_nonzero() * size if isinstance(size, int) else size.where(mask, 0).sum()
+        number_kept(mask) * size if isinstance(size, int) else size.where(mask, 0).sum()
         for mask, size in zip(chosen, sizes, strict=True)
     ]
-    return sum(torch.stack([mass.to(masses[0].device) for mass in masses]).tolist()) if masses else 0
+    return sum(integers(masses))
