@@ -79,6 +79,7 @@ def test_a_transform_is_captured(name: str) -> None:
     assert not fxprune.lower(gm).opaque
 
 
+@pytest.mark.filterwarnings("ignore:.*Python number of the batch size:UserWarning")
 def test_a_step_of_learning_in_the_forward() -> None:
     net = Net(_inner_loop)
     x = torch.randn(4, 8)

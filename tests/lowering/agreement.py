@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,9 @@ Masks = Mapping[str, Tensor]
 
 def lowered(model: nn.Module, inputs: Any) -> ChannelGraph:
     """The graph of a model, every op of it known."""
-    graph = lower(capture(model.eval(), inputs), strict=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Python number of the batch size")
+        graph = lower(capture(model.eval(), inputs), strict=True)
     assert [op.reason for op in graph.opaque] == []
     return graph
 

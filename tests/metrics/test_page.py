@@ -17,6 +17,8 @@ import fxprune
 from fxprune.cli import run
 from fxprune.metrics import Report
 
+pytestmark = pytest.mark.filterwarnings("ignore:set_masks. 1 masks were set:UserWarning")
+
 
 def report() -> Report:
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 4, 5))

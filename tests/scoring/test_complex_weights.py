@@ -68,6 +68,7 @@ def test_the_derivative_by_a_factor(net: Operator, data: tuple[Tensor, Tensor]) 
     assert torch.allclose(squared(weight), weight.real**2 + weight.imag**2)
 
 
+@pytest.mark.filterwarnings("ignore:layer collapse:UserWarning")
 @pytest.mark.parametrize(
     "method",
     "magnitude snip synflow grasp grasp-it force iter-snip prospr obd taylor lamp ntk-sap".split(),

@@ -41,6 +41,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_hidden_units_go(kind: str, last: bool) -> None:
@@ -195,6 +196,7 @@ def test_a_direction_that_nothing_reads_keeps_the_width_of_the_other() -> None:
     assert_same(outputs(model, x), outputs(small, x))
 
 
+@pytest.mark.filterwarnings("ignore:.*_flat_weights:UserWarning")
 def test_the_smaller_layer_trains_saves_and_loads(tmp_path: Path) -> None:
     x = torch.randn(4, 2, 3)
     small = assert_compacts(redrawn(Tagger(nn.LSTM, num_layers=2)), x, 0.5)

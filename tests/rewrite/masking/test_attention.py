@@ -92,6 +92,7 @@ def test_exported(strict):
     assert torch.allclose(program.module()(x), block(x), atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:set_masks. 1 masks were set:UserWarning")
 def test_masks_may_come_one_after_the_other():
     block, original, x, masks = pair("one")
     again = nets.Attention()

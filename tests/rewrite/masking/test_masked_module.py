@@ -197,6 +197,7 @@ def test_types_and_devices(name):
     assert ghost(x.to("meta")).is_meta
 
 
+@pytest.mark.filterwarnings("ignore:set_masks. 1 masks were set:UserWarning")
 def test_a_mask_on_a_model_without_values():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(3, 2), nets.LAYERS["std"][0]())

@@ -136,6 +136,7 @@ def test_a_graph_that_is_split_has_its_standardised_weights_masked_twice(mesh: o
     fxprune.verify(graph)
 
 
+@pytest.mark.filterwarnings("ignore:set_masks. 1 masks were set:UserWarning")
 def test_what_is_not_split_by_rows_is_refused(mesh: object) -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2))
     fully_shard(model, mesh=mesh, shard_placement_fn=lambda parameter: Shard(parameter.dim() - 1))
