@@ -17,7 +17,14 @@ LIBRARIES = {"fxprune.plot": "matplotlib"} | {
 """Modules whose examples need a library that is optional."""
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__main__")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LIBRARIES else name
+        for name in MODULES
+        if not name.endswith("__main__")
+    ],
+)
 def test_examples(name: str) -> None:
     if name in LIBRARIES:
         pytest.importorskip(LIBRARIES[name])

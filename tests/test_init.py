@@ -47,6 +47,7 @@ def test_names_for_type_checkers_are_those_of_the_package() -> None:
     assert sorted(homes) == fxprune.__all__
 
 
+@pytest.mark.slow
 def test_the_room_capture_does_not_hide_the_function() -> None:
     code = "import fxprune; from fxprune.capture import capture; assert fxprune.capture is capture"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -134,7 +134,7 @@ def everything(rank: int, folder: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def results(request: pytest.FixtureRequest, tmp_path_factory: Any) -> list[dict[str, Any]]:
     folder = str(tmp_path_factory.mktemp("files"))
     found = together(request.param, everything, folder, timeout=120.0)

@@ -54,6 +54,7 @@ def test_a_folder_is_pruned_on_text_and_written_back(folder: Path, tmp_path: Pat
     assert again.generate(ids, max_new_tokens=3, do_sample=False, min_new_tokens=3).shape == (1, 5)
 
 
+@pytest.mark.slow
 def test_arrays_are_calibration_data_too(folder: Path, tmp_path: Path, capsys: Any) -> None:
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 13, (16, 8)))
     np.savez(tmp_path / "ids.npz", input_ids=np.random.default_rng(0).integers(0, 13, (16, 8)))

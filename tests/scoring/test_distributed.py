@@ -80,7 +80,7 @@ def same(left: Masks, right: Masks) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Return what every process of 2, and of 4, found."""
     return together(request.param, everything)

@@ -15,6 +15,7 @@ from fxprune.paths.count import flow
 from methods.problems import asked
 
 
+@pytest.mark.slow
 def test_refinement_finds_the_best_taps_of_a_layer_by_enumeration() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, bias=False), nn.Conv2d(2, 1, 3, padding=1, bias=False))

@@ -15,6 +15,7 @@ def test_activity_depends_on_the_data_alone_once_the_masks_are_given() -> None:
     assert torch.allclose(2 * activities(asked)[0], activities(twice)[0])
 
 
+@pytest.mark.slow
 def test_more_paths_than_a_float_can_count() -> None:
     # Every path is active, each layer multiplies their number by 64: 64^400 is 10^722.
     layers = [layer for _ in range(400) for layer in (nn.Linear(64, 64, bias=False), nn.ReLU())]

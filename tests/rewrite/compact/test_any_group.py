@@ -117,6 +117,7 @@ def test_tokens(architecture: Architecture, seed: int) -> None:
     check(architecture, seed)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, **SETTINGS)
 @given(architectures("vector"), st.integers(0, 99))
 def test_vectors(architecture: Architecture, seed: int) -> None:

@@ -328,6 +328,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_a_whole_file_and_nothing_else(tmp_path: Path) -> None:
     file = tmp_path / "file"
     process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(file)], stdout=subprocess.PIPE)

@@ -37,6 +37,7 @@ def test_forward(kind, training, grad):
         assert torch.allclose(block(x), original(x), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "training", "grad"), one_in(3, KINDS, [True, False], [True, False]))
 def test_compiled(kind, training, grad):
     block, original, x, _ = pair(kind)
