@@ -89,13 +89,23 @@ class Compaction:
         before, after = self.parameters
         lines.append(f"parameters {before:,} -> {after:,}, MACs {self.macs[0]:,} -> {self.macs[1]:,}")
         if before == after:
-            lines.append(
-                "nothing to remove: no channel is without effective weights (unstructured masks at a low "
-                "sparsity leave every channel alive; use granularity='channel' or a higher sparsity)"
-            )
+            lines.append(self._nothing())
         if self.difference is not None:
             lines.append(f"verified: largest difference {self.difference:.1e} of the largest output")
         return "\n".join(lines)
+
+    def _nothing(self) -> str:
+        """Say why nothing was removed."""
+        held = self.given_back + sum(layer.tied for layer in self.layers)
+        if held:
+            return (
+                f"nothing was removed: {held} output channels without effective weights are held by others; the"
+                " last column says by which"
+            )
+        return (
+            "nothing to remove: no channel is without effective weights (unstructured masks at a low sparsity"
+            " leave every channel alive; use granularity='channel' or a higher sparsity)"
+        )
 
 
 def tabulate(

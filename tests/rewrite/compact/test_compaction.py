@@ -287,6 +287,26 @@ def test_nothing_to_remove_says_so() -> None:
     assert_same(run(model, x), run(small, x))
 
 
+class RunningSums(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4, bias=False), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(self.first(x).cumsum(1))
+        return out
+
+
+def test_channels_that_are_held_are_not_called_nothing() -> None:
+    model, x = RunningSums(), torch.randn(5, 3)
+    with torch.no_grad():
+        model.first.weight[1] = 0.0
+    table = fxprune.compact(model, x).meta["fxprune"]["compaction"]
+    assert table.given_back == 1
+    assert "nothing was removed: 1 output channels without effective weights are held" in str(table)
+    assert "nothing to remove" not in str(table)
+
+
 class GroupNormed(nn.Module):
     """A group norm, as a module or as a function, between two convolutions."""
 
