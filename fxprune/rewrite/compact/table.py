@@ -99,8 +99,8 @@ class Compaction:
         held = self.given_back + sum(layer.tied for layer in self.layers)
         if held:
             return (
-                f"nothing was removed: {held} output channels without effective weights are held by others; the"
-                " last column says by which"
+                f"nothing was removed: {held} output channels without effective weights are held by others;"
+                " the last column says by which"
             )
         return (
             "nothing to remove: no channel is without effective weights (unstructured masks at a low sparsity"
