@@ -101,7 +101,7 @@ class Rewriter:
             assert value is not None
             self._sizes(node, value)
         elif name in ("reshape", "view"):
-            self._view_of_vector(node)
+            self._view_of_parameter(node)
         elif name == "unflatten" and self._shrinks(value):
             assert value is not None
             given = _given(node, "dim", "sizes")
@@ -175,18 +175,18 @@ class Rewriter:
         sizes = [int(kept[low:high].sum()) for low, high in itertools.pairwise(bounds)]
         node.args, node.kwargs = (source, sizes), {"dim": 0}
 
-    def _view_of_vector(self, node: fx.Node) -> None:
-        """Set the size of a vector of parameters that is cut where it is viewed with axes of size one."""
+    def _view_of_parameter(self, node: fx.Node) -> None:
+        """Set the sizes of a parameter that is cut where a view adds or leaves out axes of size one."""
         source = node.args[0]
         if not isinstance(source, fx.Node) or source.op != "get_attr" or source.target not in self.slices:
             return
-        old = source.meta["val"].shape
         packed = len(node.args) == 2 and isinstance(node.args[1], (list, tuple))
         sizes: list[Any] = list(node.args[1] if packed else node.args[1:])  # type: ignore[arg-type]
-        if len(old) == 1 and [size for size in sizes if size != 1] == [old[0]]:
-            sizes = [
-                self.slices[str(source.target)].new_shape[0] if size == old[0] else size for size in sizes
-            ]
+        new = self.slices[str(source.target)].new_shape
+        pairs = [(a, b) for a, b in zip(source.meta["val"].shape, new, strict=True) if a != 1]
+        if [size for size in sizes if size != 1] == [before for before, _ in pairs]:
+            left = iter(after for _, after in pairs)
+            sizes = [size if size == 1 else next(left) for size in sizes]
             node.args = (source, tuple(sizes)) if packed else (source, *sizes)
 
     def _parts(self, node: fx.Node, source: ir.Value, dim: int) -> list[int]:

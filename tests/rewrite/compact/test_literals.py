@@ -103,3 +103,28 @@ def test_a_vector_that_is_viewed_by_its_size_is_cut() -> None:
     assert dict(small.named_parameters())["scale"].shape[0] < 6
     with torch.no_grad():
         assert torch.allclose(small(x), pruned(x), atol=1e-6)
+
+
+class Token(nn.Module):
+    """A class token as `einops.repeat` adds it: its parameter is viewed by its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.token, self.table = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(6, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.first(x)
+        token = self.token.reshape(1, 8).unsqueeze(0).expand(x.shape[0], -1, -1)
+        y: Tensor = self.last((torch.cat([token, tokens], 1) + self.table.view(1, 6, 1, 8)[:, :, 0]).relu())
+        return y
+
+
+def test_parameters_that_are_viewed_by_their_sizes_are_cut() -> None:
+    net, x = Token(), torch.randn(2, 5, 3)
+    pruned = fxprune.apply(net, "magnitude", 0.4, granularity="channel", example_inputs=x, progress=False)
+    small = fxprune.compact(pruned, x)
+    table = small.meta["fxprune"]["compaction"]
+    assert table.given_back == 0, str(table)
+    assert small.get_parameter("token").shape[-1] == small.get_parameter("table").shape[-1] < 8
+    assert torch.allclose(pruned(x), small(x), atol=1e-6)
