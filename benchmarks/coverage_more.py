@@ -11,8 +11,10 @@ line per model goes to a file next to this script as it is done, so that a run g
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -51,6 +53,11 @@ QUICK = False
 MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {**more_models.MODELS, **more_nets.MODELS}
 CHECKS = ("captured", "eval", "train", "lowered", "magnitude", "step", "synflow", "channel")
 PACKAGES = {"torch_geometric": "torch-geometric"}
+SHARED = (
+    "torch._dynamo", "transformers.modeling_utils", "transformers.loss.loss_utils", "transformers.generation",
+    "diffusers.models.unets", "fxprune.api", "fxprune.rewrite.compact.compaction",
+)  # fmt: skip
+"""Imported once, before the processes part: each would need seconds for them."""
 PRUNABLE = 0.97
 
 
@@ -261,6 +268,9 @@ def main(words: list[str]) -> None:
     known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     done = {row["name"]: row for row in known}
     if words != ["--table"]:
+        for module in SHARED:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
         for name in MODELS:
             if not (any(word in name for word in words) if words else name not in done):
                 continue

@@ -3,6 +3,6 @@
 from fxprune.capture.entry import capture, capture_leaf
 from fxprune.capture.errors import CaptureError
 from fxprune.capture.inputs import example_inputs_for
-from fxprune.capture.modes import ModeSwitch
+from fxprune.capture.modes import ModeSwitch, evaluation_only
 
-__all__ = ["CaptureError", "ModeSwitch", "capture", "capture_leaf", "example_inputs_for"]
+__all__ = ["CaptureError", "ModeSwitch", "capture", "capture_leaf", "evaluation_only", "example_inputs_for"]

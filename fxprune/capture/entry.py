@@ -29,7 +29,8 @@ from fxprune.capture.errors import (
     where,
 )
 from fxprune.capture.fidelity.compare import Differences, computes_same
-from fxprune.capture.fidelity.search import faithful_graph, resolve_types
+from fxprune.capture.fidelity.followed_types import resolve_types
+from fxprune.capture.fidelity.search import faithful_graph
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaf_forms import leaf_form

@@ -6,17 +6,29 @@ from typing import Any
 
 from torch import fx, nn
 
-__all__ = ["ModeBranch", "ModeSwitch", "Switches"]
+from fxprune.torch_private import check_number
+
+__all__ = ["ModeBranch", "ModeSwitch", "Switches", "evaluation_only"]
+
+GUARD = "mode_guard"
 
 
 class ModeSwitch(nn.Module):
     """Returns its first argument in training, its second in evaluation. It has no state.
+
+    ``refusal``: the error of a graph that holds in evaluation alone, which it keeps from training.
 
     Example:
         >>> switch = ModeSwitch()
         >>> switch(0.1, 0.0), switch.eval()(0.1, 0.0)
         (0.1, 0.0)
     """
+
+    refusal = ""
+
+    def __init__(self, refusal: str = "") -> None:
+        super().__init__()
+        self.refusal = refusal
 
     def forward(self, when_training: Any, when_evaluating: Any) -> Any:
         return when_training if self.training else when_evaluating
@@ -91,6 +103,18 @@ class Switches:
             before = before.prev
         return None
 
+    def refuse_training(self, graph: fx.Graph, told: str) -> None:
+        """Make the graph raise ``AssertionError`` in training, for it is that of evaluation alone."""
+        name = GUARD
+        while hasattr(self.model, name):
+            name += "_"
+        self.modules[name] = ModeSwitch(told).train(self.model.training)
+        first = next(node for node in graph.nodes if node.op != "placeholder")
+        with graph.inserting_before(first):
+            switch = graph.create_node("call_module", name, (False, True))
+            check = graph.call_function(check_number, (switch, told))
+        switch.meta["val"], check.meta["val"] = True, None
+
     def drop_unused(self, graph: fx.Graph) -> None:
         """Remove calls of switches whose choice nobody reads."""
         for node in reversed(graph.nodes):
@@ -99,6 +123,11 @@ class Switches:
 
     def _is_switch(self, name: str) -> bool:
         return isinstance(self.modules.get(name) or self.model.get_submodule(name), ModeSwitch)
+
+
+def evaluation_only(model: nn.Module) -> list[ModeSwitch]:
+    """List the switches that keep a graph from running in training; in evaluation mode they let it."""
+    return [module for module in model.modules() if isinstance(module, ModeSwitch) and module.refusal]
 
 
 def _replaced(value: Any, key: tuple[Any, ...], new: Any) -> Any:

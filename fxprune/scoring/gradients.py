@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, hardsigmoid, relu6
 from torch.overrides import TorchFunctionMode
 
+from fxprune.capture import evaluation_only
 from fxprune.scoring.contract import Problem
 from fxprune.scoring.data import Batch, pieces, seeded
 from fxprune.scoring.data import batches as read_batches
@@ -48,6 +49,8 @@ def scoring(problem: Problem, mode: Mode) -> Iterator[None]:
     try:
         with torch.inference_mode(False), torch.enable_grad(), seeded(problem):
             problem.model.train(mode == "train")
+            for guard in evaluation_only(problem.model):  # a graph of evaluation is scored as such
+                guard.eval()
             yield
     finally:
         for module, training in modes.items():

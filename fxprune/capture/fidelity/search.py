@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
 
-from fxprune.capture.errors import TRACE_ERRORS, HookError, first_line, where
+from fxprune.capture.errors import TRACE_ERRORS, CaptureError, HookError, first_line, where
 from fxprune.capture.fidelity.compare import (
     Differences,
     compare,
@@ -27,25 +26,27 @@ from fxprune.capture.fidelity.compare import (
 )
 from fxprune.capture.fidelity.guards import guard_constants, guard_decisions, guard_sizes, guarded_sizes
 from fxprune.capture.fidelity.merge import merge
+from fxprune.capture.fidelity.followed_types import resolve_types
 from fxprune.capture.fidelity.other_inputs import OTHER_TYPE, Inputs, extent
 from fxprune.capture.hooks import Hook, keeps_hooks, similar_hooks
 from fxprune.capture.leaves import is_leaf
-from fxprune.capture.modes import Switches
+from fxprune.capture.modes import Switches, evaluation_only
 from fxprune.capture.module import CapturedModule
-from fxprune.capture.tracer.entries import DtypeOf
 from fxprune.capture.tracer.isolation import ModelState
 from fxprune.capture.tracer.memos import Cache, find_caches
 from fxprune.capture.tracer.meta_values import Shadows, map_structure
 from fxprune.capture.tracer.questions import Answers
+from fxprune.capture.tracer.sample_values import needs_numbers
 from fxprune.capture.tracer.trace import Trace, remove_dead_code, trace
 from fxprune.capture.tracer.values import Values
 
-__all__ = ["Faithful", "faithful_graph", "resolve_types"]
+__all__ = ["Faithful", "faithful_graph"]
 
 NOT_RUN = (
     "changes nothing in the graph and does not run with it, for the graph does not call this module; "
     "register it on one that it calls"
 )
+INSTEAD = "prune with returns='module', which trains as the model does"
 COUNTS_VALUES = "it makes a Python number of the numbers in a tensor (by an index, len or range)"
 COUNTS_BATCH = "it makes a Python number of the batch size (int, len, range or iteration)"
 
@@ -84,6 +85,7 @@ class _Search:
     notes: dict[str, str] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict)
     refusal: str = ""
+    untraced: bool = False
     one_image_size: bool = False
     one_batch_size: bool = False
     frozen: bool = False
@@ -144,11 +146,9 @@ class _Search:
             self.forget_memos(training, training=True)
         modes = compare(base, training) if training else Differences()
         take_regions(modes)
+        switches = Switches(self.model)
         if training is None:
-            self.notes[""] = (
-                f"its forward fails in training mode with these inputs ({self.refusal}); "
-                "the graph is that of evaluation"
-            )
+            self.no_training(base, switches)
         elif self.keep_whole({**training.reasons, **_writers(training)}):
             return None
         elif self.keep_whole(dict.fromkeys(modes.modules - {""}, "")):
@@ -169,13 +169,28 @@ class _Search:
             if "" in types.modules:
                 self.notes.setdefault("", "it does something else in other types; the graph holds for these")
             resolve_types(base, types)
-        switches = Switches(self.model)
         if training and modes.modules:
             merge(self.model, base, training, switches)
         else:
             for constant in modes.constants:
                 switches.insert(constant.node, constant.path, constant.key, constant.second, constant.first)
         return self.finish(base, switches, together, others)
+
+    def no_training(self, base: Trace, switches: Switches) -> None:
+        """Say that the graph is that of evaluation; where the model itself trains, the graph refuses to."""
+        for guard in evaluation_only(self.model):  # the graph of a graph that was captured so
+            switches.refuse_training(base.graph, guard.refusal)
+            return
+        if not self.untraced:
+            self.notes[""] = (
+                f"its forward fails in training mode with these inputs ({self.refusal}); "
+                "the graph is that of evaluation"
+            )
+            return
+        reason = f"its forward cannot be traced in training mode ({self.refusal})"
+        self.notes[""] = f"{reason}; the graph is that of evaluation, and does not run in training: {INSTEAD}"
+        name = type(self.model).__name__
+        switches.refuse_training(base.graph, f"{name}: {reason}, this graph is for evaluation: {INSTEAD}")
 
     def find_observers(self) -> None:
         """Find the hooks without which both traces are the same; hooks of the same code count together."""
@@ -300,6 +315,7 @@ class _Search:
             if strict or (isinstance(error, HookError) and not other and left_out is None):
                 raise
             self.refusal = f"{first_line(error)}, {where(error, self.model)}"
+            self.untraced = isinstance(error, CaptureError) or needs_numbers(error)
             return None
         return None if other and not training and result.reasons.keys() - self.whole else result
 
@@ -350,47 +366,3 @@ def _inside(path: str, called: set[str]) -> bool:
 
 def _writers(found: Trace) -> dict[str, str]:
     return {path: f"its forward writes its attribute {name!r}" for path, name in found.changed.items()}
-
-
-def resolve_types(base: Trace, found: Differences) -> None:
-    """Types among the arguments become nodes where they follow the inputs' precision, constants elsewhere.
-
-    ``found`` compares ``base`` with a trace in another precision: what is a constant there is one here.
-    """
-    followers: dict[fx.Node, list[bool]] = {}
-    for other, node in found.pairs.items():
-        mine, theirs = _types(node), _types(other)
-        if len(mine) == len(theirs):
-            followers[node] = [
-                isinstance(a, DtypeOf) and isinstance(b, DtypeOf) and a.dtype != b.dtype
-                for a, b in zip(mine, theirs, strict=True)
-            ]
-    for node in list(base.graph.nodes):
-        if not any(isinstance(item, DtypeOf) for item in _types(node)):
-            continue
-        follows = iter(followers.get(node, ()))
-
-        def resolved(item: Any, node: fx.Node = node, follows: Any = follows) -> Any:
-            follow = next(follows, False) if isinstance(item, DtypeOf | torch.dtype) else False
-            if not isinstance(item, DtypeOf):
-                return item
-            if not follow:
-                return item.dtype
-            with base.graph.inserting_before(node):
-                made = base.graph.call_function(getattr, (item.source, "dtype"))
-            made.meta["val"] = item.dtype
-            return made
-
-        node.args, node.kwargs = map_aggregate(node.args, resolved), map_aggregate(node.kwargs, resolved)
-
-
-def _types(node: fx.Node) -> list[Any]:
-    found: list[Any] = []
-
-    def look(item: Any) -> Any:
-        if isinstance(item, DtypeOf | torch.dtype):
-            found.append(item)
-        return item
-
-    map_aggregate((node.args, node.kwargs), look)
-    return found

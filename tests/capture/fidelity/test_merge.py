@@ -2,13 +2,18 @@
 
 import copy
 import pickle
+import random
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from capture.faithful import assert_faithful
+from fxprune import apply, masks
 from fxprune.capture import CaptureError, ModeSwitch, capture
 
 
@@ -137,6 +142,66 @@ def test_a_model_that_cannot_train_on_these_inputs_is_captured_for_evaluation() 
     with pytest.warns(UserWarning, match="fails in training mode with these inputs"):
         gm = capture(NeedsTargets(), torch.empty(2, 4))
     assert torch.equal(gm.eval()(torch.ones(1, 4)), torch.full((1, 4), 2.0))
+
+
+class LayerDrop(nn.Module):
+    """Leaves out layers by a random number, in training."""
+
+    def __init__(self, draw: Callable[[], Any]) -> None:
+        super().__init__()
+        self.layers, self.draw = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if not (self.training and self.draw() < 0.5):
+                x = layer(x).relu()
+        return x
+
+
+DRAWS: dict[str, Callable[[], Any]] = {
+    "torch": lambda: torch.rand([]),
+    "item": lambda: torch.rand(1).item(),
+    "python": random.random,
+    "numpy": np.random.rand,
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_graph_of_evaluation_refuses_to_train_where_the_model_trains_otherwise(draw: str) -> None:
+    model, x = LayerDrop(DRAWS[draw]), torch.randn(2, 4)
+    with pytest.warns(UserWarning, match="cannot be traced in training mode.*returns='module'"):
+        gm = capture(model, x)
+    for graph in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)) if draw == "python" else gm):
+        assert torch.equal(graph.eval()(x), model.eval()(x))
+        with pytest.raises(AssertionError, match="LayerDrop: .* this graph is for evaluation.*returns='modu"):
+            graph.train()(x)
+    again = capture(gm.eval(), x)
+    assert torch.equal(again(x), model.eval()(x))
+    with pytest.raises(AssertionError, match="this graph is for evaluation"):
+        again.train()(x)
+    assert list(gm.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:capture:UserWarning")
+def test_a_model_that_drops_layers_is_pruned_and_trains_as_its_own_class() -> None:
+    model, x = LayerDrop(DRAWS["torch"]).train(), torch.randn(8, 4)
+    data = (x, torch.arange(8) % 4)
+    graph = apply(model, "snip", 0.5, example_inputs=x, data=data, progress=False)
+    with pytest.raises(AssertionError, match="this graph is for evaluation"):
+        graph(x)
+    pruned = apply(model, "snip", 0.5, example_inputs=x, data=data, progress=False, returns="module")
+    found = [pruned(x) for _ in range(20)]
+    assert not all(torch.equal(found[0], other) for other in found)
+    assert all(torch.equal(mask, masks(graph)[name]) for name, mask in masks(pruned).items())
+    for seed in range(5):  # the model with the weights of its masks draws as the pruned one does
+        plain = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, mask in masks(pruned).items():
+                plain.get_parameter(name).mul_(mask)
+        torch.manual_seed(seed)
+        wanted = plain(x)
+        torch.manual_seed(seed)
+        assert torch.equal(pruned(x), wanted)
 
 
 def test_flags_are_the_models() -> None:
