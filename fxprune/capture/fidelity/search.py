@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError, HookError, first_line, where
@@ -24,9 +23,9 @@ from fxprune.capture.fidelity.compare import (
     computes_same,
     computes_same_apart_from_order,
 )
+from fxprune.capture.fidelity.followed_types import resolve_types
 from fxprune.capture.fidelity.guards import guard_constants, guard_decisions, guard_sizes, guarded_sizes
 from fxprune.capture.fidelity.merge import merge
-from fxprune.capture.fidelity.followed_types import resolve_types
 from fxprune.capture.fidelity.other_inputs import OTHER_TYPE, Inputs, extent
 from fxprune.capture.hooks import Hook, keeps_hooks, similar_hooks
 from fxprune.capture.leaves import is_leaf

@@ -173,7 +173,9 @@ def test_a_graph_of_evaluation_refuses_to_train_where_the_model_trains_otherwise
         gm = capture(model, x)
     for graph in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm)) if draw == "python" else gm):
         assert torch.equal(graph.eval()(x), model.eval()(x))
-        with pytest.raises(AssertionError, match="LayerDrop: .* this graph is for evaluation.*returns='modu"):
+        with pytest.raises(
+            AssertionError, match=r"LayerDrop: .* this graph is for evaluation.*returns='modu"
+        ):
             graph.train()(x)
     again = capture(gm.eval(), x)
     assert torch.equal(again(x), model.eval()(x))
