@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
+import pickle
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from fxprune.capture.hooks import FORWARD_TABLES
-from fxprune.capture.tracer.reachable import CACHED, Place, Reachable
+from fxprune.capture.tracer.reachable import CACHED, Place, Reachable, is_generator
 from fxprune.capture.tracer.snapshots import content, is_same, rebound_entry, restore
 
 __all__ = ["Changes", "ModelState", "restore_rng", "rng_state", "seed_rng"]
@@ -35,13 +36,16 @@ class Changes:
 class ModelState:
     """The state of ``model`` and of all that its code can write, as it is when this object is made.
 
-    ``places`` are where cached and scripted functions are found.
+    ``places`` are where cached and scripted functions are found, ``generators`` the random generators, apart
+    from PyTorch's, that the code has of its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
         found = Reachable(model)
         self.places: list[Place] = found.places
         self._saved = [(container, content(container.value)) for container in found.containers]
+        reached = (container.value for container in found.containers)
+        self.generators = tuple(value for value in reached if is_generator(type(value)))
         self._caches = {id(place.function): place.function for place in found.places}
         self._misses = {key: _misses(function) for key, function in self._caches.items()}
         self._rng = torch.get_rng_state(), rng_state()
@@ -79,22 +83,28 @@ class ModelState:
         restore_rng(self._rng[1])
 
 
-def rng_state() -> tuple[Any, ...]:
-    """The state of the random generators of Python and numpy: comparable, and equal while nobody draws."""
+def rng_state(own: Sequence[Any] = ()) -> tuple[Any, ...]:
+    """The state of the random generators of Python and numpy, and of ``own`` ones.
+
+    It is comparable, and equal while nobody draws.
+    """
     numpy = sys.modules.get("numpy")
+    held = tuple(pickle.dumps(content(generator)) for generator in own)
     if numpy is None:
-        return (random.getstate(),)
+        return random.getstate(), None, held
     kind, key, *rest = numpy.random.get_state()
-    return random.getstate(), (kind, key.tobytes(), *rest)
+    return random.getstate(), (kind, key.tobytes(), *rest), held
 
 
-def restore_rng(state: tuple[Any, ...]) -> None:
+def restore_rng(state: tuple[Any, ...], own: Sequence[Any] = ()) -> None:
     """Undo draws: set the generators to what :func:`rng_state` returned."""
     random.setstate(state[0])
-    if len(state) > 1:
+    if state[1] is not None:
         numpy = sys.modules["numpy"]
         kind, key, *rest = state[1]
         numpy.random.set_state((kind, numpy.frombuffer(key, dtype=numpy.uint32), *rest))
+    for generator, held in zip(own, state[2], strict=False):
+        restore(generator, pickle.loads(held))
 
 
 def seed_rng(seed: int) -> None:

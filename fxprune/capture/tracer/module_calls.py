@@ -43,13 +43,15 @@ class CallSettings:
     """Hold the settings of the calls of one trace.
 
     ``whole`` names the modules not to enter; ``left_out`` are hooks that are not run; ``reasons`` gets the
-    modules that could not be entered. ``watching``: look which modules draw random numbers outside PyTorch.
+    modules that could not be entered. ``watching``: look which modules draw random numbers outside PyTorch,
+    also from ``generators`` of their own.
     """
 
     whole: frozenset[str] = frozenset()
     left_out: frozenset[Hook] = frozenset()
     reasons: dict[str, str] = field(default_factory=dict)
     watching: bool = False
+    generators: tuple[Any, ...] = ()
 
 
 class Caller:
@@ -161,13 +163,13 @@ class Caller:
                     stack.enter_context(tape.inside(path, module))
                 result = module.forward(*args, **kwargs)
             if self.rng_state() != before:
-                restore_rng(before)
+                self.restore_rng(before)
                 raise CaptureError("its forward draws random numbers outside PyTorch, which a graph cannot")
             return result
         except (*TRACE_ERRORS, Question, TrialOver):
             tape.rollback(start)
             if self.setting.watching:  # else the modules around would seem to have drawn
-                restore_rng(before)
+                self.restore_rng(before)
             raise
 
     def without_methods(
@@ -208,7 +210,10 @@ class Caller:
         return call
 
     def rng_state(self) -> tuple[Any, ...]:
-        return rng_state() if self.setting.watching else ()
+        return rng_state(self.setting.generators) if self.setting.watching else ()
+
+    def restore_rng(self, state: tuple[Any, ...]) -> None:
+        restore_rng(state, self.setting.generators)
 
     def leaf(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One node for a module, which may draw what it likes."""
@@ -217,7 +222,7 @@ class Caller:
             return self.recorder.leaf(path, module, args, kwargs)
         finally:
             if self.setting.watching:
-                restore_rng(before)
+                self.restore_rng(before)
 
     def as_compiler(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.compiling = True

@@ -13,7 +13,16 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from types import CellType, CodeType, FunctionType, MappingProxyType, MethodType, ModuleType, SimpleNamespace
+from types import (
+    BuiltinMethodType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MappingProxyType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import torch
@@ -22,7 +31,7 @@ from torch import Tensor, nn
 from fxprune.capture.hooks import FORWARD_TABLES, GLOBAL_TABLES, KINDS, hook_name
 from fxprune.capture.tracer.snapshots import Globals, plain_dict
 
-__all__ = ["ATOMS", "CACHED", "TABLES", "Place", "Reachable"]
+__all__ = ["ATOMS", "CACHED", "TABLES", "Place", "Reachable", "is_generator"]
 
 LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "fxprune", "functorch", "triton"}
 WRAPPERS = ("collections", "queue", "weakref")
@@ -118,7 +127,7 @@ class Reachable:
             self._function(owner, value)
         elif issubclass(kind, type):
             self._class(owner, value, created=True)
-        elif issubclass(kind, random.Random | torch.Generator) or _is_numpy_generator(kind):
+        elif issubclass(kind, torch.Generator) or is_generator(kind):
             self.containers.append(Container(owner, value))
         else:
             self._object(owner, value)
@@ -224,6 +233,8 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
             yield "cell_contents", value.cell_contents
     elif issubclass(kind, MethodType):
         yield from (("__func__", value.__func__), ("__self__", value.__self__))
+    elif issubclass(kind, BuiltinMethodType) and is_generator(type(value.__self__)):
+        yield "__self__", value.__self__
     elif issubclass(kind, functools.partial):
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
     elif issubclass(kind, property):
@@ -243,8 +254,15 @@ def _has_attributes(value: Any) -> bool:
     return own or _is_users(kind.__module__) or kind.__module__.startswith("torch.")
 
 
-def _is_numpy_generator(kind: type) -> bool:
-    return kind.__module__.startswith("numpy.random") and kind.__name__ in ("Generator", "RandomState")
+def is_generator(kind: type) -> bool:
+    """Whether objects of this class draw random numbers from a state, as those of Python and numpy do.
+
+    >>> is_generator(random.Random), is_generator(random.SystemRandom)
+    (True, False)
+    """
+    if issubclass(kind, random.Random):
+        return not issubclass(kind, random.SystemRandom)
+    return str(kind.__module__).startswith("numpy.random") and kind.__name__ in ("Generator", "RandomState")
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -100,11 +100,12 @@ def trace(
         for cache in caches:
             cache.entries.pop(cache.key, None)
         memos = run(CallSettings(whole, left_out)).memos if rehearsed else None
-        before = rng_state()
+        before = rng_state(state.generators)
         result = run(CallSettings(whole, left_out), memos)
-        result.drew = rng_state() != before
+        result.drew = rng_state(state.generators) != before
         if result.drew and not may_draw:
-            result = run(CallSettings(whole, left_out, watching=True), memos and result.memos)
+            watching = CallSettings(whole, left_out, watching=True, generators=state.generators)
+            result = run(watching, memos and result.memos)
         result.refilled = training or result.memos.explain(caches, model)
     leaves = {str(node.target) for node in result.graph.nodes if node.op == "call_module"}
     result.hook_writes = changes.hooks

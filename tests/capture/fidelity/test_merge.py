@@ -158,11 +158,23 @@ class LayerDrop(nn.Module):
         return x
 
 
+class DropsByItsOwn(nn.Module):
+    def __init__(self, generator: Any) -> None:
+        super().__init__()
+        self.layer, self.generator = nn.Linear(4, 4), generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and self.generator.random() < 0.5 else self.layer(x)
+
+
 DRAWS: dict[str, Callable[[], Any]] = {
     "torch": lambda: torch.rand([]),
     "item": lambda: torch.rand(1).item(),
     "python": random.random,
     "numpy": np.random.rand,
+    "own generator": random.Random(0).random,
+    "own numpy generator": np.random.default_rng(0).random,
+    "old numpy generator": np.random.RandomState(0).rand,
 }
 
 
@@ -182,6 +194,17 @@ def test_a_graph_of_evaluation_refuses_to_train_where_the_model_trains_otherwise
     with pytest.raises(AssertionError, match="this graph is for evaluation"):
         again.train()(x)
     assert list(gm.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:capture:UserWarning")
+@pytest.mark.parametrize("make", [random.Random, np.random.default_rng])
+def test_a_part_that_draws_from_a_generator_of_its_own_stays_whole(make: Callable[[int], Any]) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), DropsByItsOwn(make(0))), torch.randn(2, 4)
+    captured = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match=r"1 \(DropsByItsOwn\) kept whole: its forward draws random numbers"):
+        gm = capture(captured, x)
+    assert kinds(gm) == ["Linear", "DropsByItsOwn"]
+    assert all(torch.equal(gm(x), model(x)) for _ in range(10))  # and nothing was drawn by the capture
 
 
 @pytest.mark.filterwarnings("ignore:capture:UserWarning")
