@@ -23,6 +23,7 @@ import re
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,6 +36,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.lowering import matrices_outside
+from fxprune.rewrite.masking.computed import settled
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "coverage_more.jsonl"
@@ -59,6 +61,7 @@ SHARED = (
 )  # fmt: skip
 """Imported once, before the processes part: each would need seconds for them."""
 PRUNABLE = 0.97
+REFUSAL = "this graph is for evaluation"
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -144,6 +147,15 @@ def smaller(model: nn.Module, inputs: Any) -> str:
     return found or ("" if count[1] < count[0] else "nothing went")
 
 
+def held(gm: nn.Module) -> str:
+    """Say why no channel of a network may go; "" if one may."""
+    groups = fxprune.channel_groups(gm)
+    reasons = Counter(group.reason for group in groups if group.size)
+    if "" in reasons:
+        return ""
+    return "no channel may go: " + ("; ".join(reason for reason, _ in reasons.most_common(3)) or "no layer")
+
+
 def measure(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -168,19 +180,33 @@ def measure(name: str) -> dict[str, Any]:
         graph = tried(row, "lowered", lambda: fxprune.lower(gm))
         if graph is not None:
             row["opaque"] = sorted({op.reason for op in graph.opaque})
-            outside = matrices_outside(gm, graph)
+            plain = settled(model)
+            if plain is not model:  # weights that it computes (weight_norm) are pruned as such
+                gm_of_plain = fxprune.capture(plain, inputs)
+                graph = fxprune.lower(gm_of_plain)
+                outside = matrices_outside(gm_of_plain, graph)
+            else:
+                outside = matrices_outside(gm, graph)
             row["outside"] = dict(list(outside.items())[:8])
             row["share"] = round(graph.prunable / max(graph.prunable + sum(outside.values()), 1), 3)
     if QUICK:
         return row
     row["lower_s"] = round(time.process_time() - start - row["capture_s"], 2)
-    returns = "graph" if gm is not None else "module"
+    refuses = REFUSAL in row.get("train", "")
+    if refuses:  # as it says itself; its own class is pruned and trained
+        row["train"], row["refused"] = "", row["train"]
+    returns = "graph" if gm is not None and not refuses else "module"
     options: Any = {"example_inputs": inputs, "progress": False, "returns": returns}
     pruned = tried(row, "magnitude", lambda: fxprune.apply(model, "magnitude", 0.5, **options))
     if pruned is not None and trains is not None:
         tried(row, "step", lambda: step(pruned, inputs))
     tried(row, "synflow", lambda: fxprune.apply(model, "synflow", 0.5, rounds=2, **options))
-    tried(row, "channel", lambda: smaller(model, inputs))
+    none = tried(row, "held", lambda: held(gm)) if gm is not None else None
+    if none:
+        row["channel"], row["held"] = None, none
+    else:
+        row.pop("held", None)
+        tried(row, "channel", lambda: smaller(model, inputs))
     row["seconds"] = round(time.process_time() - start, 1)
     return row
 
@@ -230,11 +256,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         "",
         "Small models with random weights, each in a process of its own; outputs are compared with those of",
         "the eager model, run before. *Prunable* is the share of matrix weights; *channel* means 30 % of the",
-        "channels removed, compacted, equal outputs. Written by `benchmarks/coverage_more.py`.",
+        "channels removed, compacted, equal outputs; *none may go* counts nets of which no channel can go (all",
+        "belong to inputs and outputs, say), which is no fault. *Refuses to train*: the graph of a model that",
+        "decides by random numbers is that of evaluation and says so; its own class was pruned and trained.",
+        "Written by `benchmarks/coverage_more.py`.",
         "",
         "| library | models | captured | exact eval | exact train | nothing opaque | prunable >= 97 % "
-        "| magnitude | training step | SynFlow | channel | clean |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| refuses to train | magnitude | training step | SynFlow | channel | none may go | clean |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for library in [*libraries, "all"]:
         own = [row for row in rows if library in ("all", row["name"].partition(":")[0])]
@@ -242,12 +271,16 @@ def table(rows: list[dict[str, Any]]) -> str:
         plain = sum(row.get("opaque") == [] for row in own)
         most = sum(row.get("share", 0) >= PRUNABLE for row in own)
         clean = sum(not faults(row) for row in own)
-        numbers = [len(own), *(good[check] for check in CHECKS[:3]), plain, most]
-        numbers += [good[check] for check in ("magnitude", "step", "synflow", "channel")]
+        refused = sum("refused" in row for row in own)
+        numbers = [len(own), *(good[check] for check in CHECKS[:2]), good["train"] - refused, plain, most]
+        numbers += [refused, *(good[check] for check in ("magnitude", "step", "synflow", "channel"))]
+        numbers.append(sum(bool(row.get("held")) for row in own))
         lines.append(f"| {library} {version(library)} | {' | '.join(map(str, numbers))} | {clean} |")
     lines += ["", "## What is left", ""]
     for row in rows:
         lines += [f"* `{row['name']}`: {fault}" for fault in faults(row)]
+    lines += ["", "## No channel may go", ""]
+    lines += [f"* `{row['name']}`: {row['held'].partition(': ')[2][:200]}" for row in rows if row.get("held")]
     lines += ["", "## All", "", "| model | weights | prunable | opaque | capture s | lower s | all s |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for row in rows:

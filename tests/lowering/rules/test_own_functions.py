@@ -30,6 +30,20 @@ class Shares(Halve):
         return x.abs() / x.abs().amax(-1, keepdim=True)
 
 
+class Root(Halve):
+    """No number for negative ones, as logarithms and square roots."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: float) -> Tensor:
+        return torch.sqrt(x)
+
+
+class RootOfMean(Halve):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: float) -> Tensor:
+        return torch.sqrt(x) * x.mean(-1, keepdim=True)
+
+
 def test_a_users_own_function_is_elementwise_if_it_computes_so() -> None:
     class Own(nn.Module):
         def __init__(self, function: type[torch.autograd.Function]) -> None:
@@ -51,3 +65,6 @@ def test_a_users_own_function_is_elementwise_if_it_computes_so() -> None:
     assert torch.equal(found["b.weight"], wanted["1.weight"])
     (op,) = lower(capture(Own(Shares), example)).opaque
     assert op.reason == "Shares.apply is not elementwise"
+    assert not lower(capture(Own(Root), example)).opaque
+    (op,) = lower(capture(Own(RootOfMean), example)).opaque
+    assert op.reason == "RootOfMean.apply is not elementwise"
