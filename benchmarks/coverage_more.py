@@ -57,7 +57,9 @@ CHECKS = ("captured", "eval", "train", "lowered", "magnitude", "step", "synflow"
 PACKAGES = {"torch_geometric": "torch-geometric"}
 SHARED = (
     "torch._dynamo", "transformers.modeling_utils", "transformers.loss.loss_utils", "transformers.generation",
-    "diffusers.models.unets", "fxprune.api", "fxprune.rewrite.compact.compaction",
+    "diffusers.models.unets", "segmentation_models_pytorch", "monai.networks.nets", "torch_geometric.nn",
+    "ultralytics.nn.tasks", "kornia.feature", "open_clip", "x_transformers", "torchaudio.models",
+    "fxprune.api", "fxprune.rewrite.compact.compaction",
 )  # fmt: skip
 """Imported once, before the processes part: each would need seconds for them."""
 PRUNABLE = 0.97
@@ -140,7 +142,7 @@ def smaller(model: nn.Module, inputs: Any) -> str:
     pruned = fxprune.apply(
         model, "magnitude", 0.3, granularity="channel", example_inputs=inputs, progress=False
     ).eval()
-    small = fxprune.compact(pruned).eval()
+    small = fxprune.compact(pruned, example_inputs=inputs).eval()
     count = [sum(p.numel() for p in net.parameters()) for net in (model, small)]
     with torch.no_grad():
         found = difference(run(small, inputs), run(pruned, inputs), 1e-4)
@@ -256,9 +258,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "",
         "Small models with random weights, each in a process of its own; outputs are compared with those of",
         "the eager model, run before. *Prunable* is the share of matrix weights; *channel* means 30 % of the",
-        "channels removed, compacted, equal outputs; *none may go* counts nets of which no channel can go (all",
-        "belong to inputs and outputs, say), which is no fault. *Refuses to train*: the graph of a model that",
-        "decides by random numbers is that of evaluation and says so; its own class was pruned and trained.",
+        "channels removed, compacted, equal outputs; *none may go*: nets of which no channel can go (all are",
+        "inputs or outputs, say), which is no fault. *Refuses to train*: the graph of a model that decides",
+        "by random numbers is that of evaluation and says so; its own class was pruned and trained.",
         "Written by `benchmarks/coverage_more.py`.",
         "",
         "| library | models | captured | exact eval | exact train | nothing opaque | prunable >= 97 % "

@@ -146,7 +146,16 @@ TRANSFORMERS: dict[str, Build] = {
     **text("Funnel", "ForMaskedLM", block_sizes=[1, 1], n_head=2, d_head=8),
     **text("Longformer", "ForMaskedLM", attention_window=[4, 4], pad_token_id=1),
     **text("BigBird", "ForMaskedLM", attention_type="original_full"),
-    **text("Nystromformer", "ForMaskedLM", num_landmarks=4),
+    **text(
+        "BigBird",
+        "ForMaskedLM",
+        prefix="bigbird_sparse",
+        attention_type="block_sparse",
+        block_size=2,
+        num_random_blocks=1,
+        inputs=lambda: words(24),
+    ),
+    **text("Nystromformer", "ForMaskedLM", num_landmarks=4, segment_means_seq_len=8, inputs=lambda: words(8)),
     **text("Yoso", "ForMaskedLM", use_expectation=True),
     **text("RoFormer", "ForMaskedLM", embedding_size=16),
     **text("FNet", "ForMaskedLM"),
@@ -202,6 +211,7 @@ TRANSFORMERS: dict[str, Build] = {
         "DeepseekV3",
         kv_lora_rank=8,
         q_lora_rank=8,
+        head_dim=4,
         qk_rope_head_dim=4,
         qk_nope_head_dim=4,
         v_head_dim=8,
@@ -303,8 +313,8 @@ TRANSFORMERS: dict[str, Build] = {
     **seen("Dinov2WithRegisters"),
     **seen("Swin", depths=[1, 1], embed_dim=8, num_heads=[2, 2], window_size=4, patch_size=4),
     **seen("Swinv2", depths=[1, 1], embed_dim=8, num_heads=[2, 2], window_size=4, patch_size=4),
-    **seen("ConvNext", depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], patch_size=4),
-    **seen("ConvNextV2", depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], patch_size=4),
+    **seen("ConvNext", depths=[1, 1, 1, 1], hidden_sizes=[16, 16, 16, 16], patch_size=4, side=64),
+    **seen("ConvNextV2", depths=[1, 1, 1, 1], hidden_sizes=[16, 16, 16, 16], patch_size=4, side=64),
     **seen("ResNet", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic"),
     **seen("RegNet", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], groups_width=8),
     **seen("Bit", embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], num_groups=4),
@@ -355,17 +365,22 @@ TRANSFORMERS: dict[str, Build] = {
         patch_size=2,
     ),
     **seen(
-        "EfficientNet", width_coefficient=0.2, depth_coefficient=0.2, hidden_dim=64, image_size=64, side=64
+        "EfficientNet", width_coefficient=0.2, depth_coefficient=0.2, hidden_dim=256, image_size=64, side=64
     ),
     **seen("MobileNetV2", depth_multiplier=0.25, image_size=64, side=64),
     **seen("FocalNet", embed_dim=8, depths=[1, 1], focal_levels=[1, 1], focal_windows=[3, 3], patch_size=4),
-    **seen("Dinat", "ForImageClassification", depths=[1, 1], embed_dim=8, num_heads=[2, 2], kernel_size=3),
-    **seen("VideoMAE", "Model"),
+    "transformers:videomae": hf(
+        "VideoMAEForVideoClassification",
+        "VideoMAEConfig",
+        lambda: {"pixel_values": torch.randn(2, 4, 3, 32, 32)},
+        num_frames=4,
+    ),
     **seen(
         "DPT",
         "ForDepthEstimation",
         image_size=32,
-        backbone_out_indices=[0, 0, 1, 1],
+        num_hidden_layers=4,
+        backbone_out_indices=[0, 1, 2, 3],
         neck_hidden_sizes=[8, 8, 8, 8],
         fusion_hidden_size=8,
         is_hybrid=False,
@@ -516,8 +531,8 @@ TRANSFORMERS: dict[str, Build] = {
         "MaskFormerForInstanceSegmentation",
         "MaskFormerConfig",
         lambda: {"pixel_values": image(64)},
-        fpn_feature_size=16,
-        mask_feature_size=16,
+        fpn_feature_size=32,
+        mask_feature_size=32,
         backbone_config={
             "model_type": "swin",
             "depths": [1, 1, 1, 1],
@@ -544,9 +559,9 @@ TRANSFORMERS: dict[str, Build] = {
         "Mask2FormerForUniversalSegmentation",
         "Mask2FormerConfig",
         lambda: {"pixel_values": image(64)},
-        feature_size=16,
-        mask_feature_size=16,
-        hidden_dim=16,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
         encoder_feedforward_dim=16,
         dim_feedforward=16,
         encoder_layers=1,
@@ -700,7 +715,7 @@ OTHERS: dict[str, Build] = {
         "CrossFormer",
         "crossformer",
         num_classes=5,
-        dim=(8, 8, 16, 16),
+        dim=(32, 32, 64, 64),
         depth=(1, 1, 1, 1),
         global_window_size=(4, 2, 2, 1),
         side=64,
@@ -748,23 +763,6 @@ OTHERS: dict[str, Build] = {
     "vit_pytorch:pit": _vit(
         "PiT", "pit", image_size=32, patch_size=4, num_classes=5, dim=16, depth=(1, 1), heads=2, mlp_dim=32
     ),
-    "vit_pytorch:twins": _vit(
-        "TwinsSVT",
-        "twins_svt",
-        num_classes=5,
-        s1_emb_dim=8,
-        s2_emb_dim=8,
-        s3_emb_dim=8,
-        s4_emb_dim=8,
-        s1_local_patch_size=2,
-        s2_local_patch_size=2,
-        s3_local_patch_size=1,
-        s1_global_k=2,
-        s2_global_k=2,
-        s3_global_k=1,
-        s3_depth=1,
-        side=32,
-    ),
     "vit_pytorch:xcit": _vit("XCiT", "xcit", **PLAIN, cls_depth=1),
     "vit_pytorch:sep_vit": _vit(
         "SepViT",
@@ -774,8 +772,7 @@ OTHERS: dict[str, Build] = {
         dim_head=8,
         heads=(1, 2),
         depth=(1, 1),
-        window_size=4,
-        side=64,
+        side=56,
     ),
     "vit_pytorch:mobile_vit": _vit(
         "MobileViT", "mobile_vit", (64, 64), [8, 8, 8], [8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 16], 5, side=64
@@ -793,9 +790,9 @@ def _library(name: str, build: Callable[[Any], tuple[nn.Module, Any]]) -> Build:
     return lambda: build(importlib.import_module(name))
 
 
-def _yolo(size: str) -> Build:
+def _yolo(size: str, kind: str = "DetectionModel") -> Build:
     def build(tasks: Any) -> tuple[nn.Module, Any]:
-        return tasks.DetectionModel(f"{size}.yaml", nc=3, verbose=False), image(64)
+        return getattr(tasks, kind)(f"{size}.yaml", nc=3, verbose=False), image(64)
 
     return _library("ultralytics.nn.tasks", build)
 
@@ -817,10 +814,10 @@ def _geometric(layer: str, **own: Any) -> Build:
     return _library("torch_geometric.nn", build)
 
 
-def _smp(kind: str, **own: Any) -> Build:
+def _smp(kind: str, side: int = 64, **own: Any) -> Build:
     return _library(
         "segmentation_models_pytorch",
-        lambda smp: (getattr(smp, kind)("resnet18", encoder_weights=None, classes=2, **own), image(64)),
+        lambda smp: (getattr(smp, kind)("resnet18", encoder_weights=None, classes=2, **own), image(side)),
     )
 
 
@@ -868,9 +865,7 @@ MORE: dict[str, Build] = {
             x.TransformerWrapper(
                 num_tokens=60,
                 max_seq_len=16,
-                attn_layers=x.Encoder(
-                    dim=16, depth=2, heads=2, attn_dim_head=8, alibi_pos_bias=True, attn_talking_heads=True
-                ),
+                attn_layers=x.Encoder(dim=16, depth=2, heads=2, attn_dim_head=8, alibi_pos_bias=True),
             ),
             words(),
         ),
@@ -879,6 +874,12 @@ MORE: dict[str, Build] = {
     "ultralytics:yolov8": _yolo("yolov8n"),
     "ultralytics:yolo11": _yolo("yolo11n"),
     "ultralytics:yolo12": _yolo("yolo12n"),
+    "ultralytics:yolov9": _yolo("yolov9t"),
+    "ultralytics:yolov10": _yolo("yolov10n"),
+    "ultralytics:yolo26": _yolo("yolo26n"),
+    "ultralytics:segment": _yolo("yolov8n-seg", "SegmentationModel"),
+    "ultralytics:pose": _yolo("yolov8n-pose", "PoseModel"),
+    "ultralytics:classify": _yolo("yolov8n-cls", "ClassificationModel"),
     "torch_geometric:gcn": _geometric("GCNConv"),
     "torch_geometric:sage": _geometric("SAGEConv"),
     "torch_geometric:gat": _geometric("GATConv"),
@@ -887,12 +888,20 @@ MORE: dict[str, Build] = {
     "torch_geometric:cheb": _geometric("ChebConv", K=2),
     "torch_geometric:tag": _geometric("TAGConv"),
     "torch_geometric:transformer": _geometric("TransformerConv"),
+    "torch_geometric:simple": _geometric("SGConv", K=2),
+    "torch_geometric:arma": _geometric("ARMAConv"),
+    "torch_geometric:local_extremum": _geometric("LEConv"),
+    "torch_geometric:gated": _geometric("ResGatedGraphConv"),
+    "torch_geometric:general": _geometric("GeneralConv"),
+    "torch_geometric:cluster": _geometric("ClusterGCNConv"),
+    "torch_geometric:film": _geometric("FiLMConv"),
+    "torch_geometric:feast": _geometric("FeaStConv"),
     "segmentation_models_pytorch:unet": _smp("Unet", decoder_channels=(16, 8, 8, 8, 8)),
     "segmentation_models_pytorch:unetplusplus": _smp("UnetPlusPlus", decoder_channels=(16, 8, 8, 8, 8)),
     "segmentation_models_pytorch:fpn": _smp(
-        "FPN", decoder_pyramid_channels=16, decoder_segmentation_channels=8
+        "FPN", decoder_pyramid_channels=32, decoder_segmentation_channels=32
     ),
-    "segmentation_models_pytorch:pan": _smp("PAN", decoder_channels=8),
+    "segmentation_models_pytorch:pan": _smp("PAN", side=128, decoder_channels=8),
     "segmentation_models_pytorch:linknet": _smp("Linknet"),
     "segmentation_models_pytorch:manet": _smp(
         "MAnet", decoder_channels=(16, 8, 8, 8, 8), decoder_pab_channels=8
@@ -939,6 +948,25 @@ MORE: dict[str, Build] = {
         "AttentionUnet", spatial_dims=2, in_channels=1, out_channels=2, channels=(4, 8, 8), strides=(2, 2)
     ),
     "monai:vnet": _monai("VNet", spatial_dims=3),
+    "monai:basic_unet": _monai(
+        "BasicUNet", spatial_dims=3, features=(4, 4, 8, 8, 8, 4), norm=("batch", {"affine": True})
+    ),
+    "monai:highresnet": _monai("HighResNet", spatial_dims=3, in_channels=1, out_channels=2, side=16),
+    "monai:vit": _monai(
+        "ViT",
+        spatial_dims=2,
+        in_channels=1,
+        img_size=32,
+        patch_size=8,
+        hidden_size=16,
+        mlp_dim=32,
+        num_layers=2,
+        num_heads=2,
+        classification=True,
+    ),
+    "monai:autoencoder": _monai(
+        "AutoEncoder", spatial_dims=2, in_channels=1, out_channels=1, channels=(4, 8), strides=(2, 2)
+    ),
     "diffusers:unet": _library(
         "diffusers",
         lambda d: (
@@ -1016,7 +1044,7 @@ MORE: dict[str, Build] = {
         ),
     ),
     "torchaudio:convtasnet": _library(
-        "torchaudio.models", lambda a: (a.ConvTasNet(2, 16, 8, 8, 3, 16, 2, 1), torch.randn(2, 1, 160))
+        "torchaudio.models", lambda a: (a.ConvTasNet(2, 16, 8, 3, 8, 16, 2, 1), torch.randn(2, 1, 160))
     ),
     "torchaudio:wav2letter": _library(
         "torchaudio.models", lambda a: (a.Wav2Letter(5, "mfcc", 8), torch.randn(2, 8, 40))
@@ -1042,20 +1070,6 @@ MORE: dict[str, Build] = {
                 8,
                 o.CLIPVisionCfg(layers=2, width=16, head_width=8, image_size=32, patch_size=8),
                 o.CLIPTextCfg(context_length=7, vocab_size=60, width=16, heads=2, layers=2),
-            ),
-            (image(), words()),
-        ),
-    ),
-    "open_clip:coca": _library(
-        "open_clip.coca_model",
-        lambda o: (
-            o.CoCa(
-                16,
-                o.MultimodalCfg(
-                    context_length=7, vocab_size=60, width=16, heads=2, layers=1, attn_pooler_heads=2
-                ),
-                o.CLIPTextCfg(context_length=7, vocab_size=60, width=16, heads=2, layers=1),
-                o.CLIPVisionCfg(layers=1, width=16, head_width=8, image_size=32, patch_size=8),
             ),
             (image(), words()),
         ),
