@@ -261,6 +261,33 @@ def test_draws_outside_pytorch_are_no_part_of_a_graph() -> None:
 
 
 # -- what a size or a type decides
+class KeepsTable(nn.Module):
+    """Keeps what it computes for the next call, in a buffer that is None at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("slopes", torch.rand(4), persistent=False)
+        self.register_buffer("table", None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table is None or len(self.table) < x.shape[1]:
+            self.register_buffer("table", torch.arange(x.shape[1])[:, None] * self.slopes, persistent=False)
+        result: Tensor = x + self.table[: x.shape[1]]
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:capture:UserWarning")
+def test_a_run_beside_draws_starts_from_the_model_as_it_was() -> None:
+    model, x = nn.Sequential(KeepsTable(), Gambles()), torch.randn(2, 3, 4)
+    gm = capture(model, x)
+    assert model[0].table is None
+    longer = torch.randn(1, 5, 4)
+    random.seed(0)
+    wanted = [model(x), model(longer)]
+    random.seed(0)
+    assert all(map(torch.equal, [gm(x), gm(longer)], wanted))
+
+
 class ByBatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] == 1:

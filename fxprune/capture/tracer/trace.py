@@ -90,22 +90,28 @@ def trace(
     shadows = shadows or Shadows(model)
     changes = Changes()
     state = state or ModelState(model)
+    names = _tensor_names(model)  # of the tensors that are there before a run leaves others
 
     def run(setting: CallSettings, memos: Memos | None = None) -> Trace:
-        tape = _tape(model, shadows, memos, values())
+        tape = _tape(model, names, shadows, memos, values())
         return copy_context().run(_run, model, args, kwargs, setting, tape, state)
 
-    with state.restored(changes, shadows.written):
+    def from_start(setting: CallSettings) -> Trace:
         _set_training(model, training)
         for cache in caches:
             cache.entries.pop(cache.key, None)
-        memos = run(CallSettings(whole, left_out)).memos if rehearsed else None
+        memos = run(setting).memos if rehearsed else None
         before = rng_state(state.generators)
-        result = run(CallSettings(whole, left_out), memos)
+        result = run(setting, memos)
         result.drew = rng_state(state.generators) != before
+        return result
+
+    with state.restored(changes, shadows.written):
+        result = from_start(CallSettings(whole, left_out))
         if result.drew and not may_draw:
+            state.restore()
             watching = CallSettings(whole, left_out, watching=True, generators=state.generators)
-            result = run(watching, memos and result.memos)
+            result = from_start(watching)
         result.refilled = training or result.memos.explain(caches, model)
     leaves = {str(node.target) for node in result.graph.nodes if node.op == "call_module"}
     result.hook_writes = changes.hooks
@@ -143,7 +149,7 @@ def _run(
 
 def shapes_only(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Evaluate the model in shapes, unrecorded: raises what it says itself to these inputs."""
-    recorder = Recorder(_tape(model, Shadows(model)), _device_of(model))
+    recorder = Recorder(_tape(model, _tensor_names(model), Shadows(model)), _device_of(model))
     state = ModelState(model)
     caller = Caller(recorder, model, CallSettings())
     with ExitStack() as stack:
@@ -173,13 +179,20 @@ def _set_training(model: nn.Module, training: bool) -> None:
 
 
 def _tape(
-    model: nn.Module, shadows: Shadows, memos: Memos | None = None, values: Values | None = None
+    model: nn.Module,
+    names: dict[int, str],
+    shadows: Shadows,
+    memos: Memos | None = None,
+    values: Values | None = None,
 ) -> Tape:
-    names = _tensor_names(model)
     tape = Tape(names, type(model), shadows, memos, values)
     state = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
     for buffer in model.buffers():
-        if id(buffer) not in state and not (buffer.is_meta or buffer.is_floating_point()):
+        if (
+            id(buffer) in names
+            and id(buffer) not in state
+            and not (buffer.is_meta or buffer.is_floating_point())
+        ):
             tape.integers[names[id(buffer)]] = buffer
     return tape
 
