@@ -135,13 +135,11 @@ def find_index_map(
     Labels are exact in float64, which every movement takes; 0 and 1 are those of filled-in entries.
     """
     shapes = tuple(tuple(shape) for shape in input_shapes)
-    labels = [
-        (torch.arange(math.prod(shape), dtype=torch.float64) + offset + 2).reshape(shape)
-        for shape, offset in zip(shapes, _offsets(shapes), strict=True)
-    ]
-    moved: Tensor = move(*labels)
-    found = moved.long() - 2
+    found = _moved_labels(move, shapes, 2) - 2
     flat = torch.where(found == -2, ZERO, torch.where(found == -1, CONSTANT, found))
+    if move.holds_tensors:  # numbers of its own look like labels, but stay when the labels change
+        own = _moved_labels(move, shapes, 3) - 2 == found
+        flat = torch.where(own & (found != -2), CONSTANT, flat)
     parts = []
     for i, (shape, offset) in enumerate(zip(shapes, _offsets(shapes), strict=True)):
         inside = (flat >= offset) & (flat < offset + math.prod(shape))
@@ -154,6 +152,16 @@ def find_index_map(
     if len(fills) > 1:
         return IndexMap(shapes, output_shape, flat=flat)
     return IndexMap(shapes, output_shape, tuple(parts), fill=fills[0] if fills else ZERO)
+
+
+def _moved_labels(move: TensorFunction, shapes: tuple[tuple[int, ...], ...], first: int) -> Tensor:
+    """Run ``move`` on the numbers from ``first`` on."""
+    labels = [
+        (torch.arange(math.prod(shape), dtype=torch.float64) + offset + first).reshape(shape)
+        for shape, offset in zip(shapes, _offsets(shapes), strict=True)
+    ]
+    moved: Tensor = move(*labels)
+    return moved.long()
 
 
 def _part(i: int, shape: tuple[int, ...], flat: Tensor, inside: Tensor) -> InputPart | None:

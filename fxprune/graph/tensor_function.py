@@ -120,6 +120,29 @@ class TensorFunction:
             tuple(Call(call.target, plain(call.args), plain(call.kwargs)) for call in self.calls)
         )
 
+    @property
+    def holds_tensors(self) -> bool:
+        """Whether there are tensors among its arguments.
+
+        >>> TensorFunction.of(torch.cat, [Operand(0), torch.ones(2)]).holds_tensors
+        True
+        """
+        return self != self.on("meta")
+
+    def on(self, device: str) -> TensorFunction:
+        """Return the function with the tensors among its arguments on another device.
+
+        >>> TensorFunction.of(torch.add, Operand(0), torch.ones(2)).on("meta").calls[0].args[1].device
+        device(type='meta')
+        """
+
+        def moved(x: Any) -> Any:
+            return _replace(x, lambda operand: operand, lambda tensor: tensor.to(device))
+
+        return TensorFunction(
+            tuple(Call(call.target, moved(call.args), moved(call.kwargs)) for call in self.calls)
+        )
+
     def __call__(self, *tensors: Tensor) -> Any:
         result: Any = tensors[0] if tensors else None
         for call in self.calls:
@@ -145,15 +168,17 @@ def _plain(x: Any) -> Any:
     return x
 
 
-def _replace(x: Any, tensor: Callable[[Operand], Any]) -> Any:
+def _replace(x: Any, operand: Callable[[Operand], Any], tensor: Callable[[Tensor], Any] | None = None) -> Any:
     if isinstance(x, Operand):
-        return tensor(x)
+        return operand(x)
+    if isinstance(x, Tensor):
+        return x if tensor is None else tensor(x)
     if type(x) is list or type(x) is tuple:
-        return type(x)(_replace(item, tensor) for item in x)
+        return type(x)(_replace(item, operand, tensor) for item in x)
     if isinstance(x, dict):
-        return {key: _replace(item, tensor) for key, item in x.items()}
+        return {key: _replace(item, operand, tensor) for key, item in x.items()}
     if isinstance(x, slice):
-        return slice(*(_replace(item, tensor) for item in (x.start, x.stop, x.step)))
+        return slice(*(_replace(item, operand, tensor) for item in (x.start, x.stop, x.step)))
     return x
 
 

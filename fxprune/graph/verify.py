@@ -264,8 +264,10 @@ def _faults_of_index_map(op: Gather) -> Iterator[str]:
         count = math.prod(value.shape)
         tensors.append(torch.arange(offset, offset + count, dtype=torch.float64).sqrt().view(value.shape))
         offset += count
-    copied = found.apply(*tensors)
-    if not torch.equal(op.move(*tensors), copied):  # which may work in place
+    copied, moved = found.apply(*tensors), op.move(*tensors)  # which may work in place
+    if op.move.holds_tensors:  # numbers that the movement holds itself come from no input
+        moved = moved.masked_fill(flat.view(moved.shape) == index_map.CONSTANT, 1)
+    if not torch.equal(moved, copied):
         yield "its movement does more than to copy entries"
 
 
@@ -348,11 +350,16 @@ def _broadcast(values: Sequence[Value]) -> Shape | None:
 
 def _result_shape(function: TensorFunction, inputs: Sequence[Value]) -> Shape | str:
     """The shape that a function gives for tensors of these shapes, or why it gives none."""
-    try:
-        result = function(*(torch.empty(value.shape, device="meta") for value in inputs))
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        return f"{function} fails on its inputs: {' '.join(str(error).split())}"
-    return tuple(result.shape) if isinstance(result, Tensor) else f"{function} gives no tensor"
+    shapes = [torch.empty(value.shape, device="meta") for value in inputs]
+    fault = ""
+    for form in (function, function.on("meta")):  # constants that are joined to shapes have to be shapes, too
+        try:
+            result = form(*shapes)
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+            fault = fault or f"{function} fails on its inputs: {' '.join(str(error).split())}"
+            continue
+        return tuple(result.shape) if isinstance(result, Tensor) else f"{function} gives no tensor"
+    return fault
 
 
 # -- kernel sets -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune.graph import ChannelGraph, ir
+from fxprune.graph.index_map import CONSTANT, ZERO
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 
 OpType = TypeVar("OpType", bound=ir.Op)
@@ -396,3 +397,15 @@ def test_lowering_in_tests_verifies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [(graph, gm)]
     fxprune.apply(nn.Linear(4, 2), "magnitude", 0.5, example_inputs=torch.ones(1, 4), progress=False)
     assert len(seen) == 2
+
+
+def test_constants_that_are_joined_to_inputs_are_shapes_as_well() -> None:
+    class Joins(nn.Module):
+        def forward(self, x: Tensor, index: Tensor) -> Tensor:
+            own = torch.cat([index, torch.arange(x.shape[0])])
+            return x.new_zeros(x.shape).index_add(0, own, x[own])
+
+    graph = fxprune.lower(fxprune.capture(Joins(), (torch.randn(3, 4), torch.tensor([0, 2, 1]))))
+    (joined,) = [op for op in graph.ops if isinstance(op, ir.Gather) and op.node == "cat"]
+    assert joined.index_map().flat_index().tolist() == [0, 1, 2, ZERO, CONSTANT, CONSTANT]
+    graph.verify()
