@@ -63,6 +63,7 @@ SHARED = (
 )  # fmt: skip
 """Imported once, before the processes part: each would need seconds for them."""
 PRUNABLE = 0.97
+NO_PATH = "no path leads from its inputs to its outputs"
 REFUSAL = "this graph is for evaluation"
 
 
@@ -129,10 +130,9 @@ def step(pruned: nn.Module, inputs: Any) -> str:
     """Train for one step; the masks must hold."""
     pruned.train()
     optimizer = torch.optim.SGD([p for p in pruned.parameters() if p.requires_grad], lr=1e-3)
-    loss: Any = sum(
-        t.abs().double().mean() for t in tensors(run(pruned, inputs)) if t.requires_grad and t.numel()
-    )
-    loss.backward()
+    found = [t for t in tensors(run(pruned, inputs)) if t.requires_grad and t.numel()]
+    if found:  # what is counted (a histogram) has no gradient
+        torch.stack([t.abs().double().mean() for t in found]).sum().backward()
     optimizer.step()
     fxprune.verify(pruned)
     return ""
@@ -209,6 +209,8 @@ def measure(name: str) -> dict[str, Any]:
     else:
         row.pop("held", None)
         tried(row, "channel", lambda: smaller(model, inputs))
+        if NO_PATH in row["channel"]:
+            row["channel"], row["held"] = None, f"no channel may go: {NO_PATH}"
     row["seconds"] = round(time.process_time() - start, 1)
     return row
 

@@ -15,6 +15,7 @@ from fxprune.capture.tracer.spelling import called
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.kept import Slices
+from fxprune.rewrite.compact.literals import is_shape
 from fxprune.torch_private import pytree
 
 __all__ = ["cut_constants"]
@@ -27,6 +28,7 @@ SCATTERED = {
 }
 """Operations that write values into a tensor, which code may have made for that."""
 
+SIZED = {"new_empty", "new_full", "new_ones", "new_zeros"}
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -107,6 +109,12 @@ def _changed(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Slices) 
             maker = graph.op_of(value)
             own |= not isinstance(maker, ir.Source) or bool(maker.params)
         yields = any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("val")))
+        yields = yields and not _has_sizes_of_its_own(node)
         if own or (yields and any(source in found for source in node.all_input_nodes)):
             found.add(node)
     return found
+
+
+def _has_sizes_of_its_own(node: fx.Node) -> bool:
+    """Whether a node makes a tensor of sizes that are numbers now, also where they were read off another."""
+    return called(node) in SIZED and not any(is_shape(leaf) for leaf in pytree.tree_leaves(node.args))

@@ -18,7 +18,7 @@ from fxprune.rewrite.compact.kept import Kept
 from fxprune.rewrite.compact.means import scale_means
 from fxprune.rewrite.compact.norms import NarrowedGroupNorm, NarrowedLayerNorm, NarrowedRMSNorm
 
-__all__ = ["Rewriter"]
+__all__ = ["Rewriter", "is_shape"]
 
 _SHAPED = {"reshape", "view", "expand", "broadcast_to"}
 _CONVOLUTIONS = {
@@ -75,7 +75,7 @@ class Rewriter:
         """Replace the size of an axis that shrinks by the number it had: shapes get their own literals."""
         if node.op == "call_method" and node.target == "size" and len(node.args) > 1:
             source, index = node.args[0], node.args[1]
-        elif node.target is operator.getitem and _is_shape(node.args[0]):
+        elif node.target is operator.getitem and is_shape(node.args[0]):
             assert isinstance(node.args[0], fx.Node)
             source, index = node.args[0].args[0], node.args[1]
         else:
@@ -133,7 +133,7 @@ class Rewriter:
         """Set the sizes of the axes that shrink; all others stay as they are."""
         packed = len(node.args) == 2 and isinstance(node.args[1], (list, tuple))
         sizes: list[Any] = list(node.args[1] if packed else node.args[1:])  # type: ignore[arg-type]
-        if any(_is_shape(size) for size in sizes) or "size" in node.kwargs or "shape" in node.kwargs:
+        if any(is_shape(size) for size in sizes) or "size" in node.kwargs or "shape" in node.kwargs:
             raise UnevenCut(f"{node.name}: a shape taken whole", self.cut.labels_of(value))
         new = self.cut.shape(value)
         free = not any(size == -1 for size in sizes if isinstance(size, int))
@@ -348,7 +348,7 @@ class Rewriter:
         self.gm.graph.erase_node(node)
 
 
-def _is_shape(x: Any) -> bool:
+def is_shape(x: Any) -> bool:
     """Whether a node yields the whole shape of a tensor."""
     if not isinstance(x, fx.Node):
         return False

@@ -114,6 +114,24 @@ class GraphSums(nn.Module):
 
 
 @case(edges)
+class GraphScatters(nn.Module):
+    """Messages scattered into tensors that are made with sizes of another one, as torch-geometric does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(6, 10), nn.Linear(10, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, pairs: Tensor) -> Tensor:
+        source, target = pairs
+        for layer in (self.one, self.two):
+            x = layer(x)
+            message = x.index_select(0, source)
+            zeros = message.new_zeros((x.size(0), message.size()[1]))
+            x = zeros.scatter_add_(0, target.view(-1, 1).expand_as(message), message).relu()
+        return self.out(x.new_zeros(x.shape).index_add(0, target, x[source]))
+
+
+@case(edges)
 class GraphAttention(nn.Module):
     """One weight for each head, which scales all channels of the head: heads go whole."""
 
