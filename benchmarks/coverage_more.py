@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.lowering import matrices_outside
+from fxprune.lowering import hidden_layers, matrices_outside
 from fxprune.rewrite.masking.computed import settled
 
 HERE = Path(__file__).parent
@@ -182,15 +182,15 @@ def measure(name: str) -> dict[str, Any]:
         graph = tried(row, "lowered", lambda: fxprune.lower(gm))
         if graph is not None:
             row["opaque"] = sorted({op.reason for op in graph.opaque})
-            plain = settled(model)
-            if plain is not model:  # weights that it computes (weight_norm) are pruned as such
-                gm_of_plain = fxprune.capture(plain, inputs)
-                graph = fxprune.lower(gm_of_plain)
-                outside = matrices_outside(gm_of_plain, graph)
-            else:
-                outside = matrices_outside(gm, graph)
+            plain = settled(model)  # weights that it computes (weight_norm) are pruned as such
+            seen = gm if plain is model else fxprune.capture(plain, inputs)
+            graph = graph if plain is model else fxprune.lower(seen)
+            outside = matrices_outside(seen, graph)
+            total = graph.prunable + sum(outside.values())
+            for name in hidden_layers(seen, graph):  # pruned by what needs no paths
+                outside.pop(name, None)
             row["outside"] = dict(list(outside.items())[:8])
-            row["share"] = round(graph.prunable / max(graph.prunable + sum(outside.values()), 1), 3)
+            row["share"] = round(1 - sum(outside.values()) / max(total, 1), 3)
     if QUICK:
         return row
     row["lower_s"] = round(time.process_time() - start - row["capture_s"], 2)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -261,6 +262,22 @@ def test_draws_outside_pytorch_are_no_part_of_a_graph() -> None:
 
 
 # -- what a size or a type decides
+class MasksByNumpy(nn.Module):
+    """Draws a mask as a numpy array, as masking of spectrograms does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.tensor(np.random.rand(x.shape[-1]) < 0.5) if self.training else x
+
+
+def test_arrays_of_numpy_are_no_part_of_a_graph() -> None:
+    with pytest.warns(
+        UserWarning, match=r"0 \(MasksByNumpy\) kept whole: an argument of type ndarray has no"
+    ):
+        gm = capture(nn.Sequential(MasksByNumpy()), torch.empty(2, 4))
+    found = [gm.train()(torch.ones(1, 4)) for _ in range(20)]
+    assert not all(torch.equal(found[0], other) for other in found)
+
+
 class KeepsTable(nn.Module):
     """Keeps what it computes for the next call, in a buffer that is None at first."""
 

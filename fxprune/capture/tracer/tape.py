@@ -10,7 +10,7 @@ import dataclasses
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -234,7 +234,8 @@ class Tape:
         if isinstance(value, range):
             return list(value)
         if hasattr(value, "__index__"):
-            return operator.index(value)
+            with suppress(TypeError):  # an array of more than one number
+                return operator.index(value)
         if is_record(value):
             return self._construct(ObjectOf(type(value)), (), vars(value), value)
         raise CaptureError(f"an argument of type {type(value).__qualname__} has no place in a graph")
