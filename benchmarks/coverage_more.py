@@ -63,6 +63,8 @@ SHARED = (
 )  # fmt: skip
 """Imported once, before the processes part: each would need seconds for them."""
 PRUNABLE = 0.97
+UNKNOWN = ("cannot be removed", "inside of", "no rule", "no layer")
+"""Words of reasons that say more of fxprune than of the net: these are counted as faults."""
 NO_PATH = "no path leads from its inputs to its outputs"
 REFUSAL = "this graph is for evaluation"
 
@@ -240,9 +242,16 @@ def one(name: str) -> dict[str, Any]:
     return row
 
 
+def rightly_held(row: dict[str, Any]) -> bool:
+    """Whether no channel of a net may go, for reasons of the net's own."""
+    return bool(row.get("held")) and not any(word in row["held"] for word in UNKNOWN)
+
+
 def faults(row: dict[str, Any]) -> list[str]:
     """Say everything that is not clean about a model, in one line each."""
     lines = [f"{check}: {row[check]}" for check in CHECKS if row.get(check)]
+    if row.get("held") and not rightly_held(row):
+        lines.append(f"channel: {row['held']}")
     lines += [f"opaque: {reason}" for reason in row.get("opaque", ())]
     lines += [f"in part: {note}" for note in row.get("notes", {}).get("captured", ()) if "kept whole" in note]
     if row.get("share", 1) < PRUNABLE:
@@ -278,13 +287,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         refused = sum("refused" in row for row in own)
         numbers = [len(own), *(good[check] for check in CHECKS[:2]), good["train"] - refused, plain, most]
         numbers += [refused, *(good[check] for check in ("magnitude", "step", "synflow", "channel"))]
-        numbers.append(sum(bool(row.get("held")) for row in own))
+        numbers.append(sum(rightly_held(row) for row in own))
         lines.append(f"| {library} {version(library)} | {' | '.join(map(str, numbers))} | {clean} |")
     lines += ["", "## What is left", ""]
     for row in rows:
         lines += [f"* `{row['name']}`: {fault}" for fault in faults(row)]
     lines += ["", "## No channel may go", ""]
-    lines += [f"* `{row['name']}`: {row['held'].partition(': ')[2][:200]}" for row in rows if row.get("held")]
+    lines += [
+        f"* `{row['name']}`: {row['held'].partition(': ')[2][:200]}" for row in rows if rightly_held(row)
+    ]
     lines += ["", "## All", "", "| model | weights | prunable | opaque | capture s | lower s | all s |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for row in rows:
