@@ -77,7 +77,9 @@ def _asserted(h: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _normal(h: Tensor, lengths: Tensor) -> Tensor:
-    spread: Any = torch.distributions.Normal(h[..., :3], h[..., 3:].exp())
+    spread: Any = torch.distributions.Normal(
+        h[..., :3], h[..., 3:].exp(), validate_args=True
+    )  # torch.compile turns it off
     result: Tensor = spread.log_prob(h[..., :3].detach() + 1).repeat(1, 1, 2)
     return result
 
