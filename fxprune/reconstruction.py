@@ -6,11 +6,13 @@ masks and other weights. No gradients, no labels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.distributed import ProcessGroup
 
 from fxprune.capture import CaptureError, capture
 from fxprune.capture.inputs import example_inputs_for
@@ -24,9 +26,11 @@ from fxprune.rewrite import plain, put_masks, read
 from fxprune.rewrite.masking.computed import computed_weights, settled
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.parameters import unwrap
+from fxprune.scoring.distributed import agree, average, everybody
 from fxprune.scoring.least_squares import fit_kept
 from fxprune.scoring.sequential import Layer, Matrix, solve_layers
 from fxprune.scoring.shapes import inputs_of
+from fxprune.scoring.solved import SolvedLayers, look
 from fxprune.scoring.walk import Stage
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.masks import Masks, is_full, kept, nonzeros
@@ -51,6 +55,7 @@ def reconstruct(
     iterations: int = 100,
     micro_batch: int | None = None,
     device: str | torch.device | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Fit the kept weights of every layer to the outputs of the dense layer, by least squares.
@@ -65,16 +70,17 @@ def reconstruct(
         example_inputs: as for :func:`fxprune.apply`, for a model not captured yet; else as in ``data``.
         loss_fn: ``loss_fn(model, batch)``, where batches are mappings that do not name the model's inputs.
         damp: how much weights are held to the dense ones, as a share of the mean square input. None, for
-            8 times the inputs of an output over the vectors of inputs in the data, from 0.01 to 10: weights
-            that are fitted to little data are worse on other data.
+            8 times the inputs of an output over the vectors of inputs in the data, from 0.01 to 10.
         bias: whether biases of fitted layers are fitted with them.
         norms: whether batch norms get statistics that give their outputs the dense mean and variance.
         propagate: False, to fit every layer on its own, on the inputs that the pruned network gives it.
         iterations: steps of conjugate gradients at most.
+        checkpoint_dir: a folder that keeps fitted layers; after a kill the same call goes on at the next one.
         micro_batch, device, progress: as for :func:`fxprune.apply`.
 
-    Returns a copy of ``model`` with the same masks. Raises ``TypeError``, ``ValueError``: an argument does
-    not fit, nothing is pruned, or the inputs of a layer are not finite.
+    Returns a copy of ``model`` with the same masks. Several processes with data of their own all get what one
+    would find on all data. Raises ``TypeError``, ``ValueError``: an argument does not fit, nothing is pruned,
+    inputs of a layer are not finite; ``RuntimeError``: processes have different models.
 
     >>> import fxprune
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.rand(64, 4)
@@ -93,13 +99,33 @@ def reconstruct(
         problem = _problem(source, masks, example_inputs, device, data=data, loss_fn=loss_fn,
                            progress=Display(enabled=progress), micro_batch=micro_batch)  # fmt: skip
         twin = _with_values(duplicate(problem.model), reference).eval()
-        fit = _Fit(problem.model, twin, damp, bias, iterations, read(inside(model)))
-        found = _solve(problem, fit, norms, propagate)
+        fit = _Fit(problem, twin, damp, bias, iterations, read(inside(model)))
+        found = _solve(problem, fit, norms, propagate, checkpoint_dir)
         return _rewritten(model, found | fit.biases, fit.statistics, masks)
 
 
-def _solve(problem: Problem, fit: _Fit, norms: bool, propagate: bool) -> dict[str, Tensor]:
+def _solved(
+    folder: str | os.PathLike[str], facts: Mapping[str, Any], problem: Problem, twin: nn.Module
+) -> SolvedLayers:
+    """The layers that were fitted before by the same options, to the same networks."""
+    networks = {"model": problem.model, "reference": twin}
+    seen = {
+        which: {name: look(tensor) for name, tensor in network.state_dict().items()}
+        for which, network in networks.items()
+    }
+    facts = {**facts, **seen, "masks": kept(problem.masks)}
+    return SolvedLayers(os.path.join(folder, NAME), facts, problem.group)
+
+
+def _solve(
+    problem: Problem, fit: _Fit, norms: bool, propagate: bool, folder: str | os.PathLike[str] | None
+) -> dict[str, Tensor]:
     """Fit all layers; return their weights."""
+    facts = {"damp": fit.damp, "bias": fit.bias, "norms": norms, "propagate": propagate}
+    facts["iterations"] = fit.iterations
+    solved = None if folder is None else _solved(folder, facts, problem, fit.twin)
+    if problem.group is not None:
+        agree(problem.masks, problem.group)
     options: dict[str, Any] = {"twin": fit.twin, "passed": fit.match if norms else None} if propagate else {}
     _, found = solve_layers(
         problem,
@@ -108,8 +134,12 @@ def _solve(problem: Problem, fit: _Fit, norms: bool, propagate: bool) -> dict[st
         propagate=propagate,
         method=NAME,
         unseen="left as they are",
+        solved=solved,
+        biases=fit.biases,
         **options,
     )
+    if problem.group is not None:
+        agree({**found, **fit.biases, **fit.statistics}, problem.group, "fitted weights")
     return found
 
 
@@ -155,6 +185,7 @@ def _problem(
         masks={name: mask.to(where) for name, mask in masks.items()},
         budget=Budget(sum(kept(masks).values()), {name: mask.numel() for name, mask in masks.items()}),
         device=where,
+        group=everybody(),
         **fields,
     )
 
@@ -205,14 +236,15 @@ class _Fit:
 
     def __init__(
         self,
-        student: nn.Module,
+        problem: Problem,
         twin: nn.Module,
         damp: float | None,
         bias: bool,
         iterations: int,
         masks: Masks,
     ) -> None:
-        self.student, self.twin, self.damp, self.bias = student, twin, damp, bias
+        self.student, self.group = problem.model, problem.group
+        self.twin, self.damp, self.bias = twin, damp, bias
         self.iterations, self.masks = iterations, masks
         self.biases: dict[str, Tensor] = {}
         self.statistics: dict[str, Tensor] = {}
@@ -240,7 +272,7 @@ class _Fit:
             weight.view(-1)[matrix.positions] = values
             if means is not None and bias is not None:
                 shift = (means[-1].unsqueeze(-2) @ wanted - means[0].unsqueeze(-2) @ values).flatten()
-                self._put_bias(bias, shift)
+                self.biases[bias] = self._bias_of(bias, shift)
         return layer.mask, weight
 
     def _bias(self, layer: Layer) -> str | None:
@@ -252,23 +284,21 @@ class _Fit:
         parts, _, outputs = layer.matrices[0].positions.shape
         return name if found is not None and found.numel() == parts * outputs else None
 
-    def _put_bias(self, name: str, shift: Tensor) -> None:
+    def _bias_of(self, name: str, shift: Tensor) -> Tensor:
         parameter = self.student.get_parameter(name)
         dense = self.twin.get_parameter(name).detach()
         new = (dense + shift.view_as(dense)).to(parameter.dtype)
         if name in self.masks:
             new = new * self.masks[name].to(new.device)
-        self.biases[name] = new
-        with torch.no_grad():
-            parameter.copy_(new)
+        return new
 
     def match(self, stage: Stage, other: Stage) -> None:
         """At a batch norm, choose the statistics that give its outputs the twin's mean and variance."""
         module = stage.module
         if not isinstance(module, BatchNorm) or module.running_mean is None:
             return
-        mean, variance = _statistics(stage)
-        wanted, spread = _statistics(other)
+        mean, variance = _statistics(stage, self.group)
+        wanted, spread = _statistics(other, self.group)
         dense = other.module
         assert isinstance(dense, BatchNorm)
         assert dense.running_mean is not None
@@ -284,15 +314,16 @@ class _Fit:
         self.statistics[f"{stage.target}.running_var"] = module.running_var.clone()
 
 
-def _statistics(stage: Stage) -> tuple[Tensor, Tensor]:
-    """The mean and variance of the channels of what a node reads, over all data."""
-    number, total, squares = 0, torch.zeros(()), torch.zeros(())
+def _statistics(stage: Stage, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """The mean and variance of the channels of what a node reads, over the data of all processes."""
+    number, total, squares = torch.zeros((), dtype=torch.float64), torch.zeros(()), torch.zeros(())
     for piece in range(stage.count):
         assert stage.read is not None
         x = stage.read(piece)
         x = x.to(torch.float64).transpose(0, 1).flatten(1)
         number += x.shape[1]
         total, squares = total + x.sum(1).cpu(), squares + x.square().sum(1).cpu()
+    average([number, total, squares], group)
     mean = total / number
     return mean, (squares / number - mean.square()).clamp(min=0)
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import fx, nn
 
 from fxprune import sharding
@@ -37,6 +36,7 @@ from fxprune.request import (
 from fxprune.rewrite import plain, read
 from fxprune.rewrite.masking.computed import computed_weights, settled
 from fxprune.rewrite.masking.copying import duplicate
+from fxprune.scoring.distributed import everybody
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.collapse import dead_layers, repair
 from fxprune.sparsity.granularity import CHANNEL_OPTIONS, Channel, Granularity
@@ -104,7 +104,7 @@ def search(
     with blamed_on_data(model, example_inputs, wish):
         network = _network(given, inputs, wish, display)
     before = network.before
-    asked = build_problem(network, wish, display, _everybody())
+    asked = build_problem(network, wish, display, everybody())
     if seen is not None and isinstance(asked.granularity, ChannelGroups):
         asked = replace(asked, granularity=replace(asked.granularity, seen=seen))
     # A method scores and selects.
@@ -175,12 +175,6 @@ def _uncaptured(flat: nn.Module, example_inputs: Any, wish: Request, error: Capt
         stacklevel=5,  # the line that called apply
     )
     return graph
-
-
-def _everybody() -> dist.ProcessGroup | None:
-    """Return the processes that score together: all of them, where there are several."""
-    running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return dist.group.WORLD if running else None
 
 
 def _without_collapse(problem: Problem, masks: Masks, before: Masks, wish: Request) -> Masks:

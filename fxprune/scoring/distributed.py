@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
+def everybody() -> dist.ProcessGroup | None:
+    """Return the processes that work together: all of them, where there are several."""
+    running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if running else None
+
+
 def average(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None) -> None:
     """Replace tensors by their means over the processes of ``group``, in place; ``None`` changes nothing."""
     if group is None:
@@ -80,12 +86,15 @@ class _AllReduce(torch.autograd.Function):
         return _AllReduce.apply(gradient, ctx.group), None  # type: ignore[attr-defined]
 
 
-def agree(masks: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
-    """Raise ``RuntimeError`` on every process of ``group`` unless all of them hold the same ``masks``."""
+def agree(tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup, what: str = "masks") -> None:
+    """Raise ``RuntimeError`` on every process of ``group`` unless all of them hold the same tensors.
+
+    ``what``: the word for these in the message.
+    """
     digest = hashlib.sha256()
-    for name, mask in masks.items():
-        digest.update(f"{name}{tuple(mask.shape)}".encode())
-        digest.update(mask.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in tensors.items():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     own = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8).long()
     own = own.cuda() if dist.get_backend(group) == "nccl" else own
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -93,7 +102,7 @@ def agree(masks: Mapping[str, torch.Tensor], group: dist.ProcessGroup) -> None:
     different = [rank for rank, other in enumerate(everyone) if not torch.equal(other, everyone[0])]
     if different:
         raise RuntimeError(
-            f"masks of ranks {different} differ from those of rank 0; give every process the same model, "
+            f"{what} of ranks {different} differ from those of rank 0; give every process the same model, "
             "options and seed"
         )
 

@@ -88,7 +88,7 @@ class Part:
         self.cross: Tensor | None = None
         self.sums: Tensor | None = None
         self.rows = 0
-        self.total = 0
+        self.total = 0.0
 
     def add(self, x: Tensor, dense: Tensor | None = None) -> None:
         """Add inputs of shape (parts, rows, inputs), and what they are in the dense twin."""

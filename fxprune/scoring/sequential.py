@@ -45,7 +45,7 @@ class Matrix:
     taps: int = 1
     cross: Tensor | None = None
     sums: Tensor | None = None
-    total: int = 0
+    total: float = 0
     rows: int = 0
 
 
@@ -89,6 +89,7 @@ def solve_layers(
     twin: nn.Module | None = None,
     passed: Passed | None = None,
     solved: SolvedLayers | None = None,
+    biases: Weights | None = None,
 ) -> tuple[Masks, Weights]:
     """Solve every prunable layer in the order in which the network computes.
 
@@ -106,6 +107,8 @@ def solve_layers(
         passed: called at every node, when the layers in it are solved, with the node of the network and that
             of its twin.
         solved: layers of a run before, which are taken as they are; new ones are added.
+        biases: a solver that finds new biases with its layers puts them in here, by name; they are kept with
+            their layers, and in place of the old ones where weights are.
 
     Returns:
         Masks and new weights, on the device of ``problem.weights``.
@@ -117,7 +120,7 @@ def solve_layers(
     if solved is not None:
         solved.begin(some)
     calls = arguments_of(problem, some, method)
-    run = _Run(problem, solver, propagate, method, solved)
+    run = _Run(problem, solver, propagate, method, solved, {} if biases is None else biases)
     with quiet(problem.model, method), run.restored(start or {}):
         plan = _reading_plan(problem, calls, run.weights)
         run.walk(plan, calls, twin, passed)
@@ -130,9 +133,16 @@ class _Run:
     """The state of a walk: what was read of layers that are still to be solved, and what was found."""
 
     def __init__(
-        self, problem: Problem, solver: Solver, propagate: bool, method: str, solved: SolvedLayers | None
+        self,
+        problem: Problem,
+        solver: Solver,
+        propagate: bool,
+        method: str,
+        solved: SolvedLayers | None,
+        biases: Weights,
     ) -> None:
         self.problem, self.solver, self.propagate, self.method = problem, solver, propagate, method
+        self.biases = biases
         self.solved, self.known = solved, frozenset[str]() if solved is None else solved.names
         self.weights = {name: problem.model.get_parameter(name) for name in problem.weights}
         self.watches: dict[str, Watch] = {}
@@ -153,7 +163,7 @@ class _Run:
         finally:
             with torch.no_grad():
                 for name, values in self.before.items():
-                    self.weights[name].copy_(values)
+                    self.problem.model.get_parameter(name).copy_(values)
 
     def walk(
         self,
@@ -197,32 +207,37 @@ class _Run:
 
     def solve(self, name: str) -> None:
         """Solve a layer from what was read of it, and put its weights in place."""
-        self.at, problem = name, self.problem
-        home = problem.weights[name].device
+        self.at = name
         if self.solved is not None and name in self.known:
-            mask, new = (one.to(self.weights[name].device) for one in self.solved.load(name))
-            self.masks[name], self.found[name] = mask.to(home), new.to(home)
-            if self.propagate:
-                self._put(name, new)
+            mask, new, biases = self.solved.load(name)
+            self.biases |= biases
+            self._found(name, mask, new, biases)
             return
         watch = self.watches.pop(name, Watch({name: self.weights[name]}))
-        parts = _united(watch.parts[name], problem.group)
+        parts = _united(watch.parts[name], self.problem.group)
         parameter = self.weights[name]
         layer = self._layer(name, parts)
+        old = set(self.biases)
         mask, values = self.solver(layer)
+        biases = {bias: values for bias, values in self.biases.items() if bias not in old}
         new = values.to(parameter.dtype)
         if not bool(torch.isfinite(new[mask]).all()):
             raise ValueError(
                 f"method {self.method!r}: new weights of {name!r} are not finite; ask for more damp"
             )
-        self.masks[name], self.found[name] = mask.to(home), new.to(home)
         if self.solved is not None:
-            self.solved.save(name, mask, new)
+            self.solved.save(name, mask, new, biases)
+        self._found(name, mask, new, biases)
+
+    def _found(self, name: str, mask: Tensor, new: Tensor, biases: Weights) -> None:
+        home = self.problem.weights[name].device
+        self.masks[name], self.found[name] = mask.to(home), new.to(home)
         if self.propagate:
-            self._put(name, new)
+            for one, values in {name: new, **biases}.items():
+                self._put(one, values)
 
     def _put(self, name: str, values: Tensor) -> None:
-        parameter = self.weights[name]
+        parameter = self.problem.model.get_parameter(name)
         self.before.setdefault(name, parameter.detach().clone())
         with torch.no_grad():
             parameter.copy_(values)
@@ -340,6 +355,6 @@ def _united(parts: dict[Geometry, Part], group: ProcessGroup | None) -> dict[Geo
         numbers = torch.tensor([part.rows, part.total], dtype=torch.float64)
         average([numbers], group)
         rows, total = numbers.tolist()
-        part.rows, part.total = round(rows * dist.get_world_size(group)), max(round(total), 1)
+        part.rows, part.total = round(rows * dist.get_world_size(group)), total or 1
         united[geometry] = part
     return united

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,19 +19,24 @@ from fxprune.scoring.data import Batch
 from fxprune.scoring.distributed import gathered
 from fxprune.scoring.forms import tensors_in
 
-__all__ = ["SolvedLayers"]
+__all__ = ["SolvedLayers", "look"]
 
 KEY = "fxprune_layer"
+EMPTY: Mapping[str, Tensor] = MappingProxyType({})
 
 
-def _look(tensor: Tensor) -> list[Any]:
-    """Numbers that tell tensors apart."""
+def look(tensor: Tensor) -> list[Any]:
+    """Return the shape, the sum and the sum of squares, which tell tensors apart.
+
+    >>> look(torch.tensor([1.0, 2.0]))
+    [[2], 3.0, 5.0]
+    """
     wide = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).detach().double()
     return [list(tensor.shape), float(wide.sum()), float(wide.square().sum())]
 
 
 class SolvedLayers:
-    """The solved layers of one run, a file for each: the mask and the new weights.
+    """The solved layers of one run, a file for each: the mask, the new weights, and perhaps a bias.
 
     Args:
         folder: made if it is not there. Several processes share it; the first of them writes.
@@ -52,6 +58,9 @@ class SolvedLayers:
         self.folder, self.facts, self.group = Path(folder), dict(facts), group
         self.writes = group is None or torch.distributed.get_rank(group) == 0
         self.names: frozenset[str] = frozenset()
+        file = next((one for one in (self.folder, *self.folder.parents) if one.is_file()), None)
+        if file is not None:
+            raise ValueError(f"checkpoint_dir: {file} is a file; expected a folder, or a new name")
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def begin(self, batches: Sequence[Batch]) -> None:
@@ -60,7 +69,7 @@ class SolvedLayers:
         Raises ``ValueError`` for layers of another run, or on other data, and for a damaged file.
         """
         group = self.group
-        own = [[_look(one) for one in tensors_in((batch.inputs,))] for batch in batches]
+        own = [[look(one) for one in tensors_in((batch.inputs,))] for batch in batches]
         self.facts = {**self.facts, "data": own if group is None else gathered(own, group)}
         self.facts = json.loads(json.dumps(self.facts))
         names = [file.name.removesuffix(".safetensors") for file in self.folder.glob("*.safetensors")]
@@ -69,16 +78,19 @@ class SolvedLayers:
         for name in sorted(self.names):
             self._check(name)
 
-    def load(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the mask and the new weights of a layer that is in ``names``."""
+    def load(self, name: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the mask, the new weights and the biases by name of a layer that is in ``names``."""
         with safe_open(self._file(name), "pt") as file:
-            return file.get_tensor("mask"), file.get_tensor("weight")
+            found = {key: file.get_tensor(key) for key in file.keys()}
+        return found.pop("mask"), found.pop("weight"), found
 
-    def save(self, name: str, mask: Tensor, weight: Tensor) -> None:
-        """Write a layer, wholly or not at all."""
+    def save(self, name: str, mask: Tensor, weight: Tensor, biases: Mapping[str, Tensor] = EMPTY) -> None:
+        """Write a layer, with the biases that were found with it, wholly or not at all."""
         if not self.writes:
             return
-        tensors = {"mask": mask.cpu().contiguous(), "weight": weight.detach().cpu().contiguous()}
+        # Full names of biases hold a dot, or are not these two words.
+        tensors = {"mask": mask, "weight": weight, **biases}
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         temporary = self.folder / f".{name}.{os.getpid()}"
         try:
             save_file(tensors, temporary, metadata={KEY: json.dumps(self.facts)})

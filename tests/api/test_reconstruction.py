@@ -2,14 +2,17 @@
 
 import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scoring.processes import together
 from torch import Tensor, nn
 from torch.nn.functional import unfold
 
 import fxprune
+from fxprune.scoring import sequential
 
 EXACT: dict[str, Any] = {"damp": 0.0, "bias": False, "progress": False, "iterations": 400}
 
@@ -59,6 +62,19 @@ def test_each_layer_alone() -> None:
     hidden = torch.tanh(fxprune.finalize(pruned).get_submodule("0")(given[0])).detach()
     second = least_squares(hidden, (hidden @ model[2].weight.T).detach(), fxprune.masks(pruned)["2.weight"])
     assert torch.allclose(fitted.get_parameter("2.weight"), second, atol=1e-5)
+
+
+def test_alone_a_layer_does_not_see_the_fitted_biases_of_others() -> None:
+    model, given = two_layers(), data(80, 6)
+    given = (given[0] + 2, given[1])
+    pruned = prune(model, given)
+    fitted = fxprune.reconstruct(pruned, given, model, propagate=False, **{**EXACT, "bias": True})
+    hidden = torch.tanh(fxprune.finalize(pruned).get_submodule("0")(given[0])).detach()
+    keep, ones = fxprune.masks(pruned)["2.weight"], torch.ones(80, 1).double()
+    keep = torch.cat([keep, torch.ones(4, 1, dtype=torch.bool)], 1)
+    second = least_squares(torch.cat([hidden, ones], 1), model[2](hidden).detach(), keep)
+    assert torch.allclose(fitted.get_parameter("2.weight"), second[:, :-1], atol=1e-5)
+    assert torch.allclose(fitted.get_parameter("2.bias"), second[:, -1], atol=1e-5)
 
 
 def test_biases_are_fitted_with_their_layers() -> None:
@@ -205,6 +221,109 @@ def test_a_module_takes_its_shapes_from_the_data() -> None:
     fitted = fxprune.reconstruct(pruned, iter([given]), model, **EXACT)
     assert torch.equal(fitted.get_parameter("0.weight"), expected.get_parameter("0.weight"))
     assert not torch.equal(fitted.get_parameter("0.weight"), pruned.get_parameter("0.weight"))
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.BatchNorm2d(5), nn.ReLU(),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(5 * 4, 4),
+    ).double()  # fmt: skip
+    model(IMAGES)
+    return model.eval()
+
+
+IMAGES = torch.rand(71, 3, 8, 8, generator=torch.Generator().manual_seed(2)).double()
+
+
+def same_state(one: nn.Module, other: nn.Module, close: bool = False) -> bool:
+    states = [network.state_dict() for network in (one, other)]
+    equal = torch.allclose if close else torch.equal
+    return states[0].keys() == states[1].keys() and all(
+        equal(value, states[1][name]) for name, value in states[0].items()
+    )
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_a_killed_run_goes_on_at_the_next_layer(
+    propagate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = convolutions(), (IMAGES, torch.zeros(71))
+    pruned = prune(model, given)
+    options: dict[str, Any] = {"progress": False, "propagate": propagate}
+    wanted = fxprune.reconstruct(pruned, given, model, **options)
+    solved: list[str] = []
+    original = sequential._Run._layer
+
+    def killed(self: Any, name: str, parts: Any) -> Any:
+        solved.append(name)
+        if name == "8.weight" and solved.count(name) == 1:
+            raise KeyboardInterrupt
+        return original(self, name, parts)
+
+    monkeypatch.setattr(sequential._Run, "_layer", killed)
+    options["checkpoint_dir"] = tmp_path / "solved"
+    with pytest.raises(KeyboardInterrupt):
+        fxprune.reconstruct(pruned, given, model, **options)
+    found = fxprune.reconstruct(pruned, given, model, **options)
+    assert solved == ["0.weight", "3.weight", "8.weight", "8.weight"]
+    assert same_state(found, wanted)
+    assert not torch.equal(found.get_parameter("0.bias"), pruned.get_parameter("0.bias"))
+    # A third run has all layers, and fits none.
+    assert same_state(fxprune.reconstruct(pruned, given, model, **options), wanted)
+    assert len(solved) == 4
+
+
+def test_fitted_layers_of_another_run_are_refused(tmp_path: Path) -> None:
+    model, given = two_layers(), data(80, 6)
+    pruned, options = prune(model, given), {"checkpoint_dir": str(tmp_path / "solved"), **EXACT}
+    fxprune.reconstruct(pruned, given, model, **options)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[2].weight[0, 0] += 1
+    cases: list[tuple[Any, Any, dict[str, Any], str]] = [
+        (given, model, {"damp": 0.5}, "damp"),
+        (given, other, {}, "reference"),
+        ((given[0] + 1, given[1]), model, {}, "data"),
+    ]
+    for batch, reference, more, what in cases:
+        with pytest.raises(ValueError, match=rf"checkpoint_dir: .* is of another run \(other {what}\)"):
+            fxprune.reconstruct(pruned, batch, reference, **{**options, **more})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"checkpoint_dir: .*file is a file; expected a folder"):
+        fxprune.reconstruct(pruned, given, model, **{**options, "checkpoint_dir": str(tmp_path / "file")})
+
+
+def in_a_process(rank: int, folder: str) -> Any:
+    """Fit on a shard of 40 samples, or 31; then with a folder, twice; then with other masks."""
+    model, shard = convolutions(), (IMAGES[:40], IMAGES[40:])[rank]
+    given = (shard, torch.zeros(len(shard)))
+    pruned = prune(model, given)
+    found = [
+        fxprune.reconstruct(pruned, given, model, progress=False, **more).state_dict()
+        for more in ({}, {"checkpoint_dir": folder}, {"checkpoint_dir": folder})
+    ]
+    if rank:
+        masks = fxprune.masks(pruned)
+        fxprune.set_masks(pruned, {**masks, "8.weight": masks["8.weight"].roll(1, 0)})
+    try:
+        fxprune.reconstruct(pruned, given, model, progress=False)
+    except RuntimeError as error:
+        return found, str(error)
+
+
+def test_several_processes_fit_what_one_fits_on_all_data(tmp_path: Path) -> None:
+    model, given = convolutions(), (IMAGES, torch.zeros(71))
+    wanted = fxprune.reconstruct(prune(model, given), given, model, progress=False).state_dict()
+    results = together(2, in_a_process, str(tmp_path))
+    for found, error in results:
+        assert error.startswith("masks of ranks [1] differ from those of rank 0; give every process the same")
+        for state in found:
+            assert state.keys() == wanted.keys()
+            assert all(torch.allclose(state[name], value, atol=1e-9) for name, value in wanted.items())
+    first, second = (found for found, _ in results)
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_bad_arguments_are_refused() -> None:
