@@ -92,16 +92,15 @@ def reconstruct(
     """
     _check(model, reference, damp, iterations)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        masks = _masks(model)
-        source = plain(inside(model))
+        masks, source = _masks(model), plain(inside(model))
         if example_inputs is None and not isinstance(source, fx.GraphModule):
             example_inputs, data = inputs_of(data, source)
-        problem = _problem(source, masks, example_inputs, device, data=data, loss_fn=loss_fn,
-                           progress=Display(enabled=progress), micro_batch=micro_batch)  # fmt: skip
+        given: dict[str, Any] = {"data": data, "loss_fn": loss_fn, "micro_batch": micro_batch}
+        problem = _problem(source, masks, example_inputs, device, Display(enabled=progress), **given)
         twin = _with_values(duplicate(problem.model), reference).eval()
         fit = _Fit(problem, twin, damp, bias, iterations, read(inside(model)))
-        found = _solve(problem, fit, norms, propagate, checkpoint_dir)
-        return _rewritten(model, found | fit.biases, fit.statistics, masks)
+        found = _solve(problem, fit, norms, propagate, checkpoint_dir) | fit.biases
+        return _rewritten(model, found, fit.statistics, masks)
 
 
 def _solved(
@@ -172,7 +171,12 @@ def _masks(model: nn.Module) -> Masks:
 
 
 def _problem(
-    source: nn.Module, masks: Masks, example_inputs: Any, device: str | torch.device | None, **fields: Any
+    source: nn.Module,
+    masks: Masks,
+    example_inputs: Any,
+    device: str | torch.device | None,
+    progress: Display,
+    **fields: Any,
 ) -> Problem:
     """The layers to fit, on a private copy of the network."""
     student, graph = _captured(source, example_inputs)
@@ -186,6 +190,7 @@ def _problem(
         budget=Budget(sum(kept(masks).values()), {name: mask.numel() for name, mask in masks.items()}),
         device=where,
         group=everybody(),
+        progress=progress,
         **fields,
     )
 
