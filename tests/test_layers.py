@@ -26,7 +26,7 @@ RANKS = {
 }  # fmt: skip
 OPTIONAL = {
     "matplotlib", "sklearn", "transformers", "lightning", "scipy", "onnx", "onnxruntime", "openvino",
-    "tomllib", "tomli", "accelerate", "fastai",
+    "tomllib", "tomli", "accelerate", "fastai", "huggingface_hub",
 }  # fmt: skip
 # Packages that are slow to import -> the rooms that are only imported when they are needed anyway.
 SLOW: dict[str, set[str]] = {

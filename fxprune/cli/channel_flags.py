@@ -15,7 +15,8 @@ HELP = {
     ),
     "scope": (
         str,
-        "What competes: global, layer (each loses the same share) or isomorphic (each kind does).",
+        "What competes: global, layer (each loses the same share), uniform (and equal ones stay equal) or "
+        "isomorphic (each kind loses the same share).",
     ),
     "round_to": (int, "Layers keep a multiple of so many channels."),
     "min_channels": (int, "Layers keep at least so many channels."),

@@ -1,6 +1,6 @@
 """Folders of transformers, ``hf:PATH``: a model with its example inputs and calibration data comes in.
 
-A pruned model goes out as such a folder again, dense in form, with zeros.
+A pruned model goes out as such a folder again, dense in form, with zeros, or compact.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 import fxprune
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import fx, nn
 
-__all__ = ["load_calibration", "load_folder", "write_folder"]
+__all__ = ["check_compact", "load_calibration", "load_folder", "write_folder"]
 
 PREFIX = "hf:"
 LENGTH = 128
 """Tokens in a row of calibration data, where the model takes as many."""
 ROWS = 8
 """Rows of a batch."""
+CHANNELS = ("channel", "head")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model")
 
 
@@ -130,18 +131,52 @@ def _arrays(path: Path, model: Any) -> dict[str, Any]:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def write_folder(folder: Path, pruned: nn.Module, source: str) -> dict[str, int]:
-    """Write a pruned model of transformers as a folder that ``from_pretrained`` reads; return bytes by file.
+def check_compact(granularity: str) -> None:
+    """Raise ``ValueError`` for a granularity that leaves all channels of a model of transformers."""
+    if granularity not in CHANNELS:
+        raise ValueError(
+            f"--compact: --granularity {granularity} leaves every channel, and a folder of transformers gets "
+            "smaller where channels go; take --granularity head --scope uniform, or leave --compact out"
+        )
 
-    Shapes are those of the dense model, pruned weights are zeros; the tokenizer's files are copied.
+
+def write_folder(
+    folder: Path,
+    pruned: nn.Module,
+    source: str,
+    network: nn.Module,
+    small: fx.GraphModule | None = None,
+    inputs: Any = None,
+) -> tuple[dict[str, int], list[str]]:
+    """Write a pruned model of transformers as a folder that ``from_pretrained`` reads.
+
+    Args:
+        folder: made if it is not there.
+        pruned: the masked model.
+        source: ``hf:PATH``, whose tokenizer is copied.
+        network: the dense model.
+        small: the compact network. If the model's class can have its shapes, they stand in ``config.json``;
+            else shapes are those of the dense model, and pruned weights are zeros.
+        inputs: by name; the written model is compared on them with the masked one.
+
+    Returns:
+        Bytes by file, and lines that say why shapes are dense although ``small`` is there.
     """
+    lines: list[str] = []
+    final: Any = None
+    if small is not None:
+        from fxprune.cli.resized import resized
+
+        try:
+            final = resized(network, pruned, small, inputs)
+        except ValueError as error:
+            lines.append(f"{folder}: dense shapes with zeros, for {error}")
     folder.mkdir(parents=True, exist_ok=True)
-    final: Any = fxprune.finalize(pruned)
-    final.save_pretrained(folder)
+    (fxprune.finalize(pruned) if final is None else final).save_pretrained(folder)
     origin = folder_of(source)
     assert origin is not None
     for file in sorted(origin.iterdir()):
         wanted = file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json")
         if wanted and file.is_file() and not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
-    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}, lines

@@ -28,7 +28,7 @@ from fxprune.cli.flags import (
     with_flags,
 )
 from fxprune.cli.folder import COMPACT, MASKED, REPORT, check_export, dense_bytes, write_networks
-from fxprune.cli.hugging_face import folder_of, write_folder
+from fxprune.cli.hugging_face import check_compact, folder_of, write_folder
 from fxprune.cli.methods import FOLDER, read_entries
 from fxprune.cli.reports import AsJson, Model, as_json, set_threads
 from fxprune.cli.sources import load_network
@@ -103,7 +103,7 @@ def prune(
     if plan is not None:
         chosen = _by_plan(plan, {**asked, **given, "sparsity": sparsity, "data": source.get("data")})
         method, sparsity, seed = chosen.method, chosen.sparsity, chosen.seed
-    _check_files(model, out, export or (), compact)
+    _check_files(model, out, export or (), compact and plan is None, granularity)
     display = Display()
     with display.step(f"load {model}"):
         network, inputs = load_network(model, seed, **origin)
@@ -140,10 +140,12 @@ def choose_method(method: str, given: dict[str, Any]) -> Any:
     return fxprune.methods.resolve(method, **read_values(method, given))
 
 
-def _check_files(model: str, out: Path | None, export: Sequence[Path], compact: bool) -> None:
+def _check_files(
+    model: str, out: Path | None, export: Sequence[Path], compact: bool, granularity: str
+) -> None:
     """``ValueError`` for files that cannot be written."""
     if compact and folder_of(model) is not None:
-        raise ValueError("--compact: a folder of transformers is written in its dense shapes; leave it out")
+        check_compact(granularity)
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: there is a file of that name; expected a folder, or a new name")
     for path in export:
@@ -179,14 +181,14 @@ def _results(
     """Write and measure what was asked for; return it by name, and as lines to print."""
     found: dict[str, Any] = {}
     lines: list[str] = []
-    small = None
+    small, own = None, folder_of(facts["model"])
     time = getattr(pruned, "meta", {}).get("fxprune", {}).get("latency")
     if time is not None:
         found["latency"] = asdict(time)
         lines.append(str(time))
     if compact:
         with display.step("compact"):
-            small = fxprune.compact(pruned)
+            small = fxprune.compact(pruned, example_inputs=None if own is None else inputs)
         with display.step("measure"):
             timings = fxprune.latency.measure({"dense": network, "compact": small}, inputs)
         found["milliseconds"] = {one.network: one.median for one in timings}
@@ -195,15 +197,14 @@ def _results(
         lines.append(fxprune.latency.sentence(timings))
     if out is not None:
         with display.step(f"write {out}"):
-            own = folder_of(facts["model"]) is not None
-            files = (
-                write_folder(out, pruned, facts["model"])
-                if own
-                else write_networks(out, pruned, small, facts)
-            )
+            if own is None:
+                files, notes = write_networks(out, pruned, small, facts), []
+            else:
+                files, notes = write_folder(out, pruned, facts["model"], network, small, inputs)
         whole = dense_bytes(network)
         found["bytes"] = {"dense": whole, **files}
         size = fxprune.latency.size
+        lines += notes
         lines += [f"file: {size(whole)} dense -> {size(n)}, {out / name}" for name, n in files.items()]
     for path in export:
         with display.step(f"export {path}"):

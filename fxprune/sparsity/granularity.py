@@ -183,7 +183,8 @@ class Channel:
     network), "macs" (multiply-adds), "memory" (the most bytes of activations at one time) or "latency" (the
     time of ``runtime`` on so many ``threads``, as measured here). With ``pool="mean"`` groups then compete by
     the sum of their scores per cost. ``scope``: "global"; "layer", every family of tied layers loses the same
-    share of its groups; "isomorphic", every kind of group does (Fang et al. 2024, arXiv 2407.04616).
+    share of its groups; "uniform", likewise, and equal layers stay equally wide; "isomorphic", every kind of
+    group does (Fang et al. 2024, arXiv 2407.04616).
     ``round_to``: layers keep a multiple of so many channels, where they can; ``min_channels``,
     ``max_sparsity``: how many channels, and which share of them, every layer loses at most.
     ``at_most``: instead of a sparsity, the cost that may stay, in the unit of ``of``: weights, parameters,
@@ -251,7 +252,7 @@ COSTS = ("weights", "params", "macs", "memory", "latency")
 UNITS = {"weights": "weights", "params": "parameters", "macs": "MACs", "memory": "bytes", "latency": "ms"}
 """The unit of each of ``COSTS``."""
 
-SCOPES = ("global", "layer", "isomorphic")
+SCOPES = ("global", "layer", "uniform", "isomorphic")
 """Which channel groups compete with one another."""
 
 CHOICES = {

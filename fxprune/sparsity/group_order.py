@@ -11,7 +11,7 @@ from torch import Tensor
 from fxprune.channels.cost import CostModel
 from fxprune.channels.groups import Groups
 
-__all__ = ["by_class", "by_worth", "kinds", "round_up"]
+__all__ = ["by_class", "by_worth", "kinds", "round_up", "turns"]
 
 STEP = 0.04
 """The share of what is to be saved that goes between two updates of what every group costs."""
@@ -44,18 +44,26 @@ def by_worth(worth: Tensor, cost: CostModel, alive: Tensor, open_: Tensor, limit
 
 
 def by_class(score: Tensor, classes: Tensor, ratios: Mapping[int, float], open_: Tensor) -> Tensor:
-    """Return the groups that may go so that every class loses its lowest in proportion.
+    """Return the groups that may go so that every class loses its lowest in proportion, by their turns."""
+    indices = open_.nonzero().flatten().flip(0)
+    return indices[turns(score, classes, ratios)[indices].argsort(stable=True)]
+
+
+def turns(score: Tensor, classes: Tensor, ratios: Mapping[int, float]) -> Tensor:
+    """Return, for every group, when it goes, so that every class loses its lowest in proportion.
 
     A class with the ratio r keeps a fraction t r of its groups (1 where it has no ratio); t falls until the
-    budget is met. The i-th lowest of n groups goes when t r < 1 - i / n.
+    budget is met. The i-th lowest of n groups goes when t r < 1 - i / n; its turn is 1 / t.
+
+    >>> turns(torch.tensor([3.0, 1.0, 9.0, 8.0]), torch.tensor([0, 0, 1, 1]), {}).tolist()
+    [2.0, 1.0, 2.0, 1.0]
     """
-    when = torch.zeros_like(score)
+    when = torch.zeros_like(score, dtype=torch.float64)
     for name in torch.unique(classes).tolist():
         members = (classes == name).nonzero().flatten()
         ranks = score[members].argsort(stable=True).argsort(stable=True).double()
         when[members] = ratios.get(name, 1.0) / (1 - ranks / len(members)).clamp(min=1e-12)
-    indices = open_.nonzero().flatten().flip(0)
-    return indices[when[indices].argsort(stable=True)]
+    return when
 
 
 def kinds(groups: Groups) -> Tensor:

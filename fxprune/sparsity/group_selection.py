@@ -22,7 +22,7 @@ from fxprune.channels.sums import added_up
 from fxprune.graph import KernelSet
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import NEVER, UNITS, Bundle, Channel
-from fxprune.sparsity.group_order import by_class, by_worth, kinds, round_up
+from fxprune.sparsity.group_order import by_class, by_worth, kinds, round_up, turns
 from fxprune.sparsity.masks import Masks, is_full, kept
 
 __all__ = ["ChannelGroups", "Choice"]
@@ -153,7 +153,8 @@ class ChannelGroups:
 
         One group more would exceed it. The best groups of every parameter's outputs and inputs stay, so that
         no layer is emptied. Under a budget with a number for every layer, each family of tied layers removes
-        its lowest groups in proportion.
+        its lowest groups in proportion. Under ``scope="uniform"`` families as large as one another lose as
+        many, by which the cost may be lower by more than a group.
         """
         if self.seen is not None:
             self.seen.append((replace(self, seen=None), scores, dict(within)))
@@ -179,6 +180,9 @@ class ChannelGroups:
                 high = middle
             else:
                 low = middle + 1
+        if self.options.scope == "uniform" and low:
+            when = turns(pooled, self.groups.families, {})[order]
+            low = int((when <= when[low - 1]).sum())  # all whose turn it is
         staying = self._staying(alive, order[:low], rank, rounded)
         return {name: self.groups.kept(name, staying).to(mask.device) & mask for name, mask in within.items()}
 
@@ -303,7 +307,7 @@ class ChannelGroups:
         """The groups that may go, the first to go first; of equal ones the later group."""
         if budget.layers is not None:
             return by_class(pooled, self.groups.families, self._ratios(budget), open_)
-        if self.options.scope == "layer":
+        if self.options.scope in ("layer", "uniform"):
             return by_class(pooled, self.groups.families, {}, open_)
         if self.options.scope == "isomorphic":
             return by_class(pooled, kinds(self.groups), {}, open_)

@@ -80,7 +80,7 @@ def test_what_is_wrong_is_said_in_a_line(folder: Path, tmp_path: Path, capsys: A
         (f"hf:{folder}", ["--data", str(tmp_path / "x.txt")], "there is no such file"),
         (f"hf:{folder}", ["--data", str(empty)], "there is no such file"),
         (f"hf:{folder}", ["--data", str(folder / "config.json")], "expected .txt, .npy or .npz"),
-        (f"hf:{folder}", ["--compact"], "--compact: a folder of transformers is written in its dense shapes"),
+        (f"hf:{folder}", ["--compact"], "--compact: --granularity weight leaves every channel"),
         (f"hf:{folder}", ["--data", str(tmp_path / "far.npy")], "tokens of data run from 99 to 99"),
         (f"hf:{folder}", [], "method 'sparsegpt' needs data"),
     ]

@@ -268,6 +268,34 @@ def test_a_target_is_met_by_the_network_that_is_left(of: str, scope: str, sparsi
     assert limit - dearest <= left <= limit
 
 
+class Blocks(nn.Module):
+    """Four blocks as wide as one another, on one stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ups = nn.ModuleList(nn.Linear(12, 30) for _ in range(4))
+        self.downs = nn.ModuleList(nn.Linear(30, 12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for up, down in zip(self.ups, self.downs, strict=True):
+            x = x + down(torch.relu(up(x)))
+        return x
+
+
+@pytest.mark.parametrize("round_to", [1, 4])
+@pytest.mark.parametrize("sparsity", [0.15, 0.3, 0.55, 0.85])
+def test_blocks_stay_alike_under_a_uniform_scope(sparsity: float, round_to: int) -> None:
+    torch.manual_seed(0)
+    model, x = Blocks().eval(), torch.randn(2, 12)
+    grain = Channel(scope="uniform", round_to=round_to)
+    pruned = fxprune.apply(model, "magnitude", sparsity, granularity=grain, example_inputs=x, progress=False)
+    widths = [int(fxprune.masks(pruned)[f"ups.{block}.weight"].any(1).sum()) for block in range(4)]
+    assert len(set(widths)) == 1
+    assert widths[0] % round_to == 0
+    # The widest that meet the sparsity: a step more would be too much. The stream keeps its 12 channels.
+    assert widths[0] == int(30 * (1 - sparsity) + 1e-9) // round_to * round_to
+
+
 def test_multiply_adds_are_saved_where_they_are() -> None:
     # At full resolution a weight costs four times as many as behind the stride, so that those go first.
     torch.manual_seed(0)

@@ -1,0 +1,207 @@
+"""Build a model of transformers in the shapes of its compact network, under a configuration that says so.
+
+The model, its pruned form and the compact network come in; a model of the same class goes out, with the
+compact network's weights. No class is known by name: fields of the configuration are tried out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import islice, product
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = ["resized"]
+
+Shapes = dict[str, tuple[int, ...]]
+Field = tuple[str, ...]
+"""The path of a field through nested configurations."""
+
+TRIED = 256
+"""Configurations that are tried at most."""
+
+
+def resized(model: Any, pruned: nn.Module, small: fx.GraphModule, inputs: Mapping[str, Tensor]) -> Any:
+    """Build the class of ``model`` with the weights of a compact network.
+
+    Args:
+        model: of transformers, as it was read.
+        pruned: the same, masked.
+        small: the compact form of ``pruned``.
+        inputs: by name, on which outputs are compared.
+
+    Raises ``ValueError``, with the reason, where no configuration has these shapes, or where the class
+    computes something else in them.
+    """
+    own, wanted = _shapes_of(model), _shapes_of(small)
+    _check_names(type(model).__name__, own, wanted)
+    _check_layers(own, wanted)
+    expected = _logits(pruned, inputs)
+    search, found = _Search(model, own, wanted), False
+    for facts in search.configurations():
+        found = True
+        for scale in (False, True):
+            new = _built(model, facts, small.state_dict(), own if scale else None)
+            if new is not None and _computes(new, inputs, expected):
+                return new
+    name = next(name for name in wanted if wanted[name] != own[name])
+    if found:
+        raise ValueError(f"{type(model).__name__} computes other outputs where {name!r} is {wanted[name]}")
+    why = f"; {search.refused[0]}" if search.refused else ""
+    raise ValueError(
+        f"no sizes in {type(model.config).__name__} make {name!r} {wanted[name]} and the others fit{why}; "
+        "keep its size with --exclude"
+    )
+
+
+def _shapes_of(network: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
+def _check_names(kind: str, own: Shapes, wanted: Shapes) -> None:
+    more, less = [name for name in wanted if name not in own], [name for name in own if name not in wanted]
+    if more:
+        raise ValueError(
+            f"{kind} has no {more[0]!r}, which the compact network needs; keep its width: --exclude the "
+            "embeddings"
+        )
+    if less:
+        raise ValueError(f"{less[0]!r} is gone as a whole, and {kind} needs it; ask for less --sparsity")
+
+
+def _check_layers(own: Shapes, wanted: Shapes) -> None:
+    """Layers that had the same shape have to have it still."""
+    first: dict[tuple[str, tuple[int, ...]], str] = {}
+    for name, shape in own.items():
+        other = first.setdefault((re.sub(r"\.\d+\.", ".*.", name), shape), name)
+        if wanted[name] != wanted[other]:
+            raise ValueError(
+                f"layers end with different sizes: {other!r} is {wanted[other]}, {name!r} {wanted[name]}; "
+                "take --scope uniform"
+            )
+
+
+class _Search:
+    """Looks for values of fields under which a class has the wanted shapes; ``refused``: what it said."""
+
+    def __init__(self, model: Any, own: Shapes, wanted: Shapes) -> None:
+        self.model, self.own, self.wanted = model, own, wanted
+        self.refused: list[str] = []
+
+    def configurations(self) -> Iterator[dict[Field, int]]:
+        """Yield values of fields under which the shapes are those, few fields first."""
+        own, wanted = self.own, self.wanted
+        sizes = {
+            (before, after)
+            for name in own
+            for before, after in zip(own[name], wanted[name], strict=True)
+            if before != after
+        }
+        choices: dict[Field, list[int]] = {}
+        for field, value in _fields(self.model.config.to_dict()):
+            new = {after if value is None else value * after // before for before, after in sizes}
+            for option in sorted(new - {value, 0}):
+                shapes = self._shapes_under({field: option})
+                # One that is refused may do beside another.
+                may_do = value is not None if shapes is None else _helps(shapes, own, wanted)
+                if may_do:
+                    choices.setdefault(field, []).append(option)
+        combined = product(*([(field, None), *((field, n) for n in some)] for field, some in choices.items()))
+        chosen = [{field: n for field, n in some if n is not None} for some in islice(combined, TRIED)]
+        for facts in sorted(chosen, key=len):
+            if self._shapes_under(facts) == wanted:
+                yield facts
+
+    def _shapes_under(self, facts: Mapping[Field, int]) -> Shapes | None:
+        """The shapes of the class under other values; ``None`` where it refuses them."""
+        from huggingface_hub import errors
+
+        invalid = getattr(errors, "StrictDataclassError", ValueError)  # of newer versions
+        try:
+            with torch.device("meta"):
+                return _shapes_of(type(self.model)(_config(self.model, facts)))
+        except (invalid, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+            asked = ", ".join(f"{'.'.join(field)}={value}" for field, value in facts.items())
+            self.refused.append(f"{asked} is refused ({str(error).splitlines()[-1].strip()})")
+            return None
+
+
+def _fields(config: Mapping[str, Any], path: Field = ()) -> Iterator[tuple[Field, int | None]]:
+    """Yield the fields that may be sizes: whole numbers, and those that are left to a rule."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _fields(value, (*path, str(name)))
+        elif value is None or (type(value) is int and value > 0):
+            yield (*path, str(name)), value
+
+
+def _helps(shapes: Shapes | None, own: Shapes, wanted: Shapes) -> bool:
+    """Whether a change of a field brings some size to what is wanted, and changes none that stays."""
+    if shapes is None or shapes.keys() != own.keys():
+        return False
+    changed = [name for name in own if shapes[name] != own[name]]
+    return all(wanted[name] != own[name] for name in changed) and any(
+        new == goal != old
+        for name in changed
+        for new, goal, old in zip(shapes[name], wanted[name], own[name], strict=True)
+    )
+
+
+def _config(model: Any, facts: Mapping[Field, Any]) -> Any:
+    values = model.config.to_dict()
+    for field, value in facts.items():
+        place = values
+        for name in field[:-1]:
+            place = place[name]
+        place[field[-1]] = value
+    return type(model.config).from_dict(values)
+
+
+def _built(
+    model: Any, facts: Mapping[Field, int], state: Mapping[str, Tensor], scaled: Shapes | None
+) -> Any | None:
+    """The class under other values, with weights; ``scaled``: the shapes before, to make up in norms.
+
+    A norm by the root of the mean square has another mean over fewer channels: ``n / m`` times as large,
+    if m of n are left and the others were zero. So has what is added to it, and its root goes to the scale.
+    """
+    facts, state = dict(facts), dict(state)
+    if scaled is not None:
+        norms = [name for name, tensor in state.items() if tensor.dim() == 1 and name.endswith("norm.weight")]
+        norms = [name for name in norms if scaled[name] != tuple(state[name].shape)]
+        ratios = {scaled[name][0] / len(state[name]) for name in norms}
+        if len(ratios) != 1:
+            return None
+        ratio = ratios.pop()
+        state |= {name: (state[name] * ratio**0.5).to(state[name].dtype) for name in norms}
+        values = model.config.to_dict()
+        facts |= {(name,): value * ratio for name, value in values.items() if name.endswith("rms_norm_eps")}
+    new = type(model)(_config(model, facts)).to(model.dtype).eval()
+    new.load_state_dict(state)
+    if getattr(model, "generation_config", None) is not None:
+        new.generation_config = model.generation_config
+    return new
+
+
+def _logits(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    mode = network.training
+    try:
+        with torch.no_grad():
+            found: Tensor = network.eval()(**inputs)[0]
+    finally:
+        network.train(mode)
+    return found.float()
+
+
+def _computes(new: Any, inputs: Mapping[str, Tensor], expected: Tensor) -> bool:
+    """Whether outputs are those that are expected, up to rounding in the model's dtype."""
+    try:
+        found = _logits(new, inputs)
+    except (ValueError, RuntimeError, LookupError):  # such as an odd number of rotated channels
+        return False
+    if found.shape != expected.shape:
+        return False
+    return float((found - expected).norm()) <= torch.finfo(new.dtype).eps ** 0.5 * float(expected.norm())
