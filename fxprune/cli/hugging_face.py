@@ -172,7 +172,8 @@ def write_folder(
         except ValueError as error:
             lines.append(f"{folder}: dense shapes with zeros, for {error}")
     folder.mkdir(parents=True, exist_ok=True)
-    (fxprune.finalize(pruned) if final is None else final).save_pretrained(folder)
+    final = fxprune.finalize(pruned) if final is None else final
+    final.save_pretrained(folder)
     origin = folder_of(source)
     assert origin is not None
     for file in sorted(origin.iterdir()):

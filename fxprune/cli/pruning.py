@@ -181,6 +181,7 @@ def _results(
     """Write and measure what was asked for; return it by name, and as lines to print."""
     found: dict[str, Any] = {}
     lines: list[str] = []
+    notes: list[str] = []
     small, own = None, folder_of(facts["model"])
     time = getattr(pruned, "meta", {}).get("fxprune", {}).get("latency")
     if time is not None:
@@ -198,7 +199,7 @@ def _results(
     if out is not None:
         with display.step(f"write {out}"):
             if own is None:
-                files, notes = write_networks(out, pruned, small, facts), []
+                files = write_networks(out, pruned, small, facts)
             else:
                 files, notes = write_folder(out, pruned, facts["model"], network, small, inputs)
         whole = dense_bytes(network)

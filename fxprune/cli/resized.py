@@ -204,4 +204,5 @@ def _computes(new: Any, inputs: Mapping[str, Tensor], expected: Tensor) -> bool:
         return False
     if found.shape != expected.shape:
         return False
-    return float((found - expected).norm()) <= torch.finfo(new.dtype).eps ** 0.5 * float(expected.norm())
+    tolerance: float = torch.finfo(new.dtype).eps ** 0.5
+    return float((found - expected).norm()) <= tolerance * float(expected.norm())

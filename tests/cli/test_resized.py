@@ -40,7 +40,7 @@ def gpt2() -> Any:
 
 
 def pruned(model: Any, sparsity: float, exclude: list[str], **options: Any) -> Any:
-    """What the command prunes, in Python."""
+    """Prune in Python as the command does."""
     asked: dict[str, Any] = {"example_inputs": {"input_ids": IDS}, "returns": "module", "progress": False}
     return fxprune.apply(model, "magnitude", sparsity, exclude=exclude, **asked, **options)
 
