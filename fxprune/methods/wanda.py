@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 
 from fxprune.channels.orientation import output_first
 from fxprune.scoring.complex_weights import refuse_complex
-from fxprune.scoring.contract import Method, Problem, Scores, from_scores
+from fxprune.scoring.contract import Method, Problem, Scores, from_scores, round_budgets
 from fxprune.scoring.data import batches as read_batches
-from fxprune.scoring.gradients import count_of, masked, scoring
-from fxprune.scoring.inputs import input_norms
+from fxprune.scoring.distributed import agree
+from fxprune.scoring.gradients import count_of, masked
+from fxprune.scoring.inputs import InputNorms, input_norms
+from fxprune.sparsity.budget import Budget
+from fxprune.sparsity.granularity import WEIGHT
 from fxprune.sparsity.group_selection import ChannelGroups
+from fxprune.sparsity.lines import best_of_lines, split_by_places
 from fxprune.sparsity.masks import Masks
+from fxprune.sparsity.schedule import OneShot, resolve
+from fxprune.sparsity.select import check_scores, select
 
 
 def wanda(*, batches: int = 1, compare: Literal["output", "layer", "model"] = "output") -> Method:
@@ -35,24 +42,68 @@ def wanda(*, batches: int = 1, compare: Literal["output", "layer", "model"] = "o
     """
     count_of("wanda", "batches", batches)
 
-    def score(problem: Problem, masks: Masks) -> Scores:
+    def measured(problem: Problem, weights: Mapping[str, torch.Tensor]) -> InputNorms:
         refuse_complex(problem, "wanda")
-        some = read_batches(problem, batches, "wanda")
-        weights = masked(problem, masks)
-        with scoring(problem, "eval"):
-            norms = input_norms(problem, weights, some, "wanda")
-        scores = {name: problem.weights[name].abs() * masks[name] * norm for name, norm in norms.items()}
+        return input_norms(problem, weights, read_batches(problem, batches, "wanda"), "wanda")
+
+    def score(problem: Problem, masks: Masks) -> Scores:
+        norms = measured(problem, masked(problem, masks))
+        scores = {name: w.abs() * masks[name] * norms.of(name) for name, w in problem.weights.items()}
         if compare == "model" or isinstance(problem.granularity, ChannelGroups):
             return scores
         return {name: _ranks(problem, name, score, compare) for name, score in scores.items()}
 
+    by_scores = from_scores(score, name="wanda")
+
+    def find(problem: Problem) -> Masks:
+        if compare != "output" or not _is_dense(problem):
+            return by_scores(problem)
+        for budget in round_budgets(problem, schedule=OneShot(), regrow=False, name="wanda"):
+            weights = {name: weight.to(problem.device) for name, weight in problem.weights.items()}
+            masks = _best_of_outputs(problem, measured(problem, weights), budget)
+            if problem.group is not None:
+                agree(masks, problem.group)
+            return masks
+        return problem.masks
+
     return Method(
         name="wanda",
-        find=from_scores(score, name="wanda"),
+        find=find,
         needs=frozenset({"data"}),
         summary="keeps the weights with the largest product of magnitude and input, for pretrained networks",
         paper="Sun et al. 2024, arXiv 2306.11695",
     )
+
+
+def _is_dense(problem: Problem) -> bool:
+    """Whether single weights of a network that has all of them are pruned in one round."""
+    once = resolve(problem.schedule, OneShot()).rounds == 1
+    plain = problem.granularity == WEIGHT and problem.shards is None and not problem.invert
+    return once and plain and all(bool(mask.all()) for mask in problem.masks.values())
+
+
+def _best_of_outputs(problem: Problem, norms: InputNorms, budget: Budget) -> Masks:
+    """The masks that selection by ranks finds, layer by layer: with the scores of one layer at a time."""
+    sides = {}
+    for name, weight in problem.weights.items():
+        kernels = problem.graph.kernels.get(name)
+        lines = len(output_first(weight, kernels))
+        sides[name] = (lines, weight.numel() // lines)
+    numbers = split_by_places(sides, budget.total) if budget.layers is None else budget.layers
+    masks = {}
+    for name, weight in problem.weights.items():
+        kernels, number = problem.graph.kernels.get(name), numbers[name]
+        score = weight.abs() * norms.of(name)
+        alone = Budget(number, {name: weight.numel()})
+        check_scores({name: score}, alone, "wanda")
+        own = output_first(score, kernels)
+        if own is not score and number % len(own):
+            # Which outputs keep one more goes by the order of weights in the parameter.
+            masks |= select({name: _ranks(problem, name, score, "output")}, alone, method="wanda")
+            continue
+        best = best_of_lines(own.reshape(len(own), -1), number)
+        masks[name] = output_first(best.view(own.shape), kernels).contiguous()
+    return masks
 
 
 def _ranks(problem: Problem, name: str, score: torch.Tensor, compare: str) -> torch.Tensor:

@@ -17,15 +17,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from fxprune.scoring.inputs import PRODUCTS
+from fxprune.scoring.inputs import GROUPED, PRODUCTS
 from fxprune.torch_private import TorchDispatchMode
 
 __all__ = ["Part", "Products", "Watch", "unfolded"]
 
 aten = torch.ops.aten
-GROUPED = getattr(aten._grouped_mm, "default", None) if hasattr(aten, "_grouped_mm") else None
-"""The product of runs of rows and a stack of matrices, as mixtures of experts have it."""
-
 CHUNK = 1 << 24
 """Numbers that unfolded windows may have at a time."""
 

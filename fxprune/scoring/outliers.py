@@ -8,7 +8,7 @@ from itertools import islice
 
 from fxprune.scoring.contract import Problem
 from fxprune.scoring.data import seeded, stream
-from fxprune.scoring.gradients import masked, scoring
+from fxprune.scoring.gradients import masked
 from fxprune.scoring.inputs import input_norms
 from fxprune.sparsity.budget import Budget, apportion
 from fxprune.sparsity.masks import kept
@@ -41,12 +41,10 @@ def outlier_budget(problem: Problem, *, times: float = 5.0, spread: float = 0.08
     with seeded(problem):
         some = list(islice(stream(problem.data, problem.device, "owl"), BATCHES))
     weights = masked(problem, problem.masks)
-    with scoring(problem, "eval"):
-        norms = input_norms(problem, weights, some, "owl")
+    norms = input_norms(problem, weights, some, "owl")
     shares = {}
-    for name, norm in norms.items():
-        mask = problem.masks[name]
-        score = (problem.weights[name].abs() * norm)[mask].double()
+    for name, mask in problem.masks.items():
+        score = (problem.weights[name].abs() * norms.of(name))[mask].double()
         shares[name] = float((score > times * score.mean()).double().mean()) if score.numel() else 0.0
     total, left = problem.budget.total, kept(problem.masks)
     low, width = min(shares.values()), max(shares.values()) - min(shares.values())

@@ -1,5 +1,8 @@
 """Wanda, by hand and against norms computed one layer at a time."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +11,9 @@ from torch.nn.functional import unfold
 import fxprune
 from fxprune import methods
 from fxprune.methods import Scores
+from fxprune.scoring.data import Batch
+from fxprune.scoring.gradients import masked
+from fxprune.scoring.inputs import input_norms
 from methods.problems import TOY_A_DATA, problem, toy_a
 
 
@@ -128,3 +134,102 @@ def test_norms_of_half_precision_do_not_overflow() -> None:
     x = 300 * torch.ones(400, 4, dtype=torch.float16)  # 300^2 is beyond float16
     pruned = fxprune.apply(model, "wanda", 0.5, example_inputs=x, data=(x, torch.zeros(400)), progress=False)
     assert torch.equal(fxprune.masks(pruned)["0.weight"].sum(1), torch.full((6,), 2))
+
+
+def net_of_many_kinds() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=3), nn.ReLU(),
+        nn.ConvTranspose2d(6, 4, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 7),
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", ["global", "uniform", "erk"])
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.93])
+def test_masks_are_those_of_ranks(
+    budget: str, sparsity: float, scored: list[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = net_of_many_kinds(), torch.randn(16, 3, 8, 8)
+    given = {"data": (x, torch.zeros(16)), "budget": budget, "progress": False, "example_inputs": x}
+    found = fxprune.masks(fxprune.apply(model, "wanda", sparsity, **given))
+    assert not scored
+    monkeypatch.setattr("fxprune.methods.wanda._is_dense", lambda problem: False)
+    expected = fxprune.masks(fxprune.apply(model, "wanda", sparsity, **given))
+    assert scored
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+
+
+def test_no_tensor_of_a_weight_s_shape_is_kept_for_norms() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32)).eval(), torch.randn(20, 64)
+    asked = problem(model, 0.5, data=(x, torch.zeros(20)))
+    norms = input_norms(asked, masked(asked, asked.masks), [Batch(x, None)], "wanda")
+    assert sum(one.numel() for places in norms.squares.values() for one in places.values()) == 64 + 48
+    assert torch.allclose(norms.of("0.weight"), x.norm(dim=0).expand(48, 64))
+
+
+class Experts(nn.Module):
+    """Three experts in one parameter, of which the data never reaches the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = (x[:, :1] > 0).to(x)
+        return torch.bmm(torch.stack([x * first, x * (1 - first), torch.zeros_like(x)]), self.up).sum(0)
+
+
+def test_experts_without_a_token_are_named_and_ranked_by_magnitude() -> None:
+    torch.manual_seed(0)
+    model, x = Experts(), torch.randn(30, 6)
+    with pytest.warns(UserWarning, match=r"no inputs are seen of up\[2\]; they are ranked by magnitude"):
+        pruned = fxprune.apply(
+            model, "wanda", 0.5, example_inputs=x, data=(x, torch.zeros(30)), compare="layer", progress=False
+        )
+    mask, size = fxprune.masks(pruned)["up"][2], model.up[2].detach().abs()
+    assert mask.any()
+    assert size[mask].min() > size[~mask].max()
+
+
+def test_experts_of_transformers_have_norms_of_the_tokens_they_get(scored: list[Scores]) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    ids, taken = torch.randint(50, (16, 8)), []
+    experts = model.model.layers[0].mlp.experts
+    handle = experts.register_forward_pre_hook(lambda module, args: taken.extend(args[:2]))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fxprune.apply(
+            model, "wanda", 0.5, example_inputs={"input_ids": ids[:2]}, progress=False, compare="model",
+            data=({"input_ids": ids}, torch.zeros(16)),
+        )  # fmt: skip
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    hidden, choice = taken
+    for expert in range(3):
+        rows = hidden[(choice == expert).any(-1)]
+        if len(rows):
+            expected = experts.gate_up_proj[expert].detach().abs() * rows.norm(dim=0)
+            assert torch.allclose(scored[0][name][expert], expected, atol=1e-5)
+
+
+def test_bad_input_is_told_of() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), torch.rand(8, 4)
+    broken = copy.deepcopy(model)
+    broken[0].bias.data[1] = float("nan")
+    given = {"example_inputs": x, "data": (x, torch.zeros(8)), "progress": False}
+    with pytest.raises(ValueError, match=r"method 'wanda': the inputs of '2\.weight' are NaN or infinite"):
+        fxprune.apply(broken, "wanda", 0.5, **given)
+    words, tokens = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)), torch.tensor([[1, 7]])
+    given = {"example_inputs": tokens % 5, "data": (tokens, torch.zeros(1)), "progress": False}
+    with pytest.raises(ValueError, match="tokens of data run from 1 to 7, but embedding '0' has 5 rows"):
+        fxprune.apply(words, "wanda", 0.5, **given)
+    with pytest.raises(ValueError, match="tokens of data run from 1 to 7, but embedding '0' has 5 rows"):
+        fxprune.apply(words, "magnitude", 0.5, budget="owl", **given)
