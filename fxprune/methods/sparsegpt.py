@@ -12,10 +12,11 @@ from fxprune.scoring.contract import Found, Method, Problem
 from fxprune.scoring.gradients import count_of
 from fxprune.scoring.layer_plan import Plan, choose_in_layer, solve_in_rounds
 from fxprune.scoring.sequential import Layer, Matrix
-from fxprune.scoring.surgeon import Chooser, check_damp, damping, dense_scores, inverse_root, surgery
+from fxprune.scoring.surgeon import Chooser, check_damp, damping, dense_scores, surgery, upper_factor
 from fxprune.sparsity.budget import Budget, apportion
 from fxprune.sparsity.channel_granularity import Oriented
 from fxprune.sparsity.granularity import NEVER, NM, WEIGHT, Granularity
+from fxprune.sparsity.lines import best_of_lines
 from fxprune.sparsity.select import select
 
 NAME = "sparsegpt"
@@ -85,21 +86,26 @@ def sparsegpt(
 
 @dataclass(frozen=True)
 class _Ready:
-    """A matrix with its inputs in the order of removal, its root, and which inputs are always zero."""
+    """A matrix with its inputs in the order of removal, the factor of its Hessian, and which are zero.
+
+    ``whole``: whether its places are those of one matrix (outputs, inputs), as it lies in the parameter.
+    """
 
     positions: Tensor
-    root: Tensor
+    factor: Tensor
     dead: Tensor
+    whole: bool
 
 
-def _ready(matrix: Matrix, damp: float | None, taps_first: bool = False) -> _Ready:
+def _ready(layer: Layer, matrix: Matrix, damp: float | None, taps_first: bool = False) -> _Ready:
     positions, moments = matrix.positions, matrix.moments
     if taps_first and matrix.taps > 1:
         inputs = torch.arange(positions.shape[1], device=positions.device)
         order = inputs.view(-1, matrix.taps).mT.flatten()
         positions, moments = positions[:, order], moments[:, order][:, :, order]
     dead = moments.diagonal(dim1=-2, dim2=-1) == 0
-    return _Ready(positions, inverse_root(moments, damping(damp, matrix.rows)), dead)
+    factor = upper_factor(moments, damping(damp, matrix.rows))
+    return _Ready(positions, factor, dead, _is_whole(layer.weight.numel(), positions))
 
 
 def solve_layer(layer: Layer, plan: Plan, damp: float | None, block: int) -> tuple[Tensor, Tensor]:
@@ -112,10 +118,10 @@ def solve_layer(layer: Layer, plan: Plan, damp: float | None, block: int) -> tup
     mask = choose_in_layer(plan, layer, dense_scores(layer.weight, layer.matrices, layer.unseen, damp))
     weight = layer.weight * mask
     for matrix in layer.matrices:
-        ready = _ready(matrix, damp)
+        ready = _ready(layer, matrix, damp)
         keep = mask.view(-1)[ready.positions]
         values = layer.weight.view(-1)[ready.positions]
-        surgery(values, ready.root, _given(keep), block)
+        surgery(values, ready.factor, _given(keep), block)
         weight.view(-1)[ready.positions] = values
     return mask, weight
 
@@ -158,14 +164,14 @@ def _column_blocks(
     """Choose weights block by block of inputs, each when the blocks before it are done."""
     mask, weight = layer.mask.clone(), layer.weight.clone()
     flat_mask, flat = mask.view(-1), weight.view(-1)
-    steps = [_ready(matrix, damp, pattern != WEIGHT) for matrix in layer.matrices]
-    may_stay = [_read(flat_mask, step.positions) for step in steps]
+    steps = [_ready(layer, matrix, damp, pattern != WEIGHT) for matrix in layer.matrices]
+    may_stay = [_read(flat_mask, step) for step in steps]
     numbers = iter(_block_budgets(layer, plan.layers[layer.name], steps, may_stay, pattern, block))
     for step, within in zip(steps, may_stay, strict=True):
-        values = _read(flat, step.positions)
+        values = _read(flat, step)
         chooser = _chooser(layer.name, within, step.dead, pattern, numbers)
-        _write(flat_mask, step.positions, surgery(values, step.root, chooser, block))
-        _write(flat, step.positions, values)
+        _write(flat_mask, step, surgery(values, step.factor, chooser, block))
+        _write(flat, step, values)
     if len(layer.unseen):
         size = flat[layer.unseen].abs()
         chosen = _best(layer.name, size[:, None], flat_mask[layer.unseen][:, None], WEIGHT, next(numbers))
@@ -174,24 +180,27 @@ def _column_blocks(
     return mask, weight
 
 
-def _is_whole(flat: Tensor, positions: Tensor) -> bool:
-    """Whether the places are those of one matrix (outputs, inputs), as it lies in the parameter."""
-    parts, inputs, outputs = positions.shape
-    if parts > 1 or positions.numel() != flat.numel():
+def _is_whole(number: int, positions: Tensor) -> bool:
+    """Whether places are those of one matrix (outputs, inputs), as it lies in a parameter of so many."""
+    parts, inputs, _ = positions.shape
+    if parts > 1 or positions.numel() != number or positions.stride()[1:] != (1, inputs):
         return False
-    return torch.equal(positions[0].mT, torch.arange(flat.numel(), device=flat.device).view(outputs, inputs))
+    flat = positions[0].mT.flatten()
+    return int(flat[0]) == 0 and bool((flat[1:] - flat[:-1] == 1).all())
 
 
-def _read(flat: Tensor, positions: Tensor) -> Tensor:
+def _read(flat: Tensor, step: _Ready) -> Tensor:
     """``flat[positions]``, without looking up places one by one where they lie in order."""
-    if not _is_whole(flat, positions):
+    positions = step.positions
+    if not step.whole:
         return flat[positions]
     return flat.view(positions.shape[2], positions.shape[1]).mT.contiguous()[None]
 
 
-def _write(flat: Tensor, positions: Tensor, values: Tensor) -> None:
+def _write(flat: Tensor, step: _Ready, values: Tensor) -> None:
     """``flat[positions] = values``, likewise."""
-    if _is_whole(flat, positions):
+    positions = step.positions
+    if step.whole:
         flat.view(positions.shape[2], positions.shape[1]).copy_(values[0].mT)
     else:
         flat[positions] = values
@@ -237,6 +246,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _best(name: str, scores: Tensor, within: Tensor, pattern: Granularity, number: int) -> Tensor:
     """The ``number`` highest scores of a block; all that the pattern leaves, where that is the number."""
+    if pattern == WEIGHT and bool(within.all()):
+        return best_of_lines(scores.reshape(1, -1), number).view_as(scores)
     bundle = pattern.bundles({name: scores}, {name: within})[0]
     candidates = bundle.scores.view_as(scores) > NEVER
     if number == int(candidates.sum()):

@@ -90,7 +90,7 @@ def _best_of_outputs(problem: Problem, norms: InputNorms, budget: Budget) -> Mas
         lines = len(output_first(weight, kernels))
         sides[name] = (lines, weight.numel() // lines)
     numbers = split_by_places(sides, budget.total) if budget.layers is None else budget.layers
-    masks = {}
+    masks: Masks = {}
     for name, weight in problem.weights.items():
         kernels, number = problem.graph.kernels.get(name), numbers[name]
         score = weight.abs() * norms.of(name)

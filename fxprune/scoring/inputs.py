@@ -158,7 +158,7 @@ def _sums_of_squares(x: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
     if x.dim() > 2 or axis != -2:
         return x.to(dtype).square().sum(axis)
     total = x.new_zeros(x.shape[1], dtype=dtype)
-    for part in x.split(max(1, CACHED // max(x.shape[1], 1))):
+    for part in torch.split(x, max(1, CACHED // max(x.shape[1], 1))):
         wide = part.to(dtype)
         total += (wide * wide).sum(0)
     return total

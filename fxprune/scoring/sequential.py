@@ -64,6 +64,8 @@ class Layer:
     @cached_property
     def unseen(self) -> Tensor:
         """The places in the flattened parameter whose inputs no product showed, or were all zero."""
+        if sum(matrix.positions.numel() for matrix in self.matrices) == self.weight.numel():
+            return torch.empty(0, dtype=torch.int64, device=self.weight.device)
         seen = torch.zeros(self.weight.numel(), dtype=torch.bool, device=self.weight.device)
         for matrix in self.matrices:
             seen[matrix.positions.flatten()] = True
@@ -318,7 +320,7 @@ def _reading_plan(
         seen: dict[str, None] = {}
         with Products(weights, lambda name, *rest, seen=seen: seen.setdefault(name)):
             stage.advance()
-            if stage.name == "model":
+            if stage.is_model:
                 for piece in range(stage.count):
                     stage.run(piece)
         plan[index] = [name for name in seen if name in names]

@@ -21,6 +21,7 @@ __all__ = [
     "inverse_root",
     "scores_of",
     "surgery",
+    "upper_factor",
 ]
 
 
@@ -46,6 +47,9 @@ Chooser = Callable[[int, int, Tensor], Tensor]
 
 LEAF = 8
 """Inputs that are handled one by one before the others hear of it."""
+
+LAZY = 128
+"""Inputs, at least, that hear together of the inputs before them."""
 
 ATTEMPTS = 6
 """Times that the damping may be multiplied by ten until the Hessian has a root."""
@@ -82,25 +86,38 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
     return hessian + torch.diag_embed(torch.where(diagonal == 0, 1.0, added))
 
 
+def upper_factor(hessian: Tensor, damp: float) -> Tensor:
+    """Return the upper triangular U with ``hessian + damping = U U^T``, for every part.
+
+    It is the Cholesky root of the Hessian with its inputs in reverse order, turned back. Its inverse is the R
+    of :func:`inverse_root`; block by block, too: ``R[a:b, a:b]`` is the inverse of ``U[a:b, a:b]``.
+
+    Raises ``ValueError`` for a Hessian that is not positive definite even with a million times the damping.
+
+    >>> hessian = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])
+    >>> upper = upper_factor(hessian, 0.0)
+    >>> torch.allclose(upper @ upper.mT, hessian), float(upper[0, 1, 0])
+    (True, 0.0)
+    """
+    for attempt in range(ATTEMPTS + 1):
+        turned = damped(hessian, max(damp, 1e-8) * 10**attempt if attempt else damp).flip(-1, -2)
+        lower, failed = torch.linalg.cholesky_ex(turned)
+        if not bool(failed.any()):
+            return lower.flip(-1, -2)
+    raise ValueError(f"damp={damp!r}: the Hessian of the inputs is not positive definite; ask for more")
+
+
 def inverse_root(hessian: Tensor, damp: float) -> Tensor:
     """Return the upper triangular R with ``inverse(hessian + damping) = R^T R``, for every part.
 
-    It is the inverse of a root of the Hessian with its inputs in reverse order: one Cholesky factorisation
-    and one triangular inverse, without the inverse of the Hessian itself.
-
-    Raises ``ValueError`` for a Hessian that is not positive definite even with a million times the damping.
+    Raises what :func:`upper_factor` does.
 
     >>> hessian = torch.tensor([[[2.0, 1.0], [1.0, 2.0]]])
     >>> root = inverse_root(hessian, 0.0)
     >>> torch.allclose(root.mT @ root, hessian.inverse())
     True
     """
-    for attempt in range(ATTEMPTS + 1):
-        turned = damped(hessian, max(damp, 1e-8) * 10**attempt if attempt else damp).flip(-1, -2)
-        lower, failed = torch.linalg.cholesky_ex(turned)
-        if not bool(failed.any()):
-            return _lower_inverse(lower).flip(-1, -2)
-    raise ValueError(f"damp={damp!r}: the Hessian of the inputs is not positive definite; ask for more")
+    return _lower_inverse(upper_factor(hessian, damp).flip(-1, -2)).flip(-1, -2)
 
 
 def _lower_inverse(lower: Tensor) -> Tensor:
@@ -142,50 +159,75 @@ def dense_scores(weight: Tensor, matrices: Sequence[Moments], unseen: Tensor, da
     return scores
 
 
-def surgery(weights: Tensor, root: Tensor, chooser: Chooser, block: int) -> Tensor:
+def surgery(weights: Tensor, factor: Tensor, chooser: Chooser, block: int) -> Tensor:
     """Remove weights input by input, in place, and add what is lost to the inputs that follow.
 
     Algorithm 1 of SparseGPT (Frantar & Alistarh 2023): where input j loses a weight w, the weights of the
-    inputs after it change by ``-w / R_jj * R_j``. Updates are lazy: halves of halves of the inputs are done
-    before their errors reach the next half, as one product of matrices.
+    inputs after it change by ``-w / R_jj * R_j``, with R the inverse of U, ``factor``. No inverse is needed
+    for that, but of small parts of U on its diagonal. With e the lost weights over R_jj, and Z the dense
+    weights minus the new ones, ``Z = R^T e``, so that ``e = U^T Z``. If the inputs before a part B are done,
+    and none in it is, e is zero in B, and B's weights now are ``w_B + R_BB^T U_*B^T Z_*``, where * are the
+    inputs before it: one product of matrices for a part, which reads Z and writes B alone.
 
     Args:
         weights: (parts, inputs, outputs), overwritten by the new weights, zero where pruned.
-        root: (parts, inputs, inputs), of :func:`inverse_root`.
+        factor: (parts, inputs, inputs), of :func:`upper_factor`.
         chooser: asked for every ``block`` inputs, when all inputs before them are done.
         block: inputs whose weights are chosen together (the paper's Bs).
 
     Returns:
         The masks (bool), of the shape of ``weights``.
     """
+    keep, change = torch.ones_like(weights, dtype=torch.bool), torch.empty_like(weights)
+    inputs, step = weights.shape[1], max(block, LAZY // block * block)
+    for first in range(0, inputs, step):
+        last = min(first + step, inputs)
+        before, upper = factor[:, :first, first:last], factor[:, first:last, first:last]
+        eye = torch.eye(last - first, dtype=upper.dtype, device=upper.device).expand_as(upper)
+        root = torch.linalg.solve_triangular(upper, eye, upper=True)
+        own = weights[:, first:last]
+        now = own.clone()
+        if first:
+            now.baddbmm_(root.mT, before.mT @ change[:, :first])
+        keep[:, first:last] = _remove(now, root, chooser, block, first)
+        torch.sub(own, now, out=change[:, first:last])
+        own.copy_(now)
+    return keep
+
+
+def _remove(weights: Tensor, root: Tensor, chooser: Chooser, block: int, offset: int) -> Tensor:
+    """Do the same for a part of the inputs, from ``offset`` on, with R itself.
+
+    Updates are lazy: halves of halves of the inputs are done before their errors reach the next half, as one
+    product of matrices.
+    """
     keep = torch.ones_like(weights, dtype=torch.bool)
-    errors = torch.empty_like(weights)
-    diagonal = root.diagonal(dim1=-2, dim2=-1)
+    gone, errors = torch.empty_like(weights), torch.empty_like(weights)
+    scaled = root / root.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
 
     def leaf(first: int, last: int) -> None:
         for j in range(first, last):
-            column = weights[:, j]
-            error = torch.where(keep[:, j], 0.0, column / diagonal[:, j, None])
-            errors[:, j] = error
-            column *= keep[:, j]
+            error = torch.mul(weights[:, j], gone[:, j], out=errors[:, j])
             if j + 1 < last:
-                weights[:, j + 1 : last].addcmul_(root[:, j, j + 1 : last, None], error[:, None], value=-1)
+                weights[:, j + 1 : last].addcmul_(scaled[:, j, j + 1 : last, None], error[:, None], value=-1)
 
     def visit(first: int, last: int, chosen: bool) -> None:
         size = last - first
         if not chosen and size <= block:
             chosen = True
-            one = weights[:, first:last]
-            keep[:, first:last] = chooser(first, last, scores_of(one, root[:, first:last, first:last]))
+            scores = scores_of(weights[:, first:last], root[:, first:last, first:last])
+            keep[:, first:last] = chooser(offset + first, offset + last, scores)
+            torch.logical_not(keep[:, first:last], out=gone[:, first:last])
         if size <= min(LEAF, block):
             leaf(first, last)
             return
         half = -(-size // block) // 2 * block if size > block else size // 2
         middle = first + half
         visit(first, middle, chosen)
-        behind = root[:, first:middle, middle:last].mT
+        behind = scaled[:, first:middle, middle:last].mT
         weights[:, middle:last].baddbmm_(behind, errors[:, first:middle], alpha=-1)
         visit(middle, last, chosen)
 
     visit(0, weights.shape[1], False)
+    weights *= keep
     return keep

@@ -148,6 +148,7 @@ class Stage:
     ``name``: of the node. ``run(piece)``: its output, on copies of its inputs. ``advance()``: run it for all
     pieces, keep what it gives for the nodes after it, and free what no node reads any more; called once.
     ``read(piece)``: the first value that it reads. ``module``: the module that it calls, ``target`` its path.
+    ``is_model``: whether it is all of a model without a graph.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Stage:
     read: Callable[[int], Any] | None = None
     module: nn.Module | None = None
     target: str = ""
+    is_model: bool = False
 
 
 def stages(model: nn.Module, calls: Sequence[Arguments]) -> Iterator[Stage]:
@@ -170,7 +172,9 @@ def stages(model: nn.Module, calls: Sequence[Arguments]) -> Iterator[Stage]:
     _1 (1, 3)
     """
     if not isinstance(model, fx.GraphModule):
-        yield Stage("model", len(calls), lambda piece: _call(model, calls[piece]), lambda: None)
+        run_all = Stage("model", len(calls), lambda piece: _call(model, calls[piece]), lambda: None)
+        run_all.is_model = True
+        yield run_all
         return
     runner = fx.Interpreter(model, garbage_collect_values=False)
     held = [_placed(model, call) for call in calls]

@@ -12,7 +12,7 @@ from torch.nn.functional import unfold
 
 import fxprune
 from fxprune import methods
-from fxprune.scoring.surgeon import inverse_root, surgery
+from fxprune.scoring.surgeon import surgery, upper_factor
 from methods.problems import problem
 
 DAMP = 0.01
@@ -75,9 +75,9 @@ def test_lazy_updates_are_the_updates(block: int) -> None:
     x = correlated(50, 21)
     torch.manual_seed(2)
     start, keep = torch.randn(1, 21, 7).double(), torch.rand(1, 21, 7) < 0.4
-    root = inverse_root((x.T @ x)[None], DAMP)
+    factor = upper_factor((x.T @ x)[None], DAMP)
     values = start.clone()
-    surgery(values, root, lambda first, last, _: keep[:, first:last], block)
+    surgery(values, factor, lambda first, last, _: keep[:, first:last], block)
     one_by_one, h = start[0].T.clone(), hessian(x)
     for j in range(21):
         inverse = h[j:, j:].inverse()
@@ -353,6 +353,36 @@ def test_a_model_without_a_graph_is_solved_in_order() -> None:
     masks, weights = solve(plain, x)
     assert torch.equal(fxprune.masks(pruned)["two.weight"], masks["2.weight"])
     assert torch.allclose(pruned.two.weight, weights["2.weight"] * masks["2.weight"])
+
+
+def test_a_node_may_be_called_model() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(6, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.one(x)) if float(x.sum()) < 1e9 else x
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.head = Inner(), nn.Linear(10, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.model(x))
+
+    torch.manual_seed(0)
+    model, x = Outer().double().eval(), correlated(60, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        captured = fxprune.capture(model, x)
+    assert "model" in [node.name for node in captured.graph.nodes]
+    masks, weights = solve(captured, x)
+    expected = solve(nn.Sequential(model.model.one, nn.ReLU(), model.head), x)
+    for name, other in (("model.one.weight", "0.weight"), ("head.weight", "2.weight")):
+        assert torch.equal(masks[name], expected[0][other])
+        assert torch.allclose(weights[name], expected[1][other])
 
 
 def test_the_model_is_as_it_was() -> None:
