@@ -15,7 +15,8 @@ from fxprune.scoring.distributed import agree
 from fxprune.scoring.gradients import count_of, masked
 from fxprune.scoring.inputs import InputNorms, input_norms
 from fxprune.sparsity.budget import Budget
-from fxprune.sparsity.granularity import WEIGHT
+from fxprune.sparsity.channel_granularity import Oriented
+from fxprune.sparsity.granularity import NM, WEIGHT
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.lines import best_of_lines, split_by_places
 from fxprune.sparsity.masks import Masks
@@ -56,11 +57,13 @@ def wanda(*, batches: int = 1, compare: Literal["output", "layer", "model"] = "o
     by_scores = from_scores(score, name="wanda")
 
     def find(problem: Problem) -> Masks:
-        if compare != "output" or not _is_dense(problem):
+        full = compare != "model" and _is_full_pattern(problem)
+        if not full and (compare != "output" or not _is_dense(problem)):
             return by_scores(problem)
         for budget in round_budgets(problem, schedule=OneShot(), regrow=False, name="wanda"):
             weights = {name: weight.to(problem.device) for name, weight in problem.weights.items()}
-            masks = _best_of_outputs(problem, measured(problem, weights), budget)
+            norms = measured(problem, masked(problem, problem.masks) if full else weights)
+            masks = _best_of_groups(problem, norms) if full else _best_of_outputs(problem, norms, budget)
             if problem.group is not None:
                 agree(masks, problem.group)
             return masks
@@ -80,6 +83,31 @@ def _is_dense(problem: Problem) -> bool:
     once = resolve(problem.schedule, OneShot()).rounds == 1
     plain = problem.granularity == WEIGHT and problem.shards is None and not problem.invert
     return once and plain and all(bool(mask.all()) for mask in problem.masks.values())
+
+
+def _is_full_pattern(problem: Problem) -> bool:
+    """Whether a pattern n:m keeps all that it has room for, so that only weights of one group compete."""
+    grain = problem.granularity
+    inner = grain.inner if isinstance(grain, Oriented) else grain
+    once = resolve(problem.schedule, OneShot()).rounds == 1
+    if not isinstance(inner, NM) or not once or problem.shards is not None or problem.invert:
+        return False
+    return problem.budget.total == sum(grain.room(problem.masks).values())
+
+
+def _best_of_groups(problem: Problem, norms: InputNorms) -> Masks:
+    """The masks of a full pattern n:m, with the scores of one layer at a time."""
+    masks: Masks = {}
+    for name, number in problem.granularity.room(problem.masks).items():
+        mask, weight = problem.masks[name], problem.weights[name]
+        masks |= select(
+            {name: weight.abs() * mask * norms.of(name)},
+            Budget(number, {name: weight.numel()}),
+            within={name: mask},
+            granularity=problem.granularity,
+            method="wanda",
+        )
+    return masks
 
 
 def _best_of_outputs(problem: Problem, norms: InputNorms, budget: Budget) -> Masks:

@@ -247,6 +247,11 @@ class _Run:
     def _layer(self, name: str, parts: Mapping[Geometry, Part]) -> Layer:
         weight, mask = self.weights[name].detach(), self.problem.masks[name]
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        if not bool(torch.isfinite(wide).all()):
+            raise ValueError(
+                f"method {self.method!r}: weights of {name!r} are NaN or infinite; load the model anew, "
+                "or take a wider dtype"
+            )
         taken = torch.zeros(weight.numel(), dtype=torch.bool)
         matrices = []
         for geometry, part in parts.items():

@@ -103,7 +103,8 @@ def upper_factor(hessian: Tensor, damp: float) -> Tensor:
         turned = damped(hessian, max(damp, 1e-8) * 10**attempt if attempt else damp).flip(-1, -2)
         lower, failed = torch.linalg.cholesky_ex(turned)
         if not bool(failed.any()):
-            return lower.flip(-1, -2)
+            upper: Tensor = lower.flip(-1, -2)
+            return upper
     raise ValueError(f"damp={damp!r}: the Hessian of the inputs is not positive definite; ask for more")
 
 

@@ -469,6 +469,10 @@ def test_bad_input_is_told_of() -> None:
     broken[0].bias.data[1] = float("nan")
     with pytest.raises(ValueError, match=r"the inputs of '2\.weight' are NaN or infinite"):
         solve(broken, x)
+    broken = copy.deepcopy(model)
+    broken[2].weight.data[1, 1] = float("inf")
+    with pytest.raises(ValueError, match=r"weights of '2\.weight' are NaN or infinite"):
+        solve(broken, x)
     words = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
     tokens = torch.tensor([[1, 7]])
     with pytest.raises(ValueError, match="tokens of data run from 1 to 7, but embedding '0' has 5 rows"):

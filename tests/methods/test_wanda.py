@@ -159,6 +159,24 @@ def test_masks_are_those_of_ranks(
     assert all(torch.equal(found[name], mask) for name, mask in expected.items())
 
 
+@pytest.mark.parametrize("granularity", ["2:4", "4:8"])
+def test_patterns_are_those_of_ranks(
+    granularity: str, scored: list[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(8, 16, 3), nn.ReLU(), nn.ConvTranspose2d(16, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 6)
+    ).eval()
+    x = torch.randn(9, 8, 6, 6)
+    given = {"data": (x, torch.zeros(9)), "progress": False, "example_inputs": x, "granularity": granularity}
+    found = fxprune.masks(fxprune.apply(model, "wanda", 0.5, **given))
+    assert not scored
+    monkeypatch.setattr("fxprune.methods.wanda._is_full_pattern", lambda problem: False)
+    expected = fxprune.masks(fxprune.apply(model, "wanda", 0.5, **given))
+    assert scored
+    assert all(torch.equal(found[name], mask) for name, mask in expected.items())
+
+
 def test_no_tensor_of_a_weight_s_shape_is_kept_for_norms() -> None:
     model, x = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 32)).eval(), torch.randn(20, 64)
     asked = problem(model, 0.5, data=(x, torch.zeros(20)))
