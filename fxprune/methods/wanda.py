@@ -82,7 +82,9 @@ def _is_dense(problem: Problem) -> bool:
     """Whether single weights of a network that has all of them are pruned in one round."""
     once = resolve(problem.schedule, OneShot()).rounds == 1
     plain = problem.granularity == WEIGHT and problem.shards is None and not problem.invert
-    return once and plain and all(bool(mask.all()) for mask in problem.masks.values())
+    if not once or not plain:
+        return False
+    return all(bool(mask.view(torch.uint8).amin()) for mask in problem.masks.values())  # faster than all()
 
 
 def _is_full_pattern(problem: Problem) -> bool:

@@ -44,6 +44,8 @@ def best_of_lines(scores: Tensor, number: int) -> Tensor:
     [[0, 1, 1], [1, 0, 0]]
     """
     each, more = divmod(number, len(scores))
+    if not more:
+        return _best(scores, each)
     return torch.cat([_best(scores[:more], each + 1), _best(scores[more:], each)])
 
 
@@ -51,20 +53,15 @@ def _best(scores: Tensor, number: int) -> Tensor:
     lines, length = scores.shape
     if not lines or number in (0, length):
         return torch.full_like(scores, bool(number), dtype=torch.bool)
-    least = _largest(scores, number)
-    keep = scores >= least
-    if int(keep.count_nonzero()) == lines * number:
-        return keep
-    above = scores > least
-    equal = keep & ~above
+    place = length - number
+    if scores.device.type == "cpu":  # ten times as fast as PyTorch there
+        parts = np.partition(scores.numpy(), place, axis=1)
+        bound = parts[:, place : place + 1]
+        if bool((parts[:, :place].max(1) < bound[:, 0]).all()):
+            return torch.from_numpy(scores.numpy() >= bound)
+        least = torch.from_numpy(bound)
+    else:
+        least = scores.kthvalue(place + 1, dim=1, keepdim=True).values
+    above, equal = scores > least, scores == least
     room = number - above.sum(1, keepdim=True)
     return above | (equal & (equal.cumsum(1) <= room))
-
-
-def _largest(scores: Tensor, number: int) -> Tensor:
-    """The ``number``-th largest score of every line, as a column."""
-    place = scores.shape[1] - number
-    if scores.device.type != "cpu":
-        return scores.kthvalue(place + 1, dim=1, keepdim=True).values
-    # Ten times as fast as PyTorch's on the CPU.
-    return torch.from_numpy(np.partition(scores.numpy(), place, axis=1)[:, place : place + 1])
