@@ -17,6 +17,7 @@ from fxprune.sparsity.budget import Budget, apportion
 from fxprune.sparsity.channel_granularity import Oriented
 from fxprune.sparsity.granularity import NEVER, NM, WEIGHT, Granularity
 from fxprune.sparsity.lines import best_of_lines
+from fxprune.sparsity.masks import is_full
 from fxprune.sparsity.select import select
 
 NAME = "sparsegpt"
@@ -246,7 +247,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _best(name: str, scores: Tensor, within: Tensor, pattern: Granularity, number: int) -> Tensor:
     """The ``number`` highest scores of a block; all that the pattern leaves, where that is the number."""
-    if pattern == WEIGHT and bool(within.all()):
+    if pattern == WEIGHT and is_full(within):
         return best_of_lines(scores.reshape(1, -1), number).view_as(scores)
     bundle = pattern.bundles({name: scores}, {name: within})[0]
     candidates = bundle.scores.view_as(scores) > NEVER

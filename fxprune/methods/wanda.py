@@ -19,7 +19,7 @@ from fxprune.sparsity.channel_granularity import Oriented
 from fxprune.sparsity.granularity import NM, WEIGHT
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.lines import best_of_lines, split_by_places
-from fxprune.sparsity.masks import Masks
+from fxprune.sparsity.masks import Masks, is_full
 from fxprune.sparsity.schedule import OneShot, resolve
 from fxprune.sparsity.select import check_scores, select
 
@@ -84,7 +84,7 @@ def _is_dense(problem: Problem) -> bool:
     plain = problem.granularity == WEIGHT and problem.shards is None and not problem.invert
     if not once or not plain:
         return False
-    return all(bool(mask.view(torch.uint8).amin()) for mask in problem.masks.values())  # faster than all()
+    return all(is_full(mask) for mask in problem.masks.values())
 
 
 def _is_full_pattern(problem: Problem) -> bool:
