@@ -83,7 +83,9 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
     """
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     added = (damp * diagonal.mean(-1, keepdim=True)).expand_as(diagonal)
-    return hessian + torch.diag_embed(torch.where(diagonal == 0, 1.0, added))
+    result = hessian.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(torch.where(diagonal == 0, 1.0, added))
+    return result
 
 
 def upper_factor(hessian: Tensor, damp: float) -> Tensor:
