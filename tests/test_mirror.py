@@ -59,7 +59,6 @@ FRONTS = {
     "request.py": "api/test_arguments.py",
     "rewrite/compact/constants.py": "rewrite/compact/test_compaction.py",
     "rewrite/compact/cut.py": "rewrite/compact/test_compaction.py",
-    "rewrite/compact/leaves.py": "rewrite/compact/test_attention.py",
     "rewrite/compact/plain_values.py": "rewrite/files/test_network.py",
     "rewrite/compact/recipe.py": "rewrite/files/test_network.py",
     "rewrite/compact/replay.py": "rewrite/files/test_network.py",

@@ -1,8 +1,16 @@
 """Capture: a model goes in, a faithful ``torch.fx.GraphModule`` with shapes comes out."""
 
-from fxprune.capture.entry import capture, capture_leaf
+from fxprune.capture.entry import capture, capture_leaf, capture_part
 from fxprune.capture.errors import CaptureError
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.modes import ModeSwitch, evaluation_only
 
-__all__ = ["CaptureError", "ModeSwitch", "capture", "capture_leaf", "evaluation_only", "example_inputs_for"]
+__all__ = [
+    "CaptureError",
+    "ModeSwitch",
+    "capture",
+    "capture_leaf",
+    "capture_part",
+    "evaluation_only",
+    "example_inputs_for",
+]

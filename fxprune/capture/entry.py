@@ -39,11 +39,13 @@ from fxprune.capture.module import assemble, reserved_names
 from fxprune.capture.tracer.isolation import restore_rng, rng_state, seed_rng
 from fxprune.capture.tracer.meta_values import map_structure, meta_like
 from fxprune.capture.tracer.sample_values import needs_numbers
+from fxprune.capture.tracer.spelling import called
 from fxprune.capture.tracer.trace import Trace, remove_dead_code, shapes_only, trace
 from fxprune.capture.tracer.values import Values
 from fxprune.sharded_types import is_dtensor
+from fxprune.torch_private import check_number
 
-__all__ = ["capture", "capture_leaf"]
+__all__ = ["capture", "capture_leaf", "capture_part"]
 
 TRIALS = 6
 """Traces with other random numbers, of a part that draws some: all of them have to be the same."""
@@ -153,6 +155,56 @@ def capture_leaf(
     if traced is not None and form is not None:
         traced[form] = found
     return assemble(module, found.graph, found.constants)
+
+
+def capture_part(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    attributes: Mapping[str, Attributes] = MappingProxyType({}),
+) -> tuple[fx.GraphModule, str]:
+    """Capture one module of a model that :func:`capture` kept whole, to run in its place.
+
+    Args:
+        module: a user's own module.
+        args, kwargs, attributes: as in :func:`capture_leaf`.
+
+    Returns:
+        Its graph, as :func:`capture` would make it of the module alone, and a note on what the graph does
+        not do (empty if it does all). Most such modules do something in training that no graph can say,
+        or keep what they compute: then the graph is that of evaluation.
+
+    Raises:
+        CaptureError: it cannot be traced in evaluation, or its graph holds for some numbers only.
+
+    Example:
+        >>> import torch
+        >>> gm, note = capture_part(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), (torch.ones(2, 4),), {})
+        >>> [str(node.target) for node in gm.graph.nodes], note
+        (['input', '0', '1', 'output'], '')
+    """
+    try:
+        with restored_attributes(module, attributes):
+            found = faithful_graph(module, _shapes(tuple(args)), _shapes(dict(kwargs)))
+    except TRACE_ERRORS as error:
+        raise CaptureError(
+            f"{type(module).__name__}: {first_line(error)} ({where(error, module)})"
+        ) from error
+    if any(node.target is check_number and _asks_for_numbers(node) for node in found.graph.nodes):
+        raise CaptureError(f"{type(module).__name__}: its graph holds for the example inputs only")
+    return assemble(module, found.graph, found.extra, found.kept_hooks), found.notes.get("", "")
+
+
+def _asks_for_numbers(check: fx.Node) -> bool:
+    """Whether the condition of a check depends on the numbers in a tensor, and not on sizes alone."""
+    pending = list(check.all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if isinstance(node.meta.get("val"), Tensor):
+            return True
+        if called(node) not in ("dim", "getattr", "len", "numel", "size"):
+            pending += node.all_input_nodes
+    return False
 
 
 def _looked_at(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:

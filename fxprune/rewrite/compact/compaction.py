@@ -122,13 +122,14 @@ def _compact(
             small, slices, found = _proved(gm, source, way, runs, verify=verify)
             break
         except HeldByLeaf as held:
-            wider = share_parameters(source)
-            if open_leaf(wider, held.path):
-                set_shapes(wider, runs[0])
-                source = wider
-                opened.append(held.path)
-            else:
-                whole.add(held.path)
+            for path in held.paths:
+                wider = share_parameters(source)
+                if open_leaf(wider, path):
+                    source = wider
+                    opened.append(path)
+                else:
+                    whole.add(path)
+            set_shapes(source, runs[0])
     own_parameters(small, source)
     small.meta = {**gm.meta}
     notes = dict(small.meta.get("fxprune", {}))

@@ -1,23 +1,26 @@
-"""Open layers of torch.nn that hold several weights: their own arithmetic takes their place in the graph.
+"""Open layers that hold several weights: their own arithmetic takes their place in the graph.
 
-Only then can channels inside of them go: the attention of torch.nn asks for one width everywhere.
+Only then can channels inside of them go: the attention of torch.nn asks for one width everywhere, and code
+that :func:`fxprune.capture` did not enter has sizes of its own.
 """
 
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from fxprune.capture import CaptureError, capture_leaf
+from fxprune.capture import CaptureError, capture_leaf, capture_part
 from fxprune.capture.hooks import keeps_hooks
+from fxprune.capture.leaves import is_leaf
 from fxprune.capture.module import leaf_attributes
 from fxprune.rewrite.compact.kept import Slices
-from fxprune.rewrite.compact.modules import first_unsizeable
+from fxprune.rewrite.compact.modules import unsizeable
 
 __all__ = ["HeldByLeaf", "first_held", "open_leaf"]
 
@@ -29,23 +32,23 @@ LAYERS = (
 
 
 class HeldByLeaf(Exception):
-    """Raised where a layer of several weights would have to get smaller inside; ``path`` is its own."""
+    """Raised where layers of several weights would have to get smaller inside; ``paths`` are their own."""
 
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.path = path
+    def __init__(self, paths: list[str]) -> None:
+        super().__init__(*paths)
+        self.paths = paths
 
 
 def first_held(gm: fx.GraphModule, slices: Slices, whole: Collection[str]) -> str | None:
     """Return a parameter that loses entries in a layer that cannot get smaller, if there is one.
 
-    ``whole``: the paths of layers that cannot be opened. `HeldByLeaf` asks for another to be opened.
+    ``whole``: the paths of layers that cannot be opened. `HeldByLeaf` asks for others to be opened.
     """
-    odd = first_unsizeable(gm, slices)
-    leaf = _leaf_of(gm, odd) if odd is not None else None
-    if leaf is not None and leaf not in whole:
-        raise HeldByLeaf(leaf)
-    return odd
+    odd = unsizeable(gm, slices)
+    found = dict.fromkeys(leaf for name in odd if (leaf := _leaf_of(gm, name)) is not None)
+    if leaves := [leaf for leaf in found if leaf not in whole]:
+        raise HeldByLeaf(leaves)
+    return odd[0] if odd else None
 
 
 def _leaf_of(gm: fx.GraphModule, name: str) -> str | None:
@@ -56,7 +59,7 @@ def _leaf_of(gm: fx.GraphModule, name: str) -> str | None:
             nodes = [
                 user for user in gm.graph.nodes if user.op == "call_module" and user.target == node.target
             ]
-            if isinstance(module, LAYERS) and not keeps_hooks(module):
+            if (isinstance(module, LAYERS) or not is_leaf(module)) and not keeps_hooks(module):
                 return str(node.target)
             if isinstance(module, nn.MultiheadAttention) and all(_is_plain(user, module) for user in nodes):
                 return str(node.target)
@@ -66,7 +69,8 @@ def _leaf_of(gm: fx.GraphModule, name: str) -> str | None:
 def open_leaf(gm: fx.GraphModule, path: str) -> bool:
     """Replace the calls of a layer in place; False where its inside cannot be traced.
 
-    The module stays where it is, with its parameters: nothing calls it any more.
+    The module stays where it is, with its parameters: nothing calls it any more. A warning says what the
+    layer did, and its graph does not.
     """
     module = gm.get_submodule(path)
     calls = [node for node in gm.graph.nodes if node.op == "call_module" and node.target == path]
@@ -74,10 +78,12 @@ def open_leaf(gm: fx.GraphModule, path: str) -> bool:
         for node in calls:
             _attention(gm, node, module)
     else:
-        inner = [_inside(gm, node, module) for node in calls]
+        inside = _inside if isinstance(module, LAYERS) else _own_code
+        inner = [inside(gm, node, module) for node in calls]
+        if any(graph is None for graph in inner):
+            return False
         for node, graph in zip(calls, inner, strict=True):
-            if graph is None:
-                return False
+            assert graph is not None
             _inline(gm, node, graph, path)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
@@ -99,6 +105,43 @@ def _inside(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.GraphMod
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+def _own_code(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.GraphModule | None:
+    """The graph of a user's module, with a warning that says what it does not do."""
+    args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+    kwargs: Mapping[str, Any] = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
+    try:
+        inner, note = capture_part(module, args, kwargs, leaf_attributes(gm, node))
+    except CaptureError:
+        return None
+    if note:
+        kind = type(module).__name__
+        warnings.warn(f"compact: {kind} was kept whole, and is a graph now: {note}", stacklevel=2)
+    return inner
+
+
+def _adopt(gm: fx.GraphModule, inner: fx.GraphModule, path: str, target: str) -> str:
+    """Return the name in ``gm`` of a part of ``inner``, which gets it where its module has no such part."""
+    home, found = gm.get_submodule(path), _part(inner, target)
+    if _part(home, target) is found:
+        return f"{path}.{target}"
+    name, number = target, 0
+    while hasattr(home, name):
+        name, number = f"{target}_{number}", number + 1
+    if isinstance(found, nn.Module):
+        home.add_module(name, found)
+    elif isinstance(found, Tensor) and not isinstance(found, nn.Parameter):
+        home.register_buffer(name, found, persistent=False)
+    else:
+        object.__setattr__(home, name, found)
+    return f"{path}.{name}"
+
+
+def _part(module: Any, target: str) -> Any:
+    for atom in target.split("."):
+        module = getattr(module, atom, None)
+    return module
+
+
 def _inline(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, path: str) -> None:
     """Copy the nodes of ``inner`` in front of ``node``, and let its result take the node's place."""
     known: dict[fx.Node, Any] = {}
@@ -112,7 +155,8 @@ def _inline(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, path: str)
             elif one.op == "output":
                 result = fx.node.map_arg(one.args[0], lambda n: known[n])
             else:
-                target = f"{path}.{one.target}" if one.op in ("call_module", "get_attr") else one.target
+                part = one.op in ("call_module", "get_attr")
+                target = _adopt(gm, inner, path, str(one.target)) if part else one.target
                 args, kwargs = (fx.node.map_arg(x, lambda n: known[n]) for x in (one.args, one.kwargs))
                 known[one] = gm.graph.create_node(one.op, target, args, kwargs)
                 known[one].meta = dict(one.meta)

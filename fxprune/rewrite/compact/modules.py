@@ -15,12 +15,12 @@ from fxprune.rewrite.compact.kept import Kept, Slices
 from fxprune.torch_private import ConvNd, NormBase
 
 __all__ = [
-    "first_unsizeable",
     "holders",
     "own_parameters",
     "share_parameters",
     "slice_parameters",
     "slices_of",
+    "unsizeable",
 ]
 
 
@@ -158,16 +158,17 @@ _KNOWN = (
 )  # fmt: skip
 
 
-def first_unsizeable(gm: fx.GraphModule, names: Iterable[str]) -> str | None:
-    """Return the first tensor whose owner may not hold a smaller one: it is called, of an unknown class."""
+def unsizeable(gm: fx.GraphModule, names: Iterable[str]) -> list[str]:
+    """Return the tensors whose owners may not hold smaller ones: they are called, of unknown classes."""
     called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    found = []
     for name in names:
         path = name.rpartition(".")[0]
         parts = path.split(".")
         whole = any(".".join(parts[:end]) in called for end in range(1, len(parts) + 1))
         if whole and not (path in called and isinstance(gm.get_submodule(path), _KNOWN)):
-            return name
-    return None
+            found.append(name)
+    return found
 
 
 def _set_sizes(module: nn.Module, groups: int | None) -> None:

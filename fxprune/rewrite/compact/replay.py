@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from fxprune.rewrite.compact.kept import Kept
 from fxprune.rewrite.compact.leaves import open_leaf
-from fxprune.rewrite.compact.modules import slice_parameters
+from fxprune.rewrite.compact.modules import share_parameters, slice_parameters
 from fxprune.rewrite.compact.plain_values import FUNCTIONS, METHODS, decode
 from fxprune.rewrite.compact.recipe import DIGEST, NORMS, Recipe, node_digests
 from fxprune.rewrite.compact.trial import set_shapes, two_runs
@@ -40,6 +40,7 @@ def replay(gm: fx.GraphModule, recipe: Recipe, example_inputs: Any = None) -> fx
     small = copy.deepcopy(gm).eval()
     inputs, _ = two_runs(small, example_inputs)
     for path in recipe.opened:
+        small = share_parameters(small)  # as in compact: a copy numbers the names of new nodes anew
         if not open_leaf(small, path):
             raise ValueError(f"{path} cannot be written out")
         set_shapes(small, inputs)

@@ -1,6 +1,7 @@
 """Run a captured graph on inputs that are made up, which its checks of numbers need not like.
 
-A run draws the same random numbers whenever it has the same seed, and leaves the generators as they were.
+A run draws the same random numbers whenever it has the same seed, and leaves the generators as they were, and
+the attributes of users' modules that are called as a whole, which may keep what they compute.
 Packed sequences are all as long as the longest one was in the capture, as the graph's shapes say.
 """
 
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxprune.capture.tracer.isolation import restore_rng, rng_state, seed_rng
 from fxprune.torch_private import check_number, pack_padded_sequence
@@ -36,7 +37,7 @@ class Unchecked(fx.Interpreter):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         devices = {p.device.index for p in self.module.parameters() if p.is_cuda}
-        with _seeded(self.seed, sorted(devices)):
+        with _seeded(self.seed, sorted(devices)), _attributes_kept(self.module):
             return super().run(*args, **kwargs)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
@@ -63,3 +64,25 @@ def _seeded(seed: int, devices: list[int]) -> Iterator[None]:
             yield
     finally:
         restore_rng(others)
+
+
+@contextmanager
+def _attributes_kept(gm: nn.Module) -> Iterator[None]:
+    """Give users' modules that a graph calls the attributes and buffers back that they had."""
+    assert isinstance(gm, fx.GraphModule)
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    own = [
+        inner
+        for path in called
+        for inner in gm.get_submodule(path).modules()
+        if not type(inner).__module__.startswith(("torch.", "fxprune."))
+    ]
+    saved = [(vars(module), dict(vars(module)), dict(module._buffers)) for module in own]
+    try:
+        yield
+    finally:
+        for attributes, before, buffers in saved:
+            attributes.clear()
+            attributes.update(before)
+            attributes["_buffers"].clear()
+            attributes["_buffers"].update(buffers)

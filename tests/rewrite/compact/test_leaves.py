@@ -1,0 +1,130 @@
+"""Modules that capture keeps whole are opened where channels inside of them go."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from rewrite.compact.masked import assert_same, outputs, redrawn
+
+X = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, with sizes written in its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.first, self.second, self.norm = nn.Linear(8, 16), nn.Linear(16, 8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).reshape(x.shape[0], -1, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        mixed = ((q @ k.mT) * 0.5).softmax(-1) @ v
+        x = x + self.out(mixed.transpose(1, 2).reshape(x.shape[0], -1, 8))
+        out: Tensor = self.norm(x + self.second(self.first(x).relu()))
+        return out
+
+
+class LayerDrop(nn.Module):
+    """Blocks that training passes over at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if self.training and torch.rand([]) < 0.1:
+                continue
+            x = block(x)
+        return x
+
+
+class Positions(nn.Module):
+    """Keeps a table that it computes for the length of its input, as convit does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.position = Block(), nn.Linear(1, 8)
+        self.register_buffer("table", torch.zeros(1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.shape[0] != x.shape[1]:
+            self.table = torch.arange(x.shape[1]).to(x.dtype)[:, None] / x.shape[1]
+        out: Tensor = self.block(x + self.position(self.table))
+        return out
+
+
+class Chooses(nn.Module):
+    """Computes what some entries ask for, if there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x[..., :1] > 0
+        return x + mask * self.second(self.first(x).relu()) if mask.any() else x
+
+
+class Around(nn.Module):
+    def __init__(self, inner: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.one, self.other, self.head = nn.Linear(6, 8), inner(), inner(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.other(self.one(self.stem(x))))
+        return out
+
+
+@pytest.mark.parametrize("inner", [LayerDrop, Positions])
+def test_channels_go_in_a_module_that_no_graph_does_in_training(
+    inner: type[nn.Module], tmp_path: Path
+) -> None:
+    model = redrawn(Around(inner))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="kept whole"):
+        pruned = fxprune.apply(model, "random", 0.5, granularity="channel", example_inputs=X, progress=False)
+    with pytest.warns(UserWarning, match=f"{inner.__name__} was kept whole, and is a graph now"):
+        small = fxprune.compact(pruned, X)
+    table = small.meta["fxprune"]["compaction"]
+    assert table.given_back == 0, str(table)
+    sizes = {name: parameter.numel() for name, parameter in small.named_parameters()}
+    assert all(sizes[name] == int(mask.sum()) for name, mask in fxprune.masks(pruned).items())
+    for batch in (X, torch.cat([X, -X])):
+        assert_same(outputs(pruned, batch), outputs(small, batch))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    small.train()(X).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fxprune.save(small, tmp_path / "small.safetensors")
+        again = fxprune.load(tmp_path / "small.safetensors", Around(inner), example_inputs=X)
+    assert_same(outputs(small.eval(), X), outputs(again.eval(), X))
+
+
+def test_a_table_that_a_module_keeps_is_no_part_of_the_trials() -> None:
+    model = redrawn(Around(Positions))
+    with pytest.warns(UserWarning, match="kept whole"):
+        gm = fxprune.capture(model, X)
+    fxprune.compact(gm, X)
+    assert model.one.table.shape == (1, 1)
+    assert gm.get_submodule("one").table.shape == (1, 1)
+
+
+def test_a_module_that_goes_by_numbers_stays_whole() -> None:
+    model = redrawn(Around(Chooses))
+    with pytest.warns(UserWarning, match="kept whole"):
+        gm = fxprune.capture(model, X)
+    pruned = fxprune.apply(gm, "random", 0.5, granularity="channel", example_inputs=X, progress=False)
+    small = fxprune.compact(pruned, X)
+    table = small.meta["fxprune"]["compaction"]
+    assert "a module of unknown kind holds it" in str(table)
+    assert small.get_parameter("one.first.weight").shape == (16, 8)
+    for batch in (X, -X, X + 20, X - 20):
+        assert_same(outputs(pruned, batch), outputs(small, batch))
