@@ -120,8 +120,7 @@ def test_a_table_that_a_module_keeps_is_no_part_of_the_trials() -> None:
 def test_a_module_that_goes_by_numbers_stays_whole() -> None:
     model = redrawn(Around(Chooses))
     with pytest.warns(UserWarning, match="kept whole"):
-        gm = fxprune.capture(model, X)
-    pruned = fxprune.apply(gm, "random", 0.5, granularity="channel", progress=False)
+        pruned = fxprune.apply(model, "random", 0.5, granularity="channel", example_inputs=X, progress=False)
     small = fxprune.compact(pruned, X)
     table = small.meta["fxprune"]["compaction"]
     assert "a module of unknown kind holds it" in str(table)
