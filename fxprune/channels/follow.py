@@ -12,9 +12,11 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
+from fxprune.channels.constants import POINTWISE, Constants, sums_up
 from fxprune.channels.contractions import contraction
 from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, Lines, Sides, aligned, along_axis, thin
 from fxprune.channels.pooling import pooled
+from fxprune.channels.shared import tie_shared
 from fxprune.channels.sides import keep_read_tables, sides_of, table_factors
 from fxprune.channels.units import tie_units
 from fxprune.channels.wholes import Whole, settle
@@ -45,8 +47,7 @@ class _Follower:
                 first = self.labels.rows[name]
                 self.labels.fix(torch.arange(first, first + kernels.outputs), f"{name} is excluded")
         self.place = ""
-        self.made: set[int] = set()
-        self.zeros: set[int] = set()  # constants that are zero
+        self.constants = Constants(graph)
         self.wholes: list[Whole] = []
         self.looked_up: list[Tensor] = []  # the labels of what tables give
         self.read = {value.index for op in graph.ops for value in op.inputs}
@@ -64,48 +65,22 @@ class _Follower:
             self.place = op.layer or op.node
             self.number = number
             factors = self._step(op)
-            if self._is_made(op):
-                self.made.add(op.output.index)
-            elif self._is_zero(op):
-                self.zeros.add(op.output.index)
-            if op.output.live or (factors and op.output.index in self.made):
+            self.constants.note(op)
+            if op.output.live or (factors and op.output.index in self.constants.made):
                 self.labels.values[op.output.index] = tuple(factors)
         for units in self.graph.units:
             tie_units(self.labels, units, self.graph.kernels)
+        tie_shared(self.labels, self.graph)
         settle(self.labels, self.wholes)
-        for index in self.made - self.read:  # a bias of attention, say, which is on no path
+        for index in self.constants.made - self.read:  # a bias of attention, say, which is on no path
             for factor in self.labels.values.get(index, ()):
                 self.labels.fix(factor.labels, "a constant that no rule follows")
         keep_read_tables(self.labels, self.graph.kernels, self.fixed, self.looked_up)
         return self.labels
 
-    def _is_made(self, op: ir.AnyOp) -> bool:
-        """Whether a layer makes this constant of others: its channels go with those that it meets."""
-        layer = isinstance(op, ir.Kernel) and op.weight.name is not None
-        return not op.output.live and (layer or any(value.index in self.made for value in op.inputs))
-
-    def _is_zero(self, op: ir.AnyOp) -> bool:
-        """Whether the output is a constant that is zero."""
-        if isinstance(op, ir.Source):
-            return op.pattern is not None and not op.output.live and not bool(op.pattern.any())
-        if not all(value.index in self.zeros for value in op.inputs):
-            return False
-        if isinstance(op, ir.Gather):
-            return not bool(op.move(*(torch.zeros(value.shape) for value in op.inputs)).any())
-        return isinstance(op, ir.Pool)
-
-    def _may_be_cut(self, value: ir.Value) -> bool:
-        """Whether entries of a constant can be left out: zeros, and parameters that are moved at most."""
-        op = self.graph.op_of(value)
-        if value.live or op is None:
-            return False
-        if isinstance(op, ir.Gather):
-            return all(self._may_be_cut(each) for each in op.inputs)
-        return value.index in self.zeros or (isinstance(op, ir.Source) and bool(op.params))
-
     def _is_followed(self, value: ir.Value) -> bool:
         """Whether the channels of a value are known by what made it, and not by what reads it alone."""
-        return value.live or (value.index in self.made and bool(self._of(value)))
+        return value.live or (value.index in self.constants.made and bool(self._of(value)))
 
     def _of(self, value: ir.Value) -> tuple[Factor, ...]:
         return self.labels.values.get(value.index, ())
@@ -203,7 +178,12 @@ class _Follower:
                 if all(free):
                     found.append(factor)
         found = _distinct(found)
-        for value in inputs:
+        for factor in found:
+            for value in followed:
+                axis = len(value.shape) - rank + factor.axes[0]
+                if len(factor.axes) == 1 and axis >= 0 and value.shape[axis] == factor.labels.numel():
+                    self._fill_zeros(value, axis, factor.labels.flatten())
+        for value in inputs if followed else ():  # what is computed of constants waits for who reads it
             if not self._is_followed(value):
                 self._label_constant(value, found, rank)
         return found
@@ -234,6 +214,9 @@ class _Follower:
         elif isinstance(maker, ir.Pool) and maker.keepdim and not self._is_followed(maker.inputs[0]):
             rest = [factor for factor in own if not set(factor.axes) & set(maker.dims)]
             self._set_constant(maker.inputs[0], rest)
+        elif isinstance(maker, POINTWISE) and not any(self._is_followed(each) for each in maker.inputs):
+            for each in maker.inputs:
+                self._label_constant(each, () if sums_up(maker) else own, len(value.shape))
 
     def _partner(
         self, factor: Factor, own: Sequence[int], size: Sequence[int], others: Sequence[Factor]
@@ -329,9 +312,10 @@ class _Follower:
         rows, columns = sides_of(self.labels, self.graph.kernels, op, sizes, self._because)
         if len(along) == 1:
             self.labels.tie(along[0], columns)
-        elif not along and self._may_be_cut(value):  # such as the first state of a recurrent layer
+            self._fill_zeros(value, axis, columns)
+        elif not along and self.constants.may_be_cut(value):  # such as the first state of a recurrent layer
             self._set_constant(value, [along_axis(axis, columns, len(value.shape))])
-        elif not along and (zero := self._zeros_along(value, axis)) is not None:
+        elif not along and (zero := self.constants.zeros_along(value, axis)) is not None:
             self._read_zeros(value, axis, columns, zero)
         else:
             reason = "read together with positions" if along else "reads channels that cannot be removed"
@@ -348,23 +332,38 @@ class _Follower:
             return passed
         return [*passed, along_axis(axis, rows, len(op.output.shape))]
 
-    def _zeros_along(self, value: ir.Value, axis: int) -> Tensor | None:
-        """Mark the entries along an axis (bool) that are zeros beside an input; None if there are none."""
-        maker = self.graph.op_of(value)
-        if not isinstance(maker, ir.Gather) or not any(each.index in self.zeros for each in maker.inputs):
-            return None
-        parts = [torch.full(each.shape, float(each.index not in self.zeros)) for each in maker.inputs]
-        zero = (maker.move(*parts) == 0).movedim(axis, 0).flatten(1).all(1)
-        return zero if bool(zero.any()) else None
-
     def _read_zeros(self, value: ir.Value, axis: int, columns: Tensor, zero: Tensor) -> None:
         """Let zeros, as of the first state of a layer written by hand, go with the columns that read them."""
         self.labels.fix(columns[~zero], self._because("reads channels that cannot be removed"))
-        factor = along_axis(axis, columns.where(zero, FIXED), len(value.shape))
-        self.labels.values[value.index] = (*self._of(value), factor)
+        self._label_zeros(
+            value, self._of(value), along_axis(axis, columns.where(zero, FIXED), len(value.shape))
+        )
+
+    def _fill_zeros(self, value: ir.Value, axis: int, columns: Tensor) -> None:
+        """Let zeros beside channels, such as a first state or padding, go with what they meet, as well."""
+        own = next((factor for factor in self._of(value) if factor.axes == (axis,)), None)
+        if own is None or not bool((own.labels == FILLED).any()):
+            return
+        filled, maker = (own.labels.flatten() == FILLED) & (columns != FILLED), self.graph.op_of(value)
+        if isinstance(maker, (ir.Affine, ir.Map, ir.Norm, ir.Pool)):
+            before = maker.inputs[0]
+            if len(before.shape) == len(value.shape) and before.shape[axis] == value.shape[axis]:
+                self._fill_zeros(before, axis, columns.where(filled, FILLED))
+        elif (zero := self.constants.zeros_along(value, axis)) is not None:
+            filled &= zero
+        else:
+            return
+        if bool(filled.any()):
+            rest = [factor for factor in self._of(value) if factor is not own]
+            labels = own.labels.flatten().where(~filled, columns)
+            self._label_zeros(value, rest, along_axis(axis, labels, len(value.shape)))
+
+    def _label_zeros(self, value: ir.Value, rest: Sequence[Factor], factor: Factor) -> None:
+        """Give a value another factor, and the zeros that were moved into it the labels there."""
+        self.labels.values[value.index] = (*rest, factor)
         maker = self.graph.op_of(value)
-        assert isinstance(maker, ir.Gather)
-        self._label_moved_constants(maker, [factor])
+        if isinstance(maker, ir.Gather):
+            self._label_moved_constants(maker, [factor])
 
     def _column(self, factor: Factor, axis: int) -> Tensor:
         """The labels along the contracted axis: those of other axes fold into one column."""

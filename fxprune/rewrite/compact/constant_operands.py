@@ -73,11 +73,20 @@ def _followed_operand(graph: ChannelGraph, node: fx.Node) -> ir.Value | None:
 def _cut_states(graph: ChannelGraph, node: fx.Node, cut: Cut, changed: set[fx.Node]) -> None:
     """Index what code has made for a node that moves it, or for the first states of a recurrent layer."""
     for source in node.all_input_nodes:
-        own = graph.results.get(source.name)
-        if source not in changed and isinstance(own, ir.Value) and not own.live:
-            maker = graph.op_of(own)
-            if isinstance(maker, ir.Source) and cut.touches(own):
-                node.replace_input_with(source, _picked(node, source, own, cut))
+        own = None if source in changed else _read_constant(graph, node, source)
+        if own is not None and cut.touches(own):
+            node.replace_input_with(source, _picked(node, source, own, cut))
+
+
+def _read_constant(graph: ChannelGraph, node: fx.Node, source: fx.Node) -> ir.Value | None:
+    """The constant that ``node`` reads of ``source``: each reader may need other entries of it."""
+    known = graph.results.get(source.name)
+    reads = [value for op in graph.ops if op.node == node.name for value in op.inputs]
+    for value in (*reads, *((known,) if isinstance(known, ir.Value) else ())):
+        maker = graph.op_of(value)
+        if isinstance(maker, ir.Source) and maker.node == source.name and not value.live:
+            return value
+    return None
 
 
 def _picked(node: fx.Node, source: fx.Node, value: ir.Value, cut: Cut) -> fx.Node:

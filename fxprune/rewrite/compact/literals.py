@@ -120,12 +120,10 @@ class Rewriter:
             assert source is not None
             if node.kwargs.get("scale") is None and len(node.args) < 7:
                 node.kwargs = {**node.kwargs, "scale": source.shape[-1] ** -0.5}
-        elif node.target in (F.layer_norm, F.rms_norm) and self._shrinks(source, -1):
-            assert source is not None
-            self._functional_norm(node, source)
-        elif node.target is F.group_norm and self._shrinks(source, 1):
-            assert source is not None
-            self._functional_group_norm(node, source)
+        elif source is not None and node.target in (F.layer_norm, F.rms_norm, F.group_norm):
+            self._norm_that_is_called(node, source)
+        elif name == "pad" and self._shrinks(value):
+            self._pad(node, source, value)
         elif node.target in _CONVOLUTIONS:
             self._convolution(node)
 
@@ -247,6 +245,21 @@ class Rewriter:
             return [int(kept[:place].sum()) for place in places if kept[place]]
         raise UnevenCut(f"{node.name}: an index along channels", self.cut.labels_of(source))
 
+    def _pad(self, node: fx.Node, source: ir.Value | None, value: ir.Value | None) -> None:
+        """Set the number of channels that are filled in, or cropped, before and behind others."""
+        assert value is not None
+        given = _given(node, "pad", "mode", "value")
+        sizes = list(given["pad"])
+        for place in range(0, len(sizes), 2):
+            axis = len(value.shape) - 1 - place // 2
+            for end, size in enumerate(sizes[place : place + 2]):
+                holder = value if isinstance(size, int) and size > 0 else source
+                kept = self.cut.kept_along(holder, axis) if holder is not None else None
+                if isinstance(size, int) and size != 0 and kept is not None:
+                    part = kept[: abs(size)] if end == 0 else kept[-abs(size) :]
+                    sizes[place + end] = int(part.sum()) * (1 if size > 0 else -1)
+        node.args, node.kwargs = (node.args[0],), {**given, "pad": sizes}
+
     def _convolution(self, node: fx.Node) -> None:
         """Set the number of groups that are left of a convolution that is called as a function."""
         for op in self.kernels.get(node.name, ()):
@@ -260,6 +273,12 @@ class Rewriter:
                 node.args = (*node.args[:6], left, *node.args[7:])
 
     # -- norms ------------------------------------------------------------------------------------------
+    def _norm_that_is_called(self, node: fx.Node, source: ir.Value) -> None:
+        if node.target is F.group_norm and self._shrinks(source, 1):
+            self._functional_group_norm(node, source)
+        elif node.target is not F.group_norm and self._shrinks(source, -1):
+            self._functional_norm(node, source)
+
     def _functional_norm(self, node: fx.Node, source: ir.Value) -> None:
         names: tuple[str, ...] = ("normalized_shape", "weight", "bias", "eps")
         if node.target is F.rms_norm:

@@ -227,6 +227,68 @@ class Largest(nn.Module):
         return self.out(self.first(x).unflatten(1, (2, 6)).amax(1))
 
 
+@case(lambda: torch.randn(2, 3, 2, 6, 6))
+class TwoStates(nn.Module):
+    """Two convolutional LSTMs, the second of which reads the first beside its own first state of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 24, 3, padding=1), nn.Conv2d(12, 24, 3, padding=1)
+        self.out = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        zeros = x.new_zeros(x.shape[0], 6, *x.shape[3:])
+        states, ys = [(zeros, zeros), (zeros, zeros)], []
+        for t in range(x.shape[1]):
+            below = x[:, t]
+            for layer, gates in enumerate((self.first, self.second)):
+                h, c = states[layer]
+                i, f, o, new = gates(torch.cat([below, h], 1)).split(6, 1)
+                c = f.sigmoid() * c + i.sigmoid() * new.tanh()
+                below = o.sigmoid() * c.tanh()
+                states[layer] = below, c
+            ys.append(self.out(below))
+        return torch.stack(ys, 1)
+
+
+@case(lambda: torch.randn(2, 3, 8, 8))
+class FilledUp(nn.Module):
+    """Shortcuts that get channels of zeros, before and behind, as in residual networks of 2015."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+        self.two, self.three = nn.Conv2d(12, 17, 3, padding=1, stride=2), nn.Conv2d(17, 17, 3, padding=1)
+        self.norm, self.head = nn.BatchNorm2d(17), nn.Linear(17, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = (self.one(x) + F.pad(x, (0, 0, 0, 0, 2, 2))).relu()
+        x = self.two(x) + F.avg_pool2d(F.pad(x, (0, 0, 0, 0, 0, 5)).relu(), 2)
+        x = F.pad(self.norm(self.three(x)), (0, 0, 0, 0, -1, 1)).relu() + x
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+@case(lambda: torch.randn(2, 7, 6))
+class Latents(nn.Module):
+    """Queries that are learned, as in a Perceiver: one norm reads them, and later what was added to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start, self.norm = nn.Parameter(torch.randn(5, 8)), nn.LayerNorm(8)
+        self.q, self.kv, self.out = nn.Linear(8, 8), nn.Linear(6, 16), nn.Linear(8, 8)
+        self.first, self.second, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.start.unsqueeze(0).expand(x.shape[0], -1, -1)
+        q, (k, v) = self.q(self.norm(z)), self.kv(x).chunk(2, -1)
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v))
+        z = z + self.out(((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        z = z + self.second(F.gelu(self.first(self.norm(z))))
+        return self.head(z.mean(1))
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6])
 @pytest.mark.parametrize("kind", sorted(CASES))
 def test_channels_go_with_all_that_belongs_to_them(kind: str, share: float) -> None:
