@@ -14,8 +14,8 @@ __all__ = ["added_up", "summed_axes"]
 def summed_axes(op: ir.AnyOp) -> list[tuple[ir.Value, tuple[int, ...]]]:
     """Return the operands whose entries ``op`` adds up as they are, each with the axes of the sum.
 
-    Those of products of two values, such as queries and keys, of sums and of means; not those of layers,
-    whose weights may be zero.
+    Those of products of two values, such as queries and keys, of sums, of means and of extremes; not those of
+    layers, whose weights may be zero.
     """
     match op:
         case ir.Mix() if op.equation:
@@ -26,7 +26,7 @@ def summed_axes(op: ir.AnyOp) -> list[tuple[ir.Value, tuple[int, ...]]]:
                 (value, tuple(axis for axis, letter in enumerate(own) if letter in shared))
                 for value, own in zip(op.inputs, letters, strict=True)
             ]
-        case ir.Pool() if op.how in ("sum", "mean") and op.window is None:
+        case ir.Pool() if (op.how in ("sum", "mean") or op.extreme) and op.window is None:
             return [(op.inputs[0], op.dims)]
         case _:
             return []

@@ -309,12 +309,17 @@ class Mix(Op):
 
 @dataclass(frozen=True, eq=False)
 class Pool(Op):
-    """Windows (``window``) or whole axes (``dims``, kept as size one if ``keepdim``) pooled by ``how``."""
+    """Windows (``window``) or whole axes (``dims``, kept as size one if ``keepdim``) pooled by ``how``.
+
+    ``how`` is "mean", "sum", or "max" for all that picks among entries; ``extreme`` is "largest" or
+    "smallest" where that entry is the result, and it does not matter where it stood.
+    """
 
     how: str = "mean"
     dims: tuple[int, ...] = ()
     keepdim: bool = False
     window: WindowPool | None = None
+    extreme: str = ""
 
 
 @dataclass(frozen=True, eq=False)

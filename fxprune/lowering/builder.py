@@ -188,9 +188,16 @@ class Builder:
         return output
 
     def reduce(
-        self, x: ir.Value, how: str, dims: Sequence[int], keepdim: bool, shape: Sequence[int]
+        self,
+        x: ir.Value,
+        how: str,
+        dims: Sequence[int],
+        keepdim: bool,
+        shape: Sequence[int],
+        extreme: str = "",
     ) -> ir.Value:
-        return self._emit(ir.Pool, (x,), shape, how=how, dims=_axes(dims, x), keepdim=keepdim)
+        axes = _axes(dims, x)
+        return self._emit(ir.Pool, (x,), shape, how=how, dims=axes, keepdim=keepdim, extreme=extreme)
 
     def pool(
         self, x: ir.Value, how: str, dims: Sequence[int], window: ir.WindowPool, shape: Sequence[int]

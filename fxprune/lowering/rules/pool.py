@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -38,9 +39,18 @@ def _dims(x: ir.Value, dim: Any) -> tuple[int, ...]:
     return (dim,) if isinstance(dim, int) else tuple(dim)
 
 
-def _reduce(context: Context, x: Any, how: str, dim: Any, keepdim: bool) -> ir.Value:
+def _reduce(context: Context, x: Any, how: str, dim: Any, keepdim: bool, extreme: str = "") -> ir.Value:
     value = context.build.materialise(x)
-    return context.build.reduce(value, how, _dims(value, dim), keepdim, context.shape)
+    return context.build.reduce(value, how, _dims(value, dim), keepdim, context.shape, extreme)
+
+
+def _extreme(context: Context) -> str:
+    """Which entry an op gives, if nobody asks where it stood."""
+    found = {"max": "largest", "amax": "largest", "min": "smallest", "amin": "smallest"}
+    values_alone = isinstance(context.result, Tensor) or all(
+        user.target is operator.getitem and user.args[1] == 0 for user in context.node.users
+    )
+    return found.get(describe(context.target).rpartition(".")[2], "") if values_alone else ""
 
 
 def _axes(args: tuple[Any, ...], keepdim: bool, kwargs: dict[str, Any]) -> tuple[Any, bool]:
@@ -125,7 +135,7 @@ def mean(context: Context, x: Any, *args: Any, keepdim: bool = False, **kwargs: 
 @table.rule(torch.amax, "amax", torch.amin, "amin")
 def extremum(context: Context, x: Any, *args: Any, keepdim: bool = False, **kwargs: Any) -> ir.Value:
     dims, keepdim = _axes(args, keepdim, kwargs)
-    return _reduce(context, x, "max", dims, keepdim)
+    return _reduce(context, x, "max", dims, keepdim, _extreme(context))
 
 
 @table.rule(
@@ -159,9 +169,9 @@ def extreme(context: Context, x: Any, dim: Any = None, keepdim: bool = False) ->
         values = [v for v in (x, dim) if isinstance(v, ir.Value)]
         return context.build.sum(values, context.shape)
     if isinstance(context.result, Tensor):
-        return _reduce(context, x, "max", dim, keepdim)
+        return _reduce(context, x, "max", dim, keepdim, _extreme(context))
     value, shape = context.build.materialise(x), tuple(context.result[0].shape)
-    top = context.build.reduce(value, "max", _dims(value, dim), keepdim, shape)
+    top = context.build.reduce(value, "max", _dims(value, dim), keepdim, shape, _extreme(context))
     return top, numbers(context, context.result[1])
 
 

@@ -1,11 +1,13 @@
-"""Let means over channels of which some are gone give what they gave: those that went were zero."""
+"""Let means and extremes over channels give what they gave before some went, which were zero."""
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import fx
 
 from fxprune.graph import ChannelGraph, ir
@@ -17,20 +19,32 @@ __all__ = ["scale_means"]
 
 
 def scale_means(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut) -> None:
-    """Multiply means over fewer entries by the share that is left, in place."""
+    """Multiply means over fewer entries by the share that is left, and let extremes see a zero, in place."""
     nodes = {node.name: node for node in gm.graph.nodes}
     for op in graph.ops:
         if isinstance(op, ir.Norm) and op.node in nodes and kind_of(nodes[op.node]) == "":
             _scale_statistics(graph, op, nodes, cut)
-        if not isinstance(op, ir.Pool) or op.how != "mean" or op.window is not None or not op.output.live:
+        if not isinstance(op, ir.Pool) or op.window is not None or not op.output.live:
+            continue
+        if op.how != "mean" and not op.extreme:
             continue
         share = _share(cut, op.inputs[0], op.dims)
         if share == 1.0:
             continue
         node = nodes[op.node]
+        if op.extreme and not op.inner:
+            _bound(node, op.extreme)
+            continue
         if op.inner or getattr(node.target, "__name__", node.target) != "mean":
             raise UnevenCut(f"{op.layer or op.node}: a mean over channels", cut.labels_of(op.inputs[0]))
         _scale(node, share)
+
+
+def _bound(node: fx.Node, extreme: str) -> None:
+    """Compare the largest or the smallest of the entries that are left with the zeros that are not."""
+    whole = isinstance(node.meta["val"], torch.Tensor)
+    for found in [node] if whole else list(node.users):
+        _insert(found, torch.clamp, {"min" if extreme == "largest" else "max": 0.0})
 
 
 def _scale_statistics(graph: ChannelGraph, op: ir.Norm, nodes: dict[str, fx.Node], cut: Cut) -> None:
@@ -54,9 +68,14 @@ def _share(cut: Cut, value: ir.Value, dims: Sequence[int]) -> float:
 
 
 def _scale(node: fx.Node, share: float) -> None:
+    _insert(node, operator.mul, {}, share)
+
+
+def _insert(node: fx.Node, function: Callable[..., Any], kwargs: dict[str, Any], *args: float) -> None:
+    """Let a function of a node take its place."""
     with node.graph.inserting_after(node):
-        scaled = node.graph.create_node(
-            "call_function", operator.mul, (node, share), {}, name=f"narrowed_{node.name}"
+        new = node.graph.create_node(
+            "call_function", function, (node, *args), kwargs, name=f"narrowed_{node.name}"
         )
-    scaled.meta = dict(node.meta)
-    node.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)

@@ -15,6 +15,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch.split": torch.split,
     "operator.getitem": operator.getitem,
     "operator.mul": operator.mul,
+    "torch.clamp": torch.clamp,
 }
 METHODS = {"split"}
 """The functions and methods that a rewritten node may call; a file can name no others."""

@@ -181,3 +181,50 @@ def test_recipes_of_scaled_means_are_followed() -> None:
     again = replay(fxprune.capture(net, x), recipe)
     again.load_state_dict(small.state_dict())
     torch.testing.assert_close(again(x), net(x))
+
+
+EXTREMES = {
+    "amax": lambda y: y.amax(-1, keepdim=True),
+    "amin": lambda y: y.amin(-1, keepdim=True),
+    "max": lambda y: y.max(-1, keepdim=True)[0],
+    "min": lambda y: torch.min(y, dim=-1, keepdim=True).values,
+}
+
+
+class Extreme(nn.Module):
+    def __init__(self, kind: str, sign: float, places: bool) -> None:
+        super().__init__()
+        self.kind, self.sign, self.places = kind, sign, places
+        self.first, self.last, self.one = nn.Linear(4, 10), nn.Linear(10, 3), nn.Linear(1, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu() * self.sign
+        out: Tensor = self.last(y) + self.one(EXTREMES[self.kind](y))
+        return out + y.max(-1)[1][..., None] if self.places else out
+
+
+@pytest.mark.parametrize("kind", EXTREMES)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_zero_that_went_is_the_largest_or_smallest_as_before(kind: str, sign: float) -> None:
+    torch.manual_seed(0)
+    net, x = Extreme(kind, sign, False).eval(), torch.randn(2, 5, 4)
+    with torch.no_grad():
+        net.first.bias += 9.0  # no other channel is zero
+        net.first.weight[:4], net.first.bias[:4] = 0.0, 0.0
+    small = fxprune.compact(net, x)
+    assert small.get_parameter("first.weight").shape == (6, 4)
+    torch.testing.assert_close(small(x), net(x))
+    table = small.meta["fxprune"]["compaction"]
+    assert table.given_back == 0
+    again = replay(fxprune.capture(net, x), small.meta["fxprune"]["recipes"][0], x)
+    assert str(again.code) == str(small.code)
+
+
+def test_channels_whose_places_are_asked_for_stay() -> None:
+    torch.manual_seed(0)
+    net, x = Extreme("amax", 1.0, True).eval(), torch.randn(2, 5, 4)
+    with torch.no_grad():
+        net.first.weight[:4], net.first.bias[:4] = 0.0, 0.0
+    small = fxprune.compact(net, x)
+    assert small.get_parameter("first.weight").shape == (10, 4)
+    torch.testing.assert_close(small(x), net(x))

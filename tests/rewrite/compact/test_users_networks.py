@@ -289,6 +289,25 @@ class Latents(nn.Module):
         return self.head(z.mean(1))
 
 
+@case(lambda: torch.randn(2, 3, 8, 8))
+class AttentionByPlace(nn.Module):
+    """The mean and the largest of all channels say where to look, as in CBAM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.first, self.second = nn.Linear(8, 6), nn.Linear(6, 8)
+        self.place, self.head = nn.Conv2d(2, 1, 3, padding=1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = self.conv(x)
+        by_channel = [self.second(self.first(pooled).relu()) for pooled in (y.mean((2, 3)), y.amax((2, 3)))]
+        y = y * sum(by_channel).sigmoid()[..., None, None]
+        seen = torch.cat([y.mean(1, keepdim=True), y.max(1, keepdim=True)[0]], 1)
+        return self.head((x + y * self.place(seen).sigmoid()).relu())
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6])
 @pytest.mark.parametrize("kind", sorted(CASES))
 def test_channels_go_with_all_that_belongs_to_them(kind: str, share: float) -> None:
