@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fxprune.capture.modes import ModeSwitch
+from fxprune.capture.narrowed_norms import NarrowedGroupNorm, NarrowedLayerNorm, NarrowedRMSNorm
 from fxprune.torch_private import ConvNd, NormBase
 
 __all__ = ["dense_class", "is_compiled", "is_leaf"]
@@ -21,6 +22,9 @@ __all__ = ["dense_class", "is_compiled", "is_leaf"]
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 WHOLE = (
     ModeSwitch,
+    NarrowedGroupNorm,
+    NarrowedLayerNorm,
+    NarrowedRMSNorm,
     ConvNd,
     NormBase,
     nn.Bilinear,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.capture import ModeSwitch
+from fxprune.capture.narrowed_norms import NarrowedGroupNorm, NarrowedLayerNorm, NarrowedRMSNorm
 from fxprune.graph import ir
 from fxprune.lowering.rules.table import Context, RuleTable
 
@@ -89,6 +90,21 @@ def group_norm_module(context: Context, x: Any) -> ir.Value:
         channel=1,
         groups=m.num_groups,
     )
+
+
+@table.rule(NarrowedLayerNorm, NarrowedRMSNorm)
+def narrowed_layer_norm(context: Context, x: Any, weight: Any = None, bias: Any = None) -> ir.Value:
+    """``%1 = Norm(%0) over the last axis``, some of whose entries are gone."""
+    m: Any = context.module
+    return _norm(context, x, (-1,), bias=bias, eps=m.eps, others=(weight,))
+
+
+@table.rule(NarrowedGroupNorm)
+def narrowed_group_norm(context: Context, x: Any, weight: Any = None, bias: Any = None) -> ir.Value:
+    """``%1 = Norm(%0) over channels of a group and positions``, some of which are gone."""
+    m: Any = context.module
+    others, groups = (weight,), len(m.total)
+    return _norm(context, x, _positions(x, 1), bias=bias, eps=m.eps, others=others, channel=1, groups=groups)
 
 
 # -- functions -----------------------------------------------------------------------------------

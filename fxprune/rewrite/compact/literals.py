@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxprune.capture.tracer.spelling import called
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.kept import Kept
 from fxprune.rewrite.compact.means import scale_means
-from fxprune.rewrite.compact.norms import NarrowedGroupNorm, NarrowedLayerNorm, NarrowedRMSNorm
+from fxprune.rewrite.compact.norm_nodes import NormNodes
 
 __all__ = ["Rewriter", "is_shape"]
 
@@ -42,8 +42,9 @@ class Rewriter:
         removed_sums: dict[str, tuple[Tensor, Tensor]],
         slices: Mapping[str, Kept],
     ) -> None:
-        self.graph, self.gm, self.cut, self.removed_sums = graph, gm, cut, removed_sums
+        self.graph, self.gm, self.cut = graph, gm, cut
         self.slices = slices
+        self.norms = NormNodes(gm, cut, removed_sums)
         self.kernels: dict[str, list[ir.Kernel]] = {}
         for op in graph.ops:
             if isinstance(op, ir.Kernel):
@@ -60,9 +61,9 @@ class Rewriter:
         self.gm.recompile()
 
     def _value(self, x: Any) -> ir.Value | None:
-        if not isinstance(x, fx.Node) or x.name not in self.graph.results:
+        if not isinstance(x, fx.Node):
             return None
-        found = self.graph.results[x.name]
+        found = self.graph.results.get(self.norms.instead_of.get(x.name, x.name))
         return found if isinstance(found, ir.Value) else None
 
     def _shrinks(self, value: ir.Value | None, axis: int | None = None) -> bool:
@@ -91,7 +92,7 @@ class Rewriter:
     # -- nodes ------------------------------------------------------------------------------------------
     def _rewrite(self, node: fx.Node) -> None:
         if node.op == "call_module":
-            self._module(node)
+            self.norms.module(node, self._value(node.args[0]) if node.args else None)
             return
         if node.op not in ("call_function", "call_method") or not node.args:
             return
@@ -121,7 +122,7 @@ class Rewriter:
             if node.kwargs.get("scale") is None and len(node.args) < 7:
                 node.kwargs = {**node.kwargs, "scale": source.shape[-1] ** -0.5}
         elif source is not None and node.target in (F.layer_norm, F.rms_norm, F.group_norm):
-            self._norm_that_is_called(node, source)
+            self.norms.called(node, source)
         elif name == "pad" and self._shrinks(value):
             self._pad(node, source, value)
         elif node.target in _CONVOLUTIONS:
@@ -271,100 +272,6 @@ class Rewriter:
                 node.kwargs = {**node.kwargs, "groups": left}
             else:
                 node.args = (*node.args[:6], left, *node.args[7:])
-
-    # -- norms ------------------------------------------------------------------------------------------
-    def _norm_that_is_called(self, node: fx.Node, source: ir.Value) -> None:
-        if node.target is F.group_norm and self._shrinks(source, 1):
-            self._functional_group_norm(node, source)
-        elif node.target is not F.group_norm and self._shrinks(source, -1):
-            self._functional_norm(node, source)
-
-    def _functional_norm(self, node: fx.Node, source: ir.Value) -> None:
-        names: tuple[str, ...] = ("normalized_shape", "weight", "bias", "eps")
-        if node.target is F.rms_norm:
-            names = ("normalized_shape", "weight", "eps")
-        given: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-        if len(given["normalized_shape"]) != 1:
-            raise UnevenCut("a layer norm over several axes", self.cut.labels_of(source))
-        if node.name not in self.removed_sums:
-            given["normalized_shape"] = (self.cut.shape(source)[-1],)
-            node.args, node.kwargs = (node.args[0],), given
-            return
-        operands = [given.get(name) for name in names[1:-1]]
-        self._narrow(node, source, operands, given.get("eps"), rms=node.target is F.rms_norm)
-
-    def _module(self, node: fx.Node) -> None:
-        module: Any = self.gm.get_submodule(str(node.target))
-        source = self._value(node.args[0]) if node.args else None
-        if isinstance(module, nn.GroupNorm) and self._shrinks(source, 1):
-            assert source is not None
-            self._group_norm(node, source, module)
-        if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not self._shrinks(source, -1):
-            return
-        assert source is not None
-        if node.name not in self.removed_sums:
-            module.normalized_shape = (self.cut.shape(source)[-1],)
-            return
-        rms = isinstance(module, nn.RMSNorm)
-        operands = self._operands(node, module, ("weight",) if rms else ("weight", "bias"))
-        self._narrow(node, source, operands, module.eps, rms=rms)
-
-    def _operands(self, node: fx.Node, module: nn.Module, leaves: Sequence[str]) -> list[Any]:
-        """Read the parameters of a module that is not called any more."""
-        with self.gm.graph.inserting_before(node):
-            return [
-                None
-                if getattr(module, leaf, None) is None
-                else self.gm.graph.get_attr(f"{node.target}.{leaf}")
-                for leaf in leaves
-            ]
-
-    def _group_norm(self, node: fx.Node, source: ir.Value, module: nn.GroupNorm) -> None:
-        groups = module.num_groups
-        if node.name not in self.removed_sums:
-            module.num_groups = self._groups_left(source, groups)
-            return
-        total, squares = self.removed_sums[node.name]
-        norm = NarrowedGroupNorm(source.shape[1] // groups, module.eps, total, squares)
-        self._call_instead(node, norm, self._operands(node, module, ("weight", "bias")))
-
-    def _functional_group_norm(self, node: fx.Node, source: ir.Value) -> None:
-        names = ("num_groups", "weight", "bias", "eps")
-        given: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-        groups = int(given["num_groups"])
-        if node.name not in self.removed_sums:
-            given["num_groups"] = self._groups_left(source, groups)
-            node.args, node.kwargs = (node.args[0],), given
-            return
-        total, squares = self.removed_sums[node.name]
-        norm = NarrowedGroupNorm(source.shape[1] // groups, given.get("eps", 1e-5), total, squares)
-        self._call_instead(node, norm, [given.get("weight"), given.get("bias")])
-
-    def _groups_left(self, source: ir.Value, groups: int) -> int:
-        kept = self.cut.kept_along(source, 1)
-        return groups if kept is None else int(kept.view(groups, -1).any(1).sum())
-
-    def _narrow(
-        self, node: fx.Node, source: ir.Value, operands: Sequence[Any], eps: Any, *, rms: bool
-    ) -> None:
-        """Let a norm that knows what is gone take the place of a node."""
-        total, squares = self.removed_sums[node.name]
-        width = source.shape[-1]
-        if rms:
-            self._call_instead(node, NarrowedRMSNorm(width, eps, squares), operands)
-        else:
-            norm = NarrowedLayerNorm(width, 1e-5 if eps is None else eps, total, squares)
-            self._call_instead(node, norm, operands)
-
-    def _call_instead(self, node: fx.Node, module: nn.Module, operands: Sequence[Any]) -> None:
-        """Let a new module take the place of a node."""
-        name = f"narrowed_{node.name}"
-        self.gm.add_module(name, module)
-        with self.gm.graph.inserting_before(node):
-            new = self.gm.graph.call_module(name, (node.args[0], *operands))
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        self.gm.graph.erase_node(node)
 
 
 def is_shape(x: Any) -> bool:
