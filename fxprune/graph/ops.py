@@ -155,7 +155,8 @@ class WeightRef:
     """The weight operand of a contraction: ``view`` of parameter ``name`` (``None``: no prunable parameter).
 
     ``direct`` says that some other module than the parameter's owner reads it; ``computed``, that the operand
-    is a function of the parameter in its shape (a standardised weight), in which zeros need not stay zeros.
+    is a function of the parameter in its shape (a standardised weight), in which zeros need not stay zeros;
+    ``scaled``, that this function multiplies by constants, entry by entry, so that they do.
     """
 
     name: str | None
@@ -163,6 +164,7 @@ class WeightRef:
     view: TensorFunction | None = None
     direct: bool = False
     computed: bool = False
+    scaled: bool = False
 
     def operand(self, weights: Callable[[str], Tensor]) -> Tensor:
         weight = torch.ones(self.shape) if self.name is None else weights(self.name)

@@ -55,7 +55,7 @@ class Constant:
         ref = self.weight
         if ref is not None:
             whole = (ref.view or TensorFunction()).followed_by(view)
-            ref = ir.WeightRef(ref.name, shape, whole, ref.direct, ref.computed)
+            ref = ir.WeightRef(ref.name, shape, whole, ref.direct, ref.computed, ref.scaled)
         return Constant(shape, self.dtype, lambda: view(self.evaluate()), ref, is_learnt=self.is_learnt)
 
     def select(self, axis: int) -> Constant:

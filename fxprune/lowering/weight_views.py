@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,9 @@ from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.rules.movement import MOVES, SHAPED_LIKE, function_of
 from fxprune.lowering.rules.pointwise import MOVES_TYPE
 
+SCALES = frozenset((operator.mul, operator.imul, torch.mul, "mul", "mul_"))
+"""Functions of a parameter and a constant that multiply entry by entry."""
+
 __all__ = ["parameter_view", "simplified", "view_of"]
 
 
@@ -25,6 +29,8 @@ def view_of(
     target = node.target if module is None else type(module)
     if target not in MOVES or not operands or not isinstance(operands[0], Constant):
         return None
+    if target is getattr and args[1] == "data":
+        return TensorFunction()  # the parameter itself: gradients, by which paths are counted, pass
     if target in SHAPED_LIKE:
         shape = tuple(node.meta["val"].shape)
         return TensorFunction.of(SHAPED_LIKE[str(target)], PREVIOUS, shape)
@@ -45,11 +51,14 @@ def parameter_view(
     old = operands[0].weight if view is not None else None
     if view is not None and old is not None:
         whole = (old.view or TensorFunction()).followed_by(view)
-        return ir.WeightRef(old.name, shape, whole, old.direct, old.computed)
+        return ir.WeightRef(old.name, shape, whole, old.direct, old.computed, old.scaled)
     same = [x.weight for x in refs if x.shape == shape and x.weight is not None]
     if len(same) != 1 or not val.is_floating_point():
         return None
-    return same[0] if kind in MOVES_TYPE else replace(same[0], computed=True)
+    if kind in MOVES_TYPE:
+        return same[0]
+    scaled = kind in SCALES and (same[0].scaled or not same[0].computed)
+    return replace(same[0], computed=True, scaled=scaled)
 
 
 def simplified(ref: ir.WeightRef | None, parameters: Parameters) -> ir.WeightRef | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from operator import getitem
 from typing import Any
 
@@ -108,7 +109,9 @@ def _with_weight(
 
     build = context.build
     last = build.gather(arrange, [x], [*(sizes[c] for c in kept), blocks * columns])
-    whole = ir.WeightRef(ref.name, (blocks * rows, blocks * columns), view, ref.direct, ref.computed)
+    whole = ir.WeightRef(
+        ref.name, (blocks * rows, blocks * columns), view, ref.direct, ref.computed, ref.scaled
+    )
     made_last = build.linear(last, whole, bias=None, weights=blocks * rows * columns)
     return build.gather(place, [made_last], shape)
 

@@ -210,7 +210,7 @@ def bilinear(context: Context, a: Any, b: Any, weight: Any = None, bias: Any = N
     flat = TensorFunction.of("flatten", PREVIOUS, len(batch))
     pairs = build.gather(flat, [pairs], (*a.shape[:-1], rows * columns))
     view = (ref.view or TensorFunction()).then("flatten", PREVIOUS, 1)
-    whole = ir.WeightRef(ref.name, (made, rows * columns), view, ref.direct, ref.computed)
+    whole = ir.WeightRef(ref.name, (made, rows * columns), view, ref.direct, ref.computed, ref.scaled)
     return build.linear(pairs, whole, bias=bias if module is None else module.bias, by=weight)
 
 

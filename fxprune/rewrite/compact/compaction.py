@@ -244,7 +244,10 @@ def _computed_weights(graph: ChannelGraph) -> set[str]:
     return {
         op.weight.name
         for op in graph.ops
-        if isinstance(op, ir.Kernel) and op.weight.computed and op.weight.name is not None
+        if isinstance(op, ir.Kernel)
+        and op.weight.computed
+        and not op.weight.scaled
+        and op.weight.name is not None
     }
 
 

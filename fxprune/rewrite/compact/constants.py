@@ -116,7 +116,7 @@ def _contribution(
     transposed = op.window is not None and op.window.transposed
     source = node.args[0] if node.args else None
     known = is_recorded(cut.graph, source, value, recorded)
-    if not plain or transposed or op.weight.view is not None or not known:
+    if not plain or transposed or op.weight.computed or op.weight.view is not None or not known:
         if known:
             assert isinstance(source, fx.Node)
             entries, same = constant_entries(recorded[source.name], axis, gone)
