@@ -109,9 +109,7 @@ def _with_weight(
 
     build = context.build
     last = build.gather(arrange, [x], [*(sizes[c] for c in kept), blocks * columns])
-    whole = ir.WeightRef(
-        ref.name, (blocks * rows, blocks * columns), view, ref.direct, ref.computed, ref.scaled
-    )
+    whole = replace(ref, shape=(blocks * rows, blocks * columns), view=view)
     made_last = build.linear(last, whole, bias=None, weights=blocks * rows * columns)
     return build.gather(place, [made_last], shape)
 
