@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fxprune.channels.groups import Groups
 from fxprune.graph import ir
 
-__all__ = ["added_up", "summed_axes"]
+__all__ = ["added_up", "multiplied", "summed_axes"]
 
 
 def summed_axes(op: ir.AnyOp) -> list[tuple[ir.Value, tuple[int, ...]]]:
@@ -42,3 +44,11 @@ def added_up(groups: Groups) -> Tensor:
                 if set(factor.axes) & set(axes):
                     found[groups.numbers[factor.labels].flatten()] = True
     return found[:-1]
+
+
+def multiplied(groups: Groups) -> Iterator[Tensor]:
+    """Yield the numbers of the groups along the channels of every operand of a product of two values."""
+    for op in groups.graph.ops:
+        for value in op.inputs if isinstance(op, ir.Mix) else ():
+            for factor in groups.labels.values.get(value.index, ()):
+                yield groups.numbers[factor.labels].flatten()

@@ -18,7 +18,7 @@ from fxprune.channels.by_channel import any_by_channel, largest_by_channel, sums
 from fxprune.channels.cost import CostModel, count_macs, count_parameters, count_weights
 from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import Groups
-from fxprune.channels.sums import added_up
+from fxprune.channels.sums import added_up, multiplied
 from fxprune.graph import KernelSet
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.granularity import NEVER, UNITS, Bundle, Channel
@@ -280,19 +280,22 @@ class ChannelGroups:
         return staying if rounded is None else rounded(staying, rank) & alive
 
     def _protected(self, pooled: Tensor, alive: Tensor) -> Tensor:
-        """The best groups of the outputs and of the inputs of every parameter, as many as must stay."""
+        """The best groups of every parameter's outputs and inputs, and of what products of two values read.
+
+        As many as must stay: queries and keys of one packed projection are no outputs of their own.
+        """
         protected = torch.zeros_like(alive)
         ranked = pooled.where(alive, NEVER)
         share = 1 - self.options.max_sparsity
-        for table in (self.groups.rows, self.groups.columns):
-            for numbers in table.values():
-                own = torch.unique(numbers[numbers >= 0])
-                fixed = int((numbers < 0).sum())
-                channels = max(self.options.min_channels, math.ceil(share * len(numbers) - 1e-9)) - fixed
-                least = math.ceil(channels * len(own) / max(len(numbers) - fixed, 1))
-                if least > 0:
-                    best = own[ranked[own].argsort(descending=True, stable=True)[:least]]
-                    protected[best] = True
+        sides = (*self.groups.rows.values(), *self.groups.columns.values(), *multiplied(self.groups))
+        for numbers in sides:
+            own = torch.unique(numbers[numbers >= 0])
+            fixed = int((numbers < 0).sum())
+            channels = max(self.options.min_channels, math.ceil(share * len(numbers) - 1e-9)) - fixed
+            least = math.ceil(channels * len(own) / max(len(numbers) - fixed, 1))
+            if least > 0:
+                best = own[ranked[own].argsort(descending=True, stable=True)[:least]]
+                protected[best] = True
         return protected
 
     def _weighs_costs(self, budget: Budget) -> bool:

@@ -92,11 +92,17 @@ class Cut:
 
     # -- what keeps tensors rectangular -----------------------------------------------------------------
     def _keep_one_of_each(self) -> None:
-        """Keep one channel where all outputs or inputs of a parameter would go."""
+        """Keep one channel where all outputs or inputs of a parameter, or a factor of a product, would go."""
         for sides in self.labels.sides:
             for labels in (sides.rows, sides.columns):
                 if len(labels) and bool(self.is_gone(labels).all()):
                     self.give_back(labels[:1], f"{sides.name}: one channel is left")
+        for op in self.graph.ops:
+            for value in op.inputs if isinstance(op, ir.Mix) else ():
+                for factor in self.labels.values.get(value.index, ()):
+                    labels = factor.labels.flatten()
+                    if bool(self.is_gone(labels).all()):
+                        self.give_back(labels[:1], f"{op.layer or op.node}: one channel is left")
 
     def _even_out(self) -> None:
         changed = True

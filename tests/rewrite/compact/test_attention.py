@@ -169,3 +169,47 @@ def test_attention_with_padded_keys_stays_whole_and_says_so() -> None:
     small = fxprune.compact(model, x)
     assert_same(model(x), small(x))
     assert small.get_parameter("inner.in_proj_weight").shape == (24, 8)
+
+
+class Packed(nn.Module):
+    """Queries, keys and values of one projection, whose weights for queries and keys are small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.qkv, self.out, self.last = (
+            nn.Linear(6, 8), nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.mT).softmax(-1) @ v
+        out: Tensor = self.last(x + self.out(mixed.transpose(1, 2).flatten(2)))
+        return out
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_queries_and_keys_of_one_projection_do_not_go_altogether(share: float) -> None:
+    torch.manual_seed(0)
+    net, x = Packed().eval(), torch.randn(2, 5, 6)
+    with torch.no_grad():
+        net.qkv.weight[:16] *= 1e-3
+    pruned = fxprune.apply(
+        net, "magnitude", share, granularity="channel", of="macs", example_inputs=x, progress=False
+    ).eval()
+    kept = fxprune.masks(pruned)["qkv.weight"].any(1).view(3, -1).sum(1)
+    assert bool((kept > 0).all())
+    small = fxprune.compact(pruned, x)
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+    assert_same(small(x), pruned(x))
+
+
+def test_dead_queries_and_keys_of_one_projection_keep_as_many_channels_as_values() -> None:
+    torch.manual_seed(0)
+    net, x = Packed().eval(), torch.randn(2, 5, 6)
+    with torch.no_grad():
+        for rows in (slice(16), [17, 18, 21, 22]):
+            net.qkv.weight[rows], net.qkv.bias[rows] = 0.0, 0.0
+    small = fxprune.compact(net, x)
+    assert_same(small(x), net(x))
+    assert small.get_parameter("qkv.weight").shape[0] == 12
