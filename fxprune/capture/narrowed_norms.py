@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NarrowedGroupNorm", "NarrowedLayerNorm", "NarrowedRMSNorm"]
+__all__ = ["NARROWED", "NarrowedGroupNorm", "NarrowedLayerNorm", "NarrowedRMSNorm"]
 
 
 class NarrowedLayerNorm(nn.Module):
@@ -92,3 +92,6 @@ class NarrowedGroupNorm(nn.Module):
         if weight is not None:
             result = result * weight.view(shape)
         return result if bias is None else result + bias.view(shape)
+
+
+NARROWED = (NarrowedGroupNorm, NarrowedLayerNorm, NarrowedRMSNorm)

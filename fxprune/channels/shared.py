@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from fxprune.channels.labels import Labels
-from fxprune.graph import ChannelGraph
+from fxprune.graph import ChannelGraph, ir
 from fxprune.graph.params import AxisUse
 
 __all__ = ["tie_shared"]
 
 
 def tie_shared(labels: Labels, graph: ChannelGraph) -> None:
-    """Tie the labels along each axis of a parameter or buffer of a layer that is called more than once.
+    """Tie the labels along each axis of a parameter or buffer of a norm or layer that is called again.
 
     Kernels are tied already. What one of the calls reads as a whole stays in all of them. Parameters that
     code reads by itself are picked by entry in each place, and need not be tied.
@@ -21,7 +21,7 @@ def tie_shared(labels: Labels, graph: ChannelGraph) -> None:
     for op in graph.ops:
         for use in op.params:
             for axis, along in enumerate(use.axes):
-                own = bool(op.layer) and use.name.startswith(f"{op.layer}.")
+                own = isinstance(op, ir.Norm) or (op.layer and use.name.startswith(f"{op.layer}."))
                 if along is not None and own and use.name not in graph.kernels:
                     uses.setdefault((use.name, axis), []).append(along)
     for (name, _), places in uses.items():

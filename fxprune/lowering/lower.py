@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from fxprune.capture import CaptureError, capture_leaf
 from fxprune.capture.leaves import dense_class
 from fxprune.capture.module import leaf_attributes
+from fxprune.capture.narrowed_norms import NARROWED
 from fxprune.capture.tracer.contents import is_record
 from fxprune.capture.tracer.meta_values import map_structure
 from fxprune.graph import ir
@@ -285,7 +286,7 @@ class _Walk:
 
     def _has_kernels(self, target: Any, module: nn.Module | None) -> bool:
         if module is not None:
-            return next(module.parameters(), None) is not None
+            return isinstance(module, NARROWED) or next(module.parameters(), None) is not None
         return target in KERNEL_TARGETS
 
     def _fold(self, node: fx.Node, args: Any, kwargs: Any, result: Any) -> Any:

@@ -222,7 +222,7 @@ class Channel:
         limit = self.at_most
         if limit is not None and (type(limit) not in (int, float) or not limit > 0):
             raise ValueError(f"at_most={limit!r}: expected a number of {UNITS[self.of]}, above 0")
-        if not 0 < self.max_sparsity <= 1:
+        if type(self.max_sparsity) not in (int, float) or not 0 < self.max_sparsity <= 1:
             raise ValueError(f"max_sparsity={self.max_sparsity!r}: expected a share of channels in (0, 1]")
 
     def __str__(self) -> str:

@@ -356,6 +356,7 @@ def test_unknown_costs_and_scopes_are_refused() -> None:
         {"round_to": 0},
         {"min_channels": 1.5},
         {"max_sparsity": 0.0},
+        {"max_sparsity": {"*": 0.5}},
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
             Channel(**options)

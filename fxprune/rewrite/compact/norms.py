@@ -5,11 +5,14 @@ from __future__ import annotations
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxprune.capture.narrowed_norms import NarrowedGroupNorm, NarrowedLayerNorm, NarrowedRMSNorm
+from fxprune.capture.narrowed_norms import (
+    NARROWED,
+    NarrowedGroupNorm,
+    NarrowedLayerNorm,
+    NarrowedRMSNorm,
+)
 
 __all__ = ["NARROWED", "NarrowedGroupNorm", "NarrowedLayerNorm", "NarrowedRMSNorm", "kind_of", "narrower"]
-
-NARROWED = (NarrowedGroupNorm, NarrowedLayerNorm, NarrowedRMSNorm)
 
 
 def kind_of(node: fx.Node) -> str:

@@ -186,3 +186,14 @@ def test_channels_go_with_all_that_belongs_to_them(kind: str, share: float) -> N
     build, inputs = CASES[kind]
     torch.manual_seed(0)
     assert_compacts(redrawn(build()), inputs(), share)
+
+
+@pytest.mark.parametrize("kind", ["AttentionByPlace", "FilledUp", "Latents"])
+def test_a_compact_network_is_pruned_again(kind: str) -> None:
+    build, inputs = CASES[kind]
+    torch.manual_seed(0)
+    net, x = redrawn(build()), inputs()
+    small = assert_compacts(net, x, 0.3)
+    again = assert_compacts(small, x, 0.3)
+    count = [sum(parameter.numel() for parameter in each.parameters()) for each in (net, small, again)]
+    assert count[0] > count[1] > count[2]
