@@ -7,6 +7,7 @@ index when the graph runs.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -39,13 +40,16 @@ def cut_constants(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Sli
     """
     others = {op.node for op in graph.ops if not isinstance(op, POINTWISE)}
     changed = _changed(graph, gm, cut, slices)
+    reads: dict[str, list[ir.Value]] = {}
+    for op in graph.ops:
+        reads.setdefault(op.node, []).extend(op.inputs)
     for node in list(gm.graph.nodes):
         if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), RECURRENT):
-            _cut_states(graph, node, cut, changed)
+            _cut_states(graph, node, cut, changed, reads.get(node.name, ()))
         value = graph.results.get(node.name)
         calls = node.op in ("call_function", "call_method")
         if calls and node.name in others:
-            _cut_states(graph, node, cut, changed)
+            _cut_states(graph, node, cut, changed, reads.get(node.name, ()))
         if not calls or (node.name in others and called(node) not in SCATTERED):
             continue
         if not isinstance(value, ir.Value) or not value.live:  # zeros, times what is followed
@@ -70,19 +74,22 @@ def _followed_operand(graph: ChannelGraph, node: fx.Node) -> ir.Value | None:
     return None
 
 
-def _cut_states(graph: ChannelGraph, node: fx.Node, cut: Cut, changed: set[fx.Node]) -> None:
+def _cut_states(
+    graph: ChannelGraph, node: fx.Node, cut: Cut, changed: set[fx.Node], reads: Sequence[ir.Value]
+) -> None:
     """Index what code has made for a node that moves it, or for the first states of a recurrent layer."""
     for source in node.all_input_nodes:
-        own = None if source in changed else _read_constant(graph, node, source)
+        own = None if source in changed else _read_constant(graph, reads, source)
         if own is not None and cut.touches(own):
             node.replace_input_with(source, _picked(node, source, own, cut))
 
 
-def _read_constant(graph: ChannelGraph, node: fx.Node, source: fx.Node) -> ir.Value | None:
-    """The constant that ``node`` reads of ``source``: each reader may need other entries of it."""
+def _read_constant(graph: ChannelGraph, reads: Sequence[ir.Value], source: fx.Node) -> ir.Value | None:
+    """The constant among ``reads`` that ``source`` gives: each reader may need other entries of it."""
     known = graph.results.get(source.name)
-    reads = [value for op in graph.ops if op.node == node.name for value in op.inputs]
-    for value in (*reads, *((known,) if isinstance(known, ir.Value) else ())):
+    for value in (*reads, known):
+        if not isinstance(value, ir.Value):
+            continue
         maker = graph.op_of(value)
         if isinstance(maker, ir.Source) and maker.node == source.name and not value.live:
             return value
