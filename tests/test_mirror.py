@@ -59,6 +59,7 @@ FRONTS = {
     "request.py": "api/test_arguments.py",
     "rewrite/compact/constants.py": "rewrite/compact/test_compaction.py",
     "rewrite/compact/cut.py": "rewrite/compact/test_compaction.py",
+    "rewrite/compact/norm_nodes.py": "rewrite/compact/test_norms.py",
     "rewrite/compact/plain_values.py": "rewrite/files/test_network.py",
     "rewrite/compact/recipe.py": "rewrite/files/test_network.py",
     "rewrite/compact/replay.py": "rewrite/files/test_network.py",

@@ -188,16 +188,9 @@ class Builder:
         return output
 
     def reduce(
-        self,
-        x: ir.Value,
-        how: str,
-        dims: Sequence[int],
-        keepdim: bool,
-        shape: Sequence[int],
-        extreme: str = "",
+        self, x: ir.Value, how: str, dims: Sequence[int], keepdim: bool, shape: Sequence[int], **kind: str
     ) -> ir.Value:
-        axes = _axes(dims, x)
-        return self._emit(ir.Pool, (x,), shape, how=how, dims=axes, keepdim=keepdim, extreme=extreme)
+        return self._emit(ir.Pool, (x,), shape, how=how, dims=_axes(dims, x), keepdim=keepdim, **kind)
 
     def pool(
         self, x: ir.Value, how: str, dims: Sequence[int], window: ir.WindowPool, shape: Sequence[int]

@@ -41,11 +41,11 @@ def _dims(x: ir.Value, dim: Any) -> tuple[int, ...]:
 
 def _reduce(context: Context, x: Any, how: str, dim: Any, keepdim: bool, extreme: str = "") -> ir.Value:
     value = context.build.materialise(x)
-    return context.build.reduce(value, how, _dims(value, dim), keepdim, context.shape, extreme)
+    return context.build.reduce(value, how, _dims(value, dim), keepdim, context.shape, extreme=extreme)
 
 
 def _extreme(context: Context) -> str:
-    """Which entry an op gives, if nobody asks where it stood."""
+    """Tell whether an op gives the largest or smallest entry, if nobody asks where it stood."""
     found = {"max": "largest", "amax": "largest", "min": "smallest", "amin": "smallest"}
     values_alone = isinstance(context.result, Tensor) or all(
         user.target is operator.getitem and user.args[1] == 0 for user in context.node.users
@@ -171,7 +171,7 @@ def extreme(context: Context, x: Any, dim: Any = None, keepdim: bool = False) ->
     if isinstance(context.result, Tensor):
         return _reduce(context, x, "max", dim, keepdim, _extreme(context))
     value, shape = context.build.materialise(x), tuple(context.result[0].shape)
-    top = context.build.reduce(value, "max", _dims(value, dim), keepdim, shape, _extreme(context))
+    top = context.build.reduce(value, "max", _dims(value, dim), keepdim, shape, extreme=_extreme(context))
     return top, numbers(context, context.result[1])
 
 
