@@ -185,7 +185,7 @@ def capture_part(
     """
     try:
         with restored_attributes(module, attributes):
-            found = faithful_graph(module, _shapes(tuple(args)), _shapes(dict(kwargs)))
+            found = faithful_graph(module, _shapes(tuple(args)), _shapes(dict(kwargs)), refuses=False)
     except TRACE_ERRORS as error:
         raise CaptureError(
             f"{type(module).__name__}: {first_line(error)} ({where(error, module)})"

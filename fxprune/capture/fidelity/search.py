@@ -66,12 +66,15 @@ def faithful_graph(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     examples: Mapping[int, Tensor] = MappingProxyType({}),
+    *,
+    refuses: bool = True,
 ) -> Faithful:
     """A graph of ``model`` that is right in both modes, at any batch size and in any precision.
 
-    ``examples``: numbers of meta tensors among the arguments, by their ``id``.
+    ``examples``: numbers of meta tensors among the arguments, by their ``id``. ``refuses``: a graph that does
+    not do what the model does in training raises there; otherwise it does what it does in evaluation.
     """
-    return _Search(model, args, kwargs, examples).run()
+    return _Search(model, args, kwargs, examples, refuses).run()
 
 
 @dataclass
@@ -80,6 +83,7 @@ class _Search:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     examples: Mapping[int, Tensor]
+    refuses: bool
     whole: set[str] = field(default_factory=set)
     notes: dict[str, str] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict)
@@ -180,14 +184,16 @@ class _Search:
         for guard in evaluation_only(self.model):  # the graph of a graph that was captured so
             switches.refuse_training(base.graph, guard.refusal)
             return
-        if not self.untraced:
-            self.notes[""] = (
-                f"its forward fails in training mode with these inputs ({self.refusal}); "
-                "the graph is that of evaluation"
-            )
+        fails = (
+            "cannot be traced in training mode"
+            if self.untraced
+            else "fails in training mode with these inputs"
+        )
+        reason = f"its forward {fails} ({self.refusal})"
+        self.notes[""] = f"{reason}; the graph is that of evaluation"
+        if not self.untraced or not self.refuses:
             return
-        reason = f"its forward cannot be traced in training mode ({self.refusal})"
-        self.notes[""] = f"{reason}; the graph is that of evaluation, and does not run in training: {INSTEAD}"
+        self.notes[""] += f", and does not run in training: {INSTEAD}"
         name = type(self.model).__name__
         switches.refuse_training(base.graph, f"{name}: {reason}, this graph is for evaluation: {INSTEAD}")
 
