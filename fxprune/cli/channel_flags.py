@@ -19,8 +19,8 @@ HELP = {
         "isomorphic (each kind loses the same share).",
     ),
     "round_to": (int, "Layers keep a multiple of so many channels."),
-    "min_channels": (int, "Layers keep at least so many channels."),
-    "max_sparsity": (float, "Layers lose at most this share of their channels."),
+    "min_channels": (str, "Layers keep at least so many channels: a number, or layer=number,..."),
+    "max_sparsity": (str, "Layers lose at most this share of channels: a number, or layer=number,..."),
     "sides": (str, "Weights that a channel group is scored by: both, or rows alone."),
     "normalize": (
         str,
@@ -55,4 +55,25 @@ def take_threads(options: dict[str, Any]) -> int | None:
 def split(options: dict[str, Any]) -> dict[str, Any]:
     """Take the channel options that were given out of ``options``, and return them."""
     taken = {name: options.pop(name, None) for name in HELP}
+    for name, kind in (("min_channels", int), ("max_sparsity", float)):
+        if taken[name] is not None:
+            taken[name] = read_by_layer(f"--{name.replace('_', '-')}", taken[name], kind)
     return {name: value for name, value in taken.items() if value is not None}
+
+
+def read_by_layer(flag: str, text: str, kind: type[int] | type[float]) -> float | dict[str, float]:
+    """Read a number, or numbers by layer: ``layer=number,...``.
+
+    >>> read_by_layer("--max-sparsity", "layer4.*=0.5,fc=0.9", float)
+    {'layer4.*': 0.5, 'fc': 0.9}
+    >>> read_by_layer("--min-channels", "8", int)
+    8
+    """
+    entries = {}
+    for entry in text.split(","):
+        pattern, _, value = entry.rpartition("=")
+        try:
+            entries[pattern.strip()] = kind(value)
+        except ValueError as error:
+            raise ValueError(f"{flag} {text}: expected a number, or layer=number, not {entry!r}") from error
+    return entries[""] if list(entries) == [""] else entries

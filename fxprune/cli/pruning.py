@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import fxprune
-from fxprune.cli.channel_flags import channel_flags, split, take_threads
+from fxprune.cli.channel_flags import channel_flags, read_by_layer, split, take_threads
 from fxprune.cli.data_sources import load_batches
 from fxprune.cli.flags import (
     DATA,
@@ -217,13 +217,8 @@ def _results(
 def read_budget(text: str) -> str | dict[str, float]:
     if "=" not in text:
         return text
-    entries = {}
-    for entry in text.split(","):
-        pattern, _, value = entry.rpartition("=")
-        try:
-            entries[pattern.strip()] = float(value)
-        except ValueError as error:
-            raise ValueError(f"--budget {text}: expected layer=sparsity, not {entry!r}") from error
+    entries = read_by_layer("--budget", text, float)
+    assert isinstance(entries, dict)
     return entries
 
 

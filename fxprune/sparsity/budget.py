@@ -10,8 +10,9 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from numbers import Real
+
+from fxprune.sparsity.by_name import check_used, value_for
 
 Allocation = str | Mapping[str, float]
 """``"global"``, ``"uniform"``, ``"erk"``, ``"owl"``, or sparsities by layer: ``{name or fnmatch pattern:
@@ -208,36 +209,20 @@ def _clip(value: float, low: float, high: float) -> float:
 def _plan_by_name(
     given: Mapping[str, float], sparsity: float, sizes: dict[str, int], left: Mapping[str, int]
 ) -> Budget:
-    used: set[str] = set()
     layers = {}
     for pattern, value in given.items():
         _check_sparsity(f"budget[{pattern!r}]", value, closed=True)
     for name, size in sizes.items():
-        entry = _pattern_for(name, given)
-        used |= {pattern for pattern in given if _fits(name, pattern)}
-        layers[name] = count(size, 1 - (sparsity if entry is None else given[entry]))
+        layers[name] = count(size, 1 - value_for(name, given, sparsity))
         if layers[name] > left[name]:
             raise ValueError(
                 f"budget: {name!r} would keep {layers[name]} weights but has only {left[name]} left; "
                 "pruning again only removes more, so ask for a higher sparsity there"
             )
-    unused = [pattern for pattern in given if pattern not in used]
-    if unused:
-        raise ValueError(
-            f"budget: {unused[0]!r} fits no prunable layer; layers are called like {next(iter(sizes))!r}"
-        )
+    check_used("budget", given, sizes)
     total = sum(layers.values())
     _check_total(total, sum(sizes.values()), sum(left.values()), sparsity)
     return Budget(total, sizes, layers)
-
-
-def _pattern_for(name: str, given: Mapping[str, float]) -> str | None:
-    exact = [pattern for pattern in given if pattern in (name, name.rpartition(".")[0])]
-    return next(iter(exact or [pattern for pattern in given if _fits(name, pattern)]), None)
-
-
-def _fits(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
 
 
 def _check_sparsity(argument: str, value: float, *, closed: bool) -> None:

@@ -13,6 +13,7 @@ from fxprune.channels.groups import group_channels
 from fxprune.channels.memory import count_memory, live_ranges
 from fxprune.channels.orientation import swap_orientation
 from fxprune.graph import ChannelGraph
+from fxprune.sparsity.by_name import check_used
 from fxprune.sparsity.granularity import WEIGHT, Bundle, Channel, Granularity
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks
@@ -40,6 +41,8 @@ def fitted(
             if not isinstance(model, fx.GraphModule):
                 raise ValueError("of='memory': the network has no graph, which says what is alive together")
             counted = partial(count_memory, live_ranges(model, graph))
+        for option in ("min_channels", "max_sparsity"):
+            check_used(option, getattr(granularity, option), prunable)
         return ChannelGroups(groups, tuple(prunable), granularity, shapes or {}, counted)
     transposed = {name: kernels.groups for name, kernels in graph.kernels.items() if kernels.transposed}
     if granularity == WEIGHT or isinstance(granularity, (ChannelGroups, Oriented)) or not transposed:

@@ -185,8 +185,9 @@ class Channel:
     the sum of their scores per cost. ``scope``: "global"; "layer", every family of tied layers loses the same
     share of its groups; "uniform", likewise, and equal layers stay equally wide; "isomorphic", every kind of
     group does (Fang et al. 2024, arXiv 2407.04616).
-    ``round_to``: layers keep a multiple of so many channels, where they can; ``min_channels``,
-    ``max_sparsity``: how many channels, and which share of them, every layer loses at most.
+    ``round_to``: layers keep a multiple of so many channels, where they can; ``min_channels``: so many every
+    layer keeps at least; ``max_sparsity``: the share of them that it loses at most. The last two are one
+    number for all layers, or numbers by layer: ``{name or fnmatch pattern: number}``, of outputs alone.
     ``at_most``: instead of a sparsity, the cost that may stay, in the unit of ``of``: weights, parameters,
     multiply-adds of a sample, bytes, or milliseconds as measured.
     """
@@ -196,8 +197,8 @@ class Channel:
     of: str = "weights"
     scope: str = "global"
     round_to: int = 1
-    min_channels: int = 1
-    max_sparsity: float = 1.0
+    min_channels: int | Mapping[str, int] = 1
+    max_sparsity: float | Mapping[str, float] = 1.0
     sides: str = "both"
     normalize: str = "method"
     runtime: str = "eager"
@@ -210,9 +211,9 @@ class Channel:
             if value not in accepted:
                 raise ValueError(f"{option}={value!r}: expected one of {', '.join(map(repr, accepted))}")
         for option in ("round_to", "min_channels"):
-            value = getattr(self, option)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{option}={value!r}: expected a number of channels, at least 1")
+            for value in _numbers(getattr(self, option), one=option == "round_to"):
+                if type(value) is not int or value < 1:
+                    raise ValueError(f"{option}={value!r}: expected a number of channels, at least 1")
         for option, usual in (("runtime", "eager"), ("threads", None)):
             value = getattr(self, option)
             if value != usual and self.of != "latency":
@@ -222,8 +223,11 @@ class Channel:
         limit = self.at_most
         if limit is not None and (type(limit) not in (int, float) or not limit > 0):
             raise ValueError(f"at_most={limit!r}: expected a number of {UNITS[self.of]}, above 0")
-        if type(self.max_sparsity) not in (int, float) or not 0 < self.max_sparsity <= 1:
-            raise ValueError(f"max_sparsity={self.max_sparsity!r}: expected a share of channels in (0, 1]")
+        for value in _numbers(self.max_sparsity):
+            by_layer = isinstance(self.max_sparsity, Mapping)
+            if type(value) not in (int, float) or not 0 <= value <= 1 or not (value or by_layer):
+                expected = "[0, 1]" if by_layer else "(0, 1]"
+                raise ValueError(f"max_sparsity={value!r}: expected a share of channels in {expected}")
 
     def __str__(self) -> str:
         return "head" if self.whole_heads else "channel"
@@ -235,6 +239,11 @@ class Channel:
     def room(self, masks: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """All that is left."""
         return kept(masks)
+
+
+def _numbers(given: Any, *, one: bool = False) -> list[Any]:
+    """All numbers that are given for an option: one, or one for each layer."""
+    return list(given.values()) if isinstance(given, Mapping) and not one else [given]
 
 
 POOLS = ("mean", "sum", "l2", "max")

@@ -21,6 +21,7 @@ from fxprune.channels.groups import Groups
 from fxprune.channels.sums import added_up, multiplied
 from fxprune.graph import KernelSet
 from fxprune.sparsity.budget import Budget
+from fxprune.sparsity.by_name import value_for
 from fxprune.sparsity.granularity import NEVER, UNITS, Bundle, Channel
 from fxprune.sparsity.group_order import by_class, by_worth, kinds, round_up, turns
 from fxprune.sparsity.masks import Masks, is_full, kept
@@ -286,12 +287,18 @@ class ChannelGroups:
         """
         protected = torch.zeros_like(alive)
         ranked = pooled.where(alive, NEVER)
-        share = 1 - self.options.max_sparsity
-        sides = (*self.groups.rows.values(), *self.groups.columns.values(), *multiplied(self.groups))
-        for numbers in sides:
+        number, share = self.options.min_channels, self.options.max_sparsity
+        # Numbers by layer are those of its outputs.
+        usual = 1 if isinstance(number, Mapping) else number, 1.0 if isinstance(share, Mapping) else share
+        sides = [
+            (numbers, value_for(name, number, 1), value_for(name, share, 1.0))
+            for name, numbers in self.groups.rows.items()
+        ]
+        others = (*self.groups.columns.values(), *multiplied(self.groups))
+        for numbers, fewest, lost in [*sides, *((numbers, *usual) for numbers in others)]:
             own = torch.unique(numbers[numbers >= 0])
             fixed = int((numbers < 0).sum())
-            channels = max(self.options.min_channels, math.ceil(share * len(numbers) - 1e-9)) - fixed
+            channels = max(fewest, math.ceil((1 - lost) * len(numbers) - 1e-9)) - fixed
             least = math.ceil(channels * len(own) / max(len(numbers) - fixed, 1))
             if least > 0:
                 best = own[ranked[own].argsort(descending=True, stable=True)[:least]]

@@ -335,6 +335,27 @@ def test_every_layer_keeps_what_it_must() -> None:
         assert all(weights[name].shape[0] >= minimum(number) for name, number in least.items())
 
 
+def test_numbers_by_layer_hold_for_the_outputs_of_those_that_they_name() -> None:
+    torch.manual_seed(0)
+    model, x = Stages().eval(), torch.randn(2, 3, 8, 8)
+
+    with torch.no_grad():
+        model.three.weight.mul_(0.1), model.four.weight.mul_(0.1)
+
+    def widths(sparsity: float, **options: Any) -> dict[str, int]:
+        grain = Channel(**options)
+        pruned = fxprune.apply(model, "magnitude", sparsity, granularity=grain, example_inputs=x)
+        weights = dict(fxprune.compact(pruned, x).named_parameters())
+        return {name: len(weights[f"{name}.weight"]) for name in ("one", "two", "three", "four")}
+
+    plain = widths(0.6)
+    assert widths(0.6, max_sparsity={"two": 0.0, "*": 0.95})["two"] == 16 > plain["two"]
+    assert widths(0.6, max_sparsity={"three.weight": 0.5})["three"] >= 12 > plain["three"]
+    assert widths(0.6, min_channels={"th*": 20})["three"] >= 20 > plain["three"]
+    with pytest.raises(ValueError, match=r"max_sparsity: 'five' fits no prunable layer; .* 'one.weight'"):
+        widths(0.6, max_sparsity={"five": 0.5})
+
+
 def test_each_family_or_kind_loses_the_same_share() -> None:
     torch.manual_seed(0)
     model, x = Stages().eval(), torch.randn(2, 3, 8, 8)
@@ -356,7 +377,9 @@ def test_unknown_costs_and_scopes_are_refused() -> None:
         {"round_to": 0},
         {"min_channels": 1.5},
         {"max_sparsity": 0.0},
-        {"max_sparsity": {"*": 0.5}},
+        {"max_sparsity": {"*": 1.5}},
+        {"min_channels": {"*": 0}},
+        {"round_to": {"*": 4}},
     ):
         with pytest.raises(ValueError, match=next(iter(options))):
             Channel(**options)
