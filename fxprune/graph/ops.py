@@ -156,7 +156,8 @@ class WeightRef:
 
     ``direct`` says that some other module than the parameter's owner reads it; ``computed``, that the operand
     is a function of the parameter in its shape (a standardised weight), in which zeros need not stay zeros;
-    ``scaled``, that this function multiplies by constants, entry by entry, so that they do.
+    ``scaled``, that this function multiplies each entry by one of a buffer or of a number, so that zeros stay
+    zeros, and the rest stays the same where some entries are cut.
     """
 
     name: str | None

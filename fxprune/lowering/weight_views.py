@@ -58,7 +58,14 @@ def parameter_view(
     if kind in MOVES_TYPE:
         return same[0]
     scaled = kind in SCALES and (same[0].scaled or not same[0].computed)
-    return replace(same[0], computed=True, scaled=scaled)
+    factors = [x for x in operands if not (isinstance(x, Constant) and x.weight is same[0])]
+    return replace(same[0], computed=True, scaled=scaled and all(map(_is_as_given, factors)))
+
+
+def _is_as_given(factor: Any) -> bool:
+    """Whether a constant is a buffer, or has none in it: what is computed of one changes as it is cut."""
+    plain = isinstance(factor, Constant) and factor.weight is None
+    return plain and (factor.reads is None or factor.reads.whole)
 
 
 def simplified(ref: ir.WeightRef | None, parameters: Parameters) -> ir.WeightRef | None:

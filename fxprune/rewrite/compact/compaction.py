@@ -125,11 +125,11 @@ def _compact(
             for path in held.paths:
                 wider = share_parameters(source)
                 if open_leaf(wider, path):
+                    set_shapes(wider, runs[0])  # the next one may read what this one gives
                     source = wider
                     opened.append(path)
                 else:
                     whole.add(path)
-            set_shapes(source, runs[0])
     own_parameters(small, source)
     small.meta = {**gm.meta}
     notes = dict(small.meta.get("fxprune", {}))

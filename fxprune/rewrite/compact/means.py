@@ -33,18 +33,29 @@ def scale_means(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut) -> None:
             continue
         node = nodes[op.node]
         if op.extreme and not op.inner:
-            _bound(node, op.extreme)
+            if not _bound(node, op.extreme):
+                raise UnevenCut(f"{op.layer or op.node}: all of truth values", cut.labels_of(op.inputs[0]))
             continue
         if op.inner or getattr(node.target, "__name__", node.target) != "mean":
             raise UnevenCut(f"{op.layer or op.node}: a mean over channels", cut.labels_of(op.inputs[0]))
         _scale(node, share)
 
 
-def _bound(node: fx.Node, extreme: str) -> None:
-    """Compare the largest or the smallest of the entries that are left with the zeros that are not."""
+def _bound(node: fx.Node, extreme: str) -> bool:
+    """Compare the largest or the smallest of the entries that are left with the zeros that are not.
+
+    Of truth values, the largest needs nothing, and the smallest cannot be told: then the answer is False.
+    """
     whole = isinstance(node.meta["val"], torch.Tensor)
     for found in [node] if whole else list(node.users):
-        _insert(found, torch.clamp, {"min" if extreme == "largest" else "max": 0.0})
+        kind = found.meta["val"].dtype
+        if kind != torch.bool:
+            # A float would turn whole numbers to floats.
+            zero = 0.0 if kind.is_floating_point else 0
+            _insert(found, torch.clamp, {"min" if extreme == "largest" else "max": zero})
+        elif extreme == "smallest":
+            return False
+    return True
 
 
 def _scale_statistics(graph: ChannelGraph, op: ir.Norm, nodes: dict[str, fx.Node], cut: Cut) -> None:

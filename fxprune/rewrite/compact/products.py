@@ -34,7 +34,8 @@ def operand_nodes(graph: ChannelGraph, cut: Cut, nodes: Mapping[str, fx.Node]) -
 def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded, nodes: Mapping[str, fx.Node]) -> None:
     """Give back the channels whose terms in a product, a sum or a length are not zero.
 
-    Terms that are one constant may go where a softmax follows: it does not see a constant shift.
+    Terms of a sum that are one constant may go where a softmax follows: it does not see a constant shift. A
+    constant can be the largest or smallest of the channels, and stays.
     """
     for op in graph.ops:
         summed = [(value, axes) for value, axes in _summed(op, nodes) if axes]
@@ -49,7 +50,8 @@ def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded, nodes: M
             own_zero, own_even = _numbers(graph, cut, value, axes, recorded)
             zero |= own_zero
             even &= own_even
-        harmless = zero | even if _reaches_softmax(graph, op.output) else zero
+        shifts = not (isinstance(op, ir.Pool) and op.extreme) and _reaches_softmax(graph, op.output)
+        harmless = zero | even if shifts else zero
         roots = torch.cat(gone)
         cut.give_back(
             roots[~harmless[roots]], f"{op.layer or op.node}: adds it to others, and it is not zero"

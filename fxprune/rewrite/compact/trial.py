@@ -205,7 +205,7 @@ def difference(old: Any, new: Any) -> float:
     a, b = pytree.tree_leaves(old), pytree.tree_leaves(new)
     for one, other in zip(a, b, strict=True):
         if isinstance(one, Tensor) and one.numel():
-            if one.shape != other.shape:
+            if one.shape != other.shape or one.dtype != other.dtype:
                 return float("inf")
             if not (one.is_floating_point() or one.is_complex()):
                 largest = max(largest, 0.0 if torch.equal(one, other) else float("inf"))

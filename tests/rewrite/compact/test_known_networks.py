@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fxprune
 from rewrite.compact.masked import assert_compacts, redrawn
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {}
@@ -197,3 +198,36 @@ def test_a_compact_network_is_pruned_again(kind: str) -> None:
     again = assert_compacts(small, x, 0.3)
     count = [sum(parameter.numel() for parameter in each.parameters()) for each in (net, small, again)]
     assert count[0] > count[1] > count[2]
+
+
+SCALES = {
+    "of itself": lambda weight, table: weight.pow(2).mean(1, keepdim=True).rsqrt(),
+    "of its size": lambda weight, table: weight.abs().mean(),
+    "of a softmax": lambda weight, table: torch.softmax(table, 1),
+    "of a length": lambda weight, table: nn.functional.normalize(table, dim=1),
+    "of a table": lambda weight, table: table,
+}
+
+
+@pytest.mark.parametrize("kind", sorted(SCALES))
+def test_a_weight_times_what_depends_on_several_entries_keeps_its_columns(kind: str) -> None:
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(5, 3)
+            self.weight = nn.Parameter(torch.randn(5, 8))
+            self.register_buffer("table", torch.rand(5, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight * SCALES[kind](self.weight, self.table)
+            out: Tensor = self.last(nn.functional.linear(self.first(x).relu(), weight))
+            return out
+
+    torch.manual_seed(0)
+    model, x = Scales().eval(), torch.randn(4, 6)
+    with torch.no_grad():
+        model.first.weight[[1, 5]], model.first.bias[[1, 5]] = 0.0, 0.0
+    for options in ({}, {"verify": False}, {"exact": False}):
+        small = fxprune.compact(model, x, **options)
+        assert torch.allclose(small(x), model(x), atol=1e-6)
+    assert len(small.get_parameter("first.weight")) == (6 if kind == "of a table" else 8)

@@ -127,3 +127,30 @@ def test_a_module_that_goes_by_numbers_stays_whole() -> None:
     assert small.get_parameter("one.first.weight").shape == (16, 8)
     for batch in (X, -X, X + 20, X - 20):
         assert_same(outputs(pruned, batch), outputs(small, batch))
+
+
+def test_a_layer_that_reads_what_another_gives_is_opened_after_it() -> None:
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.two = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(self.two(self.one(x, x, x, need_weights=False)[0]).mean(1))
+            return out
+
+    torch.manual_seed(0)
+    model, x = Stack().eval(), torch.randn(4, 5, 8)
+    weight, bias = model.one.in_proj_weight, model.one.in_proj_bias
+    with torch.no_grad():
+        model.two.linear1.weight[:4], model.two.linear1.bias[:4] = 0.0, 0.0
+        for head in (0, 4):
+            for first in (head, 8 + head, 16 + head):
+                weight[first : first + 2], bias[first : first + 2] = 0.0, 0.0
+            model.one.out_proj.weight[:, head : head + 2] = 0.0
+    small = fxprune.compact(model, x)
+    assert len(small.get_parameter("two.linear1.weight")) == 12
+    assert len(small.get_parameter("one.in_proj_weight")) == 12
+    assert torch.allclose(small(x), model(x), atol=1e-6)

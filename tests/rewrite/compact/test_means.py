@@ -228,3 +228,59 @@ def test_channels_whose_places_are_asked_for_stay() -> None:
     small = fxprune.compact(net, x)
     assert small.get_parameter("first.weight").shape == (10, 4)
     torch.testing.assert_close(small(x), net(x))
+
+
+class Weighed(nn.Module):
+    """The largest channel of every token goes through a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 32), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        out: Tensor = torch.softmax(y.amax(2), 1)[:, None] @ self.last(y)
+        return out
+
+
+def test_a_constant_that_may_be_the_largest_stays() -> None:
+    torch.manual_seed(0)
+    net, x = Weighed().eval(), torch.randn(4, 5, 6)
+    with torch.no_grad():
+        net.first.weight.mul_(5)
+        net.first.weight[1], net.first.bias[1] = 0.0, 1.0
+    small = fxprune.compact(net, x)
+    some = torch.cat([x[:, :3], 0 * x[:, 3:]], 1)  # where no other channel is large
+    torch.testing.assert_close(small(some), net(some))
+
+
+WHOLE_NUMBERS = {
+    "largest": lambda y: (10 * y).int().amax(1),
+    "smallest": lambda y: (10 * y).int().amin(1),
+    "with its place": lambda y: (10 * y).long().max(1)[0],
+    "of all": lambda y: (10 * y).long().max(),
+    "any": lambda y: (y > 0).amax(1),
+    "every": lambda y: (y >= 0).amin(1),
+}
+
+
+@pytest.mark.parametrize("kind", sorted(WHOLE_NUMBERS))
+def test_extremes_of_whole_numbers_stay_whole(kind: str) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.first(x)
+            return self.last(y), WHOLE_NUMBERS[kind](y)
+
+    torch.manual_seed(0)
+    net, x = Counts().eval(), torch.randn(16, 6)
+    with torch.no_grad():
+        net.first.weight[[1, 5]], net.first.bias[[1, 5]] = 0.0, 0.0
+    small = fxprune.compact(net, x)
+    wanted, found = net(x)[1], small(x)[1]
+    assert found.dtype == wanted.dtype
+    assert torch.equal(found, wanted)
+    assert len(small.get_parameter("first.weight")) == (8 if kind == "every" else 6)
