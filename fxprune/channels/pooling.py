@@ -1,4 +1,4 @@
-"""Labels through sums, means and windows along axes of a value."""
+"""Labels through sums, means, extremes and windows along axes of a value."""
 
 from __future__ import annotations
 

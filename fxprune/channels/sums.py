@@ -14,7 +14,7 @@ __all__ = ["added_up", "multiplied", "summed_axes"]
 
 
 def summed_axes(op: ir.AnyOp) -> list[tuple[ir.Value, tuple[int, ...]]]:
-    """Return the operands whose entries ``op`` adds up as they are, each with the axes of the sum.
+    """Return the operands whose entries ``op`` adds up or compares as they are, each with the axes.
 
     Those of products of two values, such as queries and keys, of sums, of means and of extremes; not those of
     layers, whose weights may be zero.

@@ -15,9 +15,9 @@ from fxprune.paths.layout import Layout
 __all__ = ["Borders", "Compiled", "EvalContext", "LinearMap", "Pooling", "unit_operand"]
 
 Borders = Literal["zeros", "periodic", "inner"]
-"""What windows read beyond the border of an image: zeros, as the network does; the other end of the image;
-or zeros, of which a step may take more than there are, if its positions stay alike for it: a bound of the
-paths from below."""
+"""The entries that windows read beyond the border of an image: zeros, as the network does; those of the other
+end of the image; or ("inner") zeros, where a step may leave out taps that reach the border. Such a program
+finds only paths that there are, perhaps not all."""
 
 Pooling = Literal["sum", "mean", "any"]
 """How average pooling combines entries. ``"any"``: entries are 0 or 1, and every pooling adds them."""

@@ -3,7 +3,7 @@
 Each compile function takes an op and the layouts of its inputs, and returns the layout of the output and the
 function. The result is exactly what the op gives on the full tensors: a sum along a collapsed axis, for
 instance, is a multiplication by the axis's size. A periodic image has no border, so that its positions stay
-alike; with borders="inner" they are kept alike by leaving out what some of them do not have.
+alike. With borders="inner" the result may be less: taps that reach the border may be left out.
 """
 
 from __future__ import annotations

@@ -312,6 +312,7 @@ def in_a_process(rank: int, folder: str) -> Any:
         return found, str(error)
 
 
+@pytest.mark.slow
 def test_several_processes_fit_what_one_fits_on_all_data(tmp_path: Path) -> None:
     model, given = convolutions(), (IMAGES, torch.zeros(71))
     wanted = fxprune.reconstruct(prune(model, given), given, model, progress=False).state_dict()

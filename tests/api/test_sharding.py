@@ -421,6 +421,7 @@ def die(rank: int, kind: str) -> Any:
     return fxprune.apply(model, "snip", data=data(), returns="inplace", **ASKED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sharded", "wrapped"])
 def test_a_process_that_dies_ends_the_others(kind: str) -> None:
     survivor, dead = together(2, die, kind, timeout=10.0)

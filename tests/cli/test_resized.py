@@ -68,7 +68,8 @@ CASES: dict[str, tuple[Any, list[str], dict[str, int]]] = {
 
 
 @pytest.mark.parametrize(
-    "case", ["llama", pytest.param("llama-width", marks=pytest.mark.slow), "bert", "gpt2"]
+    "case",
+    ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama-width", "bert", "gpt2"))],
 )
 def test_a_compact_folder_is_read_and_computes_what_the_masked_model_does(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

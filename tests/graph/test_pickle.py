@@ -80,6 +80,7 @@ def test_net(name: str) -> None:
 QUICK = ("test_convnext", "test_vit")
 
 
+@pytest.mark.filterwarnings("ignore:.*kept whole")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TIMM]
 )

@@ -148,7 +148,7 @@ NETS: list[tuple[Callable[[], nn.Module], Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:.*of the 40 matrix weights")
 @pytest.mark.parametrize(("build", "inputs"), NETS)
 def test_lowered_without_an_error(build: Callable[[], nn.Module], inputs: Any) -> None:
     model = build().eval()
@@ -172,6 +172,7 @@ SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "i
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*kept whole")
 def test_transformers_that_have_failed() -> None:
     bloom = transformers.BloomConfig(vocab_size=50, hidden_size=16, n_layer=1, n_head=2)
     speech = transformers.Wav2Vec2Config(

@@ -490,6 +490,7 @@ def _in_a_process(rank: int) -> Any:
     return solve(model, x[30 * rank : 30 * rank + 30], group=group)
 
 
+@pytest.mark.slow
 def test_several_processes_find_what_one_finds_on_all_data() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4)).double(), correlated(60, 6)
