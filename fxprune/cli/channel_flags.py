@@ -61,8 +61,16 @@ def split(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in taken.items() if value is not None}
 
 
-def read_by_layer(flag: str, text: str, kind: type[int] | type[float]) -> float | dict[str, float]:
+def read_by_layer(
+    flag: str,
+    text: str,
+    kind: type[int] | type[float],
+    expected: str = "expected a number, or layer=number",
+) -> float | dict[str, float]:
     """Read a number, or numbers by layer: ``layer=number,...``.
+
+    Raises ``ValueError``, which says what is ``expected``, for other text, and for a number without a layer
+    that does not stand alone.
 
     >>> read_by_layer("--max-sparsity", "layer4.*=0.5,fc=0.9", float)
     {'layer4.*': 0.5, 'fc': 0.9}
@@ -71,9 +79,11 @@ def read_by_layer(flag: str, text: str, kind: type[int] | type[float]) -> float 
     """
     entries = {}
     for entry in text.split(","):
-        pattern, _, value = entry.rpartition("=")
+        pattern, _, value = (part.strip() for part in entry.rpartition("="))
         try:
-            entries[pattern.strip()] = kind(value)
+            entries[pattern] = kind(value)
         except ValueError as error:
-            raise ValueError(f"{flag} {text}: expected a number, or layer=number, not {entry!r}") from error
+            raise ValueError(f"{flag} {text}: {expected}, not {entry!r}") from error
+        if not pattern and text.strip() != value:
+            raise ValueError(f"{flag} {text}: {expected}; {entry!r} names no layer")
     return entries[""] if list(entries) == [""] else entries

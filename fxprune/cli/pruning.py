@@ -217,7 +217,7 @@ def _results(
 def read_budget(text: str) -> str | dict[str, float]:
     if "=" not in text:
         return text
-    entries = read_by_layer("--budget", text, float)
+    entries = read_by_layer("--budget", text, float, "expected layer=sparsity")
     assert isinstance(entries, dict)
     return entries
 

@@ -125,6 +125,7 @@ BAD = [
     (["prune", "FILE:small", "--bogus", "3"], "--bogus"),
     (["prune", "FILE:small", "--budget", "fc=0.5"], "'fc' fits no prunable layer"),
     (["prune", "FILE:small", "--budget", "0=half"], "expected layer=sparsity"),
+    (["prune", "FILE:small", "--budget", "=0.5"], "--budget =0.5: expected layer=sparsity; '=0.5' names no"),
     (["prune", "FILE:small", "--granularity", "row"], "granularity='row'"),
     (["prune", "FILE:small", "--exclude", "fc"], "exclude: 'fc'"),
     (["prune", "FILE:small", "--device", "gpu"], "device='gpu'"),
