@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.rewrite.masking.copying import duplicate
+
 __all__ = ["resized"]
 
 Shapes = dict[str, tuple[int, ...]]
@@ -39,14 +41,16 @@ def resized(model: Any, pruned: nn.Module, small: fx.GraphModule, inputs: Mappin
     own, wanted = _shapes_of(model), _shapes_of(small)
     _check_names(type(model).__name__, own, wanted)
     _check_layers(own, wanted)
-    expected = _logits(pruned, inputs)
+    # Half precision rounds by more than a wrong configuration changes: outputs are compared in float32.
+    wide = torch.promote_types(model.dtype, torch.float32)
+    expected = _logits(_widened(pruned, model, wide), inputs)
     search, found = _Search(model, own, wanted), False
     for facts in search.configurations():
         found = True
         for scale in (False, True):
-            new = _built(model, facts, small.state_dict(), own if scale else None)
+            new = _built(model, facts, small.state_dict(), own if scale else None, wide)
             if new is not None and _computes(new, inputs, expected):
-                return new
+                return new.to(model.dtype)
     name = next(name for name in wanted if wanted[name] != own[name])
     if found:
         raise ValueError(f"{type(model).__name__} computes other outputs where {name!r} is {wanted[name]}")
@@ -160,13 +164,29 @@ def _config(model: Any, facts: Mapping[Field, Any]) -> Any:
     return type(model.config).from_dict(values)
 
 
+def _widened(pruned: nn.Module, model: Any, dtype: torch.dtype) -> nn.Module:
+    """A copy in ``dtype``; tables that are not saved are as its class makes them when a file is read."""
+    copy = duplicate(pruned).to(dtype).eval()
+    fresh, saved = dict(type(model)(_config(model, {})).to(dtype).named_buffers()), copy.state_dict()
+    with torch.no_grad():
+        for name, buffer in copy.named_buffers():
+            if name in fresh and name not in saved and fresh[name].shape == buffer.shape:
+                buffer.copy_(fresh[name])
+    return copy
+
+
 def _built(
-    model: Any, facts: Mapping[Field, int], state: Mapping[str, Tensor], scaled: Shapes | None
+    model: Any,
+    facts: Mapping[Field, int],
+    state: Mapping[str, Tensor],
+    scaled: Shapes | None,
+    dtype: torch.dtype,
 ) -> Any | None:
     """The class under other values, with weights; ``scaled``: the shapes before, to make up in norms.
 
     A norm by the root of the mean square has another mean over fewer channels: ``n / m`` times as large,
-    if m of n are left and the others were zero. So has what is added to it, and its root goes to the scale.
+    if m of n are left and the others were zero. The eps is scaled by ``n / m``, the weight by its square
+    root.
     """
     facts, state = dict(facts), dict(state)
     if scaled is not None:
@@ -176,10 +196,10 @@ def _built(
         if len(ratios) != 1:
             return None
         ratio = ratios.pop()
-        state |= {name: (state[name] * ratio**0.5).to(state[name].dtype) for name in norms}
+        state |= {name: state[name].to(dtype) * ratio**0.5 for name in norms}
         values = model.config.to_dict()
         facts |= {(name,): value * ratio for name, value in values.items() if name.endswith("rms_norm_eps")}
-    new = type(model)(_config(model, facts)).to(model.dtype).eval()
+    new = type(model)(_config(model, facts)).to(dtype).eval()
     new.load_state_dict(state)
     if getattr(model, "generation_config", None) is not None:
         new.generation_config = model.generation_config
@@ -187,22 +207,18 @@ def _built(
 
 
 def _logits(network: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    mode = network.training
-    try:
-        with torch.no_grad():
-            found: Tensor = network.eval()(**inputs)[0]
-    finally:
-        network.train(mode)
-    return found.float()
+    with torch.no_grad():
+        found: Tensor = network(**inputs)[0]
+    return found
 
 
 def _computes(new: Any, inputs: Mapping[str, Tensor], expected: Tensor) -> bool:
-    """Whether outputs are those that are expected, up to rounding in the model's dtype."""
+    """Whether outputs are those that are expected, up to rounding in their dtype."""
     try:
         found = _logits(new, inputs)
     except (ValueError, RuntimeError, LookupError):  # such as an odd number of rotated channels
         return False
     if found.shape != expected.shape:
         return False
-    tolerance: float = torch.finfo(new.dtype).eps ** 0.5
+    tolerance: float = torch.finfo(expected.dtype).eps ** 0.5
     return float((found - expected).norm()) <= tolerance * float(expected.norm())

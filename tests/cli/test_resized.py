@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import fxprune
 from fxprune.cli import run
+from fxprune.cli.resized import resized
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.arange(24).view(2, 12) % 40
@@ -152,3 +154,80 @@ def test_weights_that_leave_every_channel_are_refused_before_the_work(
         _, code = written(tmp_path, llama(), "--granularity", granularity)
         assert code == 2
         assert f"--compact: --granularity {granularity} leaves every channel" in capsys.readouterr().err
+
+
+class Cut(nn.Module):
+    """Stands for a compact network: a model's tensors, of which slices along some axes are left."""
+
+    def __init__(self, model: nn.Module, kept: dict[str, tuple[int, Tensor]]) -> None:
+        super().__init__()
+        self.model, self.kept = model, kept
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = dict(self.model.state_dict())
+        for name, tensor in state.items():
+            for part, (axis, places) in self.kept.items():
+                if part in name and axis < tensor.dim():
+                    state[name] = state[name].index_select(axis, places)
+        return state
+
+
+def zeroed(model: nn.Module, kept: dict[str, tuple[int, Tensor]]) -> None:
+    """Zeros in place of the slices that are not left."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            for part, (axis, places) in kept.items():
+                if part in name and axis < tensor.dim():
+                    gone = torch.ones(tensor.shape[axis], dtype=torch.bool).index_fill(0, places, False)
+                    tensor.index_fill_(axis, gone.nonzero().flatten(), 0)
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_of_a_narrower_width_are_scaled_in_every_dtype(dtype: torch.dtype) -> None:
+    sizes = {"hidden_size": 40, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(
+        num_hidden_layers=2, head_dim=8, max_position_embeddings=32, **sizes, **SMALL
+    )
+    torch.manual_seed(0)
+    model, left = transformers.LlamaForCausalLM(config).eval(), torch.arange(38)
+    rows = dict.fromkeys(("norm", "o_proj", "down_proj"), (0, left))
+    inputs = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    zeroed(model, {"embed_tokens": (1, left), "o_proj": (0, left), "down_proj": (0, left)})
+    model = model.to(dtype)
+    small: Any = Cut(model, {**rows, **dict.fromkeys(inputs, (1, left))})
+    new = resized(model, model, small, {"input_ids": IDS})
+    assert new.dtype == dtype
+    assert new.config.hidden_size == 38
+    assert new.config.rms_norm_eps == pytest.approx(config.rms_norm_eps * 40 / 38)
+    scaled = model.model.norm.weight[:38].float() * (40 / 38) ** 0.5
+    assert torch.equal(new.model.norm.weight, scaled.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_narrower_heads_are_refused_in_every_dtype(dtype: torch.dtype) -> None:
+    """Queries are turned by angles that depend on the width of a head."""
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=8, max_position_embeddings=32, **SMALL,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    left = torch.tensor([place for place in range(32) if place % 8 not in (3, 7)])
+    kept = {"q_proj": (0, left), "k_proj": (0, left), "v_proj": (0, left), "o_proj": (1, left)}
+    zeroed(model, kept)
+    small: Any = Cut(model.to(dtype), kept)
+    with pytest.raises(
+        ValueError, match=r"computes other outputs where 'model\.layers\.0\.self_attn\.q_proj"
+    ):
+        resized(model, model, small, {"input_ids": IDS})
+
+
+def test_the_masked_model_keeps_the_modes_of_its_modules() -> None:
+    model = llama().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    resized(model, model, Cut(model, {"gate_proj": (0, torch.arange(48))}), {"input_ids": IDS})  # type: ignore[arg-type]
+    assert [module.training for module in model.modules()] == modes
