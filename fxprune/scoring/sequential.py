@@ -53,7 +53,8 @@ class Matrix:
 class Layer:
     """A parameter with its matrices, as a solver sees it.
 
-    ``weight``: its values, in float32 or wider. ``mask``: what may be kept. ``matrices``: disjoint.
+    ``weight``: its values, in float32 or wider, and contiguous, however the parameter lies in memory.
+    ``mask``: what may be kept. ``matrices``: disjoint.
     """
 
     name: str
@@ -233,7 +234,8 @@ class _Run:
 
     def _found(self, name: str, mask: Tensor, new: Tensor, biases: Weights) -> None:
         home = self.problem.weights[name].device
-        self.masks[name], self.found[name] = mask.to(home), new.to(home)
+        self.masks[name] = mask.to(home)
+        self.found[name] = torch.empty_like(self.weights[name].detach(), device=home).copy_(new)
         if self.propagate:
             for one, values in {name: new, **biases}.items():
                 self._put(one, values)
@@ -245,8 +247,8 @@ class _Run:
             parameter.copy_(values)
 
     def _layer(self, name: str, parts: Mapping[Geometry, Part]) -> Layer:
-        weight, mask = self.weights[name].detach(), self.problem.masks[name]
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight, mask = self.weights[name].detach(), self.problem.masks[name].contiguous()
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
         if not bool(torch.isfinite(wide).all()):
             raise ValueError(
                 f"method {self.method!r}: weights of {name!r} are NaN or infinite; load the model anew, "
