@@ -32,8 +32,9 @@ GROUPED = getattr(aten._grouped_mm, "default", None) if hasattr(aten, "_grouped_
 CACHED = 1 << 17
 """Numbers that are squared at a time."""
 
-_Place = tuple[int, tuple[int, ...], tuple[int, ...]]
-"""Where an operand lies in the storage of its parameter: offset, shape, strides."""
+_Place = tuple[int, tuple[int, ...], tuple[int, ...], int]
+"""Where an operand lies in the storage of its parameter: offset, shape, strides; and how many matrices it
+stacks, each with inputs of its own."""
 
 
 class InputNorms:
@@ -54,16 +55,36 @@ class InputNorms:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if not places:
             return torch.ones(weight.shape, dtype=dtype, device=self.home)
-        # With the strides of the weight, the sums of an operand lie where the operand lies.
-        total = torch.empty_strided(weight.shape, weight.stride(), dtype=dtype, device=weight.device)
-        ((offset, shape, stride), squares), *others = places.items()
-        if not others and math.prod(shape) == weight.numel():
-            total.as_strided(shape, stride, offset - weight.storage_offset()).copy_(squares.sqrt())
+        if _is_one_operand(weight, places):
+            total = _zeros(weight, dtype)
+            ((place, squares),) = places.items()
+            _part(total, weight, place).copy_(squares.sqrt())
             return total.to(self.home)
-        total.zero_()
-        for (offset, shape, stride), squares in places.items():
-            total.as_strided(shape, stride, offset - weight.storage_offset()).add_(squares)
-        return total.sqrt_().to(self.home)
+        return _sum_of(weight, places, dtype).sqrt_().to(self.home)
+
+
+def _zeros(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros with the strides of a weight: what belongs to an operand lies where the operand lies."""
+    return torch.empty_strided(weight.shape, weight.stride(), dtype=dtype, device=weight.device).zero_()
+
+
+def _part(whole: Tensor, weight: Tensor, place: _Place) -> Tensor:
+    """The part of ``whole``, made by :func:`_zeros`, that belongs to an operand."""
+    offset, shape, stride, _ = place
+    return whole.as_strided(shape, stride, offset - weight.storage_offset())
+
+
+def _is_one_operand(weight: Tensor, places: Mapping[_Place, Tensor]) -> bool:
+    """Whether a weight was read as a whole, and in one way."""
+    return len(places) == 1 and math.prod(next(iter(places))[1]) == weight.numel()
+
+
+def _sum_of(weight: Tensor, places: Mapping[_Place, Tensor], dtype: torch.dtype) -> Tensor:
+    """The sums of squares of all operands, in the weight's shape."""
+    total = _zeros(weight, dtype)
+    for place, squares in places.items():
+        _part(total, weight, place).add_(squares)
+    return total
 
 
 def input_norms(
@@ -78,8 +99,10 @@ def input_norms(
         method: what warnings call the method.
 
     Returns:
-        The norms; ones for weights whose inputs no product showed (their operand is computed from them), and
-        equal ones for experts and layers whose inputs were all zero, or none. A warning names both.
+        The norms. They are ones for a weight that no product showed (its operand is computed from it), and
+        one number for all matrices in a weight that no product showed, or whose inputs were all zero or none
+        (experts, keys of a packed projection, a layer as a whole): the root of the mean square of the norms
+        of the others, or 1. A warning names both. A single input that was always zero has the norm 0.
         With a ``problem.group``, over the batches of all its processes, up to one factor.
 
     Raises ``ValueError`` for inputs of a layer that are not finite, and for tokens without a row.
@@ -90,8 +113,8 @@ def input_norms(
             with watch:
                 torch.func.functional_call(problem.model, dict(weights), call.args, dict(call.kwargs))
     if problem.group is not None:
-        watch.squares = _averaged(watch.squares, problem.group)
-    names = _fill_unused(watch.squares, method)
+        watch.squares = _averaged(watch.squares, problem.group, problem.device)
+    names = _fill_unused(weights, watch.squares, method)
     hidden = [name for name in weights if name not in watch.squares]
     if hidden:
         warnings.warn(
@@ -111,9 +134,9 @@ def input_norms(
 
 
 def _averaged(
-    squares: Mapping[str, dict[_Place, Tensor]], group: ProcessGroup
+    squares: Mapping[str, dict[_Place, Tensor]], group: ProcessGroup, device: torch.device
 ) -> dict[str, dict[_Place, Tensor]]:
-    """The means over all processes; where one of them saw nothing, it adds zeros."""
+    """The means over all processes; where one of them saw nothing, it adds zeros on ``device``."""
     every: dict[tuple[str, _Place], tuple[tuple[int, ...], str]] = {}
     own = {
         (name, place): (tuple(tensor.shape), str(tensor.dtype))
@@ -127,30 +150,66 @@ def _averaged(
         shape, dtype = every[name, place]
         tensor = squares.get(name, {}).get(place)
         if tensor is None:
-            tensor = torch.zeros(shape, dtype=getattr(torch, dtype.rpartition(".")[2]))
+            tensor = torch.zeros(shape, dtype=getattr(torch, dtype.rpartition(".")[2]), device=device)
         average([tensor], group)
         found.setdefault(name, {})[place] = tensor
     return found
 
 
-def _fill_unused(squares: Mapping[str, dict[_Place, Tensor]], method: str) -> list[str]:
+def _fill_unused(
+    weights: Mapping[str, Tensor], squares: dict[str, dict[_Place, Tensor]], method: str
+) -> list[str]:
     """Give matrices whose inputs were all zero, or none, the mean of the others; return their names."""
-    names = []
+    names: list[str] = []
     for name, places in squares.items():
-        for (_, shape, _), one in places.items():
-            stack = one.flatten(1) if len(shape) == 3 and len(one) > 1 else one.reshape(1, -1)
-            sums = stack.sum(1)
+        live: dict[_Place, Tensor] = {}
+        for place, one in places.items():
+            sums = one.reshape(place[-1], -1).sum(1)
             if not bool(torch.isfinite(sums).all()):
                 raise ValueError(
                     f"method {method!r}: the inputs of {name!r} are NaN or infinite; look at the layers "
                     "before it, or take a wider dtype"
                 )
-            dead = sums == 0
-            if bool(dead.any()) and len(places) == 1:
-                stack[dead] = 1.0 if bool(dead.all()) else float(stack[~dead].mean())
-                indices = dead.nonzero().flatten().tolist()
-                names += [f"{name}[{index}]" for index in indices] if len(stack) > 1 else [name]
+            live[place] = (sums != 0).view(-1, *[1] * (one.dim() - 1))
+        if not _is_one_operand(weights[name], places):
+            names += _fill_apart(weights[name], name, places, live)
+            continue
+        ((place, one),) = places.items()
+        if not bool(live[place].all()):
+            places[place] = _filled(one, live[place].expand_as(one))
+            dead = (~live[place]).flatten().nonzero().flatten().tolist()
+            names += [f"{name}[{index}]" for index in dead] if place[-1] > 1 else [name]
     return names
+
+
+def _fill_apart(
+    weight: Tensor, name: str, places: dict[_Place, Tensor], live: Mapping[_Place, Tensor]
+) -> list[str]:
+    """The same for a weight that is read in several places, or not as a whole: what no live matrix has."""
+    reached = _zeros(weight, torch.bool)
+    for place, alive in live.items():
+        _part(reached, weight, place).logical_or_(alive)
+    if bool(reached.all()):
+        return []
+    dtype = next(iter(places.values())).dtype
+    total = _filled(_sum_of(weight, places, dtype), reached)
+    places.clear()
+    places[(int(weight.storage_offset()), tuple(weight.shape), weight.stride(), 1)] = total
+    rows = reached.reshape(len(reached), -1)
+    if not bool(reached.any()) or bool((rows.any(1) != rows.all(1)).any()):
+        return [name]
+    dead, runs = (~rows.any(1)).nonzero().flatten().tolist(), []
+    for row in dead:
+        if runs and runs[-1][1] == row:
+            runs[-1][1] = row + 1
+        else:
+            runs.append([row, row + 1])
+    return [f"{name}[{first}]" if end == first + 1 else f"{name}[{first}:{end}]" for first, end in runs]
+
+
+def _filled(squares: Tensor, live: Tensor) -> Tensor:
+    """The mean of the live ones in place of the others; ones where none is live."""
+    return torch.where(live, squares, float(squares[live].mean()) if bool(live.any()) else 1.0)
 
 
 def _sums_of_squares(x: Tensor, axis: int, dtype: torch.dtype) -> Tensor:
@@ -187,8 +246,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _name_of(self, operand: Tensor) -> str | None:
         return self.names.get(operand.untyped_storage().data_ptr())
 
-    def _add(self, name: str, operand: Tensor, squares: Tensor) -> None:
-        place = (int(operand.storage_offset()), tuple(operand.shape), operand.stride())
+    def _add(self, name: str, operand: Tensor, squares: Tensor, stacked: int = 1) -> None:
+        place = (int(operand.storage_offset()), tuple(operand.shape), operand.stride(), stacked)
         places = self.squares.setdefault(name, {})
         places[place] = places[place] + squares if place in places else squares
 
@@ -237,7 +296,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             squares = squares.unsqueeze(-1 if contracted == -2 else -2)
             if operand.dim() > 2 and operand.stride(0) == 0:  # one matrix for all of a batch
                 operand, squares = operand[0], squares.sum(0)
-            self._add(name, operand, squares)
+            self._add(name, operand, squares, len(operand) if operand.dim() > 2 else 1)
 
     def _grouped(self, rows: Tensor, stack: Tensor, ends: Tensor) -> None:
         """Runs of rows, each times a matrix of its own."""
@@ -248,4 +307,4 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         owners = torch.arange(len(stack), device=rows.device).repeat_interleave(counts)
         wide = rows[: len(owners)].to(self._wide(name))
         sums = wide.new_zeros(len(stack), wide.shape[1]).index_add_(0, owners, wide * wide)
-        self._add(name, stack, sums.unsqueeze(-1))
+        self._add(name, stack, sums.unsqueeze(-1), len(stack))
