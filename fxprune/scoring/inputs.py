@@ -198,8 +198,8 @@ def _fill_apart(
     rows = reached.reshape(len(reached), -1)
     if not bool(reached.any()) or bool((rows.any(1) != rows.all(1)).any()):
         return [name]
-    dead, runs = (~rows.any(1)).nonzero().flatten().tolist(), []
-    for row in dead:
+    runs: list[list[int]] = []
+    for row in (~rows.any(1)).nonzero().flatten().tolist():
         if runs and runs[-1][1] == row:
             runs[-1][1] = row + 1
         else:

@@ -40,13 +40,14 @@ class Silent(nn.Module):
         self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(relu(self.a(x) - 100))
+        found: Tensor = self.b(relu(self.a(x) - 100))
+        return found
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_convolution_without_inputs_is_ranked_by_magnitude(layout: torch.memory_format) -> None:
     torch.manual_seed(0)
-    model = Silent().to(memory_format=layout)  # type: ignore[call-overload]
+    model = Silent().to(memory_format=layout)
     mask = pruned(model, torch.rand(4, 3, 6, 6), "b.weight")["b.weight"]
     assert keeps_the_largest(mask, model.b.weight)
 
@@ -59,7 +60,8 @@ def test_a_weight_that_is_read_in_two_ways_without_inputs_is_ranked_by_magnitude
 
         def forward(self, x: Tensor) -> Tensor:
             h = relu(x - 100)
-            return self.last(linear(h, self.w) + linear(h, self.w.t()) + x)
+            found: Tensor = self.last(linear(h, self.w) + linear(h, self.w.t()) + x)
+            return found
 
     torch.manual_seed(0)
     model = Tied()

@@ -26,8 +26,8 @@ def test_weights_that_lie_channels_last_are_solved_as_contiguous_ones(method: st
     x = torch.randn(60, 4, 5, 5).double()
     found: list[Any] = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        model = network().to(memory_format=layout)  # type: ignore[call-overload]
-        fields = {
+        model = network().to(memory_format=layout)
+        fields: dict[str, Any] = {
             "data": (x, torch.zeros(60)),
             "granularity": fxprune.sparsity.granularity.resolve(granularity),
         }
@@ -44,7 +44,7 @@ def test_weights_that_lie_channels_last_are_reconstructed_as_contiguous_ones() -
     x, dense = torch.randn(60, 4, 5, 5).double(), network()
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
-        model = copy.deepcopy(dense).to(memory_format=layout)  # type: ignore[call-overload]
+        model = copy.deepcopy(dense).to(memory_format=layout)
         pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, progress=False)
         fitted = fxprune.reconstruct(pruned, (x, torch.zeros(60)), model, progress=False)
         found.append({name: fitted.get_parameter(name) for name in fxprune.masks(pruned)})
