@@ -26,6 +26,7 @@ from fxprune.capture.errors import (
     InputError,
     check_module,
     first_line,
+    users_level,
     where,
 )
 from fxprune.capture.fidelity.compare import Differences, computes_same
@@ -102,7 +103,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         raise _explained(model, args, kwargs, error) from error
     whole = {str(node.target) for node in found.graph.nodes if node.op == "call_module"}
     for note in _notes(model, found.notes, whole):
-        warnings.warn(f"capture: {note}", stacklevel=2)
+        warnings.warn(f"capture: {note}", stacklevel=users_level())
     return assemble(model, found.graph, found.extra, found.kept_hooks)
 
 
@@ -171,11 +172,13 @@ def capture_part(
 
     Returns:
         Its graph, as :func:`capture` would make it of the module alone, and a note on what the graph does
-        not do (empty if it does all). Most such modules do something in training that no graph can say,
-        or keep what they compute: then the graph is that of evaluation.
+        not do: in training, or in other types (empty if it does all that is found). Many such modules do
+        something in training that no graph can say: then the graph does what evaluation does. What the
+        module keeps of what it computed, the graph computes each time.
 
     Raises:
-        CaptureError: it cannot be traced in evaluation, or its graph holds for some numbers only.
+        CaptureError: it cannot be traced in evaluation, computes there with what it wrote in an earlier call,
+            or its graph holds for some numbers, one batch size or one image size only.
 
     Example:
         >>> import torch
@@ -185,13 +188,15 @@ def capture_part(
     """
     try:
         with restored_attributes(module, attributes):
-            found = faithful_graph(module, _shapes(tuple(args)), _shapes(dict(kwargs)), refuses=False)
+            found = faithful_graph(module, _shapes(tuple(args)), _shapes(dict(kwargs)), part=True)
     except TRACE_ERRORS as error:
         raise CaptureError(
             f"{type(module).__name__}: {first_line(error)} ({where(error, module)})"
         ) from error
     if any(node.target is check_number and _asks_for_numbers(node) for node in found.graph.nodes):
         raise CaptureError(f"{type(module).__name__}: its graph holds for the example inputs only")
+    if found.limit:
+        raise CaptureError(f"{type(module).__name__}: {found.limit}")
     return assemble(module, found.graph, found.extra, found.kept_hooks), found.notes.get("", "")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import os
 import re
+import sys
 import traceback
 from pathlib import Path
 
@@ -20,11 +21,13 @@ __all__ = [
     "failing_method",
     "first_line",
     "is_raised",
+    "users_level",
     "where",
 ]
 
 LIBRARY = str(Path(torch.__file__).parent) + os.sep
 PACKAGE = str(Path(__file__).parent) + os.sep
+PROJECT = str(Path(__file__).parents[1]) + os.sep
 
 
 class CaptureError(RuntimeError):
@@ -110,6 +113,18 @@ def is_raised(error: BaseException) -> bool:
     if last is None or code is None or code.co_filename.startswith(PACKAGE):
         return False
     return dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+
+
+def users_level() -> int:
+    """Find the ``stacklevel`` with which the caller warns of the first line outside of this project.
+
+    >>> users_level()
+    1
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((LIBRARY, PROJECT)):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def where(error: BaseException, model: nn.Module, called: str = "") -> str:

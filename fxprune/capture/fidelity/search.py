@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError, HookError, first_line, where
+from fxprune.capture.fidelity.carried_over import carried_over
 from fxprune.capture.fidelity.compare import (
     Differences,
     compare,
@@ -36,7 +37,7 @@ from fxprune.capture.tracer.memos import Cache, find_caches
 from fxprune.capture.tracer.meta_values import Shadows, map_structure
 from fxprune.capture.tracer.questions import Answers
 from fxprune.capture.tracer.sample_values import needs_numbers
-from fxprune.capture.tracer.trace import Trace, remove_dead_code, trace
+from fxprune.capture.tracer.trace import Rehearsal, Trace, remove_dead_code, trace
 from fxprune.capture.tracer.values import Values
 
 __all__ = ["Faithful", "faithful_graph"]
@@ -46,6 +47,7 @@ NOT_RUN = (
     "register it on one that it calls"
 )
 INSTEAD = "prune with returns='module', which trains as the model does"
+IN_TRAINING = " in training; the graph does not"
 COUNTS_VALUES = "it makes a Python number of the numbers in a tensor (by an index, len or range)"
 COUNTS_BATCH = "it makes a Python number of the batch size (int, len, range or iteration)"
 
@@ -53,12 +55,16 @@ COUNTS_BATCH = "it makes a Python number of the batch size (int, len, range or i
 @dataclass
 class Faithful:
     """The graph, what it needs besides the model's own modules, what the user should know, and the hooks that
-    were left out of the graph."""
+    were left out of the graph.
+
+    ``limit``: why the graph cannot take the model's place in a larger graph, if it cannot.
+    """
 
     graph: fx.Graph
     extra: dict[str, Any]
     notes: dict[str, str] = field(default_factory=dict)
     kept_hooks: frozenset[Hook] = frozenset()
+    limit: str = ""
 
 
 def faithful_graph(
@@ -67,14 +73,15 @@ def faithful_graph(
     kwargs: Mapping[str, Any],
     examples: Mapping[int, Tensor] = MappingProxyType({}),
     *,
-    refuses: bool = True,
+    part: bool = False,
 ) -> Faithful:
     """A graph of ``model`` that is right in both modes, at any batch size and in any precision.
 
-    ``examples``: numbers of meta tensors among the arguments, by their ``id``. ``refuses``: a graph that does
-    not do what the model does in training raises there; otherwise it does what it does in evaluation.
+    ``examples``: numbers of meta tensors among the arguments, by their ``id``. ``part``: the graph is to
+    take the model's place in a larger one, which :attr:`Faithful.limit` speaks of; where it does not do what
+    the model does in training it does what it does in evaluation, and does not raise.
     """
-    return _Search(model, args, kwargs, examples, refuses).run()
+    return _Search(model, args, kwargs, examples, part).run()
 
 
 @dataclass
@@ -83,12 +90,13 @@ class _Search:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     examples: Mapping[int, Tensor]
-    refuses: bool
+    part: bool
     whole: set[str] = field(default_factory=set)
     notes: dict[str, str] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict)
     refusal: str = ""
     untraced: bool = False
+    limit: str = ""
     one_image_size: bool = False
     one_batch_size: bool = False
     frozen: bool = False
@@ -116,6 +124,8 @@ class _Search:
             others = self.other_numbers(base)
             if others is None:
                 continue
+            if self.part:
+                self.limit = carried_over(base, self.attempt, Inputs(self.args, self.kwargs, self.examples))
             found = self.probe(base)
             if not found:
                 resolve_types(base, found)
@@ -152,7 +162,7 @@ class _Search:
         switches = Switches(self.model)
         if training is None:
             self.no_training(base, switches)
-        elif self.keep_whole({**training.reasons, **_writers(training)}):
+        elif self.keep_whole({**training.reasons, **_writers(training, IN_TRAINING)}):
             return None
         elif self.keep_whole(dict.fromkeys(modes.modules - {""}, "")):
             return None
@@ -191,7 +201,7 @@ class _Search:
         )
         reason = f"its forward {fails} ({self.refusal})"
         self.notes[""] = f"{reason}; the graph is that of evaluation"
-        if not self.untraced or not self.refuses:
+        if not self.untraced or self.part:
             return
         self.notes[""] += f", and does not run in training: {INSTEAD}"
         name = type(self.model).__name__
@@ -241,7 +251,7 @@ class _Search:
         own_writes = base.hook_writes.keys() - self.records.keys()
         if not base.changed and not own_writes:
             return
-        again = self.attempt(training=training, rehearsed=True)
+        again = self.attempt(training=training, rehearsed=training)
         if again and not again.reasons and computes_same_apart_from_order(base, again):
             base.changed.clear()
             return
@@ -295,16 +305,23 @@ class _Search:
         images: bool = False,
         numbers: Collection[Any] | None = None,
         strict: bool = False,
-        rehearsed: bool = False,
+        rehearsed: bool | None = None,
+        sizes: bool = False,
+        given: Inputs | None = None,
         left_out: frozenset[Hook] | None = None,
     ) -> Trace | None:
         """A trace under the given changes, or None if the model does not accept them.
 
-        ``left_out``: hooks that are not run, for a trial; by default those that :meth:`left_out` gives.
+        ``rehearsed``: the mode of a run before, with the inputs of the model; ``sizes`` as in `Rehearsal`;
+        ``given``: other inputs. ``left_out``: hooks that are not run, for a trial; by default those that
+        :meth:`left_out` gives.
         The changes are those of :meth:`Inputs.changed`.
         """
         other = batch or types or images or numbers is not None
-        inputs = Inputs(self.args, self.kwargs, self.examples)
+        inputs = given or Inputs(self.args, self.kwargs, self.examples)
+        earlier = None
+        if rehearsed is not None:
+            earlier = Rehearsal(rehearsed, self.args, self.kwargs, sizes)
         if other:
             inputs = inputs.changed(batch=batch, types=types, images=images, numbers=numbers)
         made_up = 1 if numbers is None else 2
@@ -314,7 +331,7 @@ class _Search:
                 shadows=Shadows(self.model, OTHER_TYPE if types else {}, self.known), state=self.state,
                 left_out=self.left_out() if left_out is None else left_out, caches=self.caches,
                 values=lambda: Values(self.answers, inputs.examples, made_up, self.frozen),
-                rehearsed=rehearsed,
+                rehearsed=earlier,
             )  # fmt: skip
         except TRACE_ERRORS as error:
             if strict or (isinstance(error, HookError) and not other and left_out is None):
@@ -342,7 +359,10 @@ class _Search:
         for path in self.records.keys() - called - {""}:
             self.notes.setdefault(path, f"its hook {self.records[path]} {NOT_RUN}")
         notes = {path: reason for path, reason in self.notes.items() if not _inside(path, called)}
-        return Faithful(base.graph, {**switches.modules, **constants}, notes, self.left_out())
+        sizes = {"batch": self.one_batch_size, "image": self.one_image_size}
+        fixed = next((f"its graph holds for one {kind} size" for kind, one in sizes.items() if one), "")
+        extra = {**switches.modules, **constants}
+        return Faithful(base.graph, extra, notes, self.left_out(), self.limit or fixed)
 
 
 def _plain_values(reads: Collection[fx.Node]) -> set[Any]:
@@ -369,5 +389,9 @@ def _inside(path: str, called: set[str]) -> bool:
     return any(".".join(atoms[:i]) in called for i in range(1, len(atoms)))
 
 
-def _writers(found: Trace) -> dict[str, str]:
-    return {path: f"its forward writes its attribute {name!r}" for path, name in found.changed.items()}
+def _writers(found: Trace, more: str = "") -> dict[str, str]:
+    """Why modules stay whole; ``more`` is added for the model itself, which becomes a graph."""
+    return {
+        path: f"its forward writes its attribute {name!r}{'' if path else more}"
+        for path, name in found.changed.items()
+    }

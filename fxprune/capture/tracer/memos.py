@@ -6,6 +6,7 @@ it from there the next time. In a graph it is computed each time: the same, or n
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -50,7 +51,7 @@ class Memos:
     """``nodes``: by ``id`` of a tensor of an earlier run, the node there, which depends on no input.
 
     ``alive`` keeps these tensors, so that no other gets their ``id``; ``constants`` are those of that run's
-    tape, by name.
+    tape, by name. ``others``: nodes that may depend on inputs, which count in :meth:`with_sizes`.
     """
 
     def __init__(
@@ -58,10 +59,15 @@ class Memos:
         nodes: Mapping[int, fx.Node] | None = None,
         alive: Sequence[Any] = (),
         constants: Mapping[Any, Any] | None = None,
+        others: Mapping[int, fx.Node] | None = None,
     ) -> None:
         self._nodes, self._constants = dict(nodes or {}), dict(constants or {})
-        self._alive = list(alive)
+        self._alive, self._others = list(alive), dict(others or {})
         self._copies: dict[fx.Node, fx.Node] = {}
+
+    def with_sizes(self) -> Memos:
+        """Take for known, too, what depends on nothing of an input but its sizes."""
+        return Memos({**self._others, **self._nodes}, self._alive, self._constants)
 
     def recomputed(
         self,
@@ -78,8 +84,12 @@ class Memos:
         if last is None:
             return None
         chain = ancestors(last)
-        if not all(is_pure(node) for node in chain):
+        inputs = [node for node in chain if node.op == "placeholder"]
+        here = {str(node.target): node for node in graph.nodes if node.op == "placeholder"} if inputs else {}
+        given = {node: here[str(node.target)] for node in inputs}
+        if not all(node in given or is_pure(node) for node in chain) or not _same_sizes(chain, given):
             return None
+        self._copies.update(given)
         for node in chain:
             if node in self._copies:
                 continue
@@ -116,6 +126,21 @@ class Memos:
         new, old = values[last], cache.kept.detach()
         alike = isinstance(new, Tensor) and (new.dtype, new.device) == (old.dtype, old.device)
         return alike and torch.equal(new, old)
+
+
+def _same_sizes(chain: Sequence[fx.Node], given: Mapping[fx.Node, fx.Node]) -> bool:
+    """Whether a chain reads nothing of its inputs but sizes, which are the same in those of another run."""
+    shapes: dict[Any, torch.Size] = {}
+    for node in chain:
+        sources = node.all_input_nodes
+        if node.target is getattr and node.args[0] in given and node.args[1] == "shape":
+            shapes[node] = given[sources[0]].meta["val"].shape
+        elif node.target is operator.getitem and node.args[0] in shapes:
+            if shapes[node.args[0]][node.args[1]] != node.meta["val"]:  # type: ignore[index]
+                return False
+        elif any(source in given or source in shapes for source in sources):
+            return False
+    return True
 
 
 def ancestors(last: fx.Node) -> list[fx.Node]:

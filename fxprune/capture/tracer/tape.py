@@ -353,9 +353,9 @@ class Tape:
         self.running = False
 
     def finished(self) -> Memos:
-        """Give what was computed from the model's own tensors alone, for a later run that finds it."""
+        """Give what was computed, from the model's own tensors alone or not, for a run that finds it."""
         fixed = {key: node for key, node in self._nodes.items() if node not in self._live}
-        return Memos(fixed, self._alive, self.constants)
+        return Memos(fixed, self._alive, self.constants, self._nodes)
 
     # -- where ----------------------------------------------------------------------------------------------
     @contextmanager

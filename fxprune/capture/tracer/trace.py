@@ -33,7 +33,7 @@ from fxprune.capture.tracer.spelling import is_pure
 from fxprune.capture.tracer.tape import Tape
 from fxprune.capture.tracer.values import Values
 
-__all__ = ["Trace", "remove_dead_code", "shapes_only", "trace"]
+__all__ = ["Rehearsal", "Trace", "remove_dead_code", "shapes_only", "trace"]
 
 
 @dataclass
@@ -65,6 +65,19 @@ class Trace:
         return list(node.meta["nn_module_stack"])[-1] if node.meta["nn_module_stack"] else ""
 
 
+@dataclass(frozen=True)
+class Rehearsal:
+    """Describe a run before the one that is recorded.
+
+    ``sizes``: what it computed from the sizes of its inputs is computed again where those are the same.
+    """
+
+    training: bool
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    sizes: bool = False
+
+
 def trace(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -74,7 +87,7 @@ def trace(
     whole: frozenset[str] = frozenset(),
     shadows: Shadows | None = None,
     state: ModelState | None = None,
-    rehearsed: bool = False,
+    rehearsed: Rehearsal | None = None,
     left_out: frozenset[Hook] = frozenset(),
     caches: Sequence[Cache] = (),
     values: Callable[[], Values] = Values,
@@ -92,17 +105,21 @@ def trace(
     state = state or ModelState(model)
     names = _tensor_names(model)  # of the tensors that are there before a run leaves others
 
-    def run(setting: CallSettings, memos: Memos | None = None) -> Trace:
+    def run(setting: CallSettings, given: tuple[Any, ...], memos: Memos | None = None) -> Trace:
         tape = _tape(model, names, shadows, memos, values())
-        return copy_context().run(_run, model, args, kwargs, setting, tape, state)
+        return copy_context().run(_run, model, given[0], given[1], setting, tape, state)
 
     def from_start(setting: CallSettings) -> Trace:
-        _set_training(model, training)
         for cache in caches:
             cache.entries.pop(cache.key, None)
-        memos = run(setting).memos if rehearsed else None
+        memos = None
+        if rehearsed is not None:
+            _set_training(model, rehearsed.training)
+            memos = run(setting, (rehearsed.args, rehearsed.kwargs)).memos
+            memos = memos.with_sizes() if rehearsed.sizes else memos
+        _set_training(model, training)
         before = rng_state(state.generators)
-        result = run(setting, memos)
+        result = run(setting, (args, kwargs), memos)
         result.drew = rng_state(state.generators) != before
         return result
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.capture import CaptureError, capture_leaf, capture_part
+from fxprune.capture.errors import users_level
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.leaves import is_leaf
 from fxprune.capture.module import leaf_attributes
@@ -69,8 +70,8 @@ def _leaf_of(gm: fx.GraphModule, name: str) -> str | None:
 def open_leaf(gm: fx.GraphModule, path: str) -> bool:
     """Replace the calls of a layer in place; False where its inside cannot be traced.
 
-    The module stays where it is, with its parameters: nothing calls it any more. A warning says what the
-    layer did, and its graph does not.
+    The module stays where it is, with its parameters: nothing calls it any more. A warning says what
+    a user's module did, and its graph does not; the layers of torch.nn do the same as before.
     """
     module = gm.get_submodule(path)
     calls = [node for node in gm.graph.nodes if node.op == "call_module" and node.target == path]
@@ -114,8 +115,8 @@ def _own_code(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.GraphM
     except CaptureError:
         return None
     if note:
-        kind = type(module).__name__
-        warnings.warn(f"compact: {kind} was kept whole, and is a graph now: {note}", stacklevel=2)
+        told = f"compact: {type(module).__name__} was kept whole, and is a graph now: {note}"
+        warnings.warn(told, stacklevel=users_level())
     return inner
 
 

@@ -1,7 +1,8 @@
 """Run a captured graph on inputs that are made up, which its checks of numbers need not like.
 
-A run draws the same random numbers whenever it has the same seed, and leaves the generators as they were, and
-the attributes of users' modules that are called as a whole, which may keep what they compute.
+A run draws the same random numbers whenever it has the same seed, and leaves the generators as they were.
+It leaves the attributes of users' modules that are called as a whole as they were, too, for such modules may
+keep what they compute.
 Packed sequences are all as long as the longest one was in the capture, as the graph's shapes say.
 """
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fxprune
 from rewrite.compact.masked import assert_same, outputs, redrawn
@@ -49,6 +51,8 @@ class LayerDrop(nn.Module):
 class Positions(nn.Module):
     """Keeps a table that it computes for the length of its input, as convit does."""
 
+    table: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.block, self.position = Block(), nn.Linear(1, 8)
@@ -71,6 +75,98 @@ class Chooses(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mask = x[..., :1] > 0
         return x + mask * self.second(self.first(x).relu()) if mask.any() else x
+
+
+class Narrow(nn.Module):
+    """Two layers, and a counter that tests' classes write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.calls: Any = 0
+
+
+class Counts(Narrow):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        self.calls += 1
+        out: Tensor = self.second(hidden) * self.calls
+        return out
+
+
+class Averages(Narrow):
+    """Adds a mean that goes on from one call to the next."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).relu()
+        self.calls = self.calls * 0.9 + hidden.mean((0, 1))
+        out: Tensor = self.second(hidden + self.calls)
+        return out
+
+
+class MadeOnce(Narrow):
+    """Makes its table for the length of the first input, and takes it for all others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.calls, int):
+            self.calls = torch.arange(x.shape[1]).to(x.dtype).sum()
+        out: Tensor = self.second(self.first(x).relu()) * self.calls
+        return out
+
+
+class CountsTraining(Narrow):
+    """Evaluates by how often it was trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        out: Tensor = self.second(self.first(x).relu()) * (1 + self.calls)
+        return out
+
+
+class CountsDraws(CountsTraining):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x * (1 + 0 * random.random())
+        return super().forward(x)
+
+
+class OwnCounter(Narrow):
+    """Computes with what it counts in training alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+            x = x / self.calls
+        out: Tensor = self.second(self.first(x).relu())
+        return out
+
+
+class OneBatch(Narrow):
+    """Multiplies by the size of the batch, and by a number that a graph cannot draw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x * random.random()
+        out: Tensor = self.second(self.first(x).relu()) * self.size(x)
+        return out
+
+    def size(self, x: Tensor) -> float:
+        return len(x)
+
+
+class OneBatchAsFloat(OneBatch):
+    def size(self, x: Tensor) -> float:
+        return float(x.shape[0])
+
+
+class Asserts(OneBatch):
+    """Checks sizes, and takes every batch."""
+
+    def size(self, x: Tensor) -> float:
+        assert x.dim() == 3
+        assert x.shape[-1] == 8
+        return 2.0
 
 
 class Around(nn.Module):
@@ -113,8 +209,8 @@ def test_a_table_that_a_module_keeps_is_no_part_of_the_trials() -> None:
     with pytest.warns(UserWarning, match="kept whole"):
         gm = fxprune.capture(model, X)
     fxprune.compact(gm, X)
-    assert model.one.table.shape == (1, 1)
-    assert gm.get_submodule("one").table.shape == (1, 1)
+    assert model.get_buffer("one.table").shape == (1, 1)
+    assert gm.get_buffer("one.table").shape == (1, 1)
 
 
 def test_a_module_that_goes_by_numbers_stays_whole() -> None:
@@ -154,3 +250,67 @@ def test_a_layer_that_reads_what_another_gives_is_opened_after_it() -> None:
     assert len(small.get_parameter("two.linear1.weight")) == 12
     assert len(small.get_parameter("one.in_proj_weight")) == 12
     assert torch.allclose(small(x), model(x), atol=1e-6)
+
+
+def _half(inner: type[nn.Module]) -> fx.GraphModule:
+    """A network around two modules of a class, with half of the channels masked."""
+    with pytest.warns(UserWarning, match="kept whole"):
+        return fxprune.apply(
+            redrawn(Around(inner)), "random", 0.5, granularity="channel", example_inputs=X, progress=False
+        )
+
+
+@pytest.mark.parametrize("inner", [Counts, Averages, MadeOnce, CountsTraining, CountsDraws])
+def test_a_module_that_goes_on_from_its_last_call_stays_whole(inner: type[nn.Module]) -> None:
+    pruned = _half(inner)
+    small = fxprune.compact(pruned, X)
+    assert small.get_parameter("one.first.weight").shape == (16, 8)
+    for length, mode in ((5, False), (5, False), (4, False), (5, True), (5, True), (5, False)):
+        with torch.no_grad():
+            assert_same([pruned.train(mode)(X[:, :length])], [small.train(mode)(X[:, :length])])
+
+
+@pytest.mark.parametrize("inner", [OneBatch, OneBatchAsFloat])
+def test_a_module_whose_graph_takes_one_batch_size_stays_whole(inner: type[nn.Module]) -> None:
+    pruned = _half(inner)
+    small = fxprune.compact(pruned, X)
+    assert small.get_parameter("one.first.weight").shape == (16, 8)
+    for batch in (X, X[:1], torch.cat([X, -X])):
+        assert_same(outputs(pruned, batch), outputs(small, batch))
+
+
+def test_a_module_that_checks_sizes_is_opened() -> None:
+    pruned = _half(Asserts)
+    with pytest.warns(UserWarning, match="Asserts was kept whole, and is a graph now"):
+        small = fxprune.compact(pruned, X)
+    assert small.get_parameter("one.first.weight").shape[0] < 16
+    for batch in (X, X[:1], torch.cat([X, -X])):
+        assert_same(outputs(pruned, batch), outputs(small, batch))
+
+
+def test_the_warning_says_what_training_does_no_more() -> None:
+    pruned = _half(OwnCounter)
+    told = (
+        "OwnCounter was kept whole, and is a graph now: its forward writes its attribute 'calls' in training;"
+    )
+    with pytest.warns(UserWarning, match=f"{told} the graph does not"):
+        small = fxprune.compact(pruned, X)
+    assert small.get_parameter("one.first.weight").shape[0] < 16
+    for _ in range(2):
+        small.train()(X)
+    assert small.get_submodule("one").calls == 0
+    assert_same(outputs(pruned, X), outputs(small, X))
+
+
+def test_a_warning_points_to_the_line_that_asked_for_the_network() -> None:
+    with pytest.warns(UserWarning, match="kept whole") as captured:
+        gm = fxprune.capture(redrawn(Around(LayerDrop)), X)
+    with pytest.warns(UserWarning, match="kept whole") as applied:
+        pruned = fxprune.apply(
+            redrawn(Around(LayerDrop)), "random", 0.5, granularity="channel", example_inputs=X, progress=False
+        )
+    with pytest.warns(UserWarning, match="is a graph now") as compacted:
+        fxprune.compact(pruned, X)
+    assert gm is not pruned
+    for found in (captured, applied, compacted):
+        assert {Path(warning.filename).name for warning in found} == {"test_leaves.py"}
