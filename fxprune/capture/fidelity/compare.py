@@ -6,6 +6,7 @@ which they did different things, and the constants in which they differ though t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.capture.tracer.entries import DtypeOf, Scope
+from fxprune.capture.tracer.memos import first_writes
 from fxprune.capture.tracer.spelling import is_pure
 from fxprune.capture.tracer.trace import Trace
 
@@ -85,7 +87,10 @@ def computes_same(first: Trace, second: Trace) -> bool:
 def computes_same_apart_from_order(first: Trace, second: Trace) -> bool:
     """Whether two traces do the same, though what has no effect but its result may stand elsewhere."""
     comparison = _GraphPair(first, second)
-    mine, other = ([node for node in trace.graph.nodes if not is_pure(node)] for trace in (first, second))
+    mine, other = (
+        [node for node in trace.graph.nodes if not is_pure(node) and not _fills(node)]
+        for trace in (first, second)
+    )
     if len(mine) != len(other) or not all(map(comparison.pair, mine, other)):
         return False
     for b, a in list(comparison.found.pairs.items()):
@@ -171,6 +176,7 @@ class _GraphPair:
             mine, other = a.all_input_nodes, b.all_input_nodes
             if _key(a) != _key(b) and not a.op == b.op == "get_attr":
                 return False
+            mine, other = [*mine, *first_writes(a)], [*other, *first_writes(b)]
             if len(mine) != len(other) or self.found.pairs.setdefault(b, a) is not a:
                 return False
             pending += [(x, y) for x, y in zip(mine, other, strict=True) if y not in self.found.pairs]
@@ -204,6 +210,12 @@ def equal_tensors(a: Any, b: Any) -> bool:
     if a is b or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return a is b
     return a.shape == b.shape and a.dtype == b.dtype and not a.is_meta and torch.equal(a, b)
+
+
+def _fills(node: fx.Node) -> bool:
+    """Whether a node sets entries of a tensor that is new, which comes before all that reads it."""
+    made = node.args[0] if node.target is operator.setitem else None
+    return isinstance(made, fx.Node) and node in first_writes(made)
 
 
 def _scopes_by_node(scope: Scope) -> dict[fx.Node, Scope]:

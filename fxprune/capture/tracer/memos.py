@@ -18,7 +18,11 @@ from torch import Tensor, fx, nn
 from fxprune.capture.tracer.spelling import is_pure
 from fxprune.torch_private import DisableTorchFunction
 
-__all__ = ["Cache", "Memos", "ancestors", "find_caches"]
+__all__ = ["Cache", "Memos", "ancestors", "find_caches", "first_writes"]
+
+
+NEW = ("empty", "full", "ones", "zeros")
+"""Functions that make a tensor which has no other name."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,12 @@ class Memos:
         last = self._nodes.get(id(tensor))
         if last is None:
             return None
-        chain = ancestors(last)
+        chain = _with_writes(last)
         inputs = [node for node in chain if node.op == "placeholder"]
         here = {str(node.target): node for node in graph.nodes if node.op == "placeholder"} if inputs else {}
         given = {node: here[str(node.target)] for node in inputs}
-        if not all(node in given or is_pure(node) for node in chain) or not _same_sizes(chain, given):
+        known = {*given, *(write for node in chain for write in first_writes(node))}
+        if not all(node in known or is_pure(node) for node in chain) or not _same_sizes(chain, given):
             return None
         self._copies.update(given)
         for node in chain:
@@ -133,6 +138,8 @@ def _same_sizes(chain: Sequence[fx.Node], given: Mapping[fx.Node, fx.Node]) -> b
     shapes: dict[Any, torch.Size] = {}
     for node in chain:
         sources = node.all_input_nodes
+        if node.target is getattr and node.args[0] in given and node.args[1] == "device":
+            continue
         if node.target is getattr and node.args[0] in given and node.args[1] == "shape":
             shapes[node] = given[sources[0]].meta["val"].shape
         elif node.target is operator.getitem and node.args[0] in shapes:
@@ -141,6 +148,26 @@ def _same_sizes(chain: Sequence[fx.Node], given: Mapping[fx.Node, fx.Node]) -> b
         elif any(source in given or source in shapes for source in sources):
             return False
     return True
+
+
+def first_writes(node: fx.Node) -> list[fx.Node]:
+    """List what sets entries of a new tensor, if all of that comes before anything else reads it."""
+    if node.op != "call_function" or getattr(node.target, "__name__", "") not in NEW:
+        return []
+    users = list(node.users)  # in the order of the trace
+    writes = [user for user in users if user.target is operator.setitem and user.args[0] is node]
+    return writes if users[: len(writes)] == writes else []
+
+
+def _with_writes(last: fx.Node) -> list[fx.Node]:
+    """The ancestors of a node, with what sets entries in them, and the ancestors of that."""
+    found: set[fx.Node] = set()
+    pending = [last]
+    while pending:
+        fresh = [node for node in ancestors(pending.pop()) if node not in found]
+        found.update(fresh)
+        pending += [write for node in fresh for write in first_writes(node)]
+    return [node for node in last.graph.nodes if node in found]
 
 
 def ancestors(last: fx.Node) -> list[fx.Node]:

@@ -65,6 +65,18 @@ class Positions(nn.Module):
         return out
 
 
+class Filled(Positions):
+    """Fills its table by entries, after the block has run once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.table.shape[0] != x.shape[1]:
+            table = torch.zeros(x.shape[1], 1)
+            table[:, 0] = torch.arange(x.shape[1]) / x.shape[1]
+            self.table = table.to(x.dtype)
+        out: Tensor = self.block(self.block(x) + self.position(self.table))
+        return out
+
+
 class Chooses(nn.Module):
     """Computes what some entries ask for, if there are any."""
 
@@ -179,7 +191,7 @@ class Around(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("inner", [LayerDrop, Positions])
+@pytest.mark.parametrize("inner", [LayerDrop, Positions, Filled])
 def test_channels_go_in_a_module_that_no_graph_does_in_training(
     inner: type[nn.Module], tmp_path: Path
 ) -> None:
