@@ -173,9 +173,10 @@ measured on all 10,000 test images. Means; accuracy in per cent with its deviati
 parameters, and milliseconds of a forward at batch 1 on one thread, measured in turn. Unstructured masks free
 only channels that no path uses. Cells that are not here have not been run.
 
-One seed and three short epochs: a point or two say little, and seconds were measured beside other work. Random
-masks under ERK come second here; the papers, which train for a hundred epochs and more, do not find that, and
-why it is so was not examined. Speed goes to masks that leave whole channels unused: few nodes, a high "ln paths".
+One seed and three short epochs: a point or two say little, and seconds were measured beside other work.
+Random masks under ERK come second here; the papers, which train for a hundred epochs and more, do not find
+that, and why it is so was not examined. Speed goes to masks that leave whole channels unused: few nodes, a
+high "ln paths".
 """,
 }
 
