@@ -1,8 +1,8 @@
 """Run a captured graph on inputs that are made up, which its checks of numbers need not like.
 
 A run draws the same random numbers whenever it has the same seed, and leaves the generators as they were.
-It leaves the attributes of users' modules that are called as a whole as they were, too, for such modules may
-keep what they compute.
+It leaves users' modules that are called as a whole as they were, too, for such modules may keep what they
+compute.
 Packed sequences are all as long as the longest one was in the capture, as the graph's shapes say.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxprune.capture.tracer.isolation import restore_rng, rng_state, seed_rng
+from fxprune.capture.tracer.isolation import ModelState, restore_rng, rng_state, seed_rng
 from fxprune.torch_private import check_number, pack_padded_sequence
 
 __all__ = ["Unchecked"]
@@ -38,7 +38,7 @@ class Unchecked(fx.Interpreter):
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         devices = {p.device.index for p in self.module.parameters() if p.is_cuda}
-        with _seeded(self.seed, sorted(devices)), _attributes_kept(self.module):
+        with _seeded(self.seed, sorted(devices)), _state_kept(self.module):
             return super().run(*args, **kwargs)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
@@ -68,22 +68,23 @@ def _seeded(seed: int, devices: list[int]) -> Iterator[None]:
 
 
 @contextmanager
-def _attributes_kept(gm: nn.Module) -> Iterator[None]:
-    """Give users' modules that a graph calls the attributes and buffers back that they had."""
+def _state_kept(gm: nn.Module) -> Iterator[None]:
+    """Give users' modules that a graph calls all back that they write: attributes, and numbers in place."""
     assert isinstance(gm, fx.GraphModule)
     called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
     own = [
-        inner
+        module
         for path in called
-        for inner in gm.get_submodule(path).modules()
-        if not type(inner).__module__.startswith(("torch.", "fxprune."))
+        if not type(module := gm.get_submodule(path)).__module__.startswith(("torch.", "fxprune."))
     ]
-    saved = [(vars(module), dict(vars(module)), dict(module._buffers)) for module in own]
+    states = [ModelState(module) for module in own]
+    tensors = {id(x): x for module in own for x in (*module.parameters(), *module.buffers())}
+    numbers = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
     try:
         yield
     finally:
-        for attributes, before, buffers in saved:
-            attributes.clear()
-            attributes.update(before)
-            attributes["_buffers"].clear()
-            attributes["_buffers"].update(buffers)
+        for state in states:
+            state.restore()
+        with torch.no_grad():
+            for tensor, old in numbers:
+                tensor.copy_(old)

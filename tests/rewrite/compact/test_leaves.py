@@ -326,3 +326,31 @@ def test_a_warning_points_to_the_line_that_asked_for_the_network() -> None:
     assert gm is not pruned
     for found in (captured, applied, compacted):
         assert {Path(warning.filename).name for warning in found} == {"test_leaves.py"}
+
+
+class Counts(nn.Module):
+    """Counts its calls in a buffer, in a list and in a number, and goes by the numbers of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.log, self.number = nn.Linear(8, 8), [0], 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.log.append(1)
+        self.number += 1
+        out: Tensor = self.layer(x + 1 if x.sum().item() > 0 else x)
+        return out
+
+
+def test_trials_leave_no_trace_in_the_compact_network() -> None:
+    model = redrawn(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), Counts(), nn.Linear(8, 3)))
+    with torch.no_grad():
+        model[0].weight[:3], model[0].bias[:3] = 0.0, 0.0
+    with pytest.warns(UserWarning, match="kept whole"):
+        small = fxprune.compact(model, X)
+    assert len(small.get_parameter("0.weight")) == 5
+    for network in (model, small):
+        part: Any = network.get_submodule("3")
+        assert (float(part.count), part.log, part.number) == (0.0, [0], 0)
