@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from typing import Any
-
 import pytest
+from scripts import example
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 LIBRARIES = {
     "transformers_save": ("transformers", 0.8),
     "diffusers_unet": ("diffusers", 0.8),
@@ -17,15 +13,6 @@ LIBRARIES = {
     "ultralytics_yolo": ("ultralytics", 0.5),
 }
 """The library that an example needs, and the sparsity that its saved model has."""
-
-
-def example(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow

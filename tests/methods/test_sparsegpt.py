@@ -13,6 +13,7 @@ from torch.nn.functional import unfold
 import fxprune
 from fxprune import methods
 from fxprune.scoring.surgeon import surgery, upper_factor
+from methods.experts import mixtral
 from methods.problems import problem
 
 DAMP = 0.01
@@ -429,13 +430,7 @@ def test_experts_have_moments_of_their_own_and_unused_ones_are_named() -> None:
 
 
 def test_experts_of_transformers_are_solved_by_the_tokens_they_get() -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=1,
-    )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config).eval()
+    model = mixtral()
     ids = torch.randint(50, (16, 8))
     taken: list[Tensor] = []
     experts = model.model.layers[0].mlp.experts

@@ -14,6 +14,7 @@ from fxprune.methods import Scores
 from fxprune.scoring.data import Batch
 from fxprune.scoring.gradients import masked
 from fxprune.scoring.inputs import input_norms
+from methods.experts import mixtral
 from methods.problems import TOY_A_DATA, problem, toy_a
 
 
@@ -210,13 +211,7 @@ def test_experts_without_a_token_are_named_and_ranked_by_magnitude() -> None:
 
 
 def test_experts_of_transformers_have_norms_of_the_tokens_they_get(scored: list[Scores]) -> None:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(
-        vocab_size=50, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=1,
-    )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config).eval()
+    model = mixtral()
     ids, taken = torch.randint(50, (16, 8)), []
     experts = model.model.layers[0].mlp.experts
     handle = experts.register_forward_pre_hook(lambda module, args: taken.extend(args[:2]))

@@ -194,6 +194,12 @@ class Cut:
         """Whether anything of a value goes."""
         return any(not bool(mask.all()) for _, mask in self.mask(value))
 
+    def shrinks(self, value: ir.Value | None, axis: int | None = None) -> bool:
+        """Whether a value gets smaller, along ``axis`` if one is given; False where there is no value."""
+        if value is None or not self.touches(value):
+            return False
+        return axis is None or self.shape(value)[axis] != value.shape[axis]
+
     def labels_of(self, value: ir.Value) -> Tensor:
         """All labels of a value."""
         factors = self.labels.values.get(value.index, ())

@@ -66,11 +66,6 @@ class Rewriter:
         found = self.graph.results.get(self.norms.instead_of.get(x.name, x.name))
         return found if isinstance(found, ir.Value) else None
 
-    def _shrinks(self, value: ir.Value | None, axis: int | None = None) -> bool:
-        if value is None or not self.cut.touches(value):
-            return False
-        return axis is None or self.cut.shape(value)[axis] != value.shape[axis]
-
     # -- sizes that are read off tensors ----------------------------------------------------------------
     def _freeze_size(self, node: fx.Node) -> None:
         """Replace the size of an axis that shrinks by the number it had: shapes get their own literals."""
@@ -82,7 +77,7 @@ class Rewriter:
         else:
             return
         value = self._value(source)
-        if value is None or not isinstance(index, int) or not self._shrinks(value, index):
+        if value is None or not isinstance(index, int) or not self.cut.shrinks(value, index):
             return
         number = value.shape[index]
         for user in list(node.users):
@@ -98,32 +93,32 @@ class Rewriter:
             return
         name = called(node)
         value, source = self._value(node), self._value(node.args[0])
-        if name in _SHAPED and self._shrinks(value):
+        if name in _SHAPED and self.cut.shrinks(value):
             assert value is not None
             self._sizes(node, value)
         elif name in ("reshape", "view"):
             self._view_of_parameter(node)
-        elif name == "unflatten" and self._shrinks(value):
+        elif name == "unflatten" and self.cut.shrinks(value):
             assert value is not None
             given = _given(node, "dim", "sizes")
             dim = int(given["dim"]) % len(source.shape) if source is not None else 0
             new = self.cut.shape(value)[dim : dim + len(given["sizes"])]
             node.args, node.kwargs = (node.args[0], dim, tuple(new)), {}
-        elif name in _SPLITS and self._shrinks(source):
+        elif name in _SPLITS and self.cut.shrinks(source):
             self._split(node, source)
         elif name in _SPLITS:
             self._split_parameter(node)
-        elif name in ("narrow", "select") and self._shrinks(source):
+        elif name in ("narrow", "select") and self.cut.shrinks(source):
             self._bounds(node, source, name)
-        elif node.target is operator.getitem and self._shrinks(source):
+        elif node.target is operator.getitem and self.cut.shrinks(source):
             self._index(node, source)
-        elif node.target is F.scaled_dot_product_attention and self._shrinks(source, -1):
+        elif node.target is F.scaled_dot_product_attention and self.cut.shrinks(source, -1):
             assert source is not None
             if node.kwargs.get("scale") is None and len(node.args) < 7:
                 node.kwargs = {**node.kwargs, "scale": source.shape[-1] ** -0.5}
         elif source is not None and node.target in (F.layer_norm, F.rms_norm, F.group_norm):
             self.norms.called(node, source)
-        elif name == "pad" and self._shrinks(value):
+        elif name == "pad" and self.cut.shrinks(value):
             self._pad(node, source, value)
         elif node.target in _CONVOLUTIONS:
             self._convolution(node)
@@ -148,7 +143,7 @@ class Rewriter:
     def _split(self, node: fx.Node, source: ir.Value | None) -> None:
         assert source is not None
         dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
-        if not isinstance(dim, int) or not self._shrinks(source, dim):
+        if not isinstance(dim, int) or not self.cut.shrinks(source, dim):
             return
         parts = self.graph.results.get(node.name)
         if not isinstance(parts, (list, tuple)) or any(part is None for part in parts):

@@ -33,16 +33,11 @@ class NormNodes:
         self.gm, self.cut, self.removed_sums = gm, cut, removed_sums
         self.instead_of: dict[str, str] = {}
 
-    def _shrinks(self, value: ir.Value | None, axis: int) -> bool:
-        if value is None or not self.cut.touches(value):
-            return False
-        return self.cut.shape(value)[axis] != value.shape[axis]
-
     def called(self, node: fx.Node, source: ir.Value) -> None:
         """Rewrite a call of a norm's function, if it loses channels."""
-        if node.target is F.group_norm and self._shrinks(source, 1):
+        if node.target is F.group_norm and self.cut.shrinks(source, 1):
             self._functional_group_norm(node, source)
-        elif node.target is not F.group_norm and self._shrinks(source, -1):
+        elif node.target is not F.group_norm and self.cut.shrinks(source, -1):
             self._functional_norm(node, source)
 
     def _functional_norm(self, node: fx.Node, source: ir.Value) -> None:
@@ -64,10 +59,10 @@ class NormNodes:
         module: Any = self.gm.get_submodule(str(node.target))
         if isinstance(module, NARROWED) and source is not None:
             self._narrow_again(node, source, module)
-        if isinstance(module, nn.GroupNorm) and self._shrinks(source, 1):
+        if isinstance(module, nn.GroupNorm) and self.cut.shrinks(source, 1):
             assert source is not None
             self._group_norm(node, source, module)
-        if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not self._shrinks(source, -1):
+        if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not self.cut.shrinks(source, -1):
             return
         assert source is not None
         if node.name not in self.removed_sums:
@@ -115,15 +110,13 @@ class NormNodes:
         kept = self.cut.kept_along(source, axis % len(source.shape))
         if kept is None:
             return
-        left = kept.view(len(module.total), -1).any(1) if grouped else None
+        by_group = kept.view(len(module.total) if grouped else 1, -1)
+        left = by_group.any(1)
         zero = torch.zeros(1).to(module.squares)
         total, squares = self.removed_sums.get(node.name, (zero, zero))
-        new: Any = narrower(module, total, squares, left)
+        new: Any = narrower(module, total, squares, left if grouped else None)
         if node.name not in self.removed_sums:
-            groups = 1 if left is None else int(left.sum())
-            new.width -= (
-                len(kept) * groups // (1 if left is None else len(left)) - int(kept.sum())
-            ) // groups
+            new.width -= by_group.shape[1] - int(kept.sum()) // int(left.sum())
         self._call_instead(node, new, node.args[1:])
 
     def _groups_left(self, source: ir.Value, groups: int) -> int:

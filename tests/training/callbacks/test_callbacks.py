@@ -1,27 +1,17 @@
 """Other people's loops, with the real libraries: Lightning, transformers, timm; and the examples."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import example
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
 from fxprune.training import Pruner
 from training import nets
-
-EXAMPLES = Path(__file__).parents[3] / "examples"
-
-
-def example(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_plain_loop_example(tmp_path: Path, capsys: Any) -> None:
@@ -34,8 +24,9 @@ def test_plain_loop_example(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.slow
-def test_plain_loop_example_with_gradients() -> None:
+def test_plain_loop_example_with_gradients(capsys: Any) -> None:
     example("plain_loop").main("rigl", epochs=2)
+    assert "epoch 2: sparsity" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.slow
