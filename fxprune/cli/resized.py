@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from itertools import islice, product
+from itertools import combinations, islice, product
 from typing import Any
 
 import torch
@@ -41,6 +41,18 @@ def resized(model: Any, pruned: nn.Module, small: fx.GraphModule, inputs: Mappin
     own, wanted = _shapes_of(model), _shapes_of(small)
     _check_names(type(model).__name__, own, wanted)
     _check_layers(own, wanted)
+    with torch.random.fork_rng(devices=[]):  # a class draws weights when it is built
+        return _found(model, pruned, small, inputs, own, wanted)
+
+
+def _found(
+    model: Any,
+    pruned: nn.Module,
+    small: fx.GraphModule,
+    inputs: Mapping[str, Tensor],
+    own: Shapes,
+    wanted: Shapes,
+) -> Any:
     # Half precision rounds by more than a wrong configuration changes: outputs are compared in float32.
     wide = torch.promote_types(model.dtype, torch.float32)
     expected = _logits(_widened(pruned, model, wide), inputs)
@@ -113,9 +125,13 @@ class _Search:
                 may_do = value is not None if shapes is None else _helps(shapes, own, wanted)
                 if may_do:
                     choices.setdefault(field, []).append(option)
-        combined = product(*([(field, None), *((field, n) for n in some)] for field, some in choices.items()))
-        chosen = [{field: n for field, n in some if n is not None} for some in islice(combined, TRIED)]
-        for facts in sorted(chosen, key=len):
+        combined = (
+            dict(zip(fields, values, strict=True))
+            for count in range(len(choices) + 1)
+            for fields in combinations(choices, count)
+            for values in product(*(choices[field] for field in fields))
+        )
+        for facts in islice(combined, TRIED):
             if self._shapes_under(facts) == wanted:
                 yield facts
 

@@ -198,7 +198,9 @@ def test_norms_of_a_narrower_width_are_scaled_in_every_dtype(dtype: torch.dtype)
     zeroed(model, {"embed_tokens": (1, left), "o_proj": (0, left), "down_proj": (0, left)})
     model = model.to(dtype)
     small: Any = Cut(model, {**rows, **dict.fromkeys(inputs, (1, left))})
+    before = torch.get_rng_state()
     new = resized(model, model, small, {"input_ids": IDS})
+    assert torch.equal(torch.get_rng_state(), before)
     assert new.dtype == dtype
     assert new.config.hidden_size == 38
     assert new.config.rms_norm_eps == pytest.approx(config.rms_norm_eps * 40 / 38)
