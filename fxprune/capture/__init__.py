@@ -1,12 +1,13 @@
 """Capture: a model goes in, a faithful ``torch.fx.GraphModule`` with shapes comes out."""
 
 from fxprune.capture.entry import capture, capture_leaf, capture_part
-from fxprune.capture.errors import CaptureError
+from fxprune.capture.errors import CaptureError, CarriedOver
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.modes import ModeSwitch, evaluation_only
 
 __all__ = [
     "CaptureError",
+    "CarriedOver",
     "ModeSwitch",
     "capture",
     "capture_leaf",

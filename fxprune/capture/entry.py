@@ -22,6 +22,7 @@ from fxprune.capture.collector import collector_paused
 from fxprune.capture.errors import (
     TRACE_ERRORS,
     CaptureError,
+    CarriedOver,
     HookError,
     InputError,
     check_module,
@@ -31,11 +32,11 @@ from fxprune.capture.errors import (
 )
 from fxprune.capture.fidelity.compare import Differences, computes_same
 from fxprune.capture.fidelity.followed_types import resolve_types
-from fxprune.capture.fidelity.search import faithful_graph
+from fxprune.capture.fidelity.search import Faithful, faithful_graph
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaf_forms import leaf_form
-from fxprune.capture.leaves import is_compiled
+from fxprune.capture.leaves import is_compiled, is_leaf
 from fxprune.capture.module import assemble, reserved_names
 from fxprune.capture.tracer.isolation import restore_rng, rng_state, seed_rng
 from fxprune.capture.tracer.meta_values import map_structure, meta_like
@@ -177,8 +178,10 @@ def capture_part(
         module keeps of what it computed, the graph computes each time.
 
     Raises:
-        CaptureError: it cannot be traced in evaluation, computes there with what it wrote in an earlier call,
-            or its graph holds for some numbers, one batch size or one image size only.
+        CaptureError: it cannot be traced in evaluation, or its graph holds for some numbers, one batch size
+            or one image size only.
+        CarriedOver: it computes in evaluation with what it wrote in an earlier call; but for that there is a
+            graph, with no module of a user's own kept whole.
 
     Example:
         >>> import torch
@@ -195,9 +198,16 @@ def capture_part(
         ) from error
     if any(node.target is check_number and _asks_for_numbers(node) for node in found.graph.nodes):
         raise CaptureError(f"{type(module).__name__}: its graph holds for the example inputs only")
-    if found.limit:
-        raise CaptureError(f"{type(module).__name__}: {found.limit}")
+    if found.limit or found.carried:
+        known = not found.limit and not _parts_kept_whole(module, found)
+        kind = CarriedOver if known else CaptureError
+        raise kind(f"{type(module).__name__}: {found.limit or found.carried}")
     return assemble(module, found.graph, found.extra, found.kept_hooks), found.notes.get("", "")
+
+
+def _parts_kept_whole(module: nn.Module, found: Faithful) -> list[str]:
+    called = (str(node.target) for node in found.graph.nodes if node.op == "call_module")
+    return [path for path in called if path not in found.extra and not is_leaf(module.get_submodule(path))]
 
 
 def _asks_for_numbers(check: fx.Node) -> bool:

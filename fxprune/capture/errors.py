@@ -15,6 +15,7 @@ from torch import nn
 __all__ = [
     "TRACE_ERRORS",
     "CaptureError",
+    "CarriedOver",
     "HookError",
     "InputError",
     "check_module",
@@ -32,6 +33,10 @@ PROJECT = str(Path(__file__).parents[1]) + os.sep
 
 class CaptureError(RuntimeError):
     """A model, or one module of it, cannot be captured as a graph."""
+
+
+class CarriedOver(CaptureError):
+    """A module computes with what it wrote in an earlier call: its calls as a whole have no graph."""
 
 
 class InputError(ValueError):

@@ -57,7 +57,8 @@ class Faithful:
     """The graph, what it needs besides the model's own modules, what the user should know, and the hooks that
     were left out of the graph.
 
-    ``limit``: why the graph cannot take the model's place in a larger graph, if it cannot.
+    ``limit`` and ``carried``: why the graph cannot take the model's place in a larger graph, if it cannot: it
+    holds for some sizes only, or computes with what an earlier call wrote.
     """
 
     graph: fx.Graph
@@ -65,6 +66,7 @@ class Faithful:
     notes: dict[str, str] = field(default_factory=dict)
     kept_hooks: frozenset[Hook] = frozenset()
     limit: str = ""
+    carried: str = ""
 
 
 def faithful_graph(
@@ -96,7 +98,7 @@ class _Search:
     known: dict[Any, Any] = field(default_factory=dict)
     refusal: str = ""
     untraced: bool = False
-    limit: str = ""
+    carried: str = ""
     one_image_size: bool = False
     one_batch_size: bool = False
     frozen: bool = False
@@ -125,7 +127,7 @@ class _Search:
             if others is None:
                 continue
             if self.part:
-                self.limit = carried_over(base, self.attempt, Inputs(self.args, self.kwargs, self.examples))
+                self.carried = carried_over(base, self.attempt, Inputs(self.args, self.kwargs, self.examples))
             found = self.probe(base)
             if not found:
                 resolve_types(base, found)
@@ -362,7 +364,7 @@ class _Search:
         sizes = {"batch": self.one_batch_size, "image": self.one_image_size}
         fixed = next((f"its graph holds for one {kind} size" for kind, one in sizes.items() if one), "")
         extra = {**switches.modules, **constants}
-        return Faithful(base.graph, extra, notes, self.left_out(), self.limit or fixed)
+        return Faithful(base.graph, extra, notes, self.left_out(), fixed, self.carried)
 
 
 def _plain_values(reads: Collection[fx.Node]) -> set[Any]:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.capture import capture
+from fxprune.capture import CarriedOver, capture
 from fxprune.capture.errors import check_module
 from fxprune.channels.follow import follow
 from fxprune.graph import ChannelGraph, ir
 from fxprune.lowering import lower
 from fxprune.paths.used import used_channels
+from fxprune.rewrite.compact.closed import check_calls
 from fxprune.rewrite.compact.constant_branches import remove_constant_branches
 from fxprune.rewrite.compact.constant_operands import cut_constants
 from fxprune.rewrite.compact.constants import Dense, Recorded, fold, record
@@ -111,20 +112,25 @@ def _compact(
     gm = (duplicate(gm) if written else gm).eval()  # trials change what they run
     known = read(model)
     runs = two_runs(gm, example_inputs)
-    source, whole, opened = gm, set[str](), list[str]()
+    source, whole, closed, opened = gm, set[str](), set[str](), list[str]()
     while True:
         graph = lower(source)
         masks = _masks(graph, source, known)
         cut = _first_cut(graph, source, masks)
         _keep_written(cut, written)
-        way = _Way(graph, masks, cut, whole, exact, fold_constants)
+        way = _Way(graph, masks, cut, whole, closed, exact, fold_constants)
         try:
             small, slices, found = _proved(gm, source, way, runs, verify=verify)
             break
         except HeldByLeaf as held:
             for path in held.paths:
                 wider = share_parameters(source)
-                if open_leaf(wider, path):
+                try:
+                    is_open = open_leaf(wider, path)
+                except CarriedOver:
+                    is_open = False
+                    closed.add(path)
+                if is_open:
                     set_shapes(wider, runs[0])  # the next one may read what this one gives
                     source = wider
                     opened.append(path)
@@ -149,13 +155,15 @@ def _compact(
 class _Way:
     """Hold the cut of a graph and the options.
 
-    ``masks``: by weight, what counts or may grow; ``whole``: the paths of layers that cannot be opened.
+    ``masks``: by weight, what counts or may grow; ``whole``: the paths of layers that cannot be opened, and
+    ``closed`` of those among them that may hold smaller layers.
     """
 
     graph: ChannelGraph
     masks: Masks
     cut: Cut
     whole: Collection[str]
+    closed: Collection[str]
     exact: bool
     fold_constants: bool
 
@@ -270,10 +278,10 @@ def _smallest(
     for _ in range(ATTEMPTS):
         try:
             # Before sums: norms in a closed layer would keep what they read.
-            first_held(gm, slices_of(graph, gm, cut), way.whole)
+            first_held(gm, slices_of(graph, gm, cut), way.whole, way.closed)
             sums, biases = _constants(gm, way, nodes, recorded)
             slices = slices_of(graph, gm, cut)
-            odd = first_held(gm, slices, way.whole)
+            odd = first_held(gm, slices, way.whole, way.closed)
             if odd is not None:
                 give_back_users(graph, cut, odd, f"{odd}: a module of unknown kind holds it")
                 continue
@@ -282,6 +290,7 @@ def _smallest(
             cut_constants(graph, small, cut, slices)
             slice_parameters(small, slices, biases, _groups(graph, nodes, cut))
             outputs = set_shapes(small, runs[0])
+            check_calls(gm, small, _narrowed(way.closed, slices), runs[0])
             dead = _dead_weights(way.masks, slices) if way.fold_constants else set()
             if dead and remove_constant_branches(small, dead, runs):
                 outputs = set_shapes(small, runs[0])
@@ -293,6 +302,11 @@ def _smallest(
             if not give_back_node(graph, cut, nodes, error):
                 raise RuntimeError(f"compact: node {error}") from error
     raise RuntimeError(f"compact: no consistent cut in {ATTEMPTS} attempts; please report the network")
+
+
+def _narrowed(closed: Collection[str], slices: Slices) -> set[str]:
+    """Return the modules that stay whole and hold tensors that get smaller."""
+    return {path for path in closed if any(name.startswith(f"{path}.") for name in slices)}
 
 
 def _dead_weights(masks: Masks, slices: Slices) -> set[str]:
@@ -341,5 +355,7 @@ def _groups(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> dict[st
         assert isinstance(op, ir.Kernel)
         if op.groups > 1 and nodes[op.node].op == "call_module":
             left = (~cut.is_gone(sides.rows)).view(op.groups, -1).any(1)
-            found[str(nodes[op.node].target)] = int(left.sum())
+            inside = op.inner and sides.name is not None  # of a module that is called as a whole
+            path = str(sides.name).rpartition(".")[0] if inside else str(nodes[op.node].target)
+            found[path] = int(left.sum())
     return found

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxprune.capture import CaptureError, capture_leaf, capture_part
+from fxprune.capture import CaptureError, CarriedOver, capture_leaf, capture_part
 from fxprune.capture.errors import users_level
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.leaves import is_leaf
@@ -40,12 +40,15 @@ class HeldByLeaf(Exception):
         self.paths = paths
 
 
-def first_held(gm: fx.GraphModule, slices: Slices, whole: Collection[str]) -> str | None:
+def first_held(
+    gm: fx.GraphModule, slices: Slices, whole: Collection[str], closed: Collection[str]
+) -> str | None:
     """Return a parameter that loses entries in a layer that cannot get smaller, if there is one.
 
-    ``whole``: the paths of layers that cannot be opened. `HeldByLeaf` asks for others to be opened.
+    ``whole``: the paths of layers that cannot be opened; ``closed``: those that may call smaller ones.
+    `HeldByLeaf` asks for others to be opened.
     """
-    odd = unsizeable(gm, slices)
+    odd = unsizeable(gm, slices, closed)
     found = dict.fromkeys(leaf for name in odd if (leaf := _leaf_of(gm, name)) is not None)
     if leaves := [leaf for leaf in found if leaf not in whole]:
         raise HeldByLeaf(leaves)
@@ -72,6 +75,7 @@ def open_leaf(gm: fx.GraphModule, path: str) -> bool:
 
     The module stays where it is, with its parameters: nothing calls it any more. A warning says what
     a user's module did, and its graph does not; the layers of torch.nn do the same as before.
+    `CarriedOver` is raised for a user's module that computes with what an earlier call wrote.
     """
     module = gm.get_submodule(path)
     calls = [node for node in gm.graph.nodes if node.op == "call_module" and node.target == path]
@@ -107,11 +111,13 @@ def _inside(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.GraphMod
 
 
 def _own_code(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.GraphModule | None:
-    """The graph of a user's module, with a warning that says what it does not do."""
+    """The graph of a user's module, with a warning that says what it does not do; or `CarriedOver`."""
     args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
     kwargs: Mapping[str, Any] = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
     try:
         inner, note = capture_part(module, args, kwargs, leaf_attributes(gm, node))
+    except CarriedOver:
+        raise
     except CaptureError:
         return None
     if note:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -158,15 +158,19 @@ _KNOWN = (
 )  # fmt: skip
 
 
-def unsizeable(gm: fx.GraphModule, names: Iterable[str]) -> list[str]:
-    """Return the tensors whose owners may not hold smaller ones: they are called, of unknown classes."""
+def unsizeable(gm: fx.GraphModule, names: Iterable[str], closed: Collection[str] = ()) -> list[str]:
+    """Return the tensors whose owners may not hold smaller ones: they are called, of unknown classes.
+
+    ``closed``: paths of called modules whose own code calls layers, which may hold smaller ones.
+    """
     called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
     found = []
     for name in names:
         path = name.rpartition(".")[0]
         parts = path.split(".")
-        whole = any(".".join(parts[:end]) in called for end in range(1, len(parts) + 1))
-        if whole and not (path in called and isinstance(gm.get_submodule(path), _KNOWN)):
+        around = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+        sizeable = path in called or not around.isdisjoint(closed)
+        if not around.isdisjoint(called) and not (sizeable and isinstance(gm.get_submodule(path), _KNOWN)):
             found.append(name)
     return found
 

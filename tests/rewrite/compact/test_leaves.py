@@ -276,7 +276,10 @@ def _half(inner: type[nn.Module]) -> fx.GraphModule:
 def test_a_module_that_goes_on_from_its_last_call_stays_whole(inner: type[nn.Module]) -> None:
     pruned = _half(inner)
     small = fxprune.compact(pruned, X)
-    assert small.get_parameter("one.first.weight").shape == (16, 8)
+    assert isinstance(small.get_submodule("one"), inner)
+    assert "one" in {node.target for node in small.graph.nodes}
+    is_narrow = small.get_parameter("one.first.weight").shape[0] < 16
+    assert is_narrow == (inner is not Counts), "of Counts there is no graph to compare with"
     for length, mode in ((5, False), (5, False), (4, False), (5, True), (5, True), (5, False)):
         with torch.no_grad():
             assert_same([pruned.train(mode)(X[:, :length])], [small.train(mode)(X[:, :length])])

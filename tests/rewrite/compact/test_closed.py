@@ -1,0 +1,125 @@
+"""Layers inside of modules that stay whole lose channels; what such a module does in training stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from rewrite.compact.masked import redrawn
+
+X = torch.randn(3, 3, 8, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Head(nn.Module):
+    """Keeps a table for the size of its input, as detectors do, and gives more in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(6, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.depthwise, self.out = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 4, 1)
+        self.seen: tuple[int, ...] = ()
+        self.places = torch.zeros(0)
+
+    def inner(self, x: Tensor) -> Tensor:
+        y: Tensor = self.depthwise(self.norm(self.stem(x)).relu())
+        return y
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        raw = self.out(self.inner(x))
+        if self.training:
+            return {"raw": raw}
+        if self.seen != tuple(x.shape):
+            self.places, self.seen = torch.arange(x.shape[2] * x.shape[3]).to(x), tuple(x.shape)
+        return {"raw": raw, "boxes": raw.flatten(2) + self.places}
+
+
+class CountsInTraining(Head):
+    """Has the width of an inner layer in the code that training alone runs."""
+
+    def inner(self, x: Tensor) -> Tensor:
+        y = super().inner(x)
+        return y.unflatten(1, (4, 2)).flatten(1, 2) if self.training else y
+
+
+class WiderInTraining(Head):
+    """Gives what an inner layer computes in training alone."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = super().forward(x)
+        return {"raw": self.inner(x)} if self.training else found
+
+
+class Detector(nn.Module):
+    def __init__(self, head: type[Head]) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 6, 3, padding=1), head()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = self.head(self.first(x).relu())
+        return found
+
+
+def pruned(head: type[Head]) -> nn.Module:
+    net = redrawn(Detector(head)).eval()
+    return fxprune.apply(net, "random", 0.6, example_inputs=X, granularity="channel", progress=False)
+
+
+def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, other[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+def test_layers_of_a_module_that_stays_whole_get_smaller_and_it_still_trains(tmp_path: Path) -> None:
+    masked = pruned(Head)
+    small = fxprune.compact(masked, X)
+    head = small.get_submodule("head")
+    assert isinstance(head, Head), "the module itself is called"
+    table = small.meta["fxprune"]["compaction"]
+    assert sum(layer.given_back for layer in table.layers) == 0
+    width = head.stem.out_channels
+    assert width < 8
+    assert head.depthwise.groups == head.depthwise.out_channels == head.out.in_channels == width
+    assert head.norm.num_features == width
+    with torch.no_grad():
+        for size in ((3, 3, 8, 6), (1, 3, 5, 7)):
+            x = torch.randn(size, generator=torch.Generator().manual_seed(1))
+            assert_equal(masked(x), small(x))
+    fxprune.save(small, tmp_path / "small.safetensors")
+    loaded = fxprune.load(tmp_path / "small.safetensors", Detector(Head)).eval()
+    with torch.no_grad():
+        assert_equal(small(X), loaded(X))
+    assert_equal(masked.train()(X), small.train()(X))
+    small(X)["raw"].square().sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+@pytest.mark.parametrize("head", [CountsInTraining, WiderInTraining])
+def test_layers_stay_where_training_needs_their_width(head: type[Head]) -> None:
+    masked = pruned(head)
+    small = fxprune.compact(masked, X)
+    assert small.get_submodule("head.stem").out_channels == 8
+    reasons = {layer.reason for layer in small.meta["fxprune"]["compaction"].layers if layer.given_back}
+    assert reasons, "the table says why"
+    assert_equal(masked(X), small(X))
+    assert_equal(masked.train()(X), small.train()(X))
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_constant_that_a_layer_inside_reads_stays(verify: bool) -> None:
+    net = redrawn(Detector(Head)).eval()
+    with torch.no_grad():
+        net.head.stem.weight[:3].zero_()  # the norm and the bias still give numbers
+        net.head.stem.weight[5].zero_()
+        net.head.out.weight[:, 5].zero_()
+    small = fxprune.compact(net, X, verify=verify)
+    assert small.get_submodule("head.stem").out_channels == 7
+    with torch.no_grad():
+        assert_equal(net(X), small(X))
