@@ -42,7 +42,7 @@ def check_calls(
 
 @dataclass(frozen=True, eq=False)
 class _Calls:
-    """Holds what a module gave in training, or its error, and then in evaluation, called for the second time."""
+    """Holds what a module gave in training, or its error, and what it gave in evaluation after that."""
 
     trained: Any
     again: Any
