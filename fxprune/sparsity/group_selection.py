@@ -110,7 +110,9 @@ class ChannelGroups:
             total = total.sqrt()
         limit = torch.finfo(torch.float64).max
         total = total.clamp(-limit, limit)
-        return total / self._family_means(total) if self.options.normalize == "family" else total, number
+        if self.options.normalize == "family":
+            total = total / self._family_means(total, number > 0)
+        return total, number
 
     @cached_property
     def _rowless(self) -> Tensor:
@@ -121,11 +123,11 @@ class ChannelGroups:
         found[-1] = False
         return found
 
-    def _family_means(self, pooled: Tensor) -> Tensor:
-        """The mean absolute score over the family of every group; 1 where it is 0."""
+    def _family_means(self, pooled: Tensor, alive: Tensor) -> Tensor:
+        """The mean absolute score over what is left of the family of every group; 1 where it is 0."""
         families = self.groups.families
-        total = torch.zeros_like(pooled).index_add_(0, families, pooled.abs())
-        number = torch.zeros_like(pooled).index_add_(0, families, torch.ones_like(pooled))
+        total = torch.zeros_like(pooled).index_add_(0, families, pooled.abs().where(alive, 0.0))
+        number = torch.zeros_like(pooled).index_add_(0, families, alive.to(pooled))
         mean = (total / number.clamp(min=1))[families]
         return mean.where(mean > 0, 1.0)
 

@@ -85,6 +85,18 @@ def test_pruned_weights_do_not_count() -> None:
     assert pooled[3:].tolist() == pytest.approx([20 / 3, 12 / 3])
 
 
+def test_the_mean_over_a_family_is_that_of_what_is_left() -> None:
+    graph = graph_of(*chain())
+    channels = fitted(Channel(pool="sum", normalize="family"), graph, graph.kernels)
+    assert isinstance(channels, ChannelGroups)
+    within = dense(SCORES)
+    within["0.weight"][0] = False
+    within["1.weight"][:, 0] = False
+    pooled, _ = channels.pool(SCORES, within)
+    # Left: 12 and 36 in the first family, whose mean is 24; 20 and 12 in the second, whose mean is 16.
+    assert pooled.tolist() == pytest.approx([0, 12 / 24, 36 / 24, 20 / 16, 12 / 16])
+
+
 def test_rows_and_columns_go_and_are_counted_once() -> None:
     _, channels, shapes = problem(*chain())
     # Lowest first: channel 0 of layer 0 (2 + 2 weights), then of the two with mean 3 the later one, channel 1
