@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from capture.faithful import assert_same_training
 from fxprune.capture import CaptureError
-from tests.capture.faithful import assert_same_training
 
 
 class Experts(nn.Module):

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
 
 import fxprune
+from capture.faithful import assert_faithful
 from fxprune.capture import capture
 from fxprune.capture.tracer.overloads import public_call
 from fxprune.capture.tracer.transforms import regrouped
 from fxprune.rewrite import put_masks
-from tests.capture.faithful import assert_faithful
 
 Forward = Callable[["Net", Tensor], Tensor]
 
