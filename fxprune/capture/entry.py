@@ -181,7 +181,7 @@ def capture_part(
         CaptureError: it cannot be traced in evaluation, or its graph holds for some numbers, one batch size
             or one image size only.
         CarriedOver: it computes in evaluation with what it wrote in an earlier call; but for that there is a
-            graph, with no module of a user's own kept whole.
+            graph, and the modules in it that stay whole do so because of training alone.
 
     Example:
         >>> import torch
@@ -199,15 +199,16 @@ def capture_part(
     if any(node.target is check_number and _asks_for_numbers(node) for node in found.graph.nodes):
         raise CaptureError(f"{type(module).__name__}: its graph holds for the example inputs only")
     if found.limit or found.carried:
-        known = not found.limit and not _parts_kept_whole(module, found)
+        known = not found.limit and not _parts_not_followed(module, found)
         kind = CarriedOver if known else CaptureError
         raise kind(f"{type(module).__name__}: {found.limit or found.carried}")
     return assemble(module, found.graph, found.extra, found.kept_hooks), found.notes.get("", "")
 
 
-def _parts_kept_whole(module: nn.Module, found: Faithful) -> list[str]:
-    called = (str(node.target) for node in found.graph.nodes if node.op == "call_module")
-    return [path for path in called if path not in found.extra and not is_leaf(module.get_submodule(path))]
+def _parts_not_followed(module: nn.Module, found: Faithful) -> list[str]:
+    """Find the parts that are called as a whole for a reason other than that training differs."""
+    called = {str(node.target) for node in found.graph.nodes if node.op == "call_module"} - found.extra.keys()
+    return [path for path in called & found.notes.keys() if not is_leaf(module.get_submodule(path))]
 
 
 def _asks_for_numbers(check: fx.Node) -> bool:

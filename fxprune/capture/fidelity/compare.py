@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from typing import Any
 
@@ -20,7 +20,15 @@ from fxprune.capture.tracer.memos import first_writes
 from fxprune.capture.tracer.spelling import is_pure
 from fxprune.capture.tracer.trace import Trace
 
-__all__ = ["ConstantTensor", "Differences", "align_entries", "compare", "computes_same", "equal_tensors"]
+__all__ = [
+    "ConstantTensor",
+    "Differences",
+    "align_entries",
+    "compare",
+    "computes_same",
+    "equal_tensors",
+    "take_regions",
+]
 
 
 @dataclass
@@ -238,3 +246,10 @@ def _needed(graph: fx.Graph) -> set[fx.Node]:
         if not is_pure(node) or any(user in needed for user in node.users):
             needed.add(node)
     return needed
+
+
+def take_regions(found: Differences) -> None:
+    """Note which nodes are checkpointed in training; ``found`` compares a trace in training with another."""
+    for other, mine in found.pairs.items():
+        if "checkpoint" in other.meta and "checkpoint" not in mine.meta:
+            mine.meta["checkpoint"] = replace(other.meta["checkpoint"], training=True)

@@ -10,7 +10,7 @@ branches of the model itself are merged.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +23,7 @@ from fxprune.capture.fidelity.compare import (
     compare,
     computes_same,
     computes_same_apart_from_order,
+    take_regions,
 )
 from fxprune.capture.fidelity.followed_types import resolve_types
 from fxprune.capture.fidelity.guards import guard_constants, guard_decisions, guard_sizes, guarded_sizes
@@ -98,6 +99,7 @@ class _Search:
     known: dict[Any, Any] = field(default_factory=dict)
     refusal: str = ""
     untraced: bool = False
+    unmerged: str = ""
     carried: str = ""
     one_image_size: bool = False
     one_batch_size: bool = False
@@ -156,7 +158,7 @@ class _Search:
 
     def resolve(self, base: Trace, together: Differences, others: Differences) -> Faithful | None:
         """Each change alone; None if another module has to stay whole and all starts again."""
-        training = self.attempt(training=True)
+        training = None if self.unmerged else self.attempt(training=True)
         if training:
             self.forget_memos(training, training=True)
         modes = compare(base, training) if training else Differences()
@@ -185,7 +187,13 @@ class _Search:
                 self.notes.setdefault("", "it does something else in other types; the graph holds for these")
             resolve_types(base, types)
         if training and modes.modules:
-            merge(self.model, base, training, switches)
+            try:
+                merge(self.model, base, training, switches)
+            except CaptureError as error:
+                if not self.part:
+                    raise
+                self.unmerged = first_line(error)
+                return None  # with a new trace: the graph has changed
         else:
             for constant in modes.constants:
                 switches.insert(constant.node, constant.path, constant.key, constant.second, constant.first)
@@ -196,12 +204,11 @@ class _Search:
         for guard in evaluation_only(self.model):  # the graph of a graph that was captured so
             switches.refuse_training(base.graph, guard.refusal)
             return
+        untraced = self.untraced or self.unmerged
         fails = (
-            "cannot be traced in training mode"
-            if self.untraced
-            else "fails in training mode with these inputs"
+            "cannot be traced in training mode" if untraced else "fails in training mode with these inputs"
         )
-        reason = f"its forward {fails} ({self.refusal})"
+        reason = f"its forward {fails} ({self.unmerged or self.refusal})"
         self.notes[""] = f"{reason}; the graph is that of evaluation"
         if not self.untraced or self.part:
             return
@@ -372,13 +379,6 @@ def _plain_values(reads: Collection[fx.Node]) -> set[Any]:
     found: set[Any] = set()
     map_structure(found.add, [node.meta["val"] for node in reads])
     return found
-
-
-def take_regions(found: Differences) -> None:
-    """Note which nodes are checkpointed in training; ``found`` compares a trace in training with another."""
-    for other, mine in found.pairs.items():
-        if "checkpoint" in other.meta and "checkpoint" not in mine.meta:
-            mine.meta["checkpoint"] = replace(other.meta["checkpoint"], training=True)
 
 
 def _related(a: str, b: str) -> bool:

@@ -37,6 +37,40 @@ class Head(nn.Module):
         return {"raw": raw, "boxes": raw.flatten(2) + self.places}
 
 
+class WritesInEvaluation(Head):
+    """Writes into what evaluation alone has made, and calls a layer with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decode = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = super().forward(x)
+        if not self.training:
+            points = found["raw"].clone()
+            points[:, 1::2] = points[:, 1::2].sigmoid()
+            found["points"] = self.decode(points)
+        return found
+
+
+class Gate(nn.Module):
+    """Goes by the numbers in its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+
+class Gated(Head):
+    """Has a part of which no graph says what it does for other numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+
+    def inner(self, x: Tensor) -> Tensor:
+        return super().inner(self.gate(x))
+
+
 class CountsInTraining(Head):
     """Has the width of an inner layer in the code that training alone runs."""
 
@@ -75,8 +109,11 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:capture")
-def test_layers_of_a_module_that_stays_whole_get_smaller_and_it_still_trains(tmp_path: Path) -> None:
-    masked = pruned(Head)
+@pytest.mark.parametrize("kind", [Head, WritesInEvaluation])
+def test_layers_of_a_module_that_stays_whole_get_smaller_and_it_still_trains(
+    kind: type[Head], tmp_path: Path
+) -> None:
+    masked = pruned(kind)
     small = fxprune.compact(masked, X)
     head = small.get_submodule("head")
     assert isinstance(head, Head), "the module itself is called"
@@ -91,17 +128,18 @@ def test_layers_of_a_module_that_stays_whole_get_smaller_and_it_still_trains(tmp
             x = torch.randn(size, generator=torch.Generator().manual_seed(1))
             assert_equal(masked(x), small(x))
     fxprune.save(small, tmp_path / "small.safetensors")
-    loaded = fxprune.load(tmp_path / "small.safetensors", Detector(Head)).eval()
+    loaded = fxprune.load(tmp_path / "small.safetensors", Detector(kind)).eval()
     with torch.no_grad():
         assert_equal(small(X), loaded(X))
     assert_equal(masked.train()(X), small.train()(X))
     small(X)["raw"].square().sum().backward()
-    assert all(parameter.grad is not None for parameter in small.parameters())
+    trained = [name for name, parameter in small.named_parameters() if "decode" not in name]
+    assert all(small.get_parameter(name).grad is not None for name in trained)
 
 
 @pytest.mark.filterwarnings("ignore:capture")
-@pytest.mark.parametrize("head", [CountsInTraining, WiderInTraining])
-def test_layers_stay_where_training_needs_their_width(head: type[Head]) -> None:
+@pytest.mark.parametrize("head", [CountsInTraining, WiderInTraining, Gated])
+def test_layers_stay_where_training_or_other_numbers_may_need_their_width(head: type[Head]) -> None:
     masked = pruned(head)
     small = fxprune.compact(masked, X)
     assert small.get_submodule("head.stem").out_channels == 8
