@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.capture.runner import NodeRunner
 from fxprune.capture.tracer.spelling import changes_input
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import Operand, TensorFunction
@@ -52,7 +53,7 @@ class Memory:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
-        self.calls = fx.Interpreter(gm, garbage_collect_values=False)
+        self.calls = NodeRunner(gm, garbage_collect_values=False)
 
     def spread(self, node: fx.Node, env: dict[fx.Node, Any], build: Builder) -> None:
         """``node`` has written: update what the names of that memory stand for.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.capture.runner import NodeRunner
 from fxprune.scoring.contract import Problem
 from fxprune.scoring.data import Batch, pieces
 from fxprune.torch_private import pytree
@@ -176,7 +177,7 @@ def stages(model: nn.Module, calls: Sequence[Arguments]) -> Iterator[Stage]:
         run_all.is_model = True
         yield run_all
         return
-    runner = fx.Interpreter(model, garbage_collect_values=False)
+    runner = NodeRunner(model, garbage_collect_values=False)
     held = [_placed(model, call) for call in calls]
     done = _last_reads(model.graph)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.capture import CarriedOver, capture
+from fxprune.capture import capture
 from fxprune.capture.errors import check_module
 from fxprune.channels.follow import follow
 from fxprune.graph import ChannelGraph, ir
@@ -23,7 +23,7 @@ from fxprune.rewrite.compact.constants import Dense, Recorded, fold, record
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.giving_back import give_back_before, give_back_node, give_back_users
 from fxprune.rewrite.compact.kept import Slices
-from fxprune.rewrite.compact.leaves import HeldByLeaf, first_held, open_leaf
+from fxprune.rewrite.compact.leaves import HeldByLeaf, StaysModule, first_held, open_leaf
 from fxprune.rewrite.compact.literals import Rewriter
 from fxprune.rewrite.compact.modules import (
     own_parameters,
@@ -127,7 +127,7 @@ def _compact(
                 wider = share_parameters(source)
                 try:
                     is_open = open_leaf(wider, path)
-                except CarriedOver:
+                except StaysModule:
                     is_open = False
                     closed.add(path)
                 if is_open:

@@ -20,10 +20,12 @@ from fxprune.capture.errors import users_level
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.leaves import is_leaf
 from fxprune.capture.module import leaf_attributes
+from fxprune.capture.tracer.trace import remove_dead_code
 from fxprune.rewrite.compact.kept import Slices
 from fxprune.rewrite.compact.modules import unsizeable
+from fxprune.torch_private import pytree
 
-__all__ = ["HeldByLeaf", "first_held", "open_leaf"]
+__all__ = ["HeldByLeaf", "StaysModule", "first_held", "open_leaf"]
 
 LAYERS = (
     nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, nn.TransformerDecoder,
@@ -38,6 +40,10 @@ class HeldByLeaf(Exception):
     def __init__(self, paths: list[str]) -> None:
         super().__init__(*paths)
         self.paths = paths
+
+
+class StaysModule(Exception):
+    """Raised for a module whose calls must stay: it goes on from an earlier call, or is given sizes."""
 
 
 def first_held(
@@ -75,7 +81,7 @@ def open_leaf(gm: fx.GraphModule, path: str) -> bool:
 
     The module stays where it is, with its parameters: nothing calls it any more. A warning says what
     a user's module did, and its graph does not; the layers of torch.nn do the same as before.
-    `CarriedOver` is raised for a user's module that computes with what an earlier call wrote.
+    `StaysModule` is raised for a user's module that a graph cannot take the place of, though there is one.
     """
     module = gm.get_submodule(path)
     calls = [node for node in gm.graph.nodes if node.op == "call_module" and node.target == path]
@@ -90,7 +96,7 @@ def open_leaf(gm: fx.GraphModule, path: str) -> bool:
         for node, graph in zip(calls, inner, strict=True):
             assert graph is not None
             _inline(gm, node, graph, path)
-    gm.graph.eliminate_dead_code()
+    remove_dead_code(gm.graph)
     gm.graph.lint()
     gm.recompile()
     return True
@@ -111,19 +117,29 @@ def _inside(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.GraphMod
 
 
 def _own_code(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.GraphModule | None:
-    """The graph of a user's module, with a warning that says what it does not do; or `CarriedOver`."""
+    """The graph of a user's module, with a warning that says what it does not do; or `StaysModule`."""
     args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
     kwargs: Mapping[str, Any] = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
     try:
         inner, note = capture_part(module, args, kwargs, leaf_attributes(gm, node))
-    except CarriedOver:
-        raise
+    except CarriedOver as error:
+        raise StaysModule from error
     except CaptureError:
+        return None
+    given = [leaf for source in node.all_input_nodes for leaf in pytree.tree_leaves(source.meta["val"])]
+    if any(map(_is_number, given)):  # such as sizes: its own graph would hold for these alone
+        called = (str(one.target) for one in inner.graph.nodes if one.op == "call_module")
+        if all(is_leaf(inner.get_submodule(path)) for path in called):
+            raise StaysModule
         return None
     if note:
         told = f"compact: {type(module).__name__} was kept whole, and is a graph now: {note}"
         warnings.warn(told, stacklevel=users_level())
     return inner
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _adopt(gm: fx.GraphModule, inner: fx.GraphModule, path: str, target: str) -> str:

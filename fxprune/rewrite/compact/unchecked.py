@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.capture.runner import NodeRunner
 from fxprune.capture.tracer.isolation import ModelState, restore_rng, rng_state, seed_rng
 from fxprune.torch_private import check_number, pack_padded_sequence
 
 __all__ = ["Unchecked"]
 
 
-class Unchecked(fx.Interpreter):
+class Unchecked(NodeRunner):
     """An interpreter that passes over ``check_number``, with random numbers of ``seed``.
 
     Example:

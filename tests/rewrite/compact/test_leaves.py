@@ -357,3 +357,60 @@ def test_trials_leave_no_trace_in_the_compact_network() -> None:
     for network in (model, small):
         part: Any = network.get_submodule("3")
         assert (float(part.count), part.log, part.number) == (0.0, [0], 0)
+
+
+class Scaled(Narrow):
+    """Is given a length, and draws a number that no graph can draw."""
+
+    def forward(self, x: Tensor, length: int) -> Tensor:
+        if self.training:
+            x = x * random.random()
+        out: Tensor = self.second(self.first(x).relu()) / length
+        return out
+
+
+class GivesLength(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.head = nn.Linear(6, 8), Scaled(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.one(self.stem(x), x.shape[1]))
+        return out
+
+
+def test_a_module_that_is_given_sizes_stays_one_for_all_sizes() -> None:
+    with pytest.warns(UserWarning, match="kept whole"):
+        pruned = fxprune.apply(
+            redrawn(GivesLength()), "random", 0.5, granularity="channel", example_inputs=X, progress=False
+        )
+    small = fxprune.compact(pruned, X)
+    assert isinstance(small.get_submodule("one"), Scaled)
+    assert small.get_parameter("one.first.weight").shape[0] < 16
+    for batch in (X, X[:, :2], torch.cat([X, X], 1)):
+        assert_same(outputs(pruned, batch), outputs(small, batch))
+
+
+class CopiesIn(nn.Module):
+    """Writes its input into a larger batch, whose name nobody reads after a call of a module kept whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.head = nn.Linear(6, 8), Positions(), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.new_zeros(x.shape[0], x.shape[1] + 2, x.shape[2])
+        batch[:, : x.shape[1]].copy_(x)
+        out: Tensor = self.head(self.one(self.stem(batch)))
+        return out
+
+
+def test_writes_elsewhere_stay_where_a_module_is_opened() -> None:
+    with pytest.warns(UserWarning, match="kept whole"):
+        pruned = fxprune.apply(
+            redrawn(CopiesIn()), "random", 0.5, granularity="channel", example_inputs=X, progress=False
+        )
+    with pytest.warns(UserWarning, match="Positions was kept whole, and is a graph now"):
+        small = fxprune.compact(pruned, X, verify=False)
+    assert small.get_parameter("one.block.first.weight").shape[0] < 16
+    assert_same(outputs(pruned, X), outputs(small, X))
