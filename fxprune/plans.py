@@ -15,6 +15,7 @@ from fxprune.methods import Method, Problem
 from fxprune.sparsity.granularity import UNITS, Channel
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks
+from fxprune.whole_files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +81,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to a file."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        write_text(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -125,7 +126,13 @@ class Plan:
             )
         staying = torch.ones(groups.count, dtype=torch.bool)
         for layer in self.layers:
-            gone = groups.rows[layer.name][channels_of_words(layer.removed)]
+            channels = channels_of_words(layer.removed)
+            if any(not 0 <= channel < widths[layer.name] for channel in channels):
+                raise ValueError(
+                    f"plan: removed={layer.removed!r} of {layer.name!r}, whose channels are numbered from 0"
+                    f" to {widths[layer.name] - 1}"
+                )
+            gone = groups.rows[layer.name][channels]
             if bool((gone < 0).any()):
                 raise ValueError(f"plan: {layer.name!r} would lose channels that cannot go; make it anew")
             staying[gone] = False

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -25,6 +24,7 @@ from fxprune.paths.count import log_paths, reach
 from fxprune.paths.terms import count_terms
 from fxprune.sparsity.collapse import dead_layers, live_layers
 from fxprune.sparsity.masks import Masks, kept
+from fxprune.whole_files import write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -211,7 +211,7 @@ class Report:
         """
         text = page(self.to_dict(), self.effective, notes)
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_text(path, text)
         return text
 
     def _repr_html_(self) -> str:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fxprune.scoring.data import Batch
 from fxprune.scoring.distributed import gathered
 from fxprune.scoring.forms import tensors_in
+from fxprune.whole_files import save_tensors, whole_file
 
 __all__ = ["SolvedLayers", "look"]
 
@@ -91,12 +91,8 @@ class SolvedLayers:
         # Full names of biases hold a dot, or are not these two words.
         tensors = {"mask": mask, "weight": weight, **biases}
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        temporary = self.folder / f".{name}.{os.getpid()}"
-        try:
-            save_file(tensors, temporary, metadata={KEY: json.dumps(self.facts)})
-            os.replace(temporary, self._file(name))
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(self._file(name)) as part:
+            save_tensors(tensors, part, {KEY: json.dumps(self.facts)})
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

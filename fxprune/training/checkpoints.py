@@ -20,6 +20,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from fxprune.whole_files import whole_file
+
 MAGIC = b"fxprune checkpoint 1\n"
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
 _NAME = re.compile(r"step-(\d+)((?:\.rank\d+)?)\.ckpt")
@@ -41,15 +43,10 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file, wholly or not at all; the file that was there stays until then."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as part, open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     _sync_folder(path.parent)
 
 

@@ -158,6 +158,11 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     object.__setattr__(plan.layers[-1], "removed", "0")
     with pytest.raises(ValueError, match="channels that cannot go"):
         fxprune.apply(model, plan, example_inputs=X)
+    object.__setattr__(plan.layers[-1], "removed", "0 90-92")
+    with pytest.raises(
+        ValueError, match=r"plan: removed='0 90-92' of '.*', whose channels are numbered from 0 to"
+    ):
+        fxprune.apply(model, plan, example_inputs=X)
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(ValueError, match="no plan of version 1"):
         fxprune.Plan.load(tmp_path / "a.json")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
+import zipfile
 import zlib
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from fxprune.whole_files import save_tensors, whole_file
 
 __all__ = ["CHECKSUM", "FORMAT", "own_version", "read_container", "write_container"]
 
@@ -26,19 +27,11 @@ def write_container(
 
     Processes that write the same file do not write into each other's: the last one's is left.
     """
-    folder = os.path.dirname(os.path.abspath(path))
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{os.fspath(path)}: there is no folder {folder}; make it first")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     sealed = {**header, "torch": torch.__version__, "fxprune": own_version()}
     sealed[CHECKSUM] = checksum(plain, sealed)
-    part = f"{os.fspath(path)}.{uuid.uuid4().hex}"
-    try:
-        save_file(plain, part, metadata=sealed)
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
+    with whole_file(path) as part:
+        save_tensors(plain, part, sealed)
 
 
 def read_container(path: str | os.PathLike[str], what: str) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -49,6 +42,8 @@ def read_container(path: str | os.PathLike[str], what: str) -> tuple[dict[str, s
         ValueError: it is not readable, or its contents are not those that were written.
     """
     name = os.fspath(path)
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{name}: this is a folder; expected a {what} file in it")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{name}: no such {what} file")
     try:
@@ -56,6 +51,11 @@ def read_container(path: str | os.PathLike[str], what: str) -> tuple[dict[str, s
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except SafetensorError as error:
+        if zipfile.is_zipfile(path):
+            raise ValueError(
+                f"{name}: a file of torch.save, expected a {what} file of fxprune.save; torch.load reads it,"
+                " and load_state_dict takes its tensors"
+            ) from error
         raise ValueError(f"{name}: not a readable {what} file, or a damaged one ({error})") from error
     if CHECKSUM in header and header[CHECKSUM] != checksum(tensors, header):
         raise ValueError(f"{name}: damaged {what} file (its contents are not those that were written)")

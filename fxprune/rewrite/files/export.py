@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import inspect
+import io
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ from fxprune.rewrite.compact.trial import RUN_ERRORS, difference
 from fxprune.rewrite.masking.finalize import finalize
 from fxprune.rewrite.masking.parameters import unwrap
 from fxprune.torch_private import check_entry, check_number, pytree
+from fxprune.whole_files import named
 
 __all__ = ["ONNX_PACKAGES", "check_path", "drawn_arguments", "export", "require", "run_onnx", "write_onnx"]
 
@@ -74,14 +76,14 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
             f"model: {hollow!r} has no values (it is on the meta device); load the weights first"
         )
     calls = [drawn_arguments(given, network, batch) for batch in (2, 3)]
-    with torch.inference_mode(False), torch.no_grad(), _folder_beside(path) as folder:
+    with torch.inference_mode(False), torch.no_grad(), named(path), _folder_beside(path) as folder:
         part = folder / Path(path).name
         free = _runs(network, calls[1])
         program = _program(network, calls[0], free=free)
         if ending == ".onnx":
             write_onnx(program, part)
         else:
-            torch.export.save(program, part)
+            _write_program(program, part)
         if not free or not _has_free_batch(program):
             warnings.warn(f"export: the batch size is fixed at 2 in {part.name}", stacklevel=2)
             calls = calls[:1]
@@ -203,6 +205,13 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
         written = torch.onnx.export(program, dynamo=True, verbose=False)
         assert written is not None
         written.save(str(path))
+
+
+def _write_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write an exported program; by way of memory: PyTorch's writer ends the process on a full disk."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 @contextlib.contextmanager

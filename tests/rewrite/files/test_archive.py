@@ -52,8 +52,8 @@ def test_a_file_is_there_in_full_or_as_it_was(gm, tmp_path, monkeypatch):
         open(path, "wb").write(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(container, "save_file", fails)
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(container, "save_tensors", fails)
+    with pytest.raises(OSError, match=r"masks\.safetensors: not written \(no space left\)"):
         save(gm, file)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
@@ -107,7 +107,7 @@ def test_files_that_are_not_ours(gm, tmp_path):
     save_file({"weight": torch.zeros(3)}, tmp_path / "weights")
     refused(tmp_path / "weights", "not an fxprune mask file")
     torch.save({"weight": torch.zeros(3)}, tmp_path / "pickle")
-    refused(tmp_path / "pickle")
+    refused(tmp_path / "pickle", "a file of torch.save", "torch.load")
     good = tmp_path / "good"
     save(gm, good, form="masks")
     (tmp_path / "cut").write_bytes(good.read_bytes()[:-3])
@@ -127,6 +127,10 @@ def test_files_that_are_not_ours(gm, tmp_path):
         refused(tmp_path / "bad", "damaged")
     save_file({"w": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "bad", head)
     refused(tmp_path / "bad", "damaged")
+    with pytest.raises(IsADirectoryError, match="this is a folder; expected a mask file in it"):
+        load_masks(tmp_path)
+    with pytest.raises(IsADirectoryError, match="this is a folder; expected the name of a file"):
+        save(gm, tmp_path)
     with pytest.raises(FileNotFoundError, match="absent"):
         load_masks(tmp_path / "absent")
     with pytest.raises(ValueError, match="no masks"):

@@ -173,3 +173,16 @@ def test_outputs_that_differ_are_an_error_and_leave_no_file(
     with pytest.raises(RuntimeError, match=r"the outputs of net\.pt2 differ by 5\.0e-01 of the largest"):
         fxprune.export(nn.Linear(4, 2), tmp_path / "net.pt2", torch.ones(1, 4))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_without_room_is_one_line_and_leaves_no_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    torch.manual_seed(0)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))  # as on a full disk, a write fails
+    try:
+        with pytest.raises(OSError, match=r"net\.pt2: not written \(File too large\)"):
+            fxprune.export(nn.Linear(40, 20), tmp_path / "net.pt2", torch.ones(1, 40))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,84 @@
+"""Write files in full or not at all: what was there stays until the new one is complete."""
+
+from __future__ import annotations
+
+import os
+import stat
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["named", "save_tensors", "whole_file", "write_text"]
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a name beside ``path`` to write to, and move the file there when it is complete.
+
+    Links are followed; a device or a pipe is written to as it is. ``OSError`` that names ``path`` where it
+    cannot be written, by which nothing is left behind.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with whole_file(f"{folder}/a.txt") as part:
+    ...         _ = part.write_text("all of it")
+    ...     print(os.listdir(folder))
+    ['a.txt']
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{os.fspath(path)}: this is a folder; expected the name of a file")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(
+            f"{os.fspath(path)}: there is no folder {os.path.dirname(os.path.abspath(path))}; make it first"
+        )
+    if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+        yield target
+        return
+    part = target.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        with named(path):
+            yield part
+            os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def named(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let an ``OSError`` of writing name the file that was to be written."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or str(error)
+        text = f"{os.fspath(path)}: not written ({why}); what was there is as it was"
+        raise type(error)(text) from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write text in UTF-8, in full or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file; ``OSError`` where it cannot be, with the system's reason alone."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save, save_file
+
+    facts = None if metadata is None else dict(metadata)
+    if path.exists() and not path.is_file():  # a device, in whose place `save_file` would move a file
+        path.write_bytes(save(dict(tensors), facts))
+        return
+    try:
+        save_file(dict(tensors), path, facts)
+    except SafetensorError as error:
+        reason = str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]
+        raise OSError(reason) from error
