@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from fxprune.latency.target import LatencyTarget, meet_latency, stopwatch
+from fxprune.latency.target import TOLERANCE, LatencyTarget, meet_latency, stopwatch
 from fxprune.methods import Problem
 from fxprune.network import Network, masked_copy
 from fxprune.request import Request
 from fxprune.rewrite.compact import compact
 from fxprune.rewrite.masking.copying import duplicate
-from fxprune.sparsity.group_selection import ChannelGroups
+from fxprune.sparsity.group_selection import ROUNDING, ChannelGroups, OutOfReach
 from fxprune.sparsity.masks import Masks
 
 __all__ = ["find_in_time", "is_timed"]
@@ -40,17 +41,40 @@ def find_in_time(
     runtime, threads = grain.options.runtime, grain.options.threads or torch.get_num_threads()
     batch = network.graph.samples
 
-    def prune(asked: float) -> tuple[Masks, float]:
+    lowest: list[OutOfReach] = []
+
+    def find_within(asked: float) -> Masks:
         generator = torch.Generator().manual_seed(wish.seed)
         budget = replace(problem.budget, asked=asked)
-        masks = find(replace(problem, budget=budget, generator=generator, history={}))
+        return find(replace(problem, budget=budget, generator=generator, history={}))
+
+    def prune(asked: float) -> tuple[Masks, float, float]:
+        lowest.clear()
+        try:
+            masks = find_within(asked)
+        except OutOfReach as error:  # as predicted, which is not always as measured
+            lowest.append(error)
+            asked = min(error.share * (1 + ROUNDING), 1.0)
+            masks = find_within(asked)
         ones = {name: mask.double() for name, mask in masks.items()}
-        return masks, grain.cost(masks).left(grain.pool(ones, masks)[1])
+        return masks, grain.cost(masks).left(grain.pool(ones, masks)[1]), asked
+
+    def timed(masks: Masks) -> tuple[float, float]:
+        whole, least = measure(compact(masked_copy(network, problem, masks).eval(), verify=False))
+        if lowest and least > wanted(whole) * (1 + TOLERANCE):
+            ask = f"at_most={math.ceil(1e3 * least) / 1e3} or more"
+            if limit is None:
+                ask = f"a sparsity of at most {max(math.floor(1e2 * (1 - least / whole)) / 1e2, 0.0):g}"
+            raise ValueError(
+                f"of='latency': {wanted(whole):.3g} of {whole:.3g} ms are to be kept, but the smallest"
+                f" network takes {least:.3g} ms, as measured: {lowest[0].why}; ask for {ask}"
+            )
+        return whole, least
 
     with stopwatch(dense, runtime, threads, batch) as measure:
         masks, times, rounds = meet_latency(
             prune,
-            lambda masks: measure(compact(masked_copy(network, problem, masks).eval(), verify=False)),
+            timed,
             wanted,
             share if limit is None else limit / measure(duplicate(dense))[0],
         )

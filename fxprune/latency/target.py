@@ -56,7 +56,7 @@ class LatencyTarget:
 
 
 def meet_latency(
-    prune: Callable[[float], tuple[_Masks, float]],
+    prune: Callable[[float], tuple[_Masks, float, float]],
     timed: Callable[[_Masks], tuple[float, float]],
     wanted: Callable[[float], float],
     share: float,
@@ -64,7 +64,8 @@ def meet_latency(
     """Find masks under which the compact network takes the time that is wanted, as measured.
 
     Args:
-        prune: makes masks, and the time predicted of them, for a share of the predicted time.
+        prune: makes masks for a share of the predicted time; also the time that is predicted of them, and the
+            share that they were made for, which may be larger, as the smallest that there is.
         timed: measures the whole and the compact network, in milliseconds.
         wanted: the time that is wanted, for that of the whole network.
         share: of the predicted time, to begin with.
@@ -76,24 +77,26 @@ def meet_latency(
     Warns (``UserWarning``) where no masks were within 3 %.
     """
     asked, best, rounds = min(share, 1.0), None, 0
-    low, high = 0.0, 2.0  # shares known to give a network that is too fast, too slow
+    low, high = (0.0, -1.0), (2.0, 1.0)  # shares too fast and too slow, and by which part of the target
     while rounds < ROUNDS:
         rounds += 1
-        masks, predicted = prune(min(asked, 1.0))
+        masks, predicted, done = prune(min(asked, 1.0))
         dense, measured = timed(masks)
         wrong = measured / wanted(dense) - 1
+        fast = done >= 1 and wrong < 0  # all of it may be faster than that
         if best is None or abs(wrong) < abs(best[0]):
             best = wrong, masks, (dense, predicted, measured)
-        if abs(wrong) <= TOLERANCE or (asked >= 1 and wrong < 0):
+        if abs(wrong) <= TOLERANCE or fast:
             break
-        low, high = (max(low, asked), high) if wrong < 0 else (low, min(high, asked))
-        asked /= 1 + wrong
-        if not low < asked < high:
-            asked = (low + high) / 2
+        low, high = (max(low, (done, wrong)), high) if wrong < 0 else (low, min(high, (done, wrong)))
+        asked = done / (1 + wrong)
+        if not low[0] < asked < high[0]:
+            way = -low[1] / (high[1] - low[1])
+            asked = low[0] + (high[0] - low[0]) * min(max(way, 0.1), 0.9)
     assert best is not None
     wrong, masks, times = best
     target = wanted(times[0])
-    if wrong > TOLERANCE or (wrong < -TOLERANCE and asked < 1):  # all of it may be faster than that
+    if abs(wrong) > TOLERANCE and not fast:
         warnings.warn(
             f"of='latency': measured {times[2]:.3g} ms, {wrong:+.1%} from the target of {target:.3g} ms, "
             f"after {rounds} rounds: channels are coarse, or other work disturbs the measurement",

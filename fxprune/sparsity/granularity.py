@@ -261,6 +261,16 @@ COSTS = ("weights", "params", "macs", "memory", "latency")
 UNITS = {"weights": "weights", "params": "parameters", "macs": "MACs", "memory": "bytes", "latency": "ms"}
 """The unit of each of ``COSTS``."""
 
+
+def in_unit(cost: float, of: str) -> str:
+    """Write a cost in its unit.
+
+    >>> in_unit(1290560.0, "macs"), in_unit(0.48223, "latency")
+    ('1290560 MACs', '0.4822 ms')
+    """
+    return f"{cost:.0f} {UNITS[of]}" if cost >= 100 else f"{cost:.4g} {UNITS[of]}"
+
+
 SCOPES = ("global", "layer", "uniform", "isomorphic")
 """Which channel groups compete with one another."""
 

@@ -22,7 +22,7 @@ from fxprune.channels.sums import added_up, multiplied
 from fxprune.graph import KernelSet
 from fxprune.sparsity.budget import Budget
 from fxprune.sparsity.by_name import value_for
-from fxprune.sparsity.granularity import NEVER, UNITS, Bundle, Channel
+from fxprune.sparsity.granularity import NEVER, Bundle, Channel, in_unit
 from fxprune.sparsity.group_order import by_class, by_worth, kinds, round_up, turns
 from fxprune.sparsity.masks import Masks, is_full, kept
 
@@ -36,6 +36,14 @@ ROUNDING = 1e-12
 
 Rounding = Callable[[Tensor, Tensor], Tensor]
 """Adds groups to those that stay, by rank, as `round_up` says."""
+
+
+class OutOfReach(ValueError):
+    """Say that a target cannot be met: ``share`` of the cost must stay, and ``why``."""
+
+    def __init__(self, text: str, share: float, why: str) -> None:
+        super().__init__(text)
+        self.share, self.why = share, why
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +176,7 @@ class ChannelGroups:
         open_ = alive & ~self._protected(pooled, alive)
         least = cost.left(self._staying(alive, open_, pooled, rounded))
         if least > limit:
-            raise ValueError(self._out_of_reach(limit, least, cost.whole))
+            raise self._out_of_reach(limit, least, cost.whole)
         if self._weighs_costs(budget):
             # What is rounded up stays above the limit; so the order must go on beyond it.
             order = by_worth(pooled * number, cost, alive, open_, limit if rounded is None else 0.0)
@@ -257,8 +265,8 @@ class ChannelGroups:
             return budget.total
         return self._dense_cost.whole * (budget.density if budget.asked is None else budget.asked)
 
-    def _out_of_reach(self, limit: float, least: float, whole: float) -> str:
-        """Say that a target cannot be met, which is the lowest that can, and what holds it."""
+    def _out_of_reach(self, limit: float, least: float, whole: float) -> OutOfReach:
+        """Return an error that says which target is the lowest that can be met, and what holds it."""
         options = self.options
         held = [name for name, numbers in self.groups.rows.items() if bool((numbers < 0).all())]
         some = ", ".join(held[:3]) + (f" and {len(held) - 3} more" if len(held) > 3 else "")
@@ -269,12 +277,19 @@ class ChannelGroups:
         ]
         more = "".join(bounds)
         reach = math.floor(1e4 * max(1 - least / whole, 0.0)) / 1e4
-        asked, must = (f"{cost:.0f}" if cost >= 100 else f"{cost:.4g}" for cost in (limit, least))
-        return (
-            f"granularity {self}: {asked} {UNITS[options.of]} are to be kept, but at least {must} must stay: "
+        remedy = f"ask for a sparsity of at most {reach:g}"
+        if options.at_most is not None:
+            enough = math.ceil(least) if least >= 100 else math.ceil(1e4 * least) / 1e4
+            remedy = f"ask for at_most={enough} or more"
+        elif reach == 0:
+            remedy = "no channel can go" + (f"{more.replace(', or', ' under', 1)}" if more else "")
+        must = in_unit(least, options.of).split()[0]
+        why = (
             f"every layer keeps one channel{more}, and outputs, excluded layers and what meets them "
-            f"keep all ({some or 'none here'}); ask for a sparsity of at most {reach:g}"
+            f"keep all ({some or 'none here'})"
         )
+        text = f"{in_unit(limit, options.of)} are to be kept, but at least {must} must stay: {why}; {remedy}"
+        return OutOfReach(f"granularity {self}: {text}", least / whole, why)
 
     @staticmethod
     def _staying(alive: Tensor, removed: Tensor, rank: Tensor, rounded: Rounding | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.latency import LatencyTarget, runtimes
 from fxprune.latency.layers import Layer, Widths
+from fxprune.latency.results import Timing
 from fxprune.latency.target import meet_latency, stopwatch
 from latency.networks import X, net
 
@@ -24,9 +25,9 @@ def test_the_target_is_corrected_by_what_is_measured() -> None:
     # The prediction is 40 % too low, and networks come in steps of 0.01.
     asked: list[float] = []
 
-    def prune(share: float) -> tuple[float, float]:
+    def prune(share: float) -> tuple[float, float, float]:
         asked.append(share)
-        return round(share, 2), 10 * share
+        return round(share, 2), 10 * share, share
 
     masks, (dense, predicted, measured), rounds = meet_latency(
         prune, lambda m: (12.0, 12.0 * m * 1.4), half, 0.5
@@ -38,14 +39,14 @@ def test_the_target_is_corrected_by_what_is_measured() -> None:
 
 def test_the_time_that_is_wanted_may_be_a_number_of_milliseconds() -> None:
     masks, (dense, _, measured), _ = meet_latency(
-        lambda share: (share, 10 * share), lambda m: (12.0, 12.0 * m), lambda dense: 3.0, 0.9
+        lambda share: (share, 10 * share, share), lambda m: (12.0, 12.0 * m), lambda dense: 3.0, 0.9
     )
     assert (dense, measured, masks) == (12.0, pytest.approx(3.0, rel=0.03), pytest.approx(0.25, rel=0.03))
 
 
 def test_a_network_that_is_fast_enough_stays_whole_without_a_warning() -> None:
     masks, (dense, _, measured), rounds = meet_latency(
-        lambda share: (share, 10 * share), lambda m: (12.0, 12.0 * m), lambda dense: 30.0, 2.5
+        lambda share: (share, 10 * share, share), lambda m: (12.0, 12.0 * m), lambda dense: 30.0, 2.5
     )
     assert (masks, dense, measured, rounds) == (1.0, 12.0, 12.0, 1)
 
@@ -53,7 +54,7 @@ def test_a_network_that_is_fast_enough_stays_whole_without_a_warning() -> None:
 def test_a_target_between_coarse_channels_is_said_to_be_missed() -> None:
     with pytest.warns(UserWarning, match=r"measured 3 ms, \+20.0% from the target of 2.5 ms, after 6 rounds"):
         masks, _, _ = meet_latency(
-            lambda s: (0.6 if s > 0.45 else 0.2, 1.0), lambda m: (5.0, 5 * m), half, 0.5
+            lambda s: (0.6 if s > 0.45 else 0.2, 1.0, s), lambda m: (5.0, 5 * m), half, 0.5
         )
     assert masks == 0.6
 
@@ -92,6 +93,55 @@ def test_the_result_carries_predicted_and_measured_times(
     assert found.predicted != pytest.approx(found.measured, rel=0.03)
     assert found.rounds > 1
     assert "target 5 ms" in str(found)
+
+
+def test_the_search_begins_anew_above_the_smallest_share() -> None:
+    """The prediction has a floor of 98 %, where the network takes a hundredth of its time."""
+    masks, (_, _, measured), rounds = meet_latency(
+        lambda share: (max(share, 0.98), 10 * share, max(share, 0.98)),
+        lambda share: (12.0, 0.12 + 11.88 * (share - 0.98) / 0.02), half, 0.5,
+    )  # fmt: skip
+    assert measured == pytest.approx(6.0, rel=0.03)
+    assert masks == pytest.approx(0.99, abs=1e-3)
+    assert rounds <= 3
+
+
+@pytest.mark.parametrize("fixed", [0.0, 0.6])
+def test_what_the_prediction_holds_impossible_is_decided_by_measuring(
+    fixed: float, invented: list[Layer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times of a busy machine: half of the network took nearly as long, as if there were little to gain."""
+    monkeypatch.setattr(
+        "fxprune.latency.cost.measure",
+        lambda models, **options: [
+            Timing(name, "eager", 2, [time]) for name, time in zip(models, (100.0, 99.0), strict=True)
+        ],
+    )
+
+    def size(model: nn.Module) -> int:
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    @contextmanager
+    def fake(dense: nn.Module, *facts: Any) -> Iterator[Callable[[nn.Module], tuple[float, float]]]:
+        yield lambda small: (10.0, 10.0 * (fixed + (1 - fixed) * size(small) / size(dense)))
+
+    monkeypatch.setattr("fxprune.timed.stopwatch", fake)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(64, 4),
+    )  # fmt: skip
+    given: dict[str, Any] = {"granularity": "channel", "of": "latency", "threads": 1, "progress": False}
+    given["example_inputs"] = torch.ones(2, 3, 16, 16)
+    if fixed:
+        words = r"5 of 10 ms are to be kept, but the smallest network takes 6 ms, as measured: every layer"
+        with pytest.raises(ValueError, match=words + ".*; ask for a sparsity of at most 0.3"):
+            fxprune.apply(model, "magnitude", 0.5, **given)
+        with pytest.raises(ValueError, match=r"; ask for at_most=6\.\d+ or more"):
+            fxprune.apply(model, "magnitude", at_most=5, **given)
+    else:
+        found = fxprune.apply(model, "magnitude", 0.5, **given).meta["fxprune"]["latency"]
+        assert found.measured == pytest.approx(5.0, rel=0.03)
 
 
 def test_networks_are_measured_in_turn() -> None:
