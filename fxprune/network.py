@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
+from fxprune.capture.errors import users_level
 from fxprune.graph import ChannelGraph
 from fxprune.latency.cost import latency_cost
 from fxprune.lowering import matrices_outside
@@ -29,7 +30,7 @@ from fxprune.rewrite.masking.torch_pruning import masks_of_torch
 from fxprune.scoring.contract import Progress
 from fxprune.scoring.outliers import outlier_budget
 from fxprune.sparsity.budget import plan
-from fxprune.sparsity.granularity import WEIGHT, Channel
+from fxprune.sparsity.granularity import WEIGHT, Channel, in_unit
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks, is_subset, kept, validate
 from fxprune.sparsity.sharded import kept_overall
@@ -140,6 +141,12 @@ def _with_limit(problem: Problem) -> Problem:
     if not isinstance(grain, ChannelGroups) or grain.options.at_most is None:
         return problem
     share = min(grain.options.at_most / grain.whole, 1.0)
+    if share >= 1:
+        whole = in_unit(grain.whole, grain.options.of)
+        warnings.warn(
+            f"at_most={grain.options.at_most:g}: the network takes {whole} as it is, no channel goes",
+            stacklevel=users_level(),
+        )
     budget, left = problem.budget, sum(kept(problem.masks).values())
     total = int(min(grain.options.at_most, left)) if grain.options.of == "weights" else budget.total
     return replace(problem, budget=replace(budget, total=total, asked=share))

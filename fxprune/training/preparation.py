@@ -16,7 +16,8 @@ from fxprune.network import Network, adopted, build_problem, rewrite, warn_of_re
 from fxprune.request import Request, blamed_on_data, tables, with_shapes
 from fxprune.rewrite import bare, read
 from fxprune.scoring.contract import silent
-from fxprune.sparsity.granularity import CHANNEL_OPTIONS, Channel, Granularity, resolve
+from fxprune.sparsity.granularity import CHANNEL_OPTIONS, Channel, Granularity, in_unit, resolve
+from fxprune.sparsity.group_selection import ChannelGroups
 
 Returns = Literal["graph", "module", "inplace"]
 
@@ -59,10 +60,29 @@ def take_granularity(granularity: str | Granularity, options: dict[str, Any]) ->
     own = {name: options.pop(name) for name in CHANNEL_OPTIONS if name in options}
     found = resolve(granularity, **own)
     if isinstance(found, Channel):
-        if found.at_most is not None:
-            raise ValueError(f"at_most={found.at_most!r}: a Pruner goes to a share, in steps; give target=")
         check_runtime(found.runtime)
     return found
+
+
+def without_limit(model: nn.Module, example_inputs: Any, wish: Request) -> tuple[Granularity, float]:
+    """Return a granularity without its ``at_most``, and the sparsity that comes to the same in this model.
+
+    ``ValueError`` where the whole network costs no more than that.
+    """
+    grain = wish.granularity
+    assert isinstance(grain, Channel)
+    wish.check(model)
+    problem = _prepared(model, example_inputs, replace(wish, returns="graph"))
+    asked = problem.budget.asked
+    if asked is None or asked >= 1:
+        whole = in_unit(whole_cost(problem), grain.of)
+        raise ValueError(f"at_most={grain.at_most!r}: the network takes {whole} as it is")
+    return replace(grain, at_most=None), 1 - asked
+
+
+def whole_cost(problem: Problem) -> float:
+    """Give the cost of the network without masks, in the unit of its channel granularity; 1 for any other."""
+    return problem.granularity.whole if isinstance(problem.granularity, ChannelGroups) else 1.0
 
 
 def one_of(sparsity: float | None, options: dict[str, Any]) -> float | None:

@@ -20,15 +20,22 @@ from fxprune.rewrite.files.tickets import centroids, negative_signs, neutralise,
 from fxprune.sharded_types import is_dtensor
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.granularity import WEIGHT, Granularity
-from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks, kept
 from fxprune.training.checkpoints import Checkpoints
 from fxprune.training.contract import Moment, TrainingMethod
 from fxprune.training.methods import resolve
 from fxprune.training.numbers import integer
 from fxprune.training.open_masks import dense_gradients
-from fxprune.training.preparation import Returns, one_of, prepare, prepare_smaller, take_granularity
-from fxprune.training.saving import Saving
+from fxprune.training.preparation import (
+    Returns,
+    one_of,
+    prepare,
+    prepare_smaller,
+    take_granularity,
+    whole_cost,
+    without_limit,
+)  # fmt: skip
+from fxprune.training.saving import Saving, own_rank, world_size
 from fxprune.training.smaller import check_shrinks, compacted, followed, move
 from fxprune.training.values import Values, put_back, values_of
 
@@ -53,7 +60,8 @@ class Pruner:
         model: any module; it is not changed, unless ``returns`` says so. If it was pruned before, that stays.
         method: "asni", "gmp", "imp", "set", "rigl", or a :class:`TrainingMethod`.
         sparsity: the fraction of the prunable weights, or of what ``of`` says, that is gone in the end; also
-            called ``target``. ``asni`` and ``imp`` can do without, from options of their own.
+            called ``target``. ``asni`` and ``imp`` can do without, from options of their own. Of channels
+            ``at_most`` says instead what may stay: ``of="macs", at_most=1e9``.
         total: the number of steps or epochs of the training, in the unit that :meth:`step` counts.
         example_inputs, budget, granularity, exclude, seed, rules, data, loss_fn: as for ``fxprune.apply``;
             the last two for criteria that look at data.
@@ -102,7 +110,14 @@ class Pruner:
         **method_options: Any,
     ) -> None:
         self.granularity = take_granularity(granularity, method_options)
-        self.method = resolve(method, one_of(sparsity, method_options), total, method_options)
+        target = one_of(sparsity, method_options)
+        if getattr(self.granularity, "at_most", None) is not None:
+            ask = Request(
+                get("magnitude"), target or 0.5, data, loss_fn, "global", self.granularity, None,
+                exclusions(exclude), seed, None, "graph", "warn", rules=rules, asked=target is not None,
+            )  # fmt: skip
+            self.granularity, target = without_limit(model, example_inputs, ask)
+        self.method = resolve(method, target, total, method_options)
         self.total = integer("total", total, 1)
         if self.method.begin is not None and self.granularity != WEIGHT:
             raise ValueError(f"granularity={granularity!r}: method {self.method.name!r} moves single weights")
@@ -118,13 +133,13 @@ class Pruner:
         )  # fmt: skip
         self._take(prepare(model, example_inputs, self._wish))
         self._whole, self._generator = sum(self._final.sizes.values()), self._problem.generator
-        self._cost = _cost(self._problem)
+        self._cost = whole_cost(self._problem)
         self._kept: dict[int, Values] = {0: values_of(self.model)}
         self._handled = -1
         self.history: list[Event] = []
         facts = {"method": self.method.name, "total": total, "seed": seed, "budget": self._final.total,
                  "weights": self._whole}  # fmt: skip
-        store = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, rank=_rank())
+        store = None if checkpoint_dir is None else Checkpoints(checkpoint_dir, rank=own_rank())
         self._saving = Saving(store, integer("checkpoint_every", checkpoint_every, 1), facts, total)
         self._dense = self._weights() if self.method.grown == "dense" else {}
         self._dense = {name: weight.clone() for name, weight in self._dense.items()}
@@ -219,7 +234,7 @@ class Pruner:
         >>> pruner.compact(sgd).get_submodule("0").weight.shape
         torch.Size([4, 4])
         """
-        check_shrinks(self.method, self._wish.returns, self.model)
+        check_shrinks(self.method, self._wish.returns, self.model, optimizers)
         before = self.model
         small, places = compacted(before, self._inputs)
         self._take(prepare_smaller(small, self._problem, self._wish))
@@ -360,13 +375,13 @@ class Pruner:
                 device=device,
                 history={},
             )
-        shrunk = self._cost / _cost(self._problem)
+        shrunk = self._cost / whole_cost(self._problem)
         return Moment(at, self._start, self._final, problem, gradients, self._whole, shrunk)
 
     def _change(self, at: int, masks: Masks) -> None:
         """Puts masks into the model, with the values of weights that come back, and notes it."""
         before = self.masks
-        if _world() > 1:
+        if world_size() > 1:
             agree(masks, dist.group.WORLD)  # type: ignore[arg-type]
         gone = {name: before[name] & ~mask for name, mask in masks.items()}
         back = {name: mask & ~before[name] for name, mask in masks.items()}
@@ -384,16 +399,3 @@ class Pruner:
         total = sum(numbers.values())
         moved = [sum(kept(some).values()) for some in (gone, back)]
         self.history.append(Event(at, 1 - total / self._whole, total, *moved))
-
-
-def _cost(problem: Problem) -> float:
-    """Give the cost of the network without masks, in the unit of its channel granularity; 1 for any other."""
-    return problem.granularity.whole if isinstance(problem.granularity, ChannelGroups) else 1.0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -126,3 +126,13 @@ class Saving:
                 raise ValueError(f"{where}: a checkpoint, but not of a training run")
             self.check_facts(found[1]["facts"], where)
         return found
+
+
+def world_size() -> int:
+    """Return the number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def own_rank() -> int:
+    """Return the number of this process among those that train together."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

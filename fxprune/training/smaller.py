@@ -19,8 +19,23 @@ from fxprune.sharded_types import is_dtensor
 from fxprune.training.contract import TrainingMethod
 
 
-def check_shrinks(method: TrainingMethod, returns: str, model: nn.Module) -> None:
-    """Raise ``ValueError`` for a model that cannot get smaller while ``method`` goes on."""
+def check_shrinks(
+    method: TrainingMethod, returns: str, model: nn.Module, optimizers: Iterable[object] = ()
+) -> None:
+    """Raise ``ValueError`` for a model that cannot get smaller while ``method`` goes on.
+
+    Of ``optimizers``, which are to follow it, each must be one of the model's own parameters.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):
+            kind = type(optimizer).__name__
+            raise TypeError(f"optimizers: got a {kind}, expected those of the training: compact(optimizer)")
+        if any(id(p) not in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                f"optimizers: a {type(optimizer).__name__} has parameters that are not pruner.model's; make"
+                " it of pruner.model.parameters()"
+            )
     if method.begin is not None or method.grown == "dense":
         raise ValueError(
             f"method {method.name!r}: its weights come back; compact when it is done, with"

@@ -61,7 +61,20 @@ def test_parameters_and_weights() -> None:
 
 def test_more_than_there_is_leaves_all() -> None:
     for options in ({"of": "macs", "at_most": 1e12}, {"at_most": float("inf")}):
-        assert all(bool(mask.all()) for mask in fxprune.masks(prune(**options)).values())
+        with pytest.warns(
+            UserWarning, match=r"at_most=(1e\+12|inf): the network takes \d+ (MACs|weights) as it is"
+        ):
+            pruned = prune(**options)
+        assert all(bool(mask.all()) for mask in fxprune.masks(pruned).values())
+
+
+def test_a_limit_out_of_reach_names_the_lowest_in_its_own_unit() -> None:
+    with pytest.raises(ValueError, match=r"1 MACs are to be kept.*; ask for at_most=\d+ or more$") as caught:
+        prune(of="macs", at_most=1)
+    least = int(str(caught.value).rpartition("at_most=")[2].split()[0])
+    assert macs(fxprune.compact(prune(of="macs", at_most=least))) <= least
+    with pytest.raises(ValueError, match=r"or round_to=100, .*; no channel can go under round_to=100$"):
+        prune(of="macs", sparsity=0.5, round_to=100)
 
 
 def test_a_plan_has_the_limit_too() -> None:
@@ -86,11 +99,6 @@ def test_a_plan_has_the_limit_too() -> None:
 def test_what_does_not_fit_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prune(**options)
-
-
-def test_a_pruner_takes_a_share() -> None:
-    with pytest.raises(ValueError, match="at_most=10: a Pruner goes to a share"):
-        fxprune.Pruner(net(), "gmp", total=3, granularity="channel", at_most=10, example_inputs=X)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

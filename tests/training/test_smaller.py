@@ -161,3 +161,15 @@ def test_weights_of_earlier_steps_are_gone() -> None:
             parameter.mul_(2)
     pruner.reinitialize("rewind:5")
     assert all(torch.equal(value, pruner.model.state_dict()[name]) for name, value in values.items())
+
+
+def test_optimizers_of_something_else_are_refused_before_anything_changes() -> None:
+    pruner = made()
+    pruner.step(4)
+    model = pruner.model
+    other = torch.optim.SGD(net().parameters(), 0.1)
+    with pytest.raises(ValueError, match=r"^optimizers: a SGD has parameters that are not pruner\.model's"):
+        pruner.compact(other)
+    with pytest.raises(TypeError, match=r"^optimizers: got a str, expected those"):
+        pruner.compact("adam")  # type: ignore[arg-type]
+    assert pruner.model is model

@@ -86,3 +86,29 @@ def test_bad_arguments(options: dict[str, Any], words: str) -> None:
     given = {"total": 2, "granularity": "channel", "of": "macs", "example_inputs": X, **options}
     with pytest.raises(ValueError, match=words):
         fxprune.Pruner(net(), "gmp", **given)
+
+
+@pytest.mark.parametrize(("of", "limit"), [("macs", 40_000), ("params", 2500), ("weights", 2000.0)])
+def test_a_limit_in_units_of_the_cost(of: str, limit: float) -> None:
+    model = net()
+    pruner = fxprune.Pruner(
+        model, "gmp", total=2, granularity="channel", of=of, at_most=limit, example_inputs=X
+    )
+    for step in (1, 2):
+        pruner.step(step)
+    small = fxprune.compact(pruner.model, X)
+    left = {
+        "macs": small.meta["fxprune"]["compaction"].macs[1],
+        "params": sum(parameter.numel() for parameter in small.parameters()),
+        "weights": sum(int(mask.sum()) for mask in pruner.masks.values()),
+    }
+    assert 0.8 * limit < left[of] <= limit
+
+
+def test_limits_that_do_not_fit_are_refused() -> None:
+    given = {"total": 2, "granularity": "channel", "of": "macs", "example_inputs": X}
+    with pytest.raises(ValueError, match=r"at_most: it says what may stay, and sparsity=0\.5 too; give one"):
+        fxprune.Pruner(net(), "gmp", target=0.5, at_most=1e4, **given)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="no channel goes"):
+        with pytest.raises(ValueError, match=r"at_most=1000000000\.0: the network takes \d+ MACs as it is"):
+            fxprune.Pruner(net(), "gmp", at_most=1e9, **given)  # type: ignore[arg-type]
