@@ -6,15 +6,17 @@ A pruned model goes out as such a folder again, dense in form, with zeros, or co
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fxprune
 
 if TYPE_CHECKING:
+    import torch
     from torch import fx, nn
 
-__all__ = ["check_compact", "load_calibration", "load_folder", "write_folder"]
+__all__ = ["check_compact", "load_calibration", "load_folder", "token_loss", "write_folder"]
 
 PREFIX = "hf:"
 LENGTH = 128
@@ -36,6 +38,7 @@ def load_folder(source: str) -> tuple[nn.Module, Any]:
     Raises ``ValueError`` for a folder that holds no model, or one whose inputs are neither tokens nor images.
     """
     import transformers
+    from safetensors import SafetensorError
 
     folder = folder_of(source)
     assert folder is not None
@@ -46,7 +49,10 @@ def load_folder(source: str) -> tuple[nn.Module, Any]:
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     name = next(iter(config.architectures or ()), "AutoModel")
     kind = getattr(transformers, name, transformers.AutoModel)
-    model: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
+    try:
+        model: nn.Module = kind.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
+    except SafetensorError as error:
+        raise ValueError(f"{source!r}: its weights cannot be read ({error}); save the model anew") from error
     return model, _example(model, source)
 
 
@@ -81,7 +87,7 @@ def load_calibration(path: Path, source: str, model: nn.Module) -> list[Any]:
         model: the model of the folder.
 
     Returns:
-        Batches (inputs by name, zeros); there are no labels.
+        Batches of (inputs by name, tokens), which `token_loss` takes; zeros for models without tokens.
 
     Raises ``ValueError`` for other files, text without a tokenizer, and less than one row.
     """
@@ -96,10 +102,35 @@ def load_calibration(path: Path, source: str, model: nn.Module) -> list[Any]:
     else:
         raise ValueError(f"--data {path}: expected .txt, .npy or .npz for {source}, or file.py:factory")
     rows = len(next(iter(inputs.values())))
-    return [
-        ({name: values[first : first + ROWS] for name, values in inputs.items()}, torch.zeros(1))
+    parts = [
+        {name: values[first : first + ROWS] for name, values in inputs.items()}
         for first in range(0, rows, ROWS)
     ]
+    return [(part, part.get("input_ids", torch.zeros(1))) for part in parts]
+
+
+def token_loss(model: Any) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """Return a loss of (output, target) for a model of a folder: its class's own, of the tokens that it read.
+
+    Targets with one class for each sample are those of a classifier; it raises ``ValueError`` for others.
+    """
+    import torch
+
+    def loss(output: Any, target: torch.Tensor) -> torch.Tensor:
+        logits = getattr(output, "logits", None)
+        if isinstance(logits, torch.Tensor) and logits.dim() == 3 and logits.shape[:2] == target.shape:
+            found: torch.Tensor = model.loss_function(
+                logits=logits, labels=target, vocab_size=logits.shape[-1]
+            )
+            return found
+        if isinstance(logits, torch.Tensor) and logits.shape[:1] == target.shape:
+            return torch.nn.functional.cross_entropy(logits, target)
+        raise ValueError(
+            f"--data: it gives no loss for {type(model).__name__}, and the method needs one; take a method"
+            " without, such as wanda or sparsegpt, or a factory of (inputs, labels)"
+        )
+
+    return loss
 
 
 def _tokens(path: Path, source: str, model: nn.Module) -> Any:

@@ -13,6 +13,7 @@ from fxprune.cli.channel_flags import channel_flags, split, take_threads
 from fxprune.cli.data_sources import load_batches
 from fxprune.cli.flags import DATA, NETWORK, method_flags, named_method, plain_flags, take, with_flags
 from fxprune.cli.folder import check_folder
+from fxprune.cli.hugging_face import folder_of, token_loss
 from fxprune.cli.methods import FOLDER, read_entries
 from fxprune.cli.pruning import Budget, Excluded, Rounds, choose_method, read_budget
 from fxprune.cli.reports import AsJson, Model, set_threads
@@ -54,6 +55,7 @@ def plan(
         sparsity,
         example_inputs=inputs,
         data=batches,
+        loss_fn=token_loss(network) if folder_of(model) is not None else None,
         budget=read_budget(budget),
         granularity=granularity,
         **channel,

@@ -28,12 +28,13 @@ from fxprune.cli.flags import (
     with_flags,
 )
 from fxprune.cli.folder import COMPACT, MASKED, REPORT, check_export, dense_bytes, write_networks
-from fxprune.cli.hugging_face import check_compact, folder_of, write_folder
+from fxprune.cli.hugging_face import check_compact, folder_of, token_loss, write_folder
 from fxprune.cli.methods import FOLDER, read_entries
 from fxprune.cli.reports import AsJson, Model, as_json, set_threads
 from fxprune.cli.sources import load_network
 from fxprune.keywords import TRAINING_METHODS
 from fxprune.progress import Display
+from fxprune.whole_files import write_text
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -108,8 +109,9 @@ def prune(
     with display.step(f"load {model}"):
         network, inputs = load_network(model, seed, **origin)
         batches = load_batches(model, network, inputs, seed, **source)
-    asked = {} if plan is not None else {"data": batches, "seed": seed, **asked}
     own = folder_of(model) is not None  # a model of transformers stays of its own class
+    loss = token_loss(network) if own else None
+    asked = {} if plan is not None else {"data": batches, "loss_fn": loss, "seed": seed, **asked}
     pruned = fxprune.apply(
         network,
         chosen,
@@ -129,7 +131,7 @@ def prune(
     )  # fmt: skip
     text = as_json(report, {**facts, **measured})
     if out is not None:
-        (out / REPORT).write_text(text + "\n", encoding="utf-8")
+        write_text(out / REPORT, text + "\n")
     typer.echo(text if json_ else "\n".join([str(report), *lines]))
 
 

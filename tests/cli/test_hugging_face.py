@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fxprune.cli import run
+from fxprune.cli.hugging_face import load_calibration, load_folder, token_loss
 
 transformers = pytest.importorskip("transformers")
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "sat", "on", "a", "mat", "and", "dog")
@@ -52,6 +53,37 @@ def test_a_folder_is_pruned_on_text_and_written_back(folder: Path, tmp_path: Pat
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     ids = tokenizer("the cat", return_tensors="pt")["input_ids"]
     assert again.generate(ids, max_new_tokens=3, do_sample=False, min_new_tokens=3).shape == (1, 5)
+
+
+def test_methods_with_a_loss_take_that_of_the_next_token(folder: Path, tmp_path: Path) -> None:
+    model, _ = load_folder(f"hf:{folder}")
+    batches = load_calibration(text(tmp_path / "some.txt"), f"hf:{folder}", model)
+    inputs, tokens = batches[0]
+    with torch.no_grad():
+        found = token_loss(model)(model(**inputs), tokens)
+        wanted = torch.nn.functional.cross_entropy(
+            model(**inputs).logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten()
+        )
+    assert torch.allclose(found, wanted, atol=1e-6)
+    words = ["-m", "taylor", "-s", "0.3", "--granularity", "head", "--scope", "uniform", "--batches", "2"]
+    words += ["--exclude", "*embed*", "--data", str(tmp_path / "some.txt"), "--compact"]
+    assert run(["prune", f"hf:{folder}", *words, "--out", str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] < 24
+
+
+def test_data_without_a_loss_are_told_of(folder: Path) -> None:
+    model, inputs = load_folder(f"hf:{folder}")
+    with pytest.raises(ValueError, match=r"--data: it gives no loss for LlamaForCausalLM.*such as wanda"):
+        token_loss(model)(model(**inputs), torch.zeros(1))
+
+
+def test_weights_that_are_cut_off(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes()[:2000])
+    assert run(["prune", f"hf:{tmp_path}", "-m", "magnitude"]) == 2
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert "its weights cannot be read" in printed
+    assert "save the model anew" in printed
 
 
 @pytest.mark.slow
