@@ -141,6 +141,8 @@ def compare(
         found.pruner = Pruner(
             make(), method, sparsity, total=scheduled, example_inputs=example, seed=seed, **method_options
         )
+    if saved is not None:
+        saved.begin()
     if "D" in variants:
         run("D", make())
     if found.pruner is not None:

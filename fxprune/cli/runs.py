@@ -36,11 +36,10 @@ class SavedRun:
         self.folder = folder
         self.trained = False
         self.scheduled = epochs
+        self._facts = facts
         path = folder / FACTS
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"facts": dict(facts), "epochs": epochs}, indent=2)
-            checkpoints.write_bytes(path, f"{text}\n".encode())
             return
         known = json.loads(path.read_text(encoding="utf-8"))
         if not resume:
@@ -52,6 +51,13 @@ class SavedRun:
         self.scheduled = int(known["epochs"])
         if epochs < self.scheduled:
             raise ValueError(f"--epochs {epochs}: the run in {folder} was begun with {self.scheduled}")
+
+    def begin(self) -> None:
+        """Write what the run is, if it is new; a run whose arguments were refused leaves none behind."""
+        path = self.folder / FACTS
+        if not path.is_file():
+            text = json.dumps({"facts": dict(self._facts), "epochs": self.scheduled}, indent=2)
+            checkpoints.write_bytes(path, f"{text}\n".encode())
 
     def read(self, variant: str) -> dict[str, Any] | None:
         """Return the last state of a variant; None where it has not begun."""

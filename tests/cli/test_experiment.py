@@ -226,6 +226,14 @@ def test_a_folder_of_another_run(words: list[str], message: str, tmp_path: Path,
     assert (tmp_path / "run" / "D.ckpt").read_bytes() == before
 
 
+def test_arguments_that_are_refused_leave_no_run_behind(tmp_path: Path, capsys: Any) -> None:
+    words = ["train", "zoo:lenet_300_100", "--method", "gmp", "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert run([*words, "--batch", "300"]) == 2
+    assert "needs the sparsity to end at" in capsys.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []
+    assert run([*words, "--batch", "300", "--sparsity", "0.9", "--variants", "A"]) == 0
+
+
 def test_the_flags_of_train_are_read_off_the_sources() -> None:
     assert recipe_defaults() == {part.name: part.default for part in fields(TrainingRecipe)}
     for name, entry in training_entries().items():
