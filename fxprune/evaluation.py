@@ -69,7 +69,8 @@ def evaluate(
 
     Raises:
         TypeError, ValueError: the data is none or holds no batch; tokens are out of range; outputs hold no
-            logits, are NaN, or have another shape than the reference's.
+            logits, are NaN, or have another shape than the reference's; there is neither a loss nor a
+            reference.
 
     >>> net = nn.Linear(2, 3)
     >>> found = evaluate(net, (torch.ones(4, 2), torch.tensor([0, 1, 2, 2])), reference=net)
@@ -169,6 +170,7 @@ class _Sums:
         self.agreed = self.diverged = self.loss = 0.0
         self.weight = 0
         self.compared = False
+        self.misfit = ""
 
     def add(
         self, batch: Batch, logits: Tensor, other: Tensor | None, loss: Tensor | None, named: bool
@@ -188,6 +190,8 @@ class _Sums:
                 else target.movedim(axis, -1).flatten(0, -2)
             )
             loss = cross_entropy(flat[counted], wanted[counted])
+        elif loss is None and not self.misfit:
+            self.misfit = _described(target, logits)
         if loss is not None:
             self.loss += float(loss) * int(counted.sum())
             self.weight += int(counted.sum())
@@ -201,6 +205,11 @@ class _Sums:
 
     def means(self) -> Evaluation:
         """The means over positions."""
+        if not self.weight and not self.compared and self.misfit:
+            raise ValueError(
+                f"data: {self.misfit}, so that there is nothing to measure; pass labels (N, ...), loss_fn= or"
+                " reference="
+            )
         number = max(self.positions, 1)
         return Evaluation(
             loss=self.loss / self.weight if self.weight else None,
@@ -230,6 +239,15 @@ def _fits(target: Any, logits: Tensor, axis: int) -> bool:
         return False
     labels = target[target != -100]
     return not labels.numel() or (int(labels.min()) >= 0 and int(labels.max()) < logits.shape[axis])
+
+
+def _described(target: Any, logits: Tensor) -> str:
+    """Say of a target that is none for a cross entropy what it is."""
+    if not isinstance(target, Tensor):
+        return f"its labels are a {type(target).__name__}, its logits {tuple(logits.shape)}"
+    known = target[target != -100]
+    span = f" from {known.min().item():g} to {known.max().item():g}" if known.numel() else ""
+    return f"labels of shape {tuple(target.shape)}{span} do not fit logits of shape {tuple(logits.shape)}"
 
 
 def _counted(batch: Batch, target: Any, shape: torch.Size) -> Tensor:

@@ -35,11 +35,6 @@ def test_a_classifier() -> None:
     assert not model[0]._forward_pre_hooks
 
 
-def test_without_reference_or_fitting_labels_there_is_nothing_to_tell() -> None:
-    found = fxprune.evaluate(nets()[0], (torch.randn(6, 4), torch.zeros(1)))
-    assert (found.loss, found.agreement, found.kl, found.perplexity) == (None, None, None, None)
-
-
 def test_pixels_and_tokens_find_their_classes() -> None:
     torch.manual_seed(0)
     conv, x = nn.Conv2d(3, 5, 1), torch.randn(2, 3, 4, 6)
@@ -165,6 +160,20 @@ def test_what_is_no_network_is_named() -> None:
             call(nn.Linear, batch)  # type: ignore[operator]
     with pytest.raises(TypeError, match="reference: expected"):
         fxprune.evaluate(nn.Linear(2, 2), batch, reference=3)  # type: ignore[arg-type]
+
+
+def test_labels_that_give_no_loss_are_told_of() -> None:
+    model, dense = nets()
+    x = torch.ones(3, 4)
+    with pytest.raises(
+        ValueError, match=r"data: labels of shape \(3,\) from 7 to 9 do not fit logits of shape \(3, 5\)"
+    ):
+        fxprune.evaluate(model, (x, torch.tensor([7, 8, 9])))
+    with pytest.raises(
+        ValueError, match=r"labels of shape \(3,\) from 0 to 0 do not fit.*loss_fn= or reference="
+    ):
+        fxprune.evaluate(model, (x, torch.zeros(3)))
+    assert fxprune.evaluate(model, (x, torch.zeros(3)), dense).loss is None
 
 
 def test_nothing_to_recalibrate_is_told_of() -> None:
