@@ -7,6 +7,7 @@
 0.5
 """
 
+import difflib
 import importlib
 import sys
 from types import ModuleType
@@ -132,10 +133,19 @@ def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_meant(name)}")
     module, _, attribute = _HOMES[name].rpartition(".")
     globals()[name] = getattr(importlib.import_module(module), attribute)
     return globals()[name]
+
+
+def _meant(name: str) -> str:
+    """Name the public function that a name was meant for, if any is near."""
+    other = "apply" if name == "prune" else None
+    if other is None and not name.startswith("_"):
+        found = difflib.get_close_matches(name, [*_HOMES, *_ROOMS], n=1)
+        other = found[0] if found else None
+    return "" if other is None else f"; did you mean {other!r}?"
 
 
 def __dir__() -> list[str]:

@@ -95,6 +95,8 @@ def density(report: Report) -> Figure:
     >>> [float(bar.get_width()) for bar in figure.axes[0].patches]
     [1.0, 1.0]
     """
+    if isinstance(report, nn.Module):
+        raise TypeError(f"report: expected what fxprune.analyze returns, got a {type(report).__name__}")
     names = list(report.layers)
     kept = [layer.kept_params / layer.params for layer in report.layers.values()]
     effective = [layer.effective_params / layer.params for layer in report.layers.values()]
@@ -122,6 +124,8 @@ def masks(masks: Mapping[str, torch.Tensor], names: Sequence[str] | None = None)
     >>> figure.axes[0].get_title()
     'fc.weight'
     """
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks: expected what fxprune.masks returns, got a {type(masks).__name__}")
     chosen = list(masks) if names is None else list(names)
     for name in chosen:
         if name not in masks:

@@ -81,6 +81,11 @@ class Request:
             raise ValueError(f"on_collapse={self.on_collapse!r}: expected 'warn', 'raise' or 'repair'")
         if self.loss_fn is not None and not callable(self.loss_fn):
             raise TypeError(f"loss_fn={self.loss_fn!r}: expected a function of (output, target)")
+        if isinstance(self.loss_fn, type) and issubclass(self.loss_fn, nn.Module):
+            name = self.loss_fn.__name__
+            raise TypeError(
+                f"loss_fn: expected a function of (output, target), got the class {name}; {name}()"
+            )
         if getattr(self.granularity, "at_most", None) is not None:
             self._check_limit()
         if self.budget == "owl" and self.data is None:

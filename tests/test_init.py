@@ -87,3 +87,13 @@ def test_help_needs_no_torch(words: str) -> None:
     found = imported_by(f"from fxprune.cli import run; run({words.split()})")
     assert "torch" not in found
     assert "rich" not in found or words not in ("", "--help", "--version", "methods", "methods --json")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("analyse", "analyze"), ("compat", "compact"), ("prune", "apply"), ("trainin", "training")],
+)
+def test_a_misspelt_name_names_the_nearest(name: str, meant: str) -> None:
+    with pytest.raises(AttributeError, match=f"has no attribute '{name}'; did you mean '{meant}'"):
+        getattr(fxprune, name)
+    assert not hasattr(fxprune, "_analyse")

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -68,13 +69,25 @@ def check_module(value: object, argument: str = "model") -> None:
     TypeError: model: expected a torch.nn.Module, got the class ReLU; call it: ReLU(...)
     """
     if isinstance(value, nn.Module):
+        if isinstance(value, torch.jit.ScriptModule):
+            raise TypeError(
+                f"{argument}: got a module of torch.jit, which has no code to read; pass the one that it was"
+                " made of"
+            )
         return
     name = getattr(value, "__name__", "")
     if callable(value) and name:
         kind = "class" if isinstance(value, type) else "function"
         called = "pass what it returns" if name == "<lambda>" else f"call it: {name}(...)"
         raise TypeError(f"{argument}: expected a torch.nn.Module, got the {kind} {name}; {called}")
-    raise TypeError(f"{argument}: expected a torch.nn.Module, got a {type(value).__name__}")
+    hint = ""
+    if isinstance(value, Mapping):
+        hint = "; a state dict is loaded into a model first: model.load_state_dict(...)"
+    elif isinstance(value, torch.export.ExportedProgram):
+        hint = "; pass the module that was exported"
+    elif isinstance(value, str):
+        hint = "; build it first, as in timm.create_model(...)"
+    raise TypeError(f"{argument}: expected a torch.nn.Module, got a {type(value).__name__}{hint}")
 
 
 def first_line(error: BaseException) -> str:

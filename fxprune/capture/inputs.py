@@ -11,6 +11,7 @@ import sys
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,12 +47,18 @@ def example_inputs_for(
     if isinstance(example_inputs, Tensor):
         return (example_inputs,), {}
     if isinstance(example_inputs, tuple):
+        if len(example_inputs) > 1 and all(type(size) is int for size in example_inputs):
+            raise TypeError(
+                f"example_inputs={tuple(example_inputs)}: a shape is no input; pass a tensor, as in"
+                f" torch.ones({', '.join(map(str, example_inputs))})"
+            )
         return example_inputs, {}
     if isinstance(example_inputs, dict):
         return (), dict(example_inputs)
     if example_inputs is not None:
+        hint = "; pass torch.from_numpy(x)" if isinstance(example_inputs, np.ndarray) else ""
         raise TypeError(
-            f"example_inputs: expected a tensor, a tuple or a dict, got {type(example_inputs).__name__}"
+            f"example_inputs: expected a tensor, a tuple or a dict, got {type(example_inputs).__name__}{hint}"
         )
     if isinstance(model, CapturedModule):
         return (), _recorded(model)

@@ -35,19 +35,19 @@ def take_config(words: Sequence[str]) -> tuple[list[str], Path | None]:
     return rest, path
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file; ``FileNotFoundError`` or ``ValueError`` that names it."""
+def read_toml(path: Path, flag: str = "--config") -> dict[str, Any]:
+    """Read a TOML file; ``FileNotFoundError`` or ``ValueError`` that names it and the ``flag`` that did."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
 
     if not path.is_file():
-        raise FileNotFoundError(f"--config {path}: there is no such file")
+        raise FileNotFoundError(f"{flag} {path}: there is no such file")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: not a TOML file ({error})") from error
+        raise ValueError(f"{flag} {path}: not a TOML file ({error})") from error
 
 
 def read_config(path: Path, known: dict[str, str]) -> dict[str, Any]:

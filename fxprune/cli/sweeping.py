@@ -29,7 +29,7 @@ def sweep(
     from fxprune.cli.sweep_run import run_sweep
 
     set_threads(threads)
-    typer.echo(run_sweep(read_toml(config), config, out))
+    typer.echo(run_sweep(read_toml(config, "CONFIG"), config, out))
 
 
 def plot(

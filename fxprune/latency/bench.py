@@ -36,8 +36,8 @@ def bench(
     models: Mapping[str, nn.Module],
     example_inputs: Any = None,
     *,
-    batch: Sequence[int] = (1,),
-    runtimes: Sequence[str] = ("eager",),
+    batch: int | Sequence[int] = (1,),
+    runtimes: str | Sequence[str] = ("eager",),
     threads: int | None = None,
     seconds: float = 1.0,
 ) -> Bench:
@@ -47,7 +47,7 @@ def bench(
         models: by name, networks that take the same inputs; they are not changed. The first is the one that
             others are compared with.
         example_inputs: as in :func:`fxprune.apply`; numbers are drawn in their shapes.
-        batch: batch sizes.
+        batch: a batch size, or several.
         runtimes: "eager", "compile", "onnxruntime", "openvino". One that is not installed is skipped, and
             said to be.
         threads: of each runtime; by default as many as PyTorch has now.
@@ -64,6 +64,8 @@ def bench(
     >>> found.networks["small"].parameters, found.timing("small").batch
     (20, 1)
     """
+    batch = (batch,) if isinstance(batch, int) else batch
+    runtimes = (runtimes,) if isinstance(runtimes, str) else runtimes
     _check(models, batch, runtimes, threads, seconds)
     threads = threads or torch.get_num_threads()
     first = unwrap(next(iter(models.values())))
@@ -114,8 +116,14 @@ def measure(
 def _check(
     models: Any, batch: Sequence[int], runtimes: Sequence[str], threads: int | None, seconds: float
 ) -> None:
-    if not isinstance(models, Mapping) or not models:
-        raise ValueError(f"models={models!r}: expected a dict of at least one network by name")
+    if isinstance(models, nn.Module):
+        raise TypeError(
+            f'models: got a {type(models).__name__}, expected a dict of networks: {{"model": model}}'
+        )
+    if not isinstance(models, Mapping):
+        raise TypeError(f"models: got a {type(models).__name__}, expected a dict of networks by name")
+    if not models:
+        raise ValueError("models={}: expected a dict of at least one network by name")
     for name, model in models.items():
         if not isinstance(model, nn.Module):
             raise TypeError(f"models[{name!r}]: expected a torch.nn.Module, got a {type(model).__name__}")

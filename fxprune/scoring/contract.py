@@ -129,6 +129,8 @@ class Method:
     updates: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.needs, str):
+            raise TypeError(f"method {self.name!r}: needs={self.needs!r}, expected a set: {{{self.needs!r}}}")
         unknown = sorted(set(self.needs) - NEEDS)
         if unknown:
             raise ValueError(f"method {self.name!r}: needs={unknown[0]!r}, expected 'data' or 'graph'")

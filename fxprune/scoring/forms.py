@@ -6,6 +6,7 @@ mapping of keyword inputs. What is neither a batch nor iterable is refused, with
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,8 @@ def check_data(data: Any, who: str = "") -> None:
             " torch.utils.data.DataLoader(data, batch_size=64)"
         )
     if isinstance(data, str) or not hasattr(type(data), "__iter__"):
-        raise TypeError(f"{who}data is a {type(data).__name__}, {EXPECTED}")
+        hint = "; call it, if it returns them" if inspect.isroutine(data) else ""
+        raise TypeError(f"{who}data is a {type(data).__name__}, {EXPECTED}{hint}")
 
 
 def iterate(data: Any, who: str) -> Iterator[Any]:

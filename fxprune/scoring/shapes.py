@@ -120,6 +120,8 @@ def _expected(model: nn.Module) -> list[Expected]:
     except ValueError:
         pass
     for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            return [(torch.int64, (None, None))]
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             return [(module.weight.dtype, (None, module.in_channels, *[None] * len(module.kernel_size)))]
         if isinstance(module, nn.Linear):

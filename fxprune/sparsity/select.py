@@ -71,6 +71,11 @@ def check_scores(scores: Mapping[str, torch.Tensor], budget: Budget, method: str
         )
     extremes = []
     for name, score in scores.items():
+        if not isinstance(score, torch.Tensor):
+            kind = type(score).__name__
+            raise TypeError(
+                f"{method}: scores of {name!r} are a {kind}, expected a tensor of the weights' shape"
+            )
         if score.numel() != budget.sizes[name]:
             raise ValueError(
                 f"{method}: {score.numel()} scores for the {budget.sizes[name]} weights of {name!r}"

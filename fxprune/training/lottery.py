@@ -175,6 +175,9 @@ def lottery(
     [0.0, 0.5, 0.75]
     """
     alone = _takes_model_only(train_fn)
+    if isinstance(model_fn, nn.Module) or not callable(model_fn):
+        kind = type(model_fn).__name__
+        raise TypeError(f"model_fn: expected a function that makes the network, got a {kind}")
     if integer("rewind_to", rewind_to, 0) and alone:
         raise ValueError(f"rewind_to={rewind_to!r}: train_fn must take (model, run) and call run.step(t)")
     pruner = Pruner(

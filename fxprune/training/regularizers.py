@@ -132,6 +132,7 @@ def regularizer(
             (0.5) of them; f grows by 1 every ``every`` (10) steps, up to ``ceiling`` (1000) (GReg-1, Wang et
             al. 2021, arXiv 2012.09243, algorithm 1; there groups are the filters of a layer).
         model: the model that trains, masked or not; it is not changed, and its parameters are not copied.
+            After ``Pruner.compact`` the model that trains is another one: make the penalty anew.
         example_inputs, exclude: as for :func:`fxprune.apply`; ``whole_heads``: groups are those of "head".
         strength: the factor of the whole penalty.
 
@@ -184,8 +185,8 @@ def _kind(kind: str, options: dict[str, Any]) -> tuple[int, Callable[[Regularize
     }
     odd = next((name for name in options if name not in known[kind]), None)
     if odd is not None:
-        accepted = ", ".join(known[kind]) or "none"
-        raise TypeError(f"{odd}={options[odd]!r}: {kind!r} has the options {accepted}")
+        accepted = ", ".join([*known[kind], "strength", "exclude", "whole_heads"])
+        raise TypeError(f"{odd}={options[odd]!r}: {kind!r} has no such option, expected {accepted}")
     values: dict[str, Any] = {**known[kind], **options}
     if kind == "group-lasso":
         return 1, lambda one: one.sizes().detach().double().sqrt()

@@ -105,6 +105,7 @@ FORMS = [
     ([NUMPY], ValueError, r"batch 0 of data holds numpy arrays.*torch\.from_numpy\(x\)"),
     (np.ones((3, 4)), TypeError, r"data is a numpy array.*torch\.from_numpy\(x\)"),
     (X, TypeError, r"data is a Tensor, expected a pair"),
+    (lambda: [(X, Y)], TypeError, r"data is a function, expected a pair.*; call it, if it returns them"),
     ([], ValueError, "data yields no batch"),
 ]
 
@@ -131,6 +132,21 @@ def test_images_that_do_not_fit(x: torch.Tensor, given: str, remedy: str, inputs
         fxprune.apply(images_net(), "snip", 0.5, data=(x, Y[:4]), example_inputs=inputs)
     assert remedy in str(caught.value)
     assert "takes float32 of (N, 3, " in str(caught.value)
+
+
+def test_tokens_that_are_no_whole_numbers() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.head(self.table(tokens).mean(1))
+
+    with pytest.raises(
+        ValueError, match=r"data: x is float32 of \(4, 5\), Words takes int64.*pass x\.to\(torch\.int64\)"
+    ):
+        fxprune.apply(Words(), "snip", 0.5, data=(torch.ones(4, 5), torch.zeros(4).long()))
 
 
 def test_images_of_a_size_that_the_model_does_not_take() -> None:
@@ -284,4 +300,13 @@ def test_scores_of_ones_own() -> None:
         fxprune.apply(net(), method, 0.5, example_inputs=X)
     with pytest.raises(ValueError, match="needs='dta', expected 'data' or 'graph'"):
         fxprune.Method("own", lambda problem: {}, needs=frozenset({"dta"}))
+    with pytest.raises(TypeError, match=r"needs='data', expected a set: \{'data'\}"):
+        fxprune.Method("own", lambda problem: {}, needs="data")  # type: ignore[arg-type]
+
+    def arrays(problem: Any, masks: Any) -> Any:
+        return {name: weight.numpy() for name, weight in problem.weights.items()}
+
+    method = fxprune.Method("own", fxprune.methods.from_scores(arrays, name="own"))
+    with pytest.raises(TypeError, match=r"own: scores of '0\.weight' are a ndarray, expected a tensor"):
+        fxprune.apply(net(), method, 0.5, example_inputs=X)
     assert fxprune.Method("own", lambda problem: {}, needs={"data"}).needs == {"data"}  # type: ignore[arg-type]

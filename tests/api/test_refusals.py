@@ -1,8 +1,10 @@
 """Bad input: one line that names the argument and the value, of the fitting type, before any work."""
 
 import re
+import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -28,6 +30,7 @@ REFUSALS = [
     ({"method": "synflow", "rounds": 0}, ValueError, "rounds=0"),
     ({"method": "snip"}, ValueError, "method 'snip' needs data="),
     ({"loss_fn": 3}, TypeError, "loss_fn=3"),
+    ({"loss_fn": nn.MSELoss}, TypeError, "got the class MSELoss; MSELoss()"),
     ({"budget": "global-ish"}, ValueError, "budget='global-ish'"),
     ({"budget": 0.5}, TypeError, "budget=0.5"),
     ({"budget": {"nope": 0.5}}, ValueError, "budget: 'nope' fits no prunable layer"),
@@ -48,6 +51,9 @@ REFUSALS = [
     ({"returns": "fx"}, ValueError, "returns='fx'"),
     ({"on_collapse": "ignore"}, ValueError, "on_collapse='ignore'"),
     ({"example_inputs": [torch.ones(1, 4)]}, TypeError, "example_inputs"),
+    ({"example_inputs": (2, 4)}, TypeError, "example_inputs=(2, 4): a shape is no input; pass a tensor"),
+    ({"example_inputs": torch.Size([2, 4])}, TypeError, "as in torch.ones(2, 4)"),
+    ({"example_inputs": np.ones((2, 4))}, TypeError, "got ndarray; pass torch.from_numpy(x)"),
     ({"example_inputs": torch.ones(2, 5)}, ValueError, "example_inputs"),
     ({"example_inputs": None}, ValueError, "example_inputs"),
 ]
@@ -91,6 +97,17 @@ def test_a_model_without_prunable_weights(model: nn.Module) -> None:
 def test_models_that_are_no_models_or_have_no_values() -> None:
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got a str"):
         fxprune.apply("resnet18", "random", 0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got a OrderedDict; a state dict is loaded into a model first"):
+        fxprune.apply(net().state_dict(), "random", 0.5)  # type: ignore[arg-type]
+    exported = torch.export.export(net(), (torch.ones(2, 4),))
+    with pytest.raises(TypeError, match="got a ExportedProgram; pass the module that was exported"):
+        fxprune.apply(exported, "random", 0.5)  # type: ignore[arg-type]
+    for make in (torch.jit.script, lambda model: torch.jit.trace(model, torch.ones(2, 4))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compiled = make(net())
+        with pytest.raises(TypeError, match=r"got a module of torch\.jit.*pass the one that it was made of"):
+            fxprune.apply(compiled, "random", 0.5, example_inputs=torch.ones(2, 4))
     with torch.device("meta"):
         empty = net()
     with pytest.raises(ValueError, match="meta device"):
@@ -107,6 +124,21 @@ def test_models_that_are_no_models_or_have_no_values() -> None:
         (lambda: fxprune.analyze(net()), "example_inputs"),
         (lambda: fxprune.capture(net()), "example_inputs"),
         (lambda: fxprune.lower(net()), "gm: expected a torch.fx.GraphModule"),
+        (lambda: fxprune.verify("net"), "model: expected a torch.nn.Module, got a str"),
+        (lambda: fxprune.finalize(net), "model: expected a torch.nn.Module, got the function net; call it"),
+        (
+            lambda: fxprune.plot.density(net()),
+            "report: expected what fxprune.analyze returns, got a Sequential",
+        ),
+        (lambda: fxprune.plot.masks(net()), "masks: expected what fxprune.masks returns, got a Sequential"),
+        (
+            lambda: fxprune.lottery(net(), lambda model: 1.0, 1, example_inputs=torch.ones(1, 4)),
+            "model_fn: expected a function that makes the network, got a Sequential",
+        ),
+        (
+            lambda: fxprune.remap_optimizer("adam", net(), fxprune.compact(net(), torch.ones(1, 4))),
+            "optimizer: expected a torch.optim.Optimizer, got a str",
+        ),
     ],
 )
 def test_the_other_doors(call: Any, message: str) -> None:

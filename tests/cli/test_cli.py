@@ -88,6 +88,7 @@ BAD = [
     (["prune", "zoo:resnet20", "-m", "snip", "--data", "fashion-mnist"], "train-images-idx3-ubyte"),
     (["prune", "FILE:small", "--threads", "0"], "--threads 0"),
     (["prune", "--config", "none.toml"], "--config none.toml: there is no such file"),
+    (["sweep", "none.toml"], "CONFIG none.toml: there is no such file"),
     (["prune", "--config"], "expected a file such as run.toml"),
     (["prune", "--config", "FILE"], "not a TOML file"),
     (["analyze", "nowhere/"], "there is no such folder; expected a folder that prune --out wrote"),

@@ -123,5 +123,17 @@ def test_bad_arguments(options: dict[str, Any], words: str) -> None:
     given = {"models": {"a": net()}, "example_inputs": torch.ones(1, 6), **options}
     with pytest.raises(ValueError, match=words):
         fxprune.bench(**given)
+    with pytest.raises(
+        TypeError, match=r"^models: got a Sequential, expected a dict of networks.*$"
+    ) as caught:
+        fxprune.bench(net())  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    with pytest.raises(TypeError, match=r"^models: got a list, expected a dict of networks by name$"):
+        fxprune.bench([net()])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"models\['a'\]: expected a torch\.nn\.Module, got a int"):
         fxprune.bench({"a": 3})  # type: ignore[dict-item]
+
+
+def test_one_batch_size_and_one_runtime_need_no_list() -> None:
+    found = fxprune.bench({"a": net()}, torch.ones(1, 6), batch=3, runtimes="eager", seconds=0.001)
+    assert [(timing.runtime, timing.batch) for timing in found.timings] == [("eager", 3)]

@@ -124,7 +124,11 @@ def test_training_with_it_makes_groups_small() -> None:
     [
         ({"kind": "lasso"}, ValueError, "kind='lasso': expected one of 'group-lasso'"),
         ({"strength": 0}, ValueError, "strength=0: expected a number above zero"),
-        ({"alpha": 1.0}, TypeError, "alpha=1.0: 'greg' has the options sparsity, every, ceiling"),
+        (
+            {"alpha": 1.0},
+            TypeError,
+            "alpha=1.0: 'greg' has no such option, expected sparsity, every, ceiling, strength",
+        ),
         ({"every": 0}, ValueError, "every=0"),
         ({"exclude": "nothing"}, ValueError, "exclude: 'nothing' fits nothing"),
         ({"model": 3}, TypeError, "model: expected a torch.nn.Module"),

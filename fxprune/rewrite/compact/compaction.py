@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.capture import capture
-from fxprune.capture.errors import check_module
+from fxprune.capture.errors import InputError, check_module, first_line
 from fxprune.channels.follow import follow
 from fxprune.graph import ChannelGraph, ir
 from fxprune.lowering import lower
@@ -39,6 +39,7 @@ from fxprune.rewrite.compact.statistics import reductions
 from fxprune.rewrite.compact.strides import multiples
 from fxprune.rewrite.compact.table import tabulate
 from fxprune.rewrite.compact.trial import (
+    RUN_ERRORS,
     NodeFailure,
     OutputsDiffer,
     in_double,
@@ -176,7 +177,16 @@ def _proved(
 ) -> tuple[fx.GraphModule, Slices, float | None]:
     """The smaller network and the largest difference of its outputs; what makes others is given back."""
     nodes = {node.name: node for node in source.graph.nodes}
-    before = _recorded(source, way, runs)
+    try:
+        before = _recorded(source, way, runs)
+    except RUN_ERRORS as error:
+        if source is not gm:
+            raise
+        given = ", ".join(str(tuple(x.shape)) for x in runs[0] if isinstance(x, Tensor))
+        raise InputError(
+            f"example_inputs: the network does not run on {given or 'them'}: {first_line(error)}; pass inputs"
+            " that it takes, or none where it was captured"
+        ) from error
     expected = before.outputs
     if verify and source is not gm:
         expected = outputs_of(gm, runs[0]), outputs_of(gm, runs[1], 1)

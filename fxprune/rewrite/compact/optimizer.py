@@ -53,6 +53,8 @@ def remap_optimizer(
     table = getattr(after, "meta", {}).get("fxprune", {}).get("compaction")
     if not isinstance(table, Compaction):
         raise ValueError("after: expected what fxprune.compact returned; it has no table of a compaction")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got a {type(optimizer).__name__}")
     made = object.__new__(type(optimizer))
     made.__dict__.update(optimizer.__dict__)
     made.param_groups, made.state = _carried(optimizer, before, after, table.kept)
@@ -80,7 +82,10 @@ def _carried(
         parameters = []
         for parameter in group["params"]:
             if id(parameter) not in names:
-                raise ValueError(f"before: it lacks a parameter of the optimizer's group {number}")
+                raise ValueError(
+                    f"before: it lacks a parameter of the optimizer's group {number}; pass the network that"
+                    " the optimizer trains"
+                )
             name = names[id(parameter)]
             if name not in new:
                 continue

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from fxprune.capture.errors import check_module
 from fxprune.rewrite.masking.averages import IDENTITY
 from fxprune.rewrite.masking.computed import computed_weights, masks_of_computed, settle, unmask_computed
 from fxprune.rewrite.masking.copying import duplicate
@@ -64,6 +65,7 @@ def finalize(model: Model) -> Model:
     >>> type(finalize(layer)).__name__
     'Linear'
     """
+    check_module(model)
     _refuse_sharded(model)
     final = duplicate(unwrap(model))
     for parameter, mask in _masked(final):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from fxprune.capture.errors import check_module
 from fxprune.rewrite.masking.averages import foreign_masks
 from fxprune.rewrite.masking.computed import mask_of_computed, masks_of_computed, settled
 from fxprune.rewrite.masking.graph_reads import (
@@ -46,6 +47,7 @@ def verify(model: nn.Module) -> None:
     >>> install(layer, {"weight": torch.tensor([[True, False]])})
     >>> verify(layer)
     """
+    check_module(model)
     model = unwrap(model)
     reshard(model)
     _check_bypass(model)

@@ -424,3 +424,13 @@ def test_a_number_that_cannot_change_holds_its_own_channels_alone() -> None:
     assert small.get_parameter("one.weight").shape == (5, 3)
     assert small.get_parameter("two.weight").shape == (8, 5)
     assert_same(run(small, x), run(net, x))
+
+
+def test_inputs_that_the_network_does_not_take_are_named() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    gm = fxprune.capture(net, torch.ones(1, 3, 8, 8))
+    with pytest.raises(
+        ValueError, match=r"^example_inputs: the network does not run on \(1, 1, 8, 8\)"
+    ) as caught:
+        fxprune.compact(gm, torch.ones(1, 1, 8, 8))
+    assert "\n" not in str(caught.value)
