@@ -104,3 +104,30 @@ def test_a_browser_draws_it(tmp_path: Path) -> None:
     assert found.stdout.count('<button type="button"') == 2
     assert '<h2 id="chosen">3.weight</h2>' in found.stdout
     assert '<canvas id="mask" width="12" height="5">' in found.stdout
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
+def test_names_of_layers_are_whole_on_a_phone(tmp_path: Path) -> None:
+    inner = nn.Sequential()
+    inner.add_module(
+        "a_block_with_a_rather_long_name_of_its_own", nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    )
+    page = fxprune.analyze(inner, example_inputs=torch.ones(1, 4)).to_html()
+    note = """<script>addEventListener("load", () => {
+        const cut = [...document.querySelectorAll(".name")].filter(one => one.scrollWidth > one.clientWidth);
+        document.body.dataset.cut = cut.length; document.body.dataset.wide = innerWidth; });</script>"""
+    path = tmp_path / "r.html"
+    path.write_text(page + note, encoding="utf-8")
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}/profile",
+    ]
+    found = subprocess.run(
+        [*command, "--window-size=500,900", "--dump-dom", f"file://{path}"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert 'data-cut="0"' in found.stdout
+    assert int(re.findall(r'data-wide="(\d+)"', found.stdout)[0]) < 700
