@@ -62,13 +62,7 @@ def find_in_time(
     def timed(masks: Masks) -> tuple[float, float]:
         whole, least = measure(compact(masked_copy(network, problem, masks).eval(), verify=False))
         if lowest and least > wanted(whole) * (1 + TOLERANCE):
-            ask = f"at_most={math.ceil(1e3 * least) / 1e3} or more"
-            if limit is None:
-                ask = f"a sparsity of at most {max(math.floor(1e2 * (1 - least / whole)) / 1e2, 0.0):g}"
-            raise ValueError(
-                f"of='latency': {wanted(whole):.3g} of {whole:.3g} ms are to be kept, but the smallest"
-                f" network takes {least:.3g} ms, as measured: {lowest[0].why}; ask for {ask}"
-            )
+            raise ValueError(_out_of_reach(wanted(whole), whole, least, limit, lowest[0].why))
         return whole, least
 
     with stopwatch(dense, runtime, threads, batch) as measure:
@@ -89,4 +83,15 @@ def find_in_time(
         batch,
         str(problem.device),
         rounds,
+    )
+
+
+def _out_of_reach(target: float, whole: float, least: float, limit: float | None, why: str) -> str:
+    """Say that the smallest network that there is takes longer than the target, as measured."""
+    ask = f"at_most={math.ceil(1e3 * least) / 1e3} or more"
+    if limit is None:
+        ask = f"a sparsity of at most {max(math.floor(1e2 * (1 - least / whole)) / 1e2, 0.0):g}"
+    return (
+        f"of='latency': {target:.3g} of {whole:.3g} ms are to be kept, but the smallest network takes"
+        f" {least:.3g} ms, as measured: {why}; ask for {ask}"
     )

@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["named", "save_tensors", "whole_file", "write_text"]
+__all__ = ["named", "whole_file", "write_text"]
 
 
 @contextmanager
@@ -64,21 +60,3 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write text in UTF-8, in full or not at all."""
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
-
-
-def save_tensors(
-    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file; ``OSError`` where it cannot be, with the system's reason alone."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save, save_file
-
-    facts = None if metadata is None else dict(metadata)
-    if path.exists() and not path.is_file():  # a device, in whose place `save_file` would move a file
-        path.write_bytes(save(dict(tensors), facts))
-        return
-    try:
-        save_file(dict(tensors), path, facts)
-    except SafetensorError as error:
-        reason = str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]
-        raise OSError(reason) from error

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 import fxprune
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ def load_folder(source: str) -> tuple[nn.Module, Any]:
     Raises ``ValueError`` for a folder that holds no model, or one whose inputs are neither tokens nor images.
     """
     import transformers
-    from safetensors import SafetensorError
 
     folder = folder_of(source)
     assert folder is not None

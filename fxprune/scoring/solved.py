@@ -17,7 +17,8 @@ from torch.distributed import ProcessGroup
 from fxprune.scoring.data import Batch
 from fxprune.scoring.distributed import gathered
 from fxprune.scoring.forms import tensors_in
-from fxprune.whole_files import save_tensors, whole_file
+from fxprune.tensor_files import save_tensors
+from fxprune.whole_files import whole_file
 
 __all__ = ["SolvedLayers", "look"]
 

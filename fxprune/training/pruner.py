@@ -60,8 +60,7 @@ class Pruner:
         model: any module; it is not changed, unless ``returns`` says so. If it was pruned before, that stays.
         method: "asni", "gmp", "imp", "set", "rigl", or a :class:`TrainingMethod`.
         sparsity: the fraction of the prunable weights, or of what ``of`` says, that is gone in the end; also
-            called ``target``. ``asni`` and ``imp`` can do without, from options of their own. Of channels
-            ``at_most`` says instead what may stay: ``of="macs", at_most=1e9``.
+            called ``target``. ``asni`` and ``imp`` can do without, from options of their own.
         total: the number of steps or epochs of the training, in the unit that :meth:`step` counts.
         example_inputs, budget, granularity, exclude, seed, rules, data, loss_fn: as for ``fxprune.apply``;
             the last two for criteria that look at data.
@@ -70,7 +69,7 @@ class Pruner:
         rewind: steps before whose pruning the weights are kept, for ``reinitialize("rewind:k")``.
         checkpoint_dir: where :meth:`step` leaves checkpoints; :meth:`resume` goes on from the last.
         checkpoint_every: steps from one checkpoint to the next.
-        method_options: the method's own, and those of channels: ``of="macs"``.
+        method_options: the method's own, and those of channels: ``of="macs"``, ``at_most`` for ``sparsity``.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, named, before any work.

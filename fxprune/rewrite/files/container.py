@@ -12,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fxprune.whole_files import save_tensors, whole_file
+from fxprune.tensor_files import save_tensors
+from fxprune.whole_files import whole_file
 
 __all__ = ["CHECKSUM", "FORMAT", "own_version", "read_container", "write_container"]
 
