@@ -68,6 +68,9 @@ class _Follower:
             self.constants.note(op)
             if op.output.live or (factors and op.output.index in self.constants.made):
                 self.labels.values[op.output.index] = tuple(factors)
+        for value in self.graph.training_outputs:
+            for factor in self._of(value):
+                self.labels.fix(factor.labels, "an output of the network in training")
         for units in self.graph.units:
             tie_units(self.labels, units, self.graph.kernels)
         tie_shared(self.labels, self.graph)

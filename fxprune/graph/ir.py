@@ -100,7 +100,8 @@ class ChannelGraph:
 
     ``results`` holds what every node of the captured graph that yields tensors yields, see :meth:`value_of`;
     ``constants`` describes those values that no op makes, by their index; ``units`` lists the hidden units of
-    recurrent layers.
+    recurrent layers; ``training_outputs`` are values that the network gives in training alone: no path counts
+    there, but they keep their shape.
 
     Example:
         >>> import torch, fxprune
@@ -123,6 +124,7 @@ class ChannelGraph:
     results: dict[str, Any] = field(default_factory=dict, repr=False)
     constants: dict[int, ConstantValue] = field(default_factory=dict, repr=False)
     units: tuple[Units, ...] = field(default=(), repr=False)
+    training_outputs: tuple[Value, ...] = field(default=(), repr=False)
     # Compiled traversals by resolution; see fxprune.paths.program.
     programs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 

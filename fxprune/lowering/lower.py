@@ -33,7 +33,7 @@ from fxprune.lowering.follow import reads_of_result
 from fxprune.lowering.joined import joined_weights
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, lost
-from fxprune.lowering.results import Results
+from fxprune.lowering.results import Results, training_outputs
 from fxprune.lowering.rules import KERNEL_TARGETS, RULES
 from fxprune.lowering.rules.movement import MOVES, REARRANGES
 from fxprune.lowering.rules.pointwise import statistic_axes
@@ -97,7 +97,8 @@ def lower(gm: fx.GraphModule, *, rules: Rules | None = None, strict: bool = Fals
     values, constants = results.values()
     name, units = type(gm).__name__, tuple(build.units)
     ops = tuple(build.ops)
-    return ir.ChannelGraph(ops, build.kernels, build.samples, name, values, constants, units)
+    more = training_outputs(gm, values, ops)
+    return ir.ChannelGraph(ops, build.kernels, build.samples, name, values, constants, units, more)
 
 
 def _samples(gm: fx.GraphModule) -> int:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
 from torch import fx
 
+from fxprune.capture import ModeSwitch
 from fxprune.graph import ir
 from fxprune.lowering.builder import Builder
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.table import tensors_in
 
-__all__ = ["Results"]
+__all__ = ["Results", "training_outputs"]
 
 
 class Results:
@@ -60,3 +62,28 @@ class Results:
             return None
 
         return {name: plain(result) for name, result in self.found.items()}, constants
+
+
+def training_outputs(
+    gm: fx.GraphModule, values: dict[str, Any], ops: Sequence[ir.AnyOp]
+) -> tuple[ir.Value, ...]:
+    """Return the values on paths that a network gives in training only, such as those of auxiliary heads.
+
+    ``values``: what every node yields, by its name. Only switches that the network returns are followed: all
+    others choose between two ways to compute what the next layer reads.
+    """
+    waiting, seen = list(gm.graph.output_node().all_input_nodes), set[fx.Node]()
+    found: dict[int, ir.Value] = {}
+
+    def keep(node: fx.Node) -> None:
+        found.update((x.index, x) for x in tensors_in(values.get(node.name)) if isinstance(x, ir.Value))
+
+    while waiting:
+        node = waiting.pop()
+        if node.op == "call_module" and node not in seen:
+            seen.add(node)
+            if isinstance(gm.get_submodule(str(node.target)), ModeSwitch):
+                fx.node.map_arg(node.args[0], keep)
+                waiting += node.all_input_nodes
+    returned = {value.index for op in ops if isinstance(op, ir.Sink) for value in op.inputs}
+    return tuple(value for index, value in sorted(found.items()) if value.live and index not in returned)

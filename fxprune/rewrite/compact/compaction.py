@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -233,7 +233,7 @@ def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks) -> Cut:
         weight = gm.get_parameter(name).detach()
         return (torch.ones_like(weight, dtype=torch.bool) if name in computed else weight != 0).cpu()
 
-    used = used_channels(graph, masks, resolution="channel")
+    used = used_channels(_with_training_outputs(graph), masks, resolution="channel")
     if graph.kernels and not any(bool(rows.any()) for rows, _ in used.values()):
         empty = [name for name, mask in masks.items() if is_empty(mask)] or list(graph.kernels)
         raise ValueError(
@@ -247,6 +247,13 @@ def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks) -> Cut:
             labels = torch.cat([sides.rows, sides.columns])
             cut.give_back(labels, f"{sides.name}: the layer computes its weight from all of it")
     return cut
+
+
+def _with_training_outputs(graph: ChannelGraph) -> ChannelGraph:
+    """The graph with outputs that are given in training alone among its outputs: what they read is used."""
+    more = graph.training_outputs
+    ops = [replace(op, inputs=(*op.inputs, *more)) if isinstance(op, ir.Sink) else op for op in graph.ops]
+    return replace(graph, ops=tuple(ops), programs={}) if more else graph
 
 
 def _keep_written(cut: Cut, written: Collection[str]) -> None:

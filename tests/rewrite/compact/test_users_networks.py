@@ -290,3 +290,32 @@ def test_a_network_without_a_batch_loses_channels() -> None:
     """Layers that are given one vector, as where a network computes the weights of another."""
     net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     assert_compacts(redrawn(net), torch.randn(5), 0.4)
+
+
+class Auxiliary(nn.Module):
+    """A second classifier that only training asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Linear(6, 10), nn.Linear(10, 8), nn.Linear(8, 3)
+        self.side, self.second = nn.Linear(10, 9), nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = self.stem(x).relu()
+        out = self.head(self.body(y).relu())
+        return (out, self.second(self.side(y).relu())) if self.training else out
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_outputs_of_training_alone_stay_what_they_were(share: float) -> None:
+    model, x = redrawn(Auxiliary()), torch.randn(5, 6)
+    small = assert_compacts(model, x, share)
+    assert small.get_submodule("side").out_features < 9
+    assert small.get_submodule("second").out_features == 3
+    pruned = fxprune.apply(
+        model, "random", share, granularity="channel", example_inputs=x, progress=False, seed=1
+    )
+    with torch.no_grad():  # in float32, and in the mode of training
+        assert_same(list(pruned.train()(x)), list(small.train()(x)), 1e-5)
+    held = {group.reason for group in fxprune.channel_groups(model, x) if not group.removable}
+    assert held == {"output: an output of the network", "an output of the network in training"}
