@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from fxprune.channels.labels import Factor, Labels, Lines
+from fxprune.channels.labels import Factor, Heads, Labels, Lines
 from fxprune.channels.wholes import Whole
 from fxprune.graph import ir
 
@@ -36,8 +38,11 @@ def contraction(
         dict(zip(own, value.shape, strict=True)) for (value, _), own in zip(operands, letters, strict=True)
     ]
     found: list[Factor] = []
+    heads = _Heads(labels, op, lettered, sizes, place)
     for side in (0, 1):
         for factor in lettered[side]:
+            if not whole_heads and heads.is_known(factor, lettered[1 - side]):
+                continue
             if wholes is not None and _waits(factor, out, sizes[1 - side], lettered[1 - side], place, wholes):
                 continue
             reason = _partner(labels, factor, out, sizes[1 - side], lettered[1 - side], whole_heads)
@@ -51,7 +56,7 @@ def contraction(
             if own_letters and len(factor.letters) > len(own_letters):
                 index = operands[side][0].index
                 labels.lines.append(Lines(factor.lines(own_letters), index, place))
-    return found
+    return found if whole_heads else [*found, *heads.of_result(found)]
 
 
 def shared_axes(op: ir.Mix) -> list[tuple[int, ...]]:
@@ -87,6 +92,64 @@ class _Lettered:
         """The labels with the letters of ``last`` along the last axis, together."""
         first = [letter for letter in self.letters if letter not in last]
         return self.along([*first, *last]).flatten(len(first))
+
+
+class _Heads:
+    """The heads of a product of two values: a letter that both have, and the result, beside channels.
+
+    The labels are counted in either case, so that a graph has the same ones with whole heads and without.
+    """
+
+    def __init__(
+        self,
+        labels: Labels,
+        op: ir.Mix,
+        sides: Sequence[Sequence[_Lettered]],
+        sizes: Sequence[dict[str, int]],
+        place: str,
+    ) -> None:
+        self.labels, self.place = labels, place
+        self.out = op.equation.partition("->")[2]
+        self.letters = [letter for letter in self.out if all(own.get(letter, 1) > 1 for own in sizes)]
+        self.sizes = [sizes[0][letter] for letter in self.letters]
+        self.new = labels.of_heads(math.prod(self.sizes)) if self.letters else torch.zeros(0)
+        found = [self._lines(factor) for own in sides for factor in own if self._has_channels(factor)]
+        self.lines = torch.cat(found, -1) if found else None
+
+    def _has_channels(self, factor: _Lettered) -> bool:
+        own = set(factor.letters)
+        return bool(own & set(self.letters)) and bool(own - set(self.letters))
+
+    def _lines(self, factor: _Lettered) -> Tensor:
+        """The labels of a factor, (heads, channels)."""
+        rest = [letter for letter in factor.letters if letter not in self.letters]
+        by_head = factor.along([*self.letters, *rest]).flatten(len(self.letters))
+        return by_head.expand(*self.sizes, -1).flatten(0, -2)
+
+    def is_known(self, factor: _Lettered, others: Sequence[_Lettered]) -> bool:
+        """Whether a factor is of heads whose channels the other operand has; they go together then."""
+        if not set(factor.letters) <= set(self.letters) or not self.labels.are_heads(factor.labels):
+            return False
+        lines = [self._lines(other) for other in others if self._has_channels(other)]
+        if not lines:
+            return False
+        one = factor.along(self.letters).expand(self.sizes).flatten()
+        self.labels.heads.append(Heads(one, torch.cat(lines, -1), self.place))
+        return True
+
+    def of_result(self, found: Sequence[Factor]) -> list[Factor]:
+        """The factor of the heads in the result, if no other says which of its heads go."""
+        axes = tuple(self.out.index(letter) for letter in self.letters)
+        if self.lines is None or any(set(factor.axes) & set(axes) for factor in found):
+            return []
+        # Heads with the same channels, such as those of all samples, are one.
+        _, number = torch.unique(self.lines, dim=0, return_inverse=True)
+        one = self.new[number]
+        self.labels.heads.append(Heads(one, self.lines, self.place))
+        shape = [1] * len(self.out)
+        for axis, size in zip(axes, self.sizes, strict=True):
+            shape[axis] = size
+        return [Factor(axes, one.view(shape))]
 
 
 def _partner(

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from fxprune.channels.components import components
 
-__all__ = ["FILLED", "FIRST", "FIXED", "Factor", "Labels", "Lines", "Sides", "aligned", "along_axis", "thin"]
+__all__ = [
+    "FILLED", "FIRST", "FIXED", "Factor", "Heads", "Labels", "Lines", "Sides", "aligned", "along_axis",
+    "thin",
+]  # fmt: skip
 
 FILLED = 0
 """The label of entries that data movement fills in: they follow whatever they meet."""
@@ -69,6 +72,19 @@ class Lines:
 
 
 @dataclass(frozen=True, eq=False)
+class Heads:
+    """Labels ``one`` (heads,) of attention heads: each goes with its channels, ``each`` (heads, channels).
+
+    A head is no channel of any parameter. Its label says which entries of the scores, and of what is added to
+    them, go where none of its channels is left.
+    """
+
+    one: Tensor
+    each: Tensor
+    place: str
+
+
+@dataclass(frozen=True, eq=False)
 class Sides:
     """The labels of one use of a parameter: ``rows`` (out,) and ``columns`` (in,), as its matrix has them."""
 
@@ -84,8 +100,9 @@ class Labels:
 
     ``rows``, ``columns``: parameter -> the label of its first output and its first input channel; the others
     follow. ``tables``: by parameter that is a table of vectors, such as an embedding, the labels of their
-    entries. ``values``: value index -> its factors. ``reasons``: for labels that are fixed by themselves, the
-    operation that fixes them.
+    entries. ``heads``: what the labels of attention heads stand for; ``first_heads``: the first and the
+    number of those of each product. ``values``: value index -> its factors. ``reasons``: for labels that are
+    fixed by themselves, the operation that fixes them.
     """
 
     count: int = FIRST
@@ -94,6 +111,8 @@ class Labels:
     tables: dict[str, Tensor] = field(default_factory=dict)
     values: dict[int, tuple[Factor, ...]] = field(default_factory=dict)
     sides: list[Sides] = field(default_factory=list)
+    heads: list[Heads] = field(default_factory=list)
+    first_heads: list[tuple[int, int]] = field(default_factory=list)
     lines: list[Lines] = field(default_factory=list)
     edges: list[Tensor] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
@@ -125,6 +144,19 @@ class Labels:
             self.count += size
             self._root = None
         return self.tables[name]
+
+    def of_heads(self, count: int) -> Tensor:
+        """Return new labels for the heads of a product."""
+        first = self.count
+        self.first_heads.append((first, count))
+        self.count += count
+        self._root = None
+        return torch.arange(first, self.count)
+
+    def are_heads(self, labels: Tensor) -> bool:
+        """Whether all labels are those of heads, as `of_heads` gives them."""
+        low, high = int(labels.min()), int(labels.max())
+        return any(first <= low and high < first + count for first, count in self.first_heads)
 
     @property
     def root(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fxprune.channels.labels import Labels, Lines
@@ -29,6 +30,7 @@ def settle(labels: Labels, wholes: list[Whole]) -> None:
 
     To be called when all other ties are known: what is read later may tie the channels of a line.
     """
+    _hold_heads(labels)
     waiting, changed = list(wholes), True
     while changed:
         changed, left = False, []
@@ -46,3 +48,16 @@ def settle(labels: Labels, wholes: list[Whole]) -> None:
         lines = whole.each.movedim(more, tuple(range(-len(more), 0))).flatten(-len(more))
         labels.fix(whole.one, whole.reason)
         labels.lines.append(Lines(lines.reshape(-1, lines.shape[-1]), -1, whole.place, stay=True))
+
+
+def _hold_heads(labels: Labels) -> None:
+    """Fix heads that are tied to channels, as where a layer mixes the scores of all heads."""
+    own = torch.zeros(labels.count, dtype=torch.bool)
+    for first, count in labels.first_heads:
+        own[first : first + count] = True
+    mixed = torch.zeros_like(own)
+    mixed[labels.root[~own]] = True
+    for heads in labels.heads:
+        labels.fix(
+            heads.one[mixed[labels.root[heads.one]]], f"{heads.place}: a head that meets other channels"
+        )

@@ -72,6 +72,7 @@ class Cut:
         living[FIXED] = True
         self.gone = ~living  # by root
         self.dead = ~alive & ~makers
+        self._follow_heads()
         self._keep_one_of_each()
         self._even_out()
 
@@ -109,7 +110,18 @@ class Cut:
         while changed:
             revived = [self._even_lines(lines) for lines in self.labels.lines]
             revived += [self._round_up(*one) for one in self._multiples]
-            changed = any(revived) or self._agree_on_heads()
+            changed = any(revived) or self._agree_on_heads() or self._follow_heads()
+
+    def _follow_heads(self) -> bool:
+        """Keep the labels of heads that have channels left, and some channels of heads that must stay."""
+        changed = False
+        for heads in self.labels.heads:
+            left = ~self.is_gone(heads.each)
+            some, stays = left.any(-1), ~self.is_gone(heads.one)
+            changed |= self._revive(heads.one[some], f"{heads.place}: a head with channels that are left")
+            back = heads.each[stays & ~some][:, : max(1, int(left.sum(-1).max()))]
+            changed |= self._revive(back, f"{heads.place}: a head that is used elsewhere")
+        return changed
 
     def _round_up(self, labels: Tensor, multiple: int, place: str) -> bool:
         """Keep some more of the labels, if their number is no multiple."""

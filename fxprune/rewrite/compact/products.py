@@ -34,8 +34,9 @@ def operand_nodes(graph: ChannelGraph, cut: Cut, nodes: Mapping[str, fx.Node]) -
 def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded, nodes: Mapping[str, fx.Node]) -> None:
     """Give back the channels whose terms in a product, a sum or a length are not zero.
 
-    Terms of a sum that are one constant may go where a softmax follows: it does not see a constant shift. A
-    constant can be the largest or smallest of the channels, and stays.
+    Terms that are one constant along the axis of a softmax which follows may go: it does not see the
+    shift. Of queries and keys, that of the keys alone must be constant. A constant can be the largest or
+    smallest of the channels, and stays.
     """
     for op in graph.ops:
         summed = [(value, axes) for value, axes in _summed(op, nodes) if axes]
@@ -46,12 +47,12 @@ def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded, nodes: M
             continue
         zero = torch.zeros(cut.labels.count, dtype=torch.bool)
         even = torch.ones_like(zero)
-        for value, axes in summed:
-            own_zero, own_even = _numbers(graph, cut, value, axes, recorded)
+        softmax = None if isinstance(op, ir.Pool) and op.extreme else _softmax_axes(graph, op.output)
+        for (value, axes), along in zip(summed, _along(op, softmax or frozenset()), strict=True):
+            own_zero, own_even = _numbers(graph, cut, value, axes, recorded, along)
             zero |= own_zero
             even &= own_even
-        shifts = not (isinstance(op, ir.Pool) and op.extreme) and _reaches_softmax(graph, op.output)
-        harmless = zero | even if shifts else zero
+        harmless = zero | even if softmax else zero
         roots = torch.cat(gone)
         cut.give_back(
             roots[~harmless[roots]], f"{op.layer or op.node}: adds it to others, and it is not zero"
@@ -81,10 +82,30 @@ def _gone_roots(cut: Cut, value: ir.Value, axes: tuple[int, ...], alone: bool) -
     return gone
 
 
+def _along(op: ir.AnyOp, softmax: frozenset[int]) -> list[tuple[int, ...] | None]:
+    """The axes of each operand along which its entries must not change; None for all of them.
+
+    ``softmax``: the axes of a softmax of the result, counted from the last one.
+    """
+    if not isinstance(op, ir.Mix):
+        return [None]
+    inputs, _, out = op.equation.partition("->")
+    letters = {out[axis] for axis in softmax}
+    return [tuple(axis for axis, letter in enumerate(own) if letter in letters) for own in inputs.split(",")]
+
+
 def _numbers(
-    graph: ChannelGraph, cut: Cut, value: ir.Value, axes: tuple[int, ...], recorded: Recorded
+    graph: ChannelGraph,
+    cut: Cut,
+    value: ir.Value,
+    axes: tuple[int, ...],
+    recorded: Recorded,
+    along: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    """Mark the groups whose entries in ``value`` are zero in both runs, and those with one number each."""
+    """Mark the groups whose entries in ``value`` are zero in both runs, and those that do not change.
+
+    ``along``: the axes that are asked for changes, if not all, and both runs.
+    """
     zero = torch.zeros(cut.labels.count, dtype=torch.bool)
     runs = recorded.get(node_of(graph, value))
     if runs is None or runs[0].shape != torch.Size(value.shape):
@@ -95,20 +116,34 @@ def _numbers(
         if not set(factor.axes) & set(axes):
             continue
         others = [0, *(axis + 1 for axis in range(len(value.shape)) if axis not in factor.axes)]
+        asked = others if along is None else [axis + 1 for axis in along]
         low, high = both.amin(others), both.amax(others)
         roots = cut.labels.root[factor.labels].flatten()
-        is_zero, is_even = ((low == 0) & (high == 0)).flatten(), (low == high).flatten()
-        for marks, own in ((zero, is_zero), (even, is_even)):
+        steady = torch.ones_like(both, dtype=torch.bool)
+        if asked:
+            steady = both.amin(asked, keepdim=True) == both.amax(asked, keepdim=True)
+        is_zero, is_even = ((low == 0) & (high == 0)).flatten(), steady.all(others)
+        if set(asked) - set(others):  # channels along the axis of the softmax
+            is_even = torch.zeros_like(low, dtype=torch.bool)
+        for marks, own in ((zero, is_zero), (even, is_even.flatten())):
             marks[roots] = True
             marks[roots[~own]] = False
     return zero, even
 
 
-def _reaches_softmax(graph: ChannelGraph, value: ir.Value) -> bool:
-    """Whether a value is read by a softmax alone, perhaps scaled and with something added first."""
-    readers = [op for op in graph.ops if value in op.inputs]
-    return bool(readers) and all(
-        (isinstance(op, ir.Map) and bool(op.axes))
-        or (isinstance(op, ir.Affine | ir.Sum) and _reaches_softmax(graph, op.output))
-        for op in readers
-    )
+def _softmax_axes(graph: ChannelGraph, value: ir.Value) -> frozenset[int] | None:
+    """The axes of the softmaxes that alone read a value, perhaps scaled and with something added first.
+
+    They are counted from the last one, as -1; ``None`` if something else reads it.
+    """
+    found = frozenset[int]()
+    for op in (op for op in graph.ops if value in op.inputs):
+        own: frozenset[int] | None = None
+        if isinstance(op, ir.Map) and op.axes:
+            own = frozenset(axis - len(value.shape) if axis >= 0 else axis for axis in op.axes)
+        elif isinstance(op, ir.Affine | ir.Sum):
+            own = _softmax_axes(graph, op.output)
+        if own is None:
+            return None
+        found |= own
+    return found or None

@@ -62,3 +62,46 @@ def test_a_sum_over_channels_keeps_their_biases() -> None:
         assert torch.allclose(small(x), model(x), atol=1e-6)
         model.one.bias[:3].zero_()
     assert fxprune.compact(model, x).get_parameter("one.weight").shape == (5, 4)
+
+
+class Queries(nn.Module):
+    """Attention of two heads, by hand or fused, with a softmax over keys or over queries."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Linear(6, 8), nn.LayerNorm(8)
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x))
+        q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.kind == "fused":
+            y = scaled_dot_product_attention(q, k, v)
+        else:
+            y = (q @ k.mT / 2).softmax(-1 if self.kind == "keys" else -2) @ v
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize("kind", ["fused", "keys", "queries"])
+@pytest.mark.parametrize("constant", ["q", "k"])
+def test_a_constant_key_goes_with_its_query(kind: str, constant: str) -> None:
+    """A softmax over keys does not see what all keys have in common; one over queries sees it.
+
+    The other of the two reads what is a constant but for the norm, so that no path reaches either.
+    """
+    torch.manual_seed(0)
+    model, x = Queries(kind), torch.randn(3, 5, 6)
+    with torch.no_grad():
+        model.stem.weight[[2, 5]] = 0
+        model.get_submodule(constant).weight[[1, 6]] = 0
+        other = model.get_submodule("q" if constant == "k" else "k").weight
+        kept = other[[1, 6]][:, [2, 5]]
+        other[[1, 6]] = 0
+        other[1, [2, 5]], other[6, [2, 5]] = kept
+    small = fxprune.compact(model, x)
+    with torch.no_grad():
+        assert torch.allclose(model(x), small(x), atol=1e-6)
+    goes = (constant == "k") == (kind != "queries")
+    assert small.get_submodule("q").out_features == (6 if goes else 8)
