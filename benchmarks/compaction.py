@@ -113,7 +113,8 @@ def write_table(rows: list[dict[str, Any]]) -> None:
         f"masks are {len(SIZES) * len(WAYS)} runs. Dead channels are output channels without a weight on a "
         f"path, those of the network's outputs left out. {sum(not row['given_back'] for row in done)} runs "
         f"give nothing back, {len(most)} more than 5 % of the dead channels; *why* names the reason that "
-        "holds most of them, and how many ([what they mean](compaction.md#what-stays-and-is-named-in-the-table)). "
+        "holds most of them, and how many "
+        "([what they mean](compaction.md#what-stays-and-is-named-in-the-table)). "
         "All biases are drawn, none is zero, so that a pruned channel is a constant: the worst case.",
         "",
         *([*HEAD, *map(_line, sorted(most, key=_place)), "", "All of them:", ""] if most else []),
