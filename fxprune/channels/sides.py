@@ -33,7 +33,7 @@ def sides_of(
     columns = labels.columns[name] + torch.arange(one.inputs)
     if op.weight.view is None:
         return rows, columns
-    by_row, by_column = (_operand(op, own) for own in labels_by_weight(rows, columns, one))
+    by_row, by_column = (_operand(labels, op, own) for own in labels_by_weight(rows, columns, one))
     # A transposed view has the parameter's columns as its rows.
     for across, along in ((by_row, by_column), (by_column, by_row)):
         top, left = across.amax(1), along.amax(0)
@@ -45,12 +45,20 @@ def sides_of(
     return torch.full((outputs,), FIXED), torch.full((inputs,), FIXED)
 
 
-def _operand(op: ir.Kernel, labels: Tensor) -> Tensor:
-    """The labels of a parameter's weights as the contraction reads them: (out, in / groups)."""
-    operand = op.weight.operand(lambda _: labels.float()).long()
+def _operand(labels: Labels, op: ir.Kernel, own: Tensor) -> Tensor:
+    """The labels of a parameter's weights as the contraction reads them: (out, in / groups).
+
+    The taps of one kernel go together, also where each of them is a column of the parameter.
+    """
+    operand = op.weight.operand(lambda _: own.float()).long()
     if op.window is not None and op.window.transposed:
         operand = swap_orientation(operand, op.groups)
-    return operand.flatten(2).amax(2) if operand.dim() > 2 else operand
+    if operand.dim() == 2:
+        return operand
+    operand = operand.flatten(2)
+    top = operand.amax(2)
+    labels.tie(operand, top.unsqueeze(2))
+    return top
 
 
 def table_factors(

@@ -357,12 +357,14 @@ class Builder:
         if name is None:
             return
         shape, transposed = self.parameters.tensors[name].shape, self._is_transposed()
+        axis, old = len(output.shape) - taps.dim() - 1, self.kernels.get(name)
+        axes = merged_axes(old, matrix_axes(shape, weight, transposed=transposed) if groups == 1 else None)
+        if axes is not None:  # they tell rows and columns, however the operand has them
+            transposed, taps = False, torch.ones((), dtype=torch.bool)
         into, out = (0, 1) if transposed else (1, 0)
-        axis = len(output.shape) - taps.dim() - 1
         space = ir.Space(space_name(name), shape[out] * (groups if transposed else 1))
         if weight.view is None:
             self._spaces.begin(output, space.name, axis)
-        old = self.kernels.get(name)
         if old is not None and old.live_taps.shape == taps.shape:
             taps = taps | old.live_taps
         names = [] if old is None else old.in_space.name.split("+")
@@ -380,7 +382,7 @@ class Builder:
             transposed=transposed,
             direct=weight.direct or (old is not None and old.direct),
             aliases=tuple(self.parameters.aliases[name]),
-            axes=merged_axes(old, matrix_axes(shape, weight)),
+            axes=axes,
         )
 
     def _ranges(self, x: ir.Value, rank: int) -> list[tuple[int, int]]:

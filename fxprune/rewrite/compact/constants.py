@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.channels.by_channel import labels_by_weight
 from fxprune.channels.labels import Sides
+from fxprune.channels.orientation import swap_orientation
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.unchecked import Unchecked
@@ -159,6 +160,9 @@ def _is_read(op: ir.Kernel, sides: Sides, cut: Cut, gone: Tensor) -> Tensor:
         return torch.ones(int(gone.sum()), dtype=torch.bool)
     if op.weight.view is not None:
         operand = op.weight.operand(lambda name: cut.nonzero(name).float()) != 0
+        if op.window is not None:
+            operand = swap_orientation(operand, op.groups) if op.window.transposed else operand
+            operand = operand.flatten(2).any(2)
         if operand.shape != (len(sides.rows), len(sides.columns)):
             return torch.ones(int(gone.sum()), dtype=torch.bool)
         return operand[~cut.is_gone(sides.rows)].any(0)[gone]

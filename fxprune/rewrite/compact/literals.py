@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -102,8 +103,11 @@ class Rewriter:
             assert value is not None
             given = _given(node, "dim", "sizes")
             dim = int(given["dim"]) % len(source.shape) if source is not None else 0
-            new = self.cut.shape(value)[dim : dim + len(given["sizes"])]
-            node.args, node.kwargs = (node.args[0], dim, tuple(new)), {}
+            sizes = [
+                self._resized(node, size, value.shape[axis], self.cut.shape(value)[axis])
+                for axis, size in enumerate(given["sizes"], start=dim)
+            ]
+            node.args, node.kwargs = (node.args[0], dim, tuple(sizes)), {}
         elif name in _SPLITS and self.cut.shrinks(source):
             self._split(node, source)
         elif name in _SPLITS:
@@ -137,8 +141,24 @@ class Rewriter:
             if isinstance(size, fx.Node) and free and node.target not in ("expand", "broadcast_to"):
                 sizes[axis], free = -1, False
             else:
-                sizes[axis] = new[axis]
+                sizes[axis] = self._resized(node, size, value.shape[axis], new[axis])
         node.args = (node.args[0], tuple(sizes)) if packed else (node.args[0], *sizes)
+
+    def _resized(self, node: fx.Node, size: Any, old: int, new: int) -> Any:
+        """Return the size of an axis that had ``old`` entries and has ``new``.
+
+        A number that the network computes, such as samples times groups, shrinks in that proportion, and goes
+        on following the size of the batch.
+        """
+        if old == new or not isinstance(size, fx.Node):
+            return size if old == new else new
+        common = math.gcd(old, new)
+        graph = self.gm.graph
+        with graph.inserting_before(node):
+            more = graph.call_function(operator.mul, (size, new // common))
+            left = graph.call_function(operator.floordiv, (more, old // common))
+        more.meta["val"], left.meta["val"] = old * new // common, new
+        return left
 
     def _split(self, node: fx.Node, source: ir.Value | None) -> None:
         assert source is not None

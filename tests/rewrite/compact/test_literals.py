@@ -128,3 +128,38 @@ def test_parameters_that_are_viewed_by_their_sizes_are_cut() -> None:
     assert table.given_back == 0, str(table)
     assert small.get_parameter("token").shape[-1] == small.get_parameter("table").shape[-1] < 8
     assert torch.allclose(pruned(x), small(x), atol=1e-6)
+
+
+class Folded(nn.Module):
+    """Groups of channels that are folded into the batch, and taken out of it again."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).relu()
+        b, c = h.shape
+        if self.form == "view":
+            folded = h.view(b * 4, -1)
+        elif self.form == "keyword":
+            folded = h.reshape((b * 4, c // 4))
+        else:
+            folded = h.unflatten(1, (4, 2)).flatten(0, 1)
+        folded = folded * folded.amax(1, keepdim=True)
+        shape = (b, 4, 2) if self.form != "keyword" else (b, c // 2, 2)
+        whole = folded.unflatten(0, (b, 4)) if self.form == "unflatten" else folded.view(*shape)
+        y: Tensor = self.last(whole.flatten(1))
+        return y
+
+
+@pytest.mark.parametrize("form", ["view", "keyword", "unflatten"])
+def test_sizes_of_samples_times_groups_follow_the_batch(form: str) -> None:
+    net, x = Folded(form), torch.randn(2, 3)
+    pruned = fxprune.apply(net, "magnitude", 0.5, granularity="channel", example_inputs=x, progress=False)
+    small = fxprune.compact(pruned, x)
+    assert small.get_parameter("first.weight").shape[0] < 8
+    for samples in (1, 2, 5):
+        others = torch.randn(samples, 3)
+        assert torch.allclose(pruned(others), small(others), atol=1e-6)

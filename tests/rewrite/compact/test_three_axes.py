@@ -217,3 +217,36 @@ def test_regularizers_add_up_groups_of_parameters_of_three_axes() -> None:
     )
     parts = model.up[:, :, [4, 14]], model.down[:, 4], model.shift[:, :, [4, 14]]
     assert float(penalty.sizes()[place]) == sum(part.numel() for part in parts) == groups[place].parameters
+
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], Any]] = {
+    "an axis of size one": ((1, 6, 8, 3, 3), lambda w: w[0]),
+    "taps first": ((3, 3, 8, 6), lambda w: w.permute(3, 2, 0, 1)),
+    "transposed, taps first": ((3, 3, 6, 8), lambda w: w.permute(3, 2, 0, 1)),
+}
+
+
+class LaidOut(nn.Module):
+    """A convolution with a parameter of its own, stored in some other layout."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.layout = layout
+        self.stem, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(6, 2, 1)
+        self.weight = nn.Parameter(torch.zeros(LAYOUTS[layout][0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, weight = self.stem(x).relu(), LAYOUTS[self.layout][1](self.weight)
+        x = F.conv_transpose2d(x, weight) if "transposed" in self.layout else F.conv2d(x, weight, padding=1)
+        result: Tensor = self.last(x.relu())
+        return result
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_convolutions_lose_channels_in_any_layout(layout: str) -> None:
+    model, x = redrawn(LaidOut(layout)), torch.randn(2, 3, 6, 6)
+    kernels = fxprune.lower(fxprune.capture(model, x)).kernels["weight"]
+    assert (kernels.outputs, kernels.inputs) == (6, 8)
+    small = assert_compacts(model, x, 0.5)
+    sizes = [sorted(net.get_parameter("weight").shape) for net in (model, small)]
+    assert sum(sizes[1]) < sum(sizes[0]) - 1
