@@ -101,6 +101,8 @@ def test_names_and_lists_of_functions() -> None:
     assert {torch.ones, torch.arange, torch.zeros} <= set(private.device_constructors())
     assert nn.functional.gelu is private.nn_functions.gelu
     assert callable(private.nn_functions.glu)
+    parsed = private.nn_functions._parse_to(torch.ones(1, dtype=torch.float64), True)
+    assert parsed == (torch.device("cpu"), torch.float64, True, None)
     private.check_number(True, "fine")
     with pytest.raises(AssertionError, match="not so"):
         private.check_number(False, "not so")

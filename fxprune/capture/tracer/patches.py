@@ -25,7 +25,13 @@ from fxprune.capture.tracer.recorder import Recorder
 from fxprune.capture.tracer.replacing import replaced
 from fxprune.capture.tracer.sample_values import MadeUp, needs_numbers
 from fxprune.capture.tracer.transforms import nesting, wrapping
-from fxprune.torch_private import DisableTorchFunction, exit_autocast, transform_levels, transform_wrappers
+from fxprune.torch_private import (
+    DisableTorchFunction,
+    exit_autocast,
+    nn_functions,
+    transform_levels,
+    transform_wrappers,
+)
 
 __all__ = ["patched_functions"]
 
@@ -40,6 +46,7 @@ def patched_functions(recorder: Recorder, places: Iterable[Place]) -> Iterator[N
         for name in ("__enter__", "__exit__"):
             hooks = torch.autograd.graph.saved_tensors_hooks
             stack.enter_context(replaced(hooks, name, _checkpointing(recorder, name)))
+        stack.enter_context(replaced(nn_functions, "_parse_to", _parsed(nn_functions._parse_to)))
         for module, name in transform_levels:
             stack.enter_context(replaced(module, name, nesting(recorder, getattr(module, name))))
         for module, name in transform_wrappers:
@@ -118,6 +125,19 @@ def _checkpointing(recorder: Recorder, name: str) -> Callable[..., Any]:
         return None
 
     return call
+
+
+def _parsed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Read the arguments of ``Module.to``: the device of a tensor is that which the code believes in."""
+
+    def parse(*args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs.get("tensor")
+        if not isinstance(given, torch.Tensor):
+            return original(*args, **kwargs)
+        _, _, non_blocking, memory_format = original(*args, **kwargs)
+        return given.device, given.dtype, non_blocking, memory_format
+
+    return parse
 
 
 def _enter(recorder: Recorder) -> Callable[[Any], Any]:
