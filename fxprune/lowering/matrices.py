@@ -19,7 +19,8 @@ def matrices_outside(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, in
     """Name the matrix weights that are no kernels of the graph, with their sizes, largest first.
 
     A matrix weight is a parameter of two or more axes that are longer than one, which the network multiplies
-    with its data in a contraction, or of which it is not known what becomes of it. Tables that are looked up
+    with its data in a contraction, as it is or scaled by sample, or of which it is not known what becomes of
+    it. Tables that are looked up
     or added (embeddings, position tables), scales and shifts, and parameters of norms are none.
 
     Args:
@@ -48,18 +49,29 @@ def matrices_outside(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, in
 def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple[str, ...]]:
     """Name the weights of layers inside of what no rule knows, with their other names.
 
-    No path through them is known, but a layer multiplies its input with its weight wherever it stands.
+    No path through them is known, but a layer multiplies its input with its weight wherever it stands, and so
+    does a contraction with weights that are scaled by sample.
     """
     parameters = Parameters.of(gm)
     read = {use.name for op in graph.opaque for use in op.params}
+    layers = {name for name in read if isinstance(parameters.owners[name][1], LAYERS)}
+    scaled = {name for name in _scaled(graph) if sum(size > 1 for size in parameters.tensors[name].shape) > 1}
     return {
         name: tuple(parameters.aliases[name])
-        for name, tensor in parameters.tensors.items()
-        if name in read
-        and name in parameters.prunable
-        and name not in graph.kernels
-        and isinstance(parameters.owners[name][1], LAYERS)
+        for name in parameters.tensors
+        if name in layers | scaled and name in parameters.prunable and name not in graph.kernels
     }
+
+
+def _scaled(graph: ir.ChannelGraph) -> set[str]:
+    """Matrix weights that are scaled by values on their way to a contraction."""
+    spread = {
+        use.name
+        for op in graph.ops
+        if isinstance(op, ir.Affine) and op.output.live and not op.bias and _brings_axes(op)
+        for use in op.params
+    }
+    return spread & _met(graph)
 
 
 def _met(graph: ir.ChannelGraph) -> set[str]:
@@ -76,4 +88,14 @@ def _met(graph: ir.ChannelGraph) -> set[str]:
                 met |= own
             case _ if not op.output.live:
                 carried[op.output.index] = own | inside
+            case ir.Affine() if not op.bias and _brings_axes(op):
+                carried[op.output.index] = own | inside
+            case ir.Affine() | ir.Map() | ir.Norm() | ir.Gather():
+                carried[op.output.index] = inside
     return met
+
+
+def _brings_axes(op: ir.Affine) -> bool:
+    """Whether a value is spread along the axes of what scales it, as a style over the weights of a layer."""
+    before, after = op.inputs[0].shape, op.output.shape
+    return len(before) < len(after) or any(a < b for a, b in zip(before, after, strict=True))

@@ -1,0 +1,48 @@
+"""Matrix weights that the graph has no kernels of are named, and pruned by what needs no paths."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune.lowering import hidden_layers, lower, matrices_outside
+
+
+class Modulated(nn.Module):
+    """A convolution whose weights are scaled by sample, as StyleGAN's are; a scale of rank one beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.style, self.head = nn.Conv2d(3, 8, 3), nn.Linear(3, 8), nn.Conv2d(6, 2, 1)
+        self.weight = nn.Parameter(torch.randn(1, 6, 8, 3, 3) / 8)
+        self.gain = nn.Parameter(torch.ones(6, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        style, x = self.style(x.mean((2, 3))), self.stem(x).relu()
+        b, c, h, w = x.shape
+        weight = self.weight * style.view(b, 1, c, 1, 1)
+        weight = weight * torch.rsqrt(weight.pow(2).sum([2, 3, 4], keepdim=True) + 1e-8)
+        x = F.conv2d(x.view(1, b * c, h, w), weight.view(b * 6, c, 3, 3), groups=b)
+        y: Tensor = self.head((x.view(b, 6, *x.shape[2:]) * self.gain).relu())
+        return y
+
+
+def test_weights_that_are_scaled_by_sample_are_pruned() -> None:
+    torch.manual_seed(0)
+    model, x = Modulated(), torch.randn(2, 3, 8, 8)
+    gm = fxprune.capture(model, x)
+    graph = lower(gm)
+    assert matrices_outside(gm, graph) == {"weight": 432}
+    assert list(hidden_layers(gm, graph)) == ["weight"]
+    pruned = fxprune.apply(model, "magnitude", 0.8, example_inputs=x, progress=False)
+    masks, masked = fxprune.masks(pruned), copy.deepcopy(model)
+    assert int(masks["weight"].sum()) < 0.4 * 432
+    with torch.no_grad():
+        for name, mask in masks.items():
+            masked.get_parameter(name).mul_(mask)
+    assert torch.equal(masked(x), pruned(x))
+    fxprune.verify(pruned)
