@@ -158,7 +158,7 @@ class Shadows:
                 self._known[key] = map_structure(_Spec.of, result)
         if (operands or function in CONSTRUCTORS) and name not in UNSETTLED:
             if all(id(tensor) in self._recipes or self._fixed(tensor) for tensor in operands):
-                self._remember(result, _Computation(function, given, options))
+                self._remember(result, _Computation(function, given, options), operands)
         return result
 
     def value(self, tensor: Tensor, name: str = "item") -> Tensor:
@@ -194,13 +194,13 @@ class Shadows:
     def _fixed(self, tensor: Tensor) -> bool:
         return not tensor.is_meta and id(tensor) not in self._state
 
-    def _remember(self, result: Any, recipe: _Computation) -> None:
-        if isinstance(result, Tensor):
-            self._recipes[id(result)] = recipe, None, result
-        elif isinstance(result, tuple | list):
-            self._recipes.update(
-                {id(x): (recipe, i, x) for i, x in enumerate(result) if isinstance(x, Tensor)}
-            )
+    def _remember(self, result: Any, recipe: _Computation, operands: list[Tensor]) -> None:
+        """Note how results are computed; one that is an operand itself is what it was before."""
+        known = {id(tensor) for tensor in operands}
+        parts: Any = enumerate(result) if isinstance(result, tuple | list) else [(None, result)]
+        for index, x in parts:
+            if isinstance(x, Tensor) and id(x) not in known:
+                self._recipes[id(x)] = recipe, index, x
 
     def _shapes_of(self, function: Callable[..., Any], shapes: Any, given: Any) -> tuple[Any, bool]:
         """The result in shapes, and whether PyTorch asked for numbers among the arguments (a fill, a slice).

@@ -63,3 +63,18 @@ def test_a_batch_norm_of_single_values_is_refused_as_ever() -> None:
     x, statistics = torch.empty(1, 3, device="meta"), [torch.empty(3, device="meta") for _ in range(2)]
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         Shadows().run(F.batch_norm, (x, *statistics), {"training": True})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda run, x: run(Tensor.to, (x, torch.float32), {}),
+        lambda run, x: run(Tensor.contiguous, (x,), {}),
+        lambda run, x: run(torch.as_tensor, (x,), {}),
+        lambda run, x: run(torch.broadcast_tensors, (x, x), {})[1],
+    ],
+)
+def test_numbers_of_a_result_that_is_its_operand(change: Callable[..., Tensor]) -> None:
+    shadows = Shadows()
+    x = shadows.run(torch.arange, (3.0,), {})
+    assert torch.equal(shadows.value(change(shadows.run, x)), torch.arange(3.0))
