@@ -114,6 +114,7 @@ def test_hooks_are_copied(model: Everything) -> None:
     assert torch.equal(copy.deepcopy(gm)(X), model(X))
 
 
+@pytest.mark.slow
 def test_capturing_again_gives_the_same_graph() -> None:
     model = timm.create_model("test_vit", attn_drop_rate=0.2, drop_path_rate=0.2)
     once = capture(model)

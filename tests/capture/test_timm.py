@@ -41,8 +41,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
 # One to four seconds each; others of their kind stay in the default run.
 LONG = {
     "deit_tiny_distilled_patch16_224", "densenet121", "efficientnet_b0", "maxvit_pico_rw_256",
-    "mixer_s32_224", "regnety_002", "res2net50_26w_4s", "resnext26ts", "sequencer2d_s",
-    "swin_tiny_patch4_window7_224", "tf_efficientnet_b0", "vit_tiny_patch16_dinov3_qkvb",
+    "mixer_s32_224", "mobilenetv3_small_050", "regnety_002", "res2net50_26w_4s", "resnext26ts",
+    "sequencer2d_s", "swin_tiny_patch4_window7_224", "tf_efficientnet_b0", "vit_tiny_patch16_dinov3_qkvb",
 }  # fmt: skip
 
 
@@ -56,6 +56,7 @@ def test_family(name: str) -> None:
     assert_faithful(model, (3, size, size))
 
 
+@pytest.mark.slow
 def test_distilled_heads_differ_by_mode() -> None:
     torch.manual_seed(0)
     model = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=10, img_size=64, **ATTENTION)

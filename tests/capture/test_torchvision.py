@@ -49,6 +49,7 @@ def test_smallest_of_family(name: str) -> None:
     assert_faithful(get_model(name, weights=None, **options), (3, size, size))
 
 
+@pytest.mark.slow
 def test_maxvit() -> None:
     torch.manual_seed(0)
     model = torchvision.models.MaxVit(

@@ -135,6 +135,7 @@ def flat():
 """
 
 
+@pytest.mark.slow
 def test_networks_of_ones_own_and_of_timm(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "mine.py"
     file.write_text(FACTORY)

@@ -17,7 +17,7 @@ from fxprune.sparsity.budget import count
 
 SPARSITY = 0.6
 FEW = {"rounds": 5, "steps": 3}  # enough to have run the loop
-PAIRS = one_in(10, methods.names(), NETS)
+PAIRS = one_in(20, methods.names(), NETS)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # tiny networks collapse, and say so
 

@@ -109,6 +109,7 @@ class Reshaped(nn.Module):
         return self.proj(mixed), self.last(y)
 
 
+@pytest.mark.slow
 def test_literals_are_those_that_compaction_changes(belonging: Any) -> None:
     torch.manual_seed(0)
     model, inputs = Reshaped(), (torch.randn(2, 5, 6), torch.randn(2, 3, 2, 3))

@@ -17,7 +17,7 @@ from fxprune.lowering import lower
 NAMES = json.loads((Path(__file__).parent.parent / "representatives.json").read_text())
 # All of them take minutes; these are quick, and of every kind: convolutions, attention, mixers, state spaces.
 QUICK = {
-    "edgenext_xx_small", "efficientvim_m1", "gmlp_ti16_224", "inception_next_atto", "legacy_seresnet18",
+    "edgenext_xx_small", "efficientvim_m1", "gmlp_ti16_224", "legacy_seresnet18",
     "pit_ti_224", "poolformerv2_s12",
 }  # fmt: skip
 

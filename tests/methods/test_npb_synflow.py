@@ -80,6 +80,7 @@ def test_without_random_rounds_it_is_synflow(net: str) -> None:
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in only)
 
 
+@pytest.mark.slow
 def test_random_rounds_keep_more_channels_in_use() -> None:
     used = {}
     for until in (0, 30):

@@ -13,7 +13,9 @@ from methods.balance.networks import figures, small
 from methods.problems import asked
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("alpha", "beta"), [(0.0, 0.0), *(pytest.param(1.0, beta, marks=pytest.mark.slow) for beta in (0.0, 1.0))]
+)
 def test_not_below_dpai_in_any_figure(alpha: float, beta: float) -> None:
     torch.manual_seed(0)
     net, inputs = small()
@@ -29,6 +31,7 @@ def test_not_below_dpai_in_any_figure(alpha: float, beta: float) -> None:
     assert paths >= found["dpai"][2] - (0.3 if alpha >= 0.5 else 0.0)  # taps are drawn at random there
 
 
+@pytest.mark.slow
 def test_resnet20_at_865_weights() -> None:
     # The published optimiser ends at 549 nodes, 717 kernels, ln paths 16.90 (issue 4, counted exactly).
     net = zoo.resnet20()

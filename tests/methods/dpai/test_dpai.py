@@ -75,6 +75,7 @@ def ask(graph: ChannelGraph, kept_weights: int = 865, **fields: Any) -> Problem:
                    **fields)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_objective_grows(small: ChannelGraph) -> None:
     for options, column, least in (
         ({"alpha": 0.0}, "log_paths", 35),

@@ -83,6 +83,7 @@ def test_any_network(net: str) -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
+@pytest.mark.slow
 def test_no_layer_collapses_in_a_hundred_rounds(scored: list[Scores]) -> None:
     torch.manual_seed(0)
     layers = [
@@ -118,6 +119,7 @@ class Residual(nn.Module):
         return self.last(x)
 
 
+@pytest.mark.slow
 def test_branches_that_a_skip_passes_keep_a_path() -> None:
     # All paths cross the first and the last layer; the sum of scores of a branch may fall to nothing.
     asked = px_problem(Residual(), (X, torch.zeros(6)), 0.9)

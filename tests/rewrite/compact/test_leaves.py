@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from thinning import one_in
 from torch import Tensor, fx, nn
 
 import fxprune
@@ -191,7 +192,7 @@ class Around(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("inner", [LayerDrop, Positions, Filled])
+@pytest.mark.parametrize("inner", one_in(3, [LayerDrop, Positions, Filled]))
 def test_channels_go_in_a_module_that_no_graph_does_in_training(
     inner: type[nn.Module], tmp_path: Path
 ) -> None:
