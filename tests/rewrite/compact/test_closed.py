@@ -87,6 +87,21 @@ class WiderInTraining(Head):
         return {"raw": self.inner(x)} if self.training else found
 
 
+class MeanInTraining(Head):
+    """Gives a mean over the channels of an inner layer in training alone, in a size that tells nothing."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = super().forward(x)
+        return {**found, "mean": self.inner(x).mean(1)} if self.training else found
+
+
+class DropsInTraining(Head):
+    """Draws other numbers where an inner layer has fewer channels."""
+
+    def inner(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().inner(x), 0.5, self.training)
+
+
 class Detector(nn.Module):
     def __init__(self, head: type[Head]) -> None:
         super().__init__()
@@ -138,7 +153,7 @@ def test_layers_of_a_module_that_stays_whole_get_smaller_and_it_still_trains(
 
 
 @pytest.mark.filterwarnings("ignore:capture")
-@pytest.mark.parametrize("head", [CountsInTraining, WiderInTraining, Gated])
+@pytest.mark.parametrize("head", [CountsInTraining, WiderInTraining, MeanInTraining, Gated])
 def test_layers_stay_where_training_or_other_numbers_may_need_their_width(head: type[Head]) -> None:
     masked = pruned(head)
     small = fxprune.compact(masked, X)
@@ -161,3 +176,11 @@ def test_a_constant_that_a_layer_inside_reads_stays(verify: bool) -> None:
     assert small.get_submodule("head.stem").out_channels == 7
     with torch.no_grad():
         assert_equal(net(X), small(X))
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+def test_layers_get_smaller_where_training_draws_random_numbers() -> None:
+    masked = pruned(DropsInTraining)
+    small = fxprune.compact(masked, X)
+    assert small.get_submodule("head.stem").out_channels < 8
+    assert_equal(masked(X), small(X))
