@@ -49,6 +49,8 @@ class ModelState:
         self._caches = {id(place.function): place.function for place in found.places}
         self._misses = {key: _misses(function) for key, function in self._caches.items()}
         self._rng = torch.get_rng_state(), rng_state()
+        # Those of switches that an earlier capture made are in no container.
+        self._modes = [(module, module.training) for module in model.modules()]
 
     @contextmanager
     def restored(
@@ -75,6 +77,9 @@ class ModelState:
                 found = changes.hooks if owner.hook else changes.attributes
                 found.setdefault(owner.path or "", owner.hook or owner.name or name)
             restore(container.value, old)
+        for module, training in self._modes:
+            if module.training != training:
+                module.training = training
         for key, function in self._caches.items():
             if _misses(function) != self._misses[key]:
                 function.cache_clear()

@@ -183,3 +183,19 @@ def test_generators_of_the_models_own_are_given_back() -> None:
     state.restore()
     again = [model.dice[0].random(), model.dice[1].random(), float(torch.rand(1, generator=model.dice[2]))]
     assert first == again
+
+
+class MoreInTraining(nn.Module):
+    """Gives a mean in training, in the size of a number."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, (x * x).mean(1) if self.training else x.new_zeros(1)
+
+
+def test_a_network_that_was_captured_and_is_captured_again_stays_in_evaluation() -> None:
+    x = torch.ones(2, 3)
+    network = capture(MoreInTraining().eval(), x)
+    again = capture(network, x)
+    for one in (network, again):
+        assert not any(module.training for module in one.modules())
+        assert torch.equal(one(x)[1], torch.zeros(1))
