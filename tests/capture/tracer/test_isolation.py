@@ -186,14 +186,21 @@ def test_generators_of_the_models_own_are_given_back() -> None:
 
 
 class MoreInTraining(nn.Module):
-    """Gives a mean in training, in the size of a number."""
+    """Gives a mean of an inner layer in training, and a number in its place in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.norm = nn.BatchNorm2d(8)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, (x * x).mean(1) if self.training else x.new_zeros(1)
+        y = self.norm(self.a(x)).relu()
+        out = self.c(self.b(y).relu())
+        return out, (y * y).mean(1) if self.training else out.new_zeros(1)
 
 
 def test_a_network_that_was_captured_and_is_captured_again_stays_in_evaluation() -> None:
-    x = torch.ones(2, 3)
+    x = torch.ones(3, 3, 8, 6)
     network = capture(MoreInTraining().eval(), x)
     again = capture(network, x)
     for one in (network, again):
