@@ -27,7 +27,6 @@ FRONTS = {
     "capture/tracer/hook_calls.py": "capture/test_hooks.py",
     "capture/tracer/module_calls.py": "capture/test_leaves.py",
     "capture/tracer/overloads.py": "capture/test_transforms.py",
-    "capture/tracer/patches.py": "capture/test_graph.py",
     "capture/tracer/questions.py": "capture/test_checks.py",
     "capture/tracer/reachable.py": "capture/tracer/test_isolation.py",
     "capture/tracer/recorder.py": "capture/test_graph.py",

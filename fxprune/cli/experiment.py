@@ -123,8 +123,7 @@ def compare(
 
     Raises ``ValueError`` for unknown variants, and what :class:`Pruner` raises.
     """
-    if not variants or set(variants) - set(VARIANTS):
-        raise ValueError(f"variants={variants!r}: expected letters of {''.join(VARIANTS)}")
+    _check_variants(variants)
     found = Comparison()
     scheduled = recipe.epochs if saved is None else saved.scheduled
 
@@ -154,6 +153,11 @@ def compare(
                 found.pruner.model.load_state_dict(centroids)
                 run(variant, found.pruner.reinitialize(start))
     return found
+
+
+def _check_variants(variants: str) -> None:
+    if not variants or set(variants) - set(VARIANTS):
+        raise ValueError(f"variants={variants!r}: expected letters of {''.join(VARIANTS)}")
 
 
 def fit(model: nn.Module, train: Any, test: Any, recipe: TrainingRecipe, seed: int) -> list[float]:

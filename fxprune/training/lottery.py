@@ -175,9 +175,7 @@ def lottery(
     [0.0, 0.5, 0.75]
     """
     alone = _takes_model_only(train_fn)
-    if isinstance(model_fn, nn.Module) or not callable(model_fn):
-        kind = type(model_fn).__name__
-        raise TypeError(f"model_fn: expected a function that makes the network, got a {kind}")
+    _check_makes_networks(model_fn)
     if integer("rewind_to", rewind_to, 0) and alone:
         raise ValueError(f"rewind_to={rewind_to!r}: train_fn must take (model, run) and call run.step(t)")
     pruner = Pruner(
@@ -214,6 +212,12 @@ def _train(state: _Rounds, train_fn: TrainFunction, alone: bool, *, last: bool) 
     state.saving.done = 0 if last else state.rewind_to
     state.pending = None
     state.save(in_round=False)
+
+
+def _check_makes_networks(model_fn: object) -> None:
+    if isinstance(model_fn, nn.Module) or not callable(model_fn):
+        kind = type(model_fn).__name__
+        raise TypeError(f"model_fn: expected a function that makes the network, got a {kind}")
 
 
 def _takes_model_only(train_fn: TrainFunction) -> bool:

@@ -1,4 +1,4 @@
-"""What PyTorch does not report to a mode is part of the graph all the same."""
+"""Calls that PyTorch does not report to a mode are part of the graph all the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is added to the scores of attention loses the heads that attention loses."""
+"""Tables that are added to the scores of attention lose the heads that attention loses."""
 
 from __future__ import annotations
 
