@@ -135,11 +135,9 @@ def compare(
         loop = _Loop(variant, recipe, scheduled, seed, pruner, saved)
         found.curves[variant] = loop.train(model.to(device), train, test, noted)
 
-    example = train[0][0][None]
     if set(variants) & set("ACS"):
-        found.pruner = Pruner(
-            make(), method, sparsity, total=scheduled, example_inputs=example, seed=seed, **method_options
-        )
+        options = {"total": scheduled, "example_inputs": train[0][0][None], "seed": seed, **method_options}
+        found.pruner = Pruner(make(), method, sparsity, **options)
     if saved is not None:
         saved.begin()
     if "D" in variants:

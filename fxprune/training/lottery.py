@@ -185,9 +185,8 @@ def lottery(
     )  # fmt: skip
     state = _Rounds(pruner, pruner.without_saving(rewind_to=rewind_to, rate=rate), rewind_to)
     state.resume()
-    for number in Display(enabled=progress)(
-        range(state.round, rounds + 1), "lottery", rounds + 1 - state.round
-    ):
+    left = range(state.round, rounds + 1)
+    for number in Display(enabled=progress)(left, "lottery", len(left)):
         _train(state, train_fn, alone, last=number == rounds)
     return Lottery(pruner, state.results, state.sparsities)
 
