@@ -319,8 +319,9 @@ def test_the_share_of_a_sparse_file() -> None:
 
 
 INTERRUPTED = """
-import sys, torch, fxprune
+import signal, sys, torch, fxprune
 from torch import nn
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in a shell's background ignores it
 model = nn.Linear(3000, 3000)
 print("ready", flush=True)
 while True:
