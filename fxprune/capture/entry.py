@@ -37,7 +37,7 @@ from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaf_forms import leaf_form
 from fxprune.capture.leaves import is_compiled, is_leaf
-from fxprune.capture.module import assemble, reserved_names
+from fxprune.capture.module import LeafGraph, assemble, assemble_leaf, reserved_names
 from fxprune.capture.tracer.isolation import restore_rng, rng_state, seed_rng
 from fxprune.capture.tracer.meta_values import map_structure, meta_like
 from fxprune.capture.tracer.sample_values import needs_numbers
@@ -114,7 +114,7 @@ def capture_leaf(
     kwargs: Mapping[str, Any],
     attributes: Mapping[str, Attributes] = MappingProxyType({}),
     traced: dict[Hashable, Trace] | None = None,
-) -> fx.GraphModule:
+) -> LeafGraph:
     """The inside of one module in evaluation mode, whether or not :func:`capture` would enter it.
 
     It is to be looked at, not run: code that asks whether a mask chooses anything, or a list is empty, goes
@@ -156,7 +156,7 @@ def capture_leaf(
         remove_dead_code(found.graph)
     if traced is not None and form is not None:
         traced[form] = found
-    return assemble(module, found.graph, found.constants)
+    return assemble_leaf(module, found.graph, found.constants)
 
 
 def capture_part(

@@ -14,7 +14,7 @@ import importlib
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
@@ -31,9 +31,18 @@ from fxprune.capture.hooks import (
     without_hooks,
 )
 from fxprune.capture.recompute import keep_regions
+from fxprune.capture.runner import NodeRunner
 from fxprune.torch_private import OpOverload, OpOverloadPacket, qualified_name
 
-__all__ = ["CapturedModule", "assemble", "leaf_attributes", "reserved_names"]
+__all__ = [
+    "CapturedModule",
+    "LeafGraph",
+    "OpenGraph",
+    "assemble",
+    "assemble_leaf",
+    "leaf_attributes",
+    "reserved_names",
+]
 
 # What a module does around its forward, and with its state dict: the graph does the same.
 HOOK_TABLES = (
@@ -79,6 +88,28 @@ class CapturedModule(fx.GraphModule):
         return _restore, (type(self).__name__, _written(self.graph)), state, None, None, _set_state
 
 
+class LeafGraph(nn.Module):
+    """The inside of one leaf: its parts, and a ``graph`` that calls them.
+
+    It is made to be looked at, and often: no code is written for its graph, which runs node by node.
+    """
+
+    def __init__(self, parts: nn.Module, graph: fx.Graph) -> None:
+        super().__init__()
+        if hasattr(parts, "graph"):
+            raise CaptureError("a part of it is called 'graph', as its own graph is")
+        vars(self).update(vars(parts))
+        self.graph = graph
+
+    def forward(self, *args: Any) -> Any:
+        """Run the graph on positional arguments."""
+        return NodeRunner(self).run(*args)
+
+
+OpenGraph: TypeAlias = fx.GraphModule | LeafGraph
+"""A graph and the parts that it calls."""
+
+
 @functools.cache
 def reserved_names() -> frozenset[str]:
     """Names that a part of a captured model cannot have: attributes of graph modules that modules lack."""
@@ -97,21 +128,7 @@ def assemble(
     """
     targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     model = _without_traced_hooks(model, targets, kept)
-    root = nn.Module()
-    for table in ("_parameters", "_buffers", "_modules", *HOOK_TABLES):
-        vars(root)[table] = copy.copy(vars(model)[table])
-    vars(root)["_non_persistent_buffers_set"] = set(model._non_persistent_buffers_set)
-    for name, value in extra.items():
-        if isinstance(value, nn.Module):
-            root.add_module(name, value)
-        elif isinstance(value, nn.Parameter):
-            # One that the model never registered: it is used, but is no part of the state.
-            object.__setattr__(root, name, value)
-        else:
-            root.register_buffer(name, value, persistent=False)
-    loose = {key: value for key, value in vars(model).items() if isinstance(value, Tensor)}
-    vars(root).update(loose)
-    root.training = model.training
+    root = _parts(model, extra)
     keep_regions(graph)
     result = CapturedModule(root, graph, type(model).__name__)
     vars(result).update(vars(root))
@@ -129,6 +146,34 @@ def assemble(
         result.meta["fxprune"] = {"recipes": recipes}
     graph.lint()
     return result
+
+
+def assemble_leaf(module: nn.Module, graph: fx.Graph, extra: dict[str, Any]) -> LeafGraph:
+    """Put the inside of a leaf together, on the very submodules, parameters and buffers of ``module``.
+
+    ``extra`` and hooks as in :func:`assemble`.
+    """
+    targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    return LeafGraph(_parts(_without_traced_hooks(module, targets, ()), extra), graph)
+
+
+def _parts(model: nn.Module, extra: dict[str, Any]) -> nn.Module:
+    """Gather the submodules, parameters, buffers and hooks of ``model``, and ``extra``, in a plain module."""
+    root = nn.Module()
+    for table in ("_parameters", "_buffers", "_modules", *HOOK_TABLES):
+        vars(root)[table] = copy.copy(vars(model)[table])
+    vars(root)["_non_persistent_buffers_set"] = set(model._non_persistent_buffers_set)
+    for name, value in extra.items():
+        if isinstance(value, nn.Module):
+            root.add_module(name, value)
+        elif isinstance(value, nn.Parameter):
+            # One that the model never registered: it is used, but is no part of the state.
+            object.__setattr__(root, name, value)
+        else:
+            root.register_buffer(name, value, persistent=False)
+    vars(root).update({key: value for key, value in vars(model).items() if isinstance(value, Tensor)})
+    root.training = model.training
+    return root
 
 
 def _names_left_behind(model: nn.Module) -> frozenset[str]:
@@ -171,7 +216,7 @@ def _without_traced_hooks(model: nn.Module, targets: set[str], kept: Collection[
     return made.get(id(model), model)
 
 
-def leaf_attributes(gm: fx.GraphModule, node: fx.Node) -> dict[str, Attributes]:
+def leaf_attributes(gm: OpenGraph, node: fx.Node) -> dict[str, Attributes]:
     """Find the attributes that the leaf of ``node`` had at the capture; none if ``gm`` was not captured."""
     return gm.leaf_attributes.get(str(node.target), {}) if isinstance(gm, CapturedModule) else {}
 

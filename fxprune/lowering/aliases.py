@@ -8,11 +8,13 @@ shares: the views are run again on a tensor without storage.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.capture.module import OpenGraph
 from fxprune.capture.runner import NodeRunner
 from fxprune.capture.tracer.spelling import changes_input
 from fxprune.graph import ir
@@ -34,7 +36,7 @@ RESHAPE_IN_PLACE = {
 }  # fmt: skip
 
 
-def written(node: fx.Node, gm: fx.GraphModule) -> fx.Node | None:
+def written(node: fx.Node, gm: OpenGraph) -> fx.Node | None:
     """The node whose memory this one writes to; ``None`` if it only reads."""
     if node.target in RESHAPE_IN_PLACE:
         return None
@@ -51,9 +53,13 @@ def written(node: fx.Node, gm: fx.GraphModule) -> fx.Node | None:
 class Memory:
     """Who shares memory with whom in one graph."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: OpenGraph) -> None:
         self.gm = gm
-        self.calls = NodeRunner(gm, garbage_collect_values=False)
+
+    @cached_property
+    def calls(self) -> NodeRunner:
+        """Runs nodes; few graphs write."""
+        return NodeRunner(self.gm, garbage_collect_values=False)
 
     def spread(self, node: fx.Node, env: dict[fx.Node, Any], build: Builder) -> None:
         """``node`` has written: update what the names of that memory stand for.

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.capture import CaptureError, capture_leaf
 from fxprune.capture.leaves import dense_class
-from fxprune.capture.module import leaf_attributes
+from fxprune.capture.module import OpenGraph, leaf_attributes
 from fxprune.capture.narrowed_norms import NARROWED
 from fxprune.capture.tracer.contents import is_record
 from fxprune.capture.tracer.meta_values import map_structure
@@ -111,7 +111,7 @@ def _samples(gm: fx.GraphModule) -> int:
     return 1
 
 
-def _starts_elsewhere(gm: fx.GraphModule) -> bool:
+def _starts_elsewhere(gm: OpenGraph) -> bool:
     """Whether paths start at float inputs or at look-ups, so that integer inputs are only indices."""
     for node in gm.graph.nodes:
         if node.op == "placeholder":
@@ -141,7 +141,7 @@ class _Walk:
 
     def __init__(
         self,
-        gm: fx.GraphModule,
+        gm: OpenGraph,
         build: Builder,
         results: Results | None,
         path: str = "",
@@ -385,7 +385,7 @@ def _leaves_any(x: Any) -> list[Any]:
     return _leaves(list(vars(x).values()) if has_fields else x)
 
 
-def _bind(inner: fx.GraphModule, args: Any, kwargs: Any) -> list[Any]:
+def _bind(inner: OpenGraph, args: Any, kwargs: Any) -> list[Any]:
     """Arguments in the order of the inner graph's placeholders; defaults (their captured values) where not
     given.
     """

@@ -19,7 +19,7 @@ from fxprune.capture import CaptureError, CarriedOver, capture_leaf, capture_par
 from fxprune.capture.errors import users_level
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.leaves import is_leaf
-from fxprune.capture.module import leaf_attributes
+from fxprune.capture.module import OpenGraph, leaf_attributes
 from fxprune.capture.tracer.trace import remove_dead_code
 from fxprune.rewrite.compact.kept import Slices
 from fxprune.rewrite.compact.modules import unsizeable
@@ -103,7 +103,7 @@ def open_leaf(gm: fx.GraphModule, path: str) -> bool:
 
 
 # -- layers of layers ---------------------------------------------------------------------------------
-def _inside(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.GraphModule | None:
+def _inside(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> OpenGraph | None:
     args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
     kwargs: Mapping[str, Any] = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -116,7 +116,7 @@ def _inside(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.GraphMod
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _own_code(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.GraphModule | None:
+def _own_code(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> OpenGraph | None:
     """The graph of a user's module, with a warning that says what it does not do; or `StaysModule`."""
     args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
     kwargs: Mapping[str, Any] = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
@@ -142,7 +142,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _adopt(gm: fx.GraphModule, inner: fx.GraphModule, path: str, target: str) -> str:
+def _adopt(gm: fx.GraphModule, inner: OpenGraph, path: str, target: str) -> str:
     """Return the name in ``gm`` of a part of ``inner``, which gets it where its module has no such part."""
     home, found = gm.get_submodule(path), _part(inner, target)
     if _part(home, target) is found:
@@ -165,7 +165,7 @@ def _part(module: Any, target: str) -> Any:
     return module
 
 
-def _inline(gm: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, path: str) -> None:
+def _inline(gm: fx.GraphModule, node: fx.Node, inner: OpenGraph, path: str) -> None:
     """Copy the nodes of ``inner`` in front of ``node``, and let its result take the node's place."""
     known: dict[fx.Node, Any] = {}
     given = list(node.args)
