@@ -84,7 +84,7 @@ def inside(model: nn.Module) -> nn.Module:
 def build_problem(
     network: Network, wish: Request, progress: Progress, group: ProcessGroup | None = None
 ) -> Problem:
-    """Build the problem that a method is given, with a private copy of the network.
+    """Build the problem that a method is given, with a private copy of the network where it needs one.
 
     ``group``: the processes that score together. Raises ``ValueError`` for weights without values, a budget
     that no masks can meet, and parameters that cannot be masked.
@@ -109,7 +109,7 @@ def build_problem(
     # Where other costs are saved, the weights that are left say nothing of what is left to save.
     budget = plan(wish.budget, wish.sparsity, shapes, None if weighed else kept(masks)).capped(kept(masks))
     check(network.captured, masks)
-    copy = duplicate(network.captured)
+    copy = network.captured if _may_share(wish, device == home) else duplicate(network.captured)
     problem = Problem(
         model=copy if device == home else copy.to(device),
         graph=network.graph,
@@ -133,6 +133,12 @@ def build_problem(
     if wish.budget == "owl":
         problem = replace(problem, budget=outlier_budget(problem))
     return _with_limit(_with_times(problem))
+
+
+def _may_share(wish: Request, at_home: bool) -> bool:
+    """Whether a method may be given the network itself: nothing runs, moves or becomes the result."""
+    timed = isinstance(wish.granularity, Channel) and wish.granularity.of == "latency"
+    return wish.method.reads_only and wish.returns != "graph" and at_home and not timed
 
 
 def _with_limit(problem: Problem) -> Problem:

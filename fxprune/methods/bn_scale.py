@@ -29,6 +29,7 @@ def bn_scale() -> Method:
         find=by_rows(from_scores(_scales, name="bn-scale")),
         summary="keeps the channels that the norms behind them scale up",
         paper="Liu et al. 2017, arXiv 1708.06519",
+        reads_only=True,
     )
 
 

@@ -27,6 +27,7 @@ def fpgm() -> Method:
         find=by_rows(from_scores(_distances, name="fpgm")),
         summary="keeps the output channels that differ most from the others of their layer",
         paper="He et al. 2019, arXiv 1811.00250",
+        reads_only=True,
     )
 
 

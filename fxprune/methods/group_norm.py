@@ -34,6 +34,7 @@ def group_norm() -> Method:
         find=find,
         summary="keeps the channels whose groups of weights are longest in their family",
         paper="Fang et al. 2023, arXiv 2301.12900",
+        reads_only=True,
     )
 
 

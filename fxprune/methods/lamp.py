@@ -25,6 +25,7 @@ def lamp() -> Method:
         find=from_scores(_scores, name="lamp"),
         summary="keeps the largest weights, by their share of the larger ones of their layer",
         paper="Lee et al. 2021, arXiv 2010.07611",
+        reads_only=True,
     )
 
 

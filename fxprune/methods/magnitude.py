@@ -22,6 +22,7 @@ def magnitude() -> Method:
         summary="keeps the largest weights",
         paper="Han et al. 2015, arXiv 1506.02626",
         shards="rows",
+        reads_only=True,
     )
 
 

@@ -21,6 +21,7 @@ def random() -> Method:
         summary="independent noise for every weight",
         paper="Liu et al. 2022, arXiv 2202.02643",
         shards="rows",
+        reads_only=True,
     )
 
 

@@ -58,7 +58,8 @@ def silent(steps: Iterable[_T], description: str | Callable[[], str], total: int
 class Problem:
     """The task of a method: find masks within ``masks`` that keep exactly ``budget``.
 
-    ``model``: a private copy of the captured network, which a method may run and must leave as it found it.
+    ``model``: a private copy of the captured network, which a method may run and must leave as it found it
+    (the network itself where `Method.reads_only` allows that).
     ``graph``: its lowered form. ``device``: where the model runs. ``weights``: the prunable parameters'
     values, detached, on ``device``, or on the host, to keep gradients, scores and masks there and leave the
     device to the model. ``masks``: where to start (all kept, unless the model was pruned before). ``data``: a
@@ -114,7 +115,9 @@ class Method:
     takes where parameters are split over processes: "rows", those of its process, as ``Problem.shards`` says;
     "shapes", whole parameters on the meta device, for it needs no values, and finds the same masks in every
     process; "no", nothing: it needs whole parameters. ``updates``: whether ``find`` returns masks and
-    weights, new values for any of the prunable parameters. ``summary``: one line.
+    weights, new values for any of the prunable parameters. ``reads_only``: whether ``find`` neither runs the
+    model nor writes into it or ``Problem.weights``: then they may be the caller's own, which saves a copy.
+    ``summary``: one line.
     ``paper``: authors, year and arXiv id. Methods outside the package are such objects too, passed as
     ``method=``.
     """
@@ -127,6 +130,7 @@ class Method:
     scored: bool = True
     shards: Literal["rows", "shapes", "no"] = "no"
     updates: bool = False
+    reads_only: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.needs, str):

@@ -2,6 +2,7 @@
 
 import copy
 import signal
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from torch import fx, nn
 
 import fxprune
-from fxprune import api
+from fxprune import api, methods
 from fxprune.methods import Problem
+from fxprune.sparsity.masks import Masks
 
 
 def small_net() -> nn.Module:
@@ -54,6 +56,35 @@ def test_a_graph_comes_out_masked_and_equal_to_the_model_with_zeros() -> None:
             zeroed.get_parameter(name).mul_(mask)
     x = torch.randn(3, 3, 8, 8)
     assert torch.allclose(pruned(x), zeroed(x), atol=1e-6)
+
+
+READERS = [name for name in methods.names() if methods.get(name).reads_only]
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_methods_that_only_read_get_the_caller_s_weights_and_leave_them(name: str, granularity: str) -> None:
+    model = small_net()
+    method, seen = methods.get(name), []
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    versions = {key: parameter._version for key, parameter in model.named_parameters()}
+
+    def find(problem: Problem) -> Masks:
+        found = method.find(problem)
+        own = dict(model.named_parameters())
+        seen.append(
+            {key: weight.data_ptr() == own[key].data_ptr() for key, weight in problem.weights.items()}
+        )
+        assert {key: own[key]._version for key in versions} == versions
+        return found
+
+    watching = replace(method, find=find)
+    pruned = prune(model, watching, 0.5, returns="module", granularity=granularity, on_collapse="repair")
+    assert all(seen[0].values())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert any(bool((~mask).any()) for mask in fxprune.masks(pruned).values())
+    prune(model, watching, 0.5, granularity=granularity, on_collapse="repair")
+    assert not any(seen[1].values())  # the copy becomes the result
 
 
 @pytest.mark.parametrize("returns", ["graph", "module"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import copyreg
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -10,6 +12,10 @@ import torch
 from torch import nn
 
 __all__ = ["cast_numbers", "duplicate"]
+
+SIMPLE = (bool, int, float, complex, str, bytes, type(None))
+EMPTIED = (dict, OrderedDict, set, list)
+PICKLED_BY = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -34,7 +40,34 @@ def duplicate(
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+    made = [
+        (module, type(module).__new__(type(module))) for module in model.modules() if _has_no_own_way(module)
+    ]
+    memo |= {id(module): twin for module, twin in made}
+    for module, twin in made:
+        vars(twin).update({name: _copied(value, memo) for name, value in vars(module).items()})
     return copy.deepcopy(model, memo)
+
+
+def _has_no_own_way(module: nn.Module) -> bool:
+    """Whether ``deepcopy`` copies a module by its attributes alone."""
+    kind = type(module)
+    return (
+        not any(hasattr(kind, name) for name in ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__"))
+        and all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in PICKLED_BY)
+        and kind not in copyreg.dispatch_table
+        and not any(vars(base).get("__slots__") for base in kind.__mro__)
+    )
+
+
+def _copied(value: object, memo: dict[int, object]) -> object:
+    """Copy as ``deepcopy`` does; most attributes of a module are simple, or tables of hooks without any."""
+    kind = type(value)
+    if kind in SIMPLE:
+        return value
+    if kind in EMPTIED and not value:
+        return memo.setdefault(id(value), kind())
+    return copy.deepcopy(value, memo)
 
 
 def cast_numbers(model: Model, dtype: torch.dtype) -> Model:
