@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+import fxprune
 from fxprune.cli import run
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
-    "README.md", "docs/tour.md", "docs/channels.md", "docs/compaction.md", "docs/files.md",
+    "README.md", "docs/use.md", "docs/tour.md", "docs/channels.md", "docs/compaction.md", "docs/files.md",
     "docs/pretrained.md", "docs/add_a_method.md", "docs/add_an_op.md", "docs/write_a_pass.md",
     "docs/production.md",
     "docs/sweeps.md", "docs/reports.md", "docs/index.md", "docs/deploy.md", "docs/concepts.md", "docs/faq.md",
@@ -81,6 +82,12 @@ def test_a_first_command_installs_little_and_the_tests_need_no_more_words() -> N
     assert re.search(r"^test = \[.*pytest.*xdist.*timeout", project, re.M)
 
 
+def test_the_readme_fits_on_a_screen_and_the_next_page_has_all_names() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 75
+    page = (ROOT / "docs/use.md").read_text(encoding="utf-8")
+    assert not [name for name in [*fxprune.__all__, *fxprune.list_methods()] if f"`{name}`" not in page]
+
+
 def shown_are_printed(shown: str, printed: str) -> None:
     """Check that every line of a sample is printed, in that order, but for those left out by dots."""
     at = 0
@@ -92,8 +99,8 @@ def shown_are_printed(shown: str, printed: str) -> None:
 
 
 @pytest.mark.slow  # a resnet18 in full, 20 s
-def test_the_report_in_the_readme_is_the_one_that_is_printed(capsys: Any) -> None:
-    report, training = blocks("README.md", "text")
+def test_the_numbers_of_the_first_pages_are_those_that_are_printed(capsys: Any) -> None:
+    training, report = blocks("docs/use.md", "text")
     names: dict[str, Any] = {"__name__": "readme"}
     exec(compile(blocks("README.md", "python")[0], "README.md", "exec"), names)
     shown_are_printed(report, capsys.readouterr().out)
