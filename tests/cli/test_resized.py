@@ -113,16 +113,23 @@ def test_tied_heads_stay_tied(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("make", "words", "why"),
     [
-        (
+        pytest.param(
             llama,
             ["--granularity", "head", "--exclude", "*embed*"],
             "layers end with different sizes: 'model.lay",
+            marks=pytest.mark.slow,
         ),
-        (llama, ["--granularity", "head", "--scope", "uniform", "--round-to", "5"], "is refused ("),
-        (
+        pytest.param(
+            llama,
+            ["--granularity", "head", "--scope", "uniform", "--round-to", "5"],
+            "is refused (",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             bert,
             ["--granularity", "head", "--scope", "uniform"],
             "BertForMaskedLM has no 'narrowed_bert_embed",
+            marks=pytest.mark.slow,
         ),
         (
             bert,

@@ -87,7 +87,8 @@ def test_peak_memory_counts_what_is_alive_at_one_time() -> None:
         assert peak_bytes(Steps(), lambda: Steps()(x)) == 8000
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 def test_runtimes_of_their_own(runtime: str) -> None:
     for package in ("onnx", "onnxscript", runtime):
         pytest.importorskip(package)
