@@ -90,6 +90,10 @@ def axes_of_labels(
 
 def _along(entries: Tensor, size: int, places: Sequence[Place | None]) -> AxisUse | None:
     """The fewest axes whose coordinates tell the entry."""
+    for dim in range(entries.dim()):
+        first = entries.narrow(dim, 0, 1)
+        if entries.shape[dim] > 1 and bool((entries == first).all()):
+            entries = first  # tables over heads are large, and alike along most axes
     known = [dim for dim, place in enumerate(places) if place is not None and entries.shape[dim] > 1]
     low, high = entries.where(entries >= 0, size), entries
     candidates = [(dim,) for dim in known] + list(combinations(known, 2))
