@@ -33,7 +33,10 @@ from fxprune.capture.tracer.snapshots import Globals, plain_dict
 
 __all__ = ["ATOMS", "CACHED", "TABLES", "Place", "Reachable", "is_generator"]
 
-LIBRARIES = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "fxprune", "functorch", "triton"}
+LIBRARIES = frozenset(sys.stdlib_module_names) | {
+    "torch", "numpy", "fxprune", "functorch", "triton",
+    "pytest", "_pytest",  # which an assert in a test's model calls: they lead to all that the test run holds
+}  # fmt: skip
 WRAPPERS = ("collections", "queue", "weakref")
 """The modules of the standard library whose classes hold a collection of Python's own in an attribute."""
 TABLES = ("_parameters", "_buffers", "_modules")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from capture.untouched import assert_untouched, random_states
 from fxprune.capture import CaptureError, capture
 from fxprune.capture.tracer.isolation import ModelState
+from fxprune.capture.tracer.reachable import Reachable
 
 TABLES: dict[str, Any] = {"deep": {}}
 LAST: Tensor | None = None
@@ -206,3 +207,17 @@ def test_a_network_that_was_captured_and_is_captured_again_stays_in_evaluation()
     for one in (network, again):
         assert not any(module.training for module in one.modules())
         assert torch.equal(one(x)[1], torch.zeros(1))
+
+
+class Asserts(nn.Module):
+    """Has an assertion, which pytest rewrites to a call of its own code."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dim() == 2
+        return x + 1
+
+
+def test_an_assertion_in_a_model_does_not_lead_to_the_test_run(request: pytest.FixtureRequest) -> None:
+    reached = [container.value for container in Reachable(Asserts()).containers]
+    assert len(reached) < 100
+    assert not any(value is vars(request.config) for value in reached)
