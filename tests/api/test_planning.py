@@ -135,6 +135,7 @@ def test_the_curve_is_chosen_as_the_method_chooses() -> None:
         assert own.cost[1] == point.cost
 
 
+@pytest.mark.slow
 def test_the_curve_is_drawn() -> None:
     pytest.importorskip("matplotlib")
     plan = make(net(), of="macs")

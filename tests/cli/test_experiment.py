@@ -195,6 +195,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(tmp_path: Path, caps
 WRITE = SavedRun.write
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path: Path, capsys: Any) -> None:
     kept = [*SHORT, "--out", str(tmp_path / "run")]
     assert run([*kept, "--epochs", "2"]) == 0

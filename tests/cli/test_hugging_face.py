@@ -55,6 +55,7 @@ def test_a_folder_is_pruned_on_text_and_written_back(folder: Path, tmp_path: Pat
     assert again.generate(ids, max_new_tokens=3, do_sample=False, min_new_tokens=3).shape == (1, 5)
 
 
+@pytest.mark.slow
 def test_methods_with_a_loss_take_that_of_the_next_token(folder: Path, tmp_path: Path) -> None:
     model, _ = load_folder(f"hf:{folder}")
     batches = load_calibration(text(tmp_path / "some.txt"), f"hf:{folder}", model)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from scoring.processes import CONTEXT
+from thinning import one_in
 
 from fxprune.training import Checkpoints, Pruner, checkpoints
 from training import loops, nets
@@ -33,7 +34,7 @@ def killed_run(kind: str, folder: Path, lines: int, delay: float) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("kind", loops.LOOPS)
+@pytest.mark.parametrize("kind", one_in(2, loops.LOOPS))
 def test_killed_and_resumed_is_never_killed(kind: str, tmp_path: Path) -> None:
     chance = random.Random()
     wanted = loops.LOOPS[kind](None)

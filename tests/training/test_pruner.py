@@ -184,6 +184,7 @@ def test_state_goes_on_elsewhere() -> None:
         second.load_state_dict({})
 
 
+@pytest.mark.slow
 def test_a_mask_update_does_not_recompile() -> None:
     torch._dynamo.reset()
     pruner = made("rigl", 0.6, total=12, frequency=2)

@@ -140,6 +140,7 @@ def test_transformers_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
     assert resumed.history == whole.history
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_by_steps_with_gradients(tmp_path: Path) -> None:
     pruner, _ = transformers_run(tmp_path, 4, every="step")
