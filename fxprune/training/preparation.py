@@ -16,6 +16,7 @@ from fxprune.network import Network, adopted, build_problem, rewrite, warn_of_re
 from fxprune.request import Request, blamed_on_data, tables, with_shapes
 from fxprune.rewrite import bare, read
 from fxprune.scoring.contract import silent
+from fxprune.scoring.distributed import everybody
 from fxprune.sparsity.granularity import CHANNEL_OPTIONS, Channel, Granularity, in_unit, resolve
 from fxprune.sparsity.group_selection import ChannelGroups
 
@@ -106,7 +107,8 @@ def _prepared(model: nn.Module, example_inputs: Any, wish: Request, *, warn: boo
         if warn:
             warn_of_rest(gm, graph, (), stacklevel=5)  # the line that made the Pruner
         network = Network(model, source, gm, graph, before)
-        problem = build_problem(network, wish, silent)
+        # Processes score data of their own together; without data they have nothing to tell each other.
+        problem = build_problem(network, wish, silent, None if wish.data is None else everybody())
         masked = rewrite(network, problem, problem.masks, wish)
         weights = {name: masked.get_parameter(name).detach() for name in problem.weights}
     return replace(problem, model=masked, weights=weights)

@@ -66,13 +66,17 @@ def compacted(model: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, Sl
 
 
 def followed(model: nn.Module, example_inputs: Any, recipes: Iterable[Mapping[str, Any]]) -> fx.GraphModule:
-    """Cut a dense or masked model as a run before did; the values of its tensors mean nothing.
+    """Cut a dense or masked model as a run before did; the values of its tensors mean nothing, its modes stay.
 
     Raises ``ValueError`` where a recipe is of another network.
     """
+    modes = {name: module.training for name, module in model.named_modules()}
     original = bare(model)
     given = original if isinstance(original, fx.GraphModule) else capture(original, example_inputs)
-    return follow_recipes(given, [Recipe(**recipe) for recipe in recipes], original)
+    small = follow_recipes(given, [Recipe(**recipe) for recipe in recipes], original)
+    for name, module in small.named_modules():
+        module.training = modes.get(name, modes[""])  # a cut network evaluates
+    return small
 
 
 def move(

@@ -211,6 +211,7 @@ def on_each_rank(rank: int, folder: str) -> dict[str, Any]:
         found[method] = pruner.masks, pruner.history
     found["resumed"] = resumed_together(rank, folder)
     found["sharded"] = sharded()
+    found["scored"] = scored_together([nets.batch(rank)]).masks
     if rank:
         with torch.no_grad():
             pruner.model.get_parameter("2.weight").neg_().add_(1)
@@ -242,6 +243,13 @@ def resumed_together(rank: int, folder: str) -> tuple[int, bool]:
         Path(folder, "step-000000005.rank1.ckpt").unlink()
     start, again = run(5)
     return start, nets.digest(again.model) == nets.digest(whole.model)
+
+
+def scored_together(data: Any) -> Pruner:
+    """A pruner whose criterion has looked at data, those of this process."""
+    pruner = made("gmp", 0.6, criterion="snip", data=data)
+    pruner.step(6)
+    return pruner
 
 
 def sharded() -> list[bool]:
@@ -277,6 +285,10 @@ def test_processes_come_to_the_same_masks(tmp_path: Path) -> None:
         for name, mask in one[method][0].items():
             assert torch.equal(mask, two[method][0][name]), (method, name)
     assert one["resumed"] == two["resumed"] == (4, True)
+    alone = scored_together([nets.batch(0), nets.batch(1)]).masks  # one process that has seen all of the data
+    for name, mask in alone.items():
+        assert torch.equal(mask, one["scored"][name])
+        assert torch.equal(mask, two["scored"][name])
     assert len(one["sharded"]) == 7 * (6 + 3)
     assert all(one["sharded"] + two["sharded"])
     assert "masks of ranks [1] differ" in one["error"]

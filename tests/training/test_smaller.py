@@ -111,6 +111,35 @@ def test_a_killed_run_goes_on_with_the_small_network(tmp_path: Path, returns: An
     assert torch.equal(loaded.eval()(X), again.model.eval()(X))
 
 
+@pytest.mark.parametrize("stop", ["between", "behind"])
+def test_compact_behind_step_and_behind_resume_goes_on_to_the_same_bits(tmp_path: Path, stop: str) -> None:
+    """Nobody sets modes here: the network that a run goes on with is one that trains, dropout included."""
+
+    def run(folder: str, until: int) -> Pruner:
+        torch.manual_seed(0)
+        given = nn.Sequential(*net()[:-1], nn.Dropout(0.5), nn.Linear(24, 10))
+        pruner = Pruner(given, "gmp", 0.8, total=4, example_inputs=X, granularity="channel",
+                        checkpoint_dir=tmp_path / folder)  # fmt: skip
+        optimizer = torch.optim.AdamW(pruner.model.parameters(), lr=1e-2)
+        start = pruner.resume(optimizer=optimizer)
+        pruner.compact()
+        for at in range(start + 1, until + 1):
+            optimizer.zero_grad()
+            pruner.model(torch.randn(4, 3, 8, 8)).square().sum().backward()
+            optimizer.step()
+            pruner.step(at)
+            if at < until or stop == "behind":
+                pruner.compact()
+        return pruner
+
+    whole = run("whole", 4)
+    run("killed", 3)
+    again = run("killed", 4)
+    assert all(module.training for module in again.model.modules())
+    values = again.model.state_dict()
+    assert all(torch.equal(value, values[name]) for name, value in whole.model.state_dict().items())
+
+
 def test_a_state_of_another_compaction_is_refused() -> None:
     first, second = made(), made()
     first.step(2)
