@@ -21,6 +21,7 @@ MEANT: Mapping[str, tuple[str, str]] = {
     "amount": ("sparsity", "the fraction to remove"),
     "ratio": ("sparsity", "the fraction to remove"),
     "pruning_ratio": ("sparsity", "the fraction to remove"),
+    "target": ("sparsity", "the fraction to remove"),
     "target_sparsity": ("sparsity", "the fraction to remove"),
     "input_size": ("example_inputs", "a tensor such as torch.ones(2, 3, 224, 224)"),
     "input_shape": ("example_inputs", "a tensor such as torch.ones(2, 3, 224, 224)"),

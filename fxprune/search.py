@@ -16,6 +16,7 @@ from torch import fx, nn
 from fxprune import sharding
 from fxprune.capture import CaptureError, capture
 from fxprune.capture.inputs import example_inputs_for
+from fxprune.finite import warn_of_strange_parameters
 from fxprune.graph import ChannelGraph
 from fxprune.latency import LatencyTarget, check_runtime
 from fxprune.lowering import Rules, graph_of_run, hidden_layers, lower
@@ -103,6 +104,7 @@ def search(
     inputs, wish = with_shapes(model, example_inputs, wish)
     with blamed_on_data(model, example_inputs, wish):
         network = _network(given, inputs, wish, display)
+    warn_of_strange_parameters(model, "look for what made them so, before anything is pruned", stacklevel=3)
     before = network.before
     asked = build_problem(network, wish, display, everybody())
     if seen is not None and isinstance(asked.granularity, ChannelGroups):

@@ -9,15 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["named", "whole_file", "write_text"]
+__all__ = ["named", "put_in_place", "whole_file", "write_text"]
 
 
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a name beside ``path`` to write to, and move the file there when it is complete.
 
-    Links are followed; a device or a pipe is written to as it is. ``OSError`` that names ``path`` where it
-    cannot be written, by which nothing is left behind.
+    Links are followed; a device or a pipe is written to as it is. A file that was there keeps its
+    permissions, a new one has those that the system gives new files. ``OSError`` that names ``path`` where
+    it cannot be written, by which nothing is left behind.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -39,10 +40,20 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     part = target.with_name(f".{uuid.uuid4().hex}.part")
     try:
         with named(path):
+            part.touch()
+            mode = stat.S_IMODE(part.stat().st_mode)
             yield part
-            os.replace(part, target)
+            part.chmod(mode)  # safetensors makes a file that its owner alone can read
+            put_in_place(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def put_in_place(part: Path, target: Path) -> None:
+    """Move a complete file to its place; the permissions of a file that was there stay."""
+    if target.is_file():
+        part.chmod(stat.S_IMODE(target.stat().st_mode))
+    os.replace(part, target)
 
 
 @contextmanager

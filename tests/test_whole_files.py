@@ -1,11 +1,14 @@
 """Files in full or not at all: what was there stays, and the error names the file."""
 
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fxprune.tensor_files import save_tensors
 from fxprune.whole_files import whole_file, write_text
 
 
@@ -55,6 +58,29 @@ def test_folders_that_cannot_be_written_to(tmp_path: Path) -> None:
     Path(tmp_path / "file").touch()
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         write_text(tmp_path / "file" / "a.txt", "one")
+
+
+def permissions(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_permissions_of_a_file_that_is_overwritten_stay(tmp_path: Path) -> None:
+    usual, path = tmp_path / "usual", tmp_path / "a.txt"
+    usual.touch()
+    write_text(path, "one")
+    assert permissions(path) == permissions(usual)
+    for mode in (0o600, 0o640, 0o664):
+        path.chmod(mode)
+        write_text(path, "two")
+        assert permissions(path) == mode
+
+
+def test_a_new_file_of_tensors_is_read_by_whoever_reads_other_new_files(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    path = tmp_path / "a.safetensors"
+    with whole_file(path) as part:
+        save_tensors({"x": torch.ones(2)}, part)
+    assert permissions(path) == permissions(tmp_path / "usual")
 
 
 def test_links_and_devices(tmp_path: Path) -> None:

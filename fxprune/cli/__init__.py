@@ -16,6 +16,7 @@ import typer
 
 import fxprune
 from fxprune.cli.config import read_config, take_config
+from fxprune.cli.wording import in_flags
 
 COMMANDS = {
     "prune": ("fxprune.cli.pruning", "Prune a network and report what is left of it."),
@@ -157,4 +158,4 @@ def _fail(error: object, code: int) -> int:
 
 
 def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
+    return in_flags(" ".join(str(text).split()))

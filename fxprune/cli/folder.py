@@ -60,7 +60,9 @@ def read_folder(folder: Path) -> tuple[dict[str, nn.Module], Any, dict[str, Any]
     file = folder / (_OLD_MASKS if (folder / _OLD_MASKS).is_file() else MASKED)
     facts = fxprune.rewrite.read_header(file)
     if "model" not in facts:
-        raise ValueError(f"{file}: does not say of which model; expected a folder of prune --out")
+        own = (folder / "config.json").is_file()
+        other = f"of transformers it is hf:{folder}" if own else "expected a folder of prune --out"
+        raise ValueError(f"{file}: does not say of which model; {other}")
     dense, inputs = load_network(
         facts["model"],
         int(facts["seed"]),

@@ -82,8 +82,8 @@ def load_network(
     network, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(network, torch.nn.Module):
         raise TypeError(
-            f"{source!r} returned a {type(network).__name__}, expected a torch.nn.Module, or a pair of one "
-            "and its example inputs"
+            f"{source!r} returned an object of type {type(network).__name__}, expected a torch.nn.Module, or"
+            " a pair of one and its example inputs"
         )
     return network if weights is None else load_weights(network, Path(weights)), inputs
 

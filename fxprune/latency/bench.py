@@ -46,7 +46,8 @@ def bench(
     Args:
         models: by name, networks that take the same inputs; they are not changed. The first is the one that
             others are compared with.
-        example_inputs: as in :func:`fxprune.apply`; numbers are drawn in their shapes.
+        example_inputs: as in :func:`fxprune.apply`; numbers are drawn in their shapes. By default what the
+            first of the networks takes that says so, as graphs of :func:`fxprune.apply` do.
         batch: a batch size, or several.
         runtimes: "eager", "compile", "onnxruntime", "openvino". One that is not installed is skipped, and
             said to be.
@@ -69,6 +70,7 @@ def bench(
     _check(models, batch, runtimes, threads, seconds)
     threads = threads or torch.get_num_threads()
     first = unwrap(next(iter(models.values())))
+    example_inputs = _known_inputs(models, example_inputs)
     given = example_inputs_for(first, example_inputs)
     skipped: dict[str, str] = {}
     for runtime in runtimes:
@@ -97,6 +99,7 @@ def measure(
     _check(models, batch, runtimes, threads, seconds)
     threads = threads or torch.get_num_threads()
     first = unwrap(next(iter(models.values())))
+    example_inputs = _known_inputs(models, example_inputs)
     given = example_inputs_for(first, example_inputs)
     device = next((p.device for p in first.parameters()), torch.device("cpu"))
     timings: list[Timing] = []
@@ -111,6 +114,17 @@ def measure(
                 times = run_in_turn(runs, seconds, device)
                 timings += [Timing(name, runtime, size, found) for name, found in times.items()]
     return timings
+
+
+def _known_inputs(models: Mapping[str, nn.Module], example_inputs: Any) -> Any:
+    """Return the example inputs, where there are none those of the first network that says what it takes."""
+    for model in models.values() if example_inputs is None else ():
+        try:
+            args, kwargs = example_inputs_for(unwrap(model))
+        except ValueError:
+            continue
+        return args or kwargs
+    return example_inputs
 
 
 def _check(

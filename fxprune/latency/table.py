@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from fxprune.latency.layers import Widths
+from fxprune.whole_files import write_text
 
 __all__ = ["Table", "cache_folder", "machine", "open_table"]
 
@@ -49,9 +49,7 @@ class Table:
                 "networks": self.networks,
             }
         )
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False, encoding="utf-8") as file:
-            file.write(text)
-        os.replace(file.name, self.path)
+        write_text(self.path, text)
 
 
 def machine(device: torch.device, runtime: str, threads: int) -> dict[str, str]:

@@ -37,10 +37,12 @@ class Arguments:
 def arguments_of(problem: Problem, some: Sequence[Batch], method: str) -> list[Arguments]:
     """Find the arguments of the model's call for every piece of the batches.
 
-    A mapping holds keyword arguments of the model (``labels`` are left out where it takes none), or what
+    A mapping holds keyword arguments of the model (``labels`` are left out where it takes none, or was
+    captured without), or what
     ``problem.loss_fn(model, batch)`` calls the model with: the first call counts.
 
-    Raises ``ValueError`` for a ``loss_fn`` that does not call the model, and for inputs it does not take.
+    Raises ``ValueError`` for a ``loss_fn`` that does not call the model, and for inputs it does not take, or
+    was captured without.
     """
     found = []
     for batch in some:
@@ -65,7 +67,26 @@ def _taken(model: nn.Module, inputs: Mapping[str, Any], method: str) -> dict[str
             f"method {method!r}: data has {odd[0]!r}, the model takes {', '.join(parameters) or 'nothing'}; "
             "give it among example_inputs, or leave it out"
         )
-    return {name: value for name, value in inputs.items() if name in parameters}
+    absent = [
+        name for name in inputs if isinstance(inputs[name], Tensor) and name in _captured_without(model)
+    ]
+    odd = [name for name in absent if name != LABELS]
+    if odd:
+        raise ValueError(
+            f"method {method!r}: data has {odd[0]!r}, which example_inputs has not; give it there too, or"
+            " leave example_inputs out"
+        )
+    return {name: value for name, value in inputs.items() if name in parameters and name not in absent}
+
+
+def _captured_without(model: nn.Module) -> set[str]:
+    """The arguments of a captured model that were no tensors when it was captured."""
+    nodes = model.graph.nodes if isinstance(model, fx.GraphModule) else ()
+    return {
+        str(node.target)
+        for node in nodes
+        if node.op == "placeholder" and "val" in node.meta and not isinstance(node.meta["val"], Tensor)
+    }
 
 
 class _Seen(BaseException):

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.capture import capture
+from fxprune.finite import warn_of_strange_parameters
 from fxprune.latency import check_runtime
 from fxprune.lowering import lower
 from fxprune.methods import Problem
@@ -105,6 +106,7 @@ def _prepared(model: nn.Module, example_inputs: Any, wish: Request, *, warn: boo
             gm = capture(source, inputs)
         graph = lower(gm, rules=wish.rules)
         if warn:
+            warn_of_strange_parameters(model, "look for what made them so, before it trains on", stacklevel=4)
             warn_of_rest(gm, graph, (), stacklevel=5)  # the line that made the Pruner
         network = Network(model, source, gm, graph, before)
         # Processes score data of their own together; without data they have nothing to tell each other.

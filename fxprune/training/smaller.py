@@ -66,7 +66,7 @@ def compacted(model: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, Sl
 
 
 def followed(model: nn.Module, example_inputs: Any, recipes: Iterable[Mapping[str, Any]]) -> fx.GraphModule:
-    """Cut a dense or masked model as a run before did; the values of its tensors mean nothing, its modes stay.
+    """Cut a dense or masked model as a run before did; tensors have no values, modes stay.
 
     Raises ``ValueError`` where a recipe is of another network.
     """

@@ -138,3 +138,11 @@ def test_bad_arguments(options: dict[str, Any], words: str) -> None:
 def test_one_batch_size_and_one_runtime_need_no_list() -> None:
     found = fxprune.bench({"a": net()}, torch.ones(1, 6), batch=3, runtimes="eager", seconds=0.001)
     assert [(timing.runtime, timing.batch) for timing in found.timings] == [("eager", 3)]
+
+
+def test_inputs_are_those_of_the_first_network_that_says_them() -> None:
+    masked = fxprune.apply(net(), "magnitude", 0.5, example_inputs=torch.ones(2, 6), progress=False)
+    found = fxprune.bench({"dense": net(), "masked": masked}, seconds=0.001)
+    assert [timing.network for timing in found.timings] == ["dense", "masked"]
+    with pytest.raises(ValueError, match="example_inputs: the input size of Sequential is not known"):
+        fxprune.bench({"dense": net()}, seconds=0.001)

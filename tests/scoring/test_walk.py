@@ -115,6 +115,37 @@ def test_labels_are_left_out_where_the_model_takes_none() -> None:
     assert list(call.kwargs) == ["input"]
 
 
+class Optional(nn.Module):
+    """A linear map that computes its own loss, as models of transformers do, and may be given a factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, factor: Tensor | None = None) -> Any:
+        y = self.body(x if factor is None else x * factor)
+        return y if labels is None else (nn.functional.cross_entropy(y, labels), y)
+
+
+def test_labels_that_the_model_was_captured_without_are_left_out() -> None:
+    x = torch.rand(3, 2)
+    data = {"x": x, "labels": torch.zeros(3, dtype=torch.int64)}
+    options: dict[str, Any] = {"example_inputs": {"x": x}, "returns": "module", "progress": False}
+    for method in ("wanda", "sparsegpt"):
+        pruned = fxprune.apply(Optional(), method, 0.5, data=data, **options)
+        same = fxprune.apply(Optional(), method, 0.5, data=(x, x), **options)
+        assert int(fxprune.masks(pruned)["body.weight"].sum()) == 2
+        assert type(same) is type(pruned)
+
+
+def test_other_arguments_that_the_model_was_captured_without_are_named() -> None:
+    x = torch.rand(3, 2)
+    with pytest.raises(
+        ValueError, match=r"^method 'wanda': data has 'factor', which example_inputs has not; "
+    ):
+        fxprune.apply(Optional(), "wanda", 0.5, data={"x": x, "factor": x}, example_inputs={"x": x})
+
+
 def test_quiet_puts_modes_buffers_and_fused_attention_back() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
     model[1].eval()

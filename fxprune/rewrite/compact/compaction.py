@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fxprune.capture import capture
 from fxprune.capture.errors import InputError, check_module, first_line
 from fxprune.channels.follow import follow
+from fxprune.finite import warn_of_strange_parameters
 from fxprune.graph import ChannelGraph, ir
 from fxprune.lowering import lower
 from fxprune.paths.used import used_channels
@@ -98,6 +99,7 @@ def compact(
         torch.Size([3, 4])
     """
     check_module(model)
+    warn_of_strange_parameters(model, "outputs that are no numbers are not compared", stacklevel=2)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         return _compact(model, example_inputs, exact, verify, fold_constants)
 

@@ -19,11 +19,12 @@ from torch import Tensor, fx, nn
 
 from fxprune.capture.errors import check_module
 from fxprune.capture.inputs import example_inputs_for
+from fxprune.finite import warn_of_strange_parameters
 from fxprune.rewrite.compact.trial import RUN_ERRORS, difference
 from fxprune.rewrite.masking.finalize import finalize
 from fxprune.rewrite.masking.parameters import unwrap
 from fxprune.torch_private import check_entry, check_number, pytree
-from fxprune.whole_files import named
+from fxprune.whole_files import named, put_in_place
 
 __all__ = ["ONNX_PACKAGES", "check_path", "drawn_arguments", "export", "require", "run_onnx", "write_onnx"]
 
@@ -75,6 +76,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
         raise ValueError(
             f"model: {hollow!r} has no values (it is on the meta device); load the weights first"
         )
+    warn_of_strange_parameters(network, "they are written as they are", stacklevel=2)
     calls = [drawn_arguments(given, network, batch) for batch in (2, 3)]
     with torch.inference_mode(False), torch.no_grad(), named(path), _folder_beside(path) as folder:
         part = folder / Path(path).name
@@ -89,7 +91,7 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
             calls = calls[:1]
         _check(network, part, calls)
         for written in folder.iterdir():  # large networks have their weights in a file of their own
-            os.replace(written, Path(path).parent / written.name)
+            put_in_place(written, Path(path).parent / written.name)
 
 
 def _make_checks_operations(network: nn.Module) -> None:
