@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fxprune.graph import ir
 
-__all__ = ["Layer", "Widths", "layer_of", "time_layer"]
+__all__ = ["Layer", "Widths", "layer_of", "time_layer", "time_whole"]
 
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
 """The widths that are timed, as shares of a layer's own."""
@@ -73,6 +73,20 @@ class Widths:
         )
         return low * (1 - weight_o) + high * weight_o
 
+    @property
+    def whole(self) -> float:
+        """The milliseconds of the whole layer."""
+        return self.times[-1][-1]
+
+    def least(self, other: Widths) -> Widths:
+        """Return the smaller of two times at each width of one grid.
+
+        >>> Widths((4, 8), (2,), ((1.0,), (9.0,))).least(Widths((4, 8), (2,), ((2.0,), (3.0,)))).times
+        ((1.0,), (3.0,))
+        """
+        pairs = zip(self.times, other.times, strict=True)
+        return Widths(self.outputs, self.inputs, tuple(tuple(map(min, one, two)) for one, two in pairs))
+
     def slopes(self, outputs: float, inputs: float) -> tuple[float, float]:
         """Return the milliseconds that one output channel less saves, and one input channel less."""
         below_o, below_i = _below(self.outputs, outputs), _below(self.inputs, inputs)
@@ -111,6 +125,11 @@ def time_layer(layer: Layer, device: torch.device, session: Callable[[Any, Tenso
     )
     times = times.cummax(0).values.cummax(1).values
     return Widths(outputs, inputs, tuple(tuple(row) for row in times.tolist()))
+
+
+def time_whole(layer: Layer, device: torch.device, session: Callable[[Any, Tensor], Any] | None) -> float:
+    """Return the milliseconds of a layer at its own widths; ``session`` as for :func:`time_layer`."""
+    return _milliseconds(_run(layer, layer.outputs, layer.inputs, device, session), device)
 
 
 def _grid(whole: int, groups: int) -> tuple[int, ...]:

@@ -45,6 +45,41 @@ def test_slopes_are_what_one_group_saves(invented: list[Layer]) -> None:
         assert saved[group] == pytest.approx(bare.left(staying) - bare.left(fewer))
 
 
+@pytest.mark.parametrize(("factor", "times"), [(10.0, 4), (1.1, 0), (0.1, 0)])
+def test_times_of_a_busy_hour_are_measured_anew(
+    invented: list[Layer], tmp_path: Path, factor: float, times: int
+) -> None:
+    """Times on disk are so many times those of now; shorter ones are those of a quieter hour, and stay."""
+    gm, groups = groups_of(net())
+    whole = latency_cost(gm, groups, "eager", 1).whole
+    (file,) = (tmp_path / "fxprune" / "latency").glob("*.json")
+    known = json.loads(file.read_text())
+    for layer in known["layers"].values():
+        layer["times"] = [[factor * time for time in row] for row in layer["times"]]
+    file.write_text(json.dumps(known))
+    invented.clear()
+    cost = latency_cost(gm, groups, "eager", 1)
+    assert len(invented) == times
+    assert cost.whole == pytest.approx(whole)
+    first = json.loads(file.read_text())["layers"][invented[0].key()] if times else None
+    assert first is None or first["times"][-1][-1] == pytest.approx(
+        time_of(invented[0], invented[0].outputs, invented[0].inputs)
+    )
+
+
+def test_a_network_measured_in_a_busy_hour_is_measured_anew(invented: list[Layer], tmp_path: Path) -> None:
+    gm, groups = groups_of(net())
+    latency_cost(gm, groups, "eager", 1)
+    (file,) = (tmp_path / "fxprune" / "latency").glob("*.json")
+    for factor, expected in ((10, 100.0), (1.1, 110.0)):
+        known = json.loads(file.read_text())
+        for pair in known["networks"].values():
+            for numbers in pair:
+                numbers[2] *= factor
+        file.write_text(json.dumps(known))
+        assert latency_cost(gm, groups, "eager", 1).whole == pytest.approx(expected)
+
+
 def test_every_layer_is_timed_once_and_kept_on_disk(invented: list[Layer], tmp_path: Path) -> None:
     gm, groups = groups_of(net())
     latency_cost(gm, groups, "eager", 1)
