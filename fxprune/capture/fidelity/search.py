@@ -50,7 +50,7 @@ NOT_RUN = (
 INSTEAD = "prune with returns='module', which trains as the model does"
 IN_TRAINING = " in training; the graph does not"
 COUNTS_VALUES = "it makes a Python number of the numbers in a tensor (by an index, len or range)"
-COUNTS_BATCH = "it makes a Python number of the batch size (int, len, range or iteration)"
+COUNTS_BATCH = "it makes a Python number of the batch size (int, range or iteration)"
 
 
 @dataclass

@@ -7,9 +7,11 @@ stumble over.
 
 from __future__ import annotations
 
+import builtins
 import functools
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import CellType
@@ -35,11 +37,14 @@ from fxprune.torch_private import (
 
 __all__ = ["patched_functions"]
 
+CONTAINERS = frozenset({list, tuple, dict, str, set, frozenset, torch.Size})
+
 
 @contextmanager
 def patched_functions(recorder: Recorder, places: Iterable[Place]) -> Iterator[None]:
     """Replace what PyTorch does not report, and the cached and scripted functions at ``places``."""
     with ExitStack() as stack:
+        stack.enter_context(replaced(builtins, "len", _length(recorder)))
         stack.enter_context(replaced(torch.autograd.Function, "apply", _apply(recorder)))
         stack.enter_context(replaced(torch.autocast, "__enter__", _enter(recorder)))
         stack.enter_context(replaced(torch.autocast, "__exit__", _exit(recorder)))
@@ -65,6 +70,20 @@ def _home(holder: Any) -> str | None:
     """The Python module whose globals a dict is."""
     name = holder.get("__name__") if isinstance(holder, dict) else None
     return name if isinstance(name, str) and vars(sys.modules.get(name, object)) is holder else None
+
+
+def _length(recorder: Recorder) -> Callable[[Any], Any]:
+    """``len``, which makes a plain number of what ``__len__`` returns: of a tensor it gives a traced one."""
+    original, thread = builtins.len, threading.get_ident()
+
+    def length(thing: Any) -> Any:
+        if type(thing) in CONTAINERS:  # most calls, which should not become slow
+            return original(thing)
+        if isinstance(thing, torch.Tensor) and recorder.recording and threading.get_ident() == thread:
+            return recorder.length(thing) if thing.dim() else original(thing)
+        return original(thing)
+
+    return length
 
 
 def _apply(recorder: Recorder) -> Any:

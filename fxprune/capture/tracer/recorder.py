@@ -76,10 +76,10 @@ class Recorder(TorchFunctionMode):
             return self._gradients(args, kwargs)
         if not self.recording:
             return self._unrecorded(func, args, kwargs)
-        if name == "__len__" or (name == "unbind" and 0 in (*args[1:2], kwargs.get("dim"))):
+        if name == "unbind" and 0 in (*args[1:2], kwargs.get("dim")):
             self._check_length(args[0], name)
         if name == "__len__":
-            return plain_number(args[0].shape[0])
+            return plain_number(self.length(args[0]))
         if func in (set_grad_mode, enter_autocast, exit_autocast):
             return self._region(func, args)
         op, target, operands = spelling(func, args, kwargs)
@@ -183,6 +183,11 @@ class Recorder(TorchFunctionMode):
         with DisableTorchFunction():
             out = tuple(torch.empty_like(self.tape.shadows.of(x)) for x in inputs)
             return self.tape.record("call_function", torch.autograd.grad, args, kwargs, out)
+
+    def length(self, tensor: Tensor) -> Any:
+        """Return the number of a tensor's rows, one that is traced."""
+        self._check_length(tensor, "len")
+        return tensor.shape[0]
 
     def _check_length(self, tensor: Tensor, name: str) -> None:
         if self.tape.find(tensor) in self.tape.unsized:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import warnings
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,3 +42,42 @@ def test_modules_that_are_made_in_the_forward_follow_the_input() -> None:
     gm = capture(model, x)
     assert "meta" not in gm.code
     assert torch.equal(gm(x), model(x))
+
+
+class Lengths(nn.Module):
+    """Reads the batch size by ``len``, of a tensor and of other things, and decides by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.layers:
+            y = layer(y) / len(self.layers)
+        if len(y) > 100:
+            y = 2 * y
+        return y.reshape(len(x), -1) * len(y) + len([1, 2])
+
+
+def test_len_of_a_tensor_leaves_the_batch_size_free() -> None:
+    before = builtins.len
+    model = Lengths()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gm = capture(model, torch.ones(2, 4))
+    assert builtins.len is before
+    for batch in (1, 2, 7):
+        x = torch.rand(batch, 4)
+        assert torch.equal(gm(x), model(x))
+    with pytest.raises(AssertionError):  # twice as much, which the graph does not say
+        gm(torch.rand(101, 4))
+
+
+def test_len_of_a_number_is_an_error_as_ever() -> None:
+    class OfNumber(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * len(x.sum())
+
+    with pytest.raises(ValueError, match="0-d tensor"):
+        capture(OfNumber(), torch.ones(2, 4))
