@@ -17,6 +17,7 @@ from torch import nn
 from fxprune.capture.hooks import FORWARD_TABLES
 from fxprune.capture.tracer.reachable import CACHED, Place, Reachable, is_generator
 from fxprune.capture.tracer.snapshots import content, is_same, rebound_entry, restore
+from fxprune.capture.tracer.whole_numbers import Namespaces
 
 __all__ = ["Changes", "ModelState", "restore_rng", "rng_state", "seed_rng"]
 
@@ -43,6 +44,7 @@ class ModelState:
     def __init__(self, model: nn.Module) -> None:
         found = Reachable(model)
         self.places: list[Place] = found.places
+        self.namespaces = Namespaces()
         self._saved = [(container, content(container.value)) for container in found.containers]
         reached = (container.value for container in found.containers)
         self.generators = tuple(value for value in reached if is_generator(type(value)))

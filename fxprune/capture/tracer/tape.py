@@ -26,6 +26,7 @@ from fxprune.capture.tracer.meta_values import Shadows, map_structure
 from fxprune.capture.tracer.spelling import changes_input
 from fxprune.capture.tracer.traced_numbers import TracedFloat, TracedInt, plain_number
 from fxprune.capture.tracer.values import Values
+from fxprune.capture.tracer.whole_numbers import Namespaces
 
 __all__ = ["Tape"]
 
@@ -62,6 +63,7 @@ class Tape:
         self._live: set[fx.Node] = set()
         self._sizes: dict[tuple[Scope, fx.Node], torch.Size] = {}
         self.regions = OpenRegions()
+        self.namespaces = Namespaces()
 
     # -- what happened --------------------------------------------------------------------------------------
     def record(
@@ -115,6 +117,8 @@ class Tape:
         """Code makes a plain number of one: what was read from data is checked."""
         if self.running and number.node in self.unsized:
             self.values.made_plain(self, number)
+        elif self.running:
+            self.namespaces.meet()
 
     def read(self, name: str, tensor: Tensor, found: Any) -> fx.Node:
         """A node that reads numbers, which are ``found`` here."""

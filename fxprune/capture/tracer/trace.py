@@ -32,6 +32,7 @@ from fxprune.capture.tracer.replacing import replaced
 from fxprune.capture.tracer.spelling import is_pure
 from fxprune.capture.tracer.tape import Tape
 from fxprune.capture.tracer.values import Values
+from fxprune.capture.tracer.whole_numbers import follows_int
 
 __all__ = ["Rehearsal", "Trace", "remove_dead_code", "shapes_only", "trace"]
 
@@ -147,6 +148,7 @@ def _run(
     tape: Tape,
     state: ModelState,
 ) -> Trace:
+    tape.namespaces = state.namespaces
     recorder = Recorder(tape, _device_of(model))
     result = Trace(tape.graph, tape.constants, tape.scope, tape.decisions, setting.reasons)
     arguments, options = _inputs(tape, model, args, kwargs)
@@ -185,6 +187,7 @@ def _patched(caller: Caller, state: ModelState) -> Iterator[None]:
     with (
         replaced(nn.Module, "__call__", caller.replacement()),
         patched_functions(caller.recorder, state.places),
+        follows_int(state.namespaces.followed),
     ):
         yield
 
