@@ -18,9 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.capture import CaptureError, capture_leaf
+from fxprune.capture.function_body import FunctionBody
 from fxprune.capture.leaves import dense_class
 from fxprune.capture.module import OpenGraph, leaf_attributes
 from fxprune.capture.narrowed_norms import NARROWED
+from fxprune.capture.tracer.call_targets import AutogradCall
 from fxprune.capture.tracer.contents import is_record
 from fxprune.capture.tracer.meta_values import map_structure
 from fxprune.graph import ir
@@ -33,7 +35,7 @@ from fxprune.lowering.follow import reads_of_result
 from fxprune.lowering.joined import joined_weights
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, lost
-from fxprune.lowering.results import Results, training_outputs
+from fxprune.lowering.results import Results, bind, training_outputs
 from fxprune.lowering.rules import KERNEL_TARGETS, RULES
 from fxprune.lowering.rules.movement import MOVES, REARRANGES
 from fxprune.lowering.rules.pointwise import statistic_axes
@@ -278,6 +280,10 @@ class _Walk:
                 return rule(Context(self.build, node, target, result, module), *args, **kwargs)
             except Unknown as error:
                 reason = str(error)
+                if isinstance(target, AutogradCall):
+                    self.build.restore(before)
+                    body = FunctionBody(target.function_class)
+                    return self._inline(node, body, args, kwargs, reason)
             except FAILURES as error:
                 if self.build.strict:
                     raise
@@ -333,8 +339,8 @@ class _Walk:
 
         return as_constants(result, evaluate, view_of(node, module, operands, args, kwargs), constant)
 
-    def _inline(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Lower the inside of a leaf in place."""
+    def _inline(self, node: fx.Node, module: nn.Module, args: Any, kwargs: Any, reason: str = "") -> Any:
+        """Lower the inside of a leaf in place; ``reason`` is given where it cannot be looked at."""
         layer = self.build.layer
         operands = list(tensors_in((args, kwargs)))
         meta_args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
@@ -346,10 +352,10 @@ class _Walk:
             known = leaf_attributes(self.gm, node)
             inner = capture_leaf(module, meta_args, meta_kwargs, known, self.build.leaves)
         except CaptureError as error:
-            return self._opaque(operands, node.meta["val"], f"inside of {layer}: {error}", module)
+            return self._opaque(operands, node.meta["val"], reason or f"inside of {layer}: {error}", module)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)
-        inputs = _bind(inner, args, kwargs)
+        inputs = bind(inner, args, kwargs)
         place = self.build.node, self.build.inner
         result = _Walk(inner, self.build, None, layer, module).run(inputs)
         self.build.node, self.build.inner = place
@@ -383,15 +389,3 @@ def _described(error: Exception) -> str:
 def _leaves_any(x: Any) -> list[Any]:
     has_fields = hasattr(x, "__dataclass_fields__") and not isinstance(x, type)
     return _leaves(list(vars(x).values()) if has_fields else x)
-
-
-def _bind(inner: OpenGraph, args: Any, kwargs: Any) -> list[Any]:
-    """Arguments in the order of the inner graph's placeholders; defaults (their captured values) where not
-    given.
-    """
-    placeholders = [node for node in inner.graph.nodes if node.op == "placeholder"]
-    inputs = list(args)
-    for node in placeholders[len(inputs) :]:
-        name = str(node.target).lstrip("*")
-        inputs.append(kwargs.get(name, node.meta["val"]))
-    return inputs

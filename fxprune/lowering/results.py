@@ -9,12 +9,13 @@ from typing import Any
 from torch import fx
 
 from fxprune.capture import ModeSwitch
+from fxprune.capture.module import OpenGraph
 from fxprune.graph import ir
 from fxprune.lowering.builder import Builder
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.table import tensors_in
 
-__all__ = ["Results", "training_outputs"]
+__all__ = ["Results", "bind", "training_outputs"]
 
 
 class Results:
@@ -87,3 +88,15 @@ def training_outputs(
                 waiting += node.all_input_nodes
     returned = {value.index for op in ops if isinstance(op, ir.Sink) for value in op.inputs}
     return tuple(value for index, value in sorted(found.items()) if value.live and index not in returned)
+
+
+def bind(inner: OpenGraph, args: Any, kwargs: Any) -> list[Any]:
+    """Arguments in the order of the inner graph's placeholders; defaults (their captured values) where not
+    given.
+    """
+    placeholders = [node for node in inner.graph.nodes if node.op == "placeholder"]
+    inputs = list(args)
+    for node in placeholders[len(inputs) :]:
+        name = str(node.target).lstrip("*")
+        inputs.append(kwargs.get(name, node.meta["val"]))
+    return inputs

@@ -22,7 +22,7 @@ import torch.utils.checkpoint
 
 from fxprune.capture.errors import TRACE_ERRORS
 from fxprune.capture.tracer.call_targets import AutogradCall, ScriptedCall
-from fxprune.capture.tracer.reachable import ATOMS, Place
+from fxprune.capture.tracer.reachable import ATOMS, Place, applied_class
 from fxprune.capture.tracer.recorder import Recorder
 from fxprune.capture.tracer.replacing import replaced
 from fxprune.capture.tracer.sample_values import MadeUp, needs_numbers
@@ -42,10 +42,11 @@ CONTAINERS = frozenset({list, tuple, dict, str, set, frozenset, torch.Size})
 
 @contextmanager
 def patched_functions(recorder: Recorder, places: Iterable[Place]) -> Iterator[None]:
-    """Replace what PyTorch does not report, and the cached and scripted functions at ``places``."""
+    """Replace what PyTorch does not report, and the cached, scripted and autograd functions at ``places``."""
+    apply = _apply(recorder)
     with ExitStack() as stack:
         stack.enter_context(replaced(builtins, "len", _length(recorder)))
-        stack.enter_context(replaced(torch.autograd.Function, "apply", _apply(recorder)))
+        stack.enter_context(replaced(torch.autograd.Function, "apply", apply))
         stack.enter_context(replaced(torch.autocast, "__enter__", _enter(recorder)))
         stack.enter_context(replaced(torch.autocast, "__exit__", _exit(recorder)))
         for name in ("__enter__", "__exit__"):
@@ -61,7 +62,12 @@ def patched_functions(recorder: Recorder, places: Iterable[Place]) -> Iterator[N
                 home = _home(place.holder)
                 if home is not None:
                     stack.enter_context(_replaced_place(place, _scripted(recorder, home, place)))
-            elif isinstance(place.holder, dict | list | type | CellType):
+            elif not isinstance(place.holder, dict | list | type | CellType):
+                continue
+            elif kind := applied_class(place.function):
+                # What was looked up before the trace calls no Python code of its own.
+                stack.enter_context(_replaced_place(place, functools.partial(apply.__func__, kind)))
+            else:
                 stack.enter_context(_replaced_place(place, _without_tensors(place.function)))
         yield
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from fxprune.capture.hooks import FORWARD_TABLES, GLOBAL_TABLES, KINDS, hook_name
 from fxprune.capture.tracer.snapshots import Globals, plain_dict
 
-__all__ = ["ATOMS", "CACHED", "TABLES", "Place", "Reachable", "is_generator"]
+__all__ = ["ATOMS", "CACHED", "TABLES", "Place", "Reachable", "applied_class", "is_generator"]
 
 LIBRARIES = frozenset(sys.stdlib_module_names) | {
     "torch", "numpy", "fxprune", "functorch", "triton",
@@ -46,6 +46,7 @@ COLLECTIONS = (dict, list, set, deque)
 ATOMS = frozenset(
     (bool, int, float, complex, str, bytes, type(None), range, slice, torch.Size, torch.dtype, torch.device)
 )
+BOUND = (BuiltinMethodType, MethodType)
 EMPTIED = frozenset((dict, OrderedDict, set))
 CREATORS = ("__init__", "__new__", "__post_init__", "__init_subclass__")
 
@@ -73,7 +74,7 @@ class Container:
 
 @dataclass(frozen=True)
 class Place:
-    """A cached or scripted ``function``, and the entry ``key`` of ``holder`` that holds it."""
+    """A cached, scripted or autograd ``function``, and the entry ``key`` of ``holder`` that holds it."""
 
     holder: Any
     key: Any
@@ -121,7 +122,7 @@ class Reachable:
                 self.containers.append(Container(owner, value))
             return
         function = _unwrapped(value)
-        if isinstance(function, SPECIAL):
+        if isinstance(function, SPECIAL) or applied_class(function):
             self.places.append(Place(holder, key, value, function))
         if id(value) in self._seen:
             return
@@ -236,7 +237,7 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
             yield "cell_contents", value.cell_contents
     elif issubclass(kind, MethodType):
         yield from (("__func__", value.__func__), ("__self__", value.__self__))
-    elif issubclass(kind, BuiltinMethodType) and is_generator(type(value.__self__)):
+    elif issubclass(kind, BuiltinMethodType) and (is_generator(type(value.__self__)) or applied_class(value)):
         yield "__self__", value.__self__
     elif issubclass(kind, functools.partial):
         yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
@@ -255,6 +256,17 @@ def _has_attributes(value: Any) -> bool:
         return False
     own = kind.__module__ in WRAPPERS or kind is SimpleNamespace
     return own or _is_users(kind.__module__) or kind.__module__.startswith("torch.")
+
+
+def applied_class(function: Any) -> type[torch.autograd.Function] | None:
+    """Return the class whose ``apply`` a function is, if it was looked up before (``f = Own.apply``).
+
+    >>> applied_class(print) is None
+    True
+    """
+    kind = getattr(function, "__self__", None) if type(function) in BOUND else None
+    own = isinstance(kind, type) and issubclass(kind, torch.autograd.Function)
+    return kind if own and function.__name__ == "apply" else None
 
 
 def is_generator(kind: type) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -81,3 +82,59 @@ def test_len_of_a_number_is_an_error_as_ever() -> None:
 
     with pytest.raises(ValueError, match="0-d tensor"):
         capture(OfNumber(), torch.ones(2, 4))
+
+
+class Rounds(torch.autograd.Function):
+    """Rounds, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return 3 * gradients[0]
+
+
+rounded = Rounds.apply
+table = {"round": Rounds.apply}
+
+
+class Keeps(nn.Module):
+    """Looks an autograd function up before it runs, in one of the places where code keeps functions."""
+
+    static = staticmethod(Rounds.apply)
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.first, self.second, self.place = nn.Linear(3, 4), nn.Linear(4, 2), place
+        self.own, inner = Rounds.apply, Rounds.apply
+        self.closure = lambda x: inner(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.place == "global":
+            x = rounded(x)
+        elif self.place == "table":
+            x = table["round"](x)
+        elif self.place == "static":
+            x = self.static(x)
+        else:
+            x = getattr(self, self.place)(x)
+        return self.second(x)
+
+
+@pytest.mark.parametrize("place", ["global", "table", "own", "static", "closure"])
+def test_autograd_functions_that_were_looked_up_before_keep_their_gradient(place: str) -> None:
+    torch.manual_seed(0)
+    model, x = Keeps(place), 3 * torch.randn(5, 3)
+    gm = capture(model, x)
+    found = []
+    for net in (model, gm):
+        model.zero_grad()
+        net(x).sum().backward()
+        found.append(model.first.weight.grad.clone())
+    assert torch.equal(*found)
+    assert bool(found[0].count_nonzero())
+    assert rounded.__self__ is Rounds
+    assert type(model.own) is type(rounded)
