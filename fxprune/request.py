@@ -263,4 +263,4 @@ def _plan_ahead(budget: Allocation, sparsity: float, model: nn.Module) -> None:
     """Raises for a budget that no set of layers of this model could meet; the exact plan needs the graph."""
     if any(is_lazy(parameter) for parameter in model.parameters()):
         return  # capture says what to do about those
-    plan(budget, sparsity, {n: tuple(p.shape) for n, p in _parameters(model) if p.dim() > 1})
+    plan(budget, sparsity, {n: tuple(p.shape) for n, p in _parameters(model) if p.dim() > 1 and p.numel()})

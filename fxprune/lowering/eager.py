@@ -100,7 +100,7 @@ def graph_of_run(model: nn.Module, args: Any, kwargs: Any, reason: str) -> ir.Ch
 
 
 def _kernels(parameters: Parameters, met: dict[str, bool]) -> Iterator[ir.KernelSet]:
-    for name in (name for name in parameters.tensors if name in met):
+    for name in (name for name, tensor in parameters.tensors.items() if name in met and tensor.numel()):
         path, owner = parameters.owners[name]
         shape, layer = parameters.tensors[name].shape, name.rpartition(".")[0] or name
         transposed = isinstance(owner, ConvTransposeNd)

@@ -213,6 +213,9 @@ class _Walk:
     # -- calls ----------------------------------------------------------------------------------------------
     def _call(self, node: fx.Node) -> Any:
         """Lower one call; what raises an error in an unforeseen place becomes opaque, too."""
+        val = node.meta["val"]
+        if isinstance(val, Tensor) and node.target is not operator.setitem and not val.numel():
+            return Constant(tuple(val.shape), val.dtype, lambda: torch.empty(val.shape, dtype=val.dtype))
         before = self.build.state()
         try:
             return self._lowered(node)
@@ -221,7 +224,7 @@ class _Walk:
                 raise
             reason = f"lowering {describe(node.target)} raised {_described(error)}"
         self.build.restore(before)
-        val, operands = node.meta["val"], list(tensors_in(self._read((node.args, node.kwargs))))
+        operands = list(tensors_in(self._read((node.args, node.kwargs))))
         if node.target is operator.setitem:
             val = torch.empty(operands[0].shape, device="meta")
         module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -261,7 +264,9 @@ class _Walk:
             target = dense_class(module)
         operands = list(tensors_in((args, kwargs)))
         result = self.env[node.args[0]] if in_place else val  # type: ignore[index]
-        if not any(isinstance(x, ir.Value) for x in operands) and not self._has_kernels(target, module):
+        if not any(isinstance(x, ir.Value) for x in operands) and not self._has_kernels(
+            target, module, operands
+        ):
             return self._fold(node, args, kwargs, result)
         if isinstance(target, type) and module is None:
             # A container made in the forward; a named tuple without the checks of its constructor.
@@ -291,7 +296,9 @@ class _Walk:
             self.build.restore(before)
         return self._opaque(operands, result if in_place else val, reason, module)
 
-    def _has_kernels(self, target: Any, module: nn.Module | None) -> bool:
+    def _has_kernels(self, target: Any, module: nn.Module | None, operands: list[Any]) -> bool:
+        if any(0 in x.shape for x in operands):
+            return False  # the weights of no channels
         if module is not None:
             return isinstance(module, NARROWED) or next(module.parameters(), None) is not None
         return target in KERNEL_TARGETS

@@ -60,6 +60,7 @@ def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple
         name: tuple(parameters.aliases[name])
         for name in parameters.tensors
         if name in layers | scaled and name in parameters.prunable and name not in graph.kernels
+        if parameters.tensors[name].numel()
     }
 
 

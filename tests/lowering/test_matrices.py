@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,3 +49,38 @@ def test_weights_that_are_scaled_by_sample_are_pruned() -> None:
             masked.get_parameter(name).mul_(mask)
     assert torch.equal(masked(x), pruned(x))
     fxprune.verify(pruned)
+
+
+class NoChannels(nn.Module):
+    """Squeezes its channels to none, as some do that divide a width by a factor."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.c, self.kind = nn.Linear(6, 8), nn.Linear(8, 3), kind
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that nothing is drawn
+            self.squeeze, self.excite = nn.Linear(8, 0), nn.Linear(0, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        if self.kind == "opaque":
+            y = torch.from_numpy(y.detach().numpy()) if y.max() > 100 else y
+        return self.c(y + self.excite(self.squeeze(y)))
+
+
+@pytest.mark.parametrize("kind", ["graph", "opaque"])
+@pytest.mark.parametrize("budget", ["global", "erk"])
+@pytest.mark.filterwarnings("ignore:apply")
+def test_layers_of_no_channels_have_no_weights(kind: str, budget: Any) -> None:
+    torch.manual_seed(0)
+    model, x = NoChannels(kind), torch.randn(4, 6)
+    returns: Any = "graph" if kind == "graph" else "module"
+    pruned = fxprune.apply(model, "magnitude", 0.5, budget=budget, example_inputs=x, returns=returns)
+    masks = fxprune.masks(pruned)
+    assert masks.keys() == {"a.weight", "c.weight"}
+    assert sum(int(mask.sum()) for mask in masks.values()) == 36
+    fxprune.verify(pruned)
+    if kind == "graph":
+        pruned = fxprune.apply(model, "magnitude", 0.5, granularity="channel", example_inputs=x).eval()
+        small = fxprune.compact(pruned, example_inputs=x)
+        torch.testing.assert_close(small(x), pruned(x))
