@@ -30,6 +30,7 @@ from fxprune.capture.tracer.spelling import (
 )
 from fxprune.capture.tracer.tape import Tape
 from fxprune.capture.tracer.traced_numbers import plain_number
+from fxprune.capture.tracer.type_names import TypeName, dtype_of
 from fxprune.torch_private import DisableTorchFunction, enter_autocast, exit_autocast, set_grad_mode
 
 __all__ = ["Recorder"]
@@ -72,8 +73,8 @@ class Recorder(TorchFunctionMode):
             func = _assignment(func, self.tape.find(args[0]))
         if name in VALUE_READERS:
             return self._read(func, name, args, kwargs)
-        if func is torch.autograd.grad:
-            return self._gradients(args, kwargs)
+        if func is torch.autograd.grad or func is Tensor.type:
+            return (self._typed if func is Tensor.type else self._gradients)(args, kwargs)
         if not self.recording:
             return self._unrecorded(func, args, kwargs)
         if name == "unbind" and 0 in (*args[1:2], kwargs.get("dim")):
@@ -96,6 +97,19 @@ class Recorder(TorchFunctionMode):
                 raise
             return self._made_up(op, target, func, operands, kwargs, args)
         return self.tape.record(op, target, operands, kwargs, out, unsized=self._by_numbers)
+
+    def _typed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Name the type of a tensor, or change it to one that is given by its name or its class."""
+        tensor, kind = args[0], args[1] if args[1:] else kwargs.get("dtype")
+        if kind is None:
+            return TypeName.of(tensor, self.device)
+        if isinstance(kind, TypeName):
+            return self.__torch_function__(Tensor.type_as, (), (tensor, kind.tensor))
+        if isinstance(kind, torch.dtype):
+            return self.__torch_function__(Tensor.to, (), (tensor, kind))
+        out = self.tape.shadows.run(Tensor.to, (tensor, dtype_of(kind)), {})
+        name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__name__}"
+        return self.tape.record("call_method", "type", (tensor, name), {}, out) if self.recording else out
 
     def _unrecorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result in shapes, of made-up numbers where PyTorch has none for shapes alone."""

@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fxprune.capture.leaves import dense_class
+from fxprune.capture.tracer.replacing import replaced
 from fxprune.rewrite.masking.averages import note, watch
 from fxprune.rewrite.masking.optimizer_hook import enrol
 from fxprune.rewrite.masking.sharded import plain_class
@@ -97,7 +98,11 @@ def _made(base: Any, form: Form) -> Any:
     elif form.kind == "frozen":
         namespace["forward"] = _frozen_forward(base, form.operands[0])
     prefix = "Frozen" if form.kind == "frozen" else "Masked"
-    return type(prefix + base.__name__, (base,), namespace)
+    if getattr(base.__init_subclass__, "__func__", None) is None:
+        return type(prefix + base.__name__, (base,), namespace)
+    # It is told of classes that users derive from it, may want to know more of them, and lists them.
+    with replaced(base, "__init_subclass__", classmethod(lambda cls: None)):
+        return type(prefix + base.__name__, (base,), namespace)
 
 
 def _linear(self: Any, input: torch.Tensor) -> torch.Tensor:

@@ -4,13 +4,15 @@ import copy
 import io
 import pickle
 import shutil
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from thinning import one_in
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import fxprune
 from fxprune.rewrite import bare, finalize, install, read, set_masks, verify
 from rewrite import nets
 
@@ -227,3 +229,38 @@ def test_lists_of_weights_are_masked_too():
     lstm(torch.randn(3, 2, 4))[0].sum().backward()
     assert nets.pruned_gradients_are_zero(lstm, masks)
     assert lstm.weight_hh_l0.grad.abs().sum() > 0
+
+
+class Registered(nn.Module):
+    """Keeps a list of the classes that users derive from it, and asks them for a name."""
+
+    known: ClassVar[dict[str, type]] = {}
+
+    def __init_subclass__(cls, name: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Registered.known[name] = cls
+
+
+class Named(Registered, name="named"):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("returns", ["graph", "module"])
+def test_classes_that_announce_those_derived_from_them_are_masked_all_the_same(returns: Any) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(2, 4), Named()), torch.randn(5, 2)
+    pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, returns=returns)
+    fxprune.verify(pruned)
+    assert Registered.known == {"named": Named}
+    masks = fxprune.masks(pruned)
+    assert masks.keys() == {"0.weight", "1.weight"}
+    expected = nn.functional.linear(x, model[0].weight * masks["0.weight"], model[0].bias)
+    assert torch.allclose(pruned(x), expected @ (model[1].weight * masks["1.weight"]).T)
+    loaded = copy.deepcopy(pruned)
+    assert isinstance(loaded.get_submodule("1"), Named)
+    assert torch.equal(loaded(x), pruned(x))

@@ -1,0 +1,41 @@
+"""``Tensor.type``: reads the name of a type, and changes a tensor to one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxprune.capture import capture
+
+KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "read off": lambda y, x: y.type(x.type()),
+    "named": lambda y, x: y.type("torch.DoubleTensor").float(),
+    "class": lambda y, x: y.type(torch.DoubleTensor).type(torch.float32),
+    "keyword": lambda y, x: y.type(dtype=torch.float32),
+    "compared": lambda y, x: y.float() if x.type() == "torch.FloatTensor" else y.double(),
+}
+
+
+class Typed(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(3, 4), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + KINDS[self.kind](torch.arange(4, device=x.device), x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:capture")
+def test_types_are_read_and_changed_by_name(kind: str) -> None:
+    model, x = Typed(kind), torch.randn(2, 3)
+    gm = capture(model, x)
+    out = gm(x)
+    assert torch.equal(out, model(x))
+    assert out.dtype == torch.float32
+    if kind == "read off":  # it follows the type
+        assert torch.equal(gm.double()(x.double()), model.double()(x.double()))
+        assert gm(x.double()).dtype == torch.float64
