@@ -36,6 +36,8 @@ from fxprune.torch_private import DisableTorchFunction, enter_autocast, exit_aut
 __all__ = ["Recorder"]
 
 TENSOR_VALUED = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
+APART = (torch.device, torch.autograd.grad, Tensor.type)
+"""What gives no tensor, or is recorded as something else."""
 NUMBERS = frozenset(("item", "tolist", "__int__", "__index__", "__float__"))
 DEVICE_KINDS = {f"is_{kind}": kind for kind in ("cuda", "cpu", "meta", "mps", "xpu", "xla", "ipu", "mtia")}
 
@@ -73,8 +75,8 @@ class Recorder(TorchFunctionMode):
             func = _assignment(func, self.tape.find(args[0]))
         if name in VALUE_READERS:
             return self._read(func, name, args, kwargs)
-        if func is torch.autograd.grad or func is Tensor.type:
-            return (self._typed if func is Tensor.type else self._gradients)(args, kwargs)
+        if func in APART:
+            return self._apart(func, args, kwargs)
         if not self.recording:
             return self._unrecorded(func, args, kwargs)
         if name == "unbind" and 0 in (*args[1:2], kwargs.get("dim")):
@@ -97,6 +99,12 @@ class Recorder(TorchFunctionMode):
                 raise
             return self._made_up(op, target, func, operands, kwargs, args)
         return self.tape.record(op, target, operands, kwargs, out, unsized=self._by_numbers)
+
+    def _apart(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func is torch.device:  # of a device: the same one, which may have been read off a tensor
+            (device,) = args if len(args) == 1 and not kwargs else (None,)
+            return device if isinstance(device, torch.device) else func(*args, **kwargs)
+        return self._typed(args, kwargs) if func is Tensor.type else self._gradients(args, kwargs)
 
     def _typed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Name the type of a tensor, or change it to one that is given by its name or its class."""

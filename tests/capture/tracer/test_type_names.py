@@ -1,4 +1,4 @@
-"""``Tensor.type``: reads the name of a type, and changes a tensor to one."""
+"""``Tensor.type`` reads the name of a type, and changes a tensor to one; a device of a device is it."""
 
 from __future__ import annotations
 
@@ -39,3 +39,31 @@ def test_types_are_read_and_changed_by_name(kind: str) -> None:
     if kind == "read off":  # it follows the type
         assert torch.equal(gm.double()(x.double()), model.double()(x.double()))
         assert gm(x.double()).dtype == torch.float64
+
+
+class Placed(nn.Module):
+    """Makes tensors where its input is, in the ways that code has for it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(3, 4), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "region":
+            with torch.device(x.device):
+                y = torch.arange(4.0) + torch.ones(4)
+        elif self.kind == "nested":
+            with torch.device("cpu"), x.device:
+                y = torch.arange(4.0)
+        else:
+            y = torch.arange(4.0, device=torch.device(x.device))
+        return self.layer(x) + y + torch.zeros(4, device=x.device)
+
+
+@pytest.mark.parametrize("kind", ["region", "nested", "device"])
+def test_devices_of_devices_follow_the_tensor(kind: str) -> None:
+    model, x = Placed(kind), torch.randn(2, 3)
+    gm = capture(model, x)
+    assert "meta" not in gm.code
+    assert torch.equal(gm(x), model(x))
+    assert gm.to("meta")(x.to("meta")).shape == (2, 4)  # on another device, too
