@@ -66,7 +66,7 @@ class Asks(nn.Module):
         count = int(x.shape[0] / 2) * 2
         assert isinstance(count, int)
         assert isinstance(3, (int, float))
-        assert type(x.dim()) == int  # noqa: E721
+        assert type(len("name")) == int  # noqa: E721
         assert issubclass(bool, int)
         assert int("7") + int.from_bytes(b"a", "big") == 104
         return self.layer(x).view(count, 4)
