@@ -44,6 +44,7 @@ FRONTS = {
     "latency/results.py": "latency/test_bench.py",
     "lowering/builder.py": "lowering/test_lower.py",
     "lowering/eager.py": "api/test_shares.py",
+    "lowering/results.py": "lowering/rules/test_modes.py",
     "methods/balance/tap_placement.py": "methods/balance/test_balance.py",
     "methods/dpai/outer_factors.py": "methods/dpai/test_kernel_gradients.py",
     "methods/dpai/weight_gradients.py": "methods/dpai/test_objective.py",

@@ -112,7 +112,7 @@ class _Follower:
                 return self._meet(op.inputs, op.output.shape)
             case ir.Map():
                 self._softmax(op)
-                return self._meet(op.inputs, op.output.shape)
+                return self._meet(self.graph.in_both_modes(op), op.output.shape)
             case ir.Norm():
                 self._norm(op)
                 return self._meet(op.inputs, op.output.shape)

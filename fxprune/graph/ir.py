@@ -101,7 +101,8 @@ class ChannelGraph:
     ``results`` holds what every node of the captured graph that yields tensors yields, see :meth:`value_of`;
     ``constants`` describes those values that no op makes, by their index; ``units`` lists the hidden units of
     recurrent layers; ``training_outputs`` are values that the network gives in training alone: no path counts
-    there, but they keep their shape.
+    there, but they keep their shape. ``in_training`` says, by the index of a value, which one takes its place
+    in training: no path counts there either, but both have the same channels.
 
     Example:
         >>> import torch, fxprune
@@ -125,6 +126,7 @@ class ChannelGraph:
     constants: dict[int, ConstantValue] = field(default_factory=dict, repr=False)
     units: tuple[Units, ...] = field(default=(), repr=False)
     training_outputs: tuple[Value, ...] = field(default=(), repr=False)
+    in_training: dict[int, Value] = field(default_factory=dict, repr=False)
     # Compiled traversals by resolution; see fxprune.paths.program.
     programs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -158,6 +160,11 @@ class ChannelGraph:
     def op_of(self, value: Value) -> AnyOp | None:
         """Return the op that makes ``value``; ``None`` for the values of ``constants``."""
         return self._makers.get(value.index)
+
+    def in_both_modes(self, op: AnyOp) -> tuple[Value, ...]:
+        """Return the inputs of an op, and the value that takes the place of its output in training."""
+        other = self.in_training.get(op.output.index)
+        return op.inputs if other is None else (*op.inputs, other)
 
     @cached_property
     def _nodes(self) -> dict[int, tuple[NodeOutput, ...]]:

@@ -36,6 +36,7 @@ class Builder:
         self.parameters = parameters
         self.kernels: dict[str, ir.KernelSet] = {}
         self.units: dict[Units, None] = {}
+        self.in_training: dict[int, ir.Value] = {}  # see `ChannelGraph`
         self.node = ""
         self.inner = ""
         self.layer = ""
@@ -43,8 +44,7 @@ class Builder:
         self.leaves: dict[Any, Any] = {}  # traces of leaves by form, see `capture_leaf`
         # Per value: the part of each axis that is data, where an op before has padded it with zeros.
         self.data_range: dict[int, dict[int, tuple[int, int]]] = {}
-        # What later rules need to know of a value: a square; a mean of which value over which axes;
-        # pairs set to -inf.
+        # What later rules need to know of a value: a square; a mean of which over which axes; pairs at -inf.
         self.squares: set[int] = set()
         self.mean_of: dict[int, tuple[int, tuple[int, ...]]] = {}
         self.blocked: dict[int, Tensor] = {}

@@ -35,7 +35,7 @@ from fxprune.lowering.follow import reads_of_result
 from fxprune.lowering.joined import joined_weights
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, lost
-from fxprune.lowering.results import Results, bind, training_outputs
+from fxprune.lowering.results import Results, bind, gives_tensors, leaves, training_outputs
 from fxprune.lowering.rules import KERNEL_TARGETS, RULES
 from fxprune.lowering.rules.movement import MOVES, REARRANGES
 from fxprune.lowering.rules.pointwise import statistic_axes
@@ -100,14 +100,16 @@ def lower(gm: fx.GraphModule, *, rules: Rules | None = None, strict: bool = Fals
     name, units = type(gm).__name__, tuple(build.units)
     ops = tuple(build.ops)
     more = training_outputs(gm, values, ops)
-    return ir.ChannelGraph(ops, build.kernels, build.samples, name, values, constants, units, more)
+    known = {op.output.index for op in ops}
+    others = {index: x for index, x in build.in_training.items() if index in known and x.index in known}
+    return ir.ChannelGraph(ops, build.kernels, build.samples, name, values, constants, units, more, others)
 
 
 def _samples(gm: fx.GraphModule) -> int:
     """Batch size of the example inputs: the first axis of the first tensor that is no mere vector."""
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            for val in _leaves(node.meta["val"]):
+            for val in leaves(node.meta["val"]):
                 if isinstance(val, Tensor) and val.dim() >= 2:
                     return max(1, val.shape[0])
     return 1
@@ -117,7 +119,7 @@ def _starts_elsewhere(gm: OpenGraph) -> bool:
     """Whether paths start at float inputs or at look-ups, so that integer inputs are only indices."""
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            vals = [val for val in _leaves(node.meta["val"]) if isinstance(val, Tensor)]
+            vals = [val for val in leaves(node.meta["val"]) if isinstance(val, Tensor)]
             if any(val.dtype.is_floating_point or val.dtype.is_complex for val in vals):
                 return True
         elif node.op == "call_module" and isinstance(
@@ -127,14 +129,6 @@ def _starts_elsewhere(gm: OpenGraph) -> bool:
         elif node.target in (F.embedding, F.embedding_bag, torch.embedding):
             return True
     return False
-
-
-def _leaves(x: Any) -> list[Any]:
-    if isinstance(x, (list, tuple)):
-        return [leaf for item in x for leaf in _leaves(item)]
-    if isinstance(x, dict):
-        return [leaf for item in x.values() for leaf in _leaves(item)]
-    return [x]
 
 
 class _Walk:
@@ -250,14 +244,14 @@ class _Walk:
     def _lowered(self, node: fx.Node) -> Any:
         val = node.meta["val"]
         in_place = node.target is operator.setitem
-        if not in_place and not any(isinstance(leaf, Tensor) for leaf in _leaves_any(val)):
+        module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not in_place and not gives_tensors(node, module):
             return val
         args, kwargs = self._read(node.args), self._read(node.kwargs)
         if node.target is operator.getitem and isinstance(args[0], (list, tuple, dict)):
             return args[0][args[1]]
         if node.target is getattr and not isinstance(args[0], (ir.Value, Constant)):
             return getattr(args[0], args[1])  # a record that a part made
-        module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         target: Any = node.target
         if module is not None:
             self.build.layer = f"{self.path}.{node.target}" if self.path else str(node.target)
@@ -320,7 +314,7 @@ class _Walk:
 
         module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         kind: Any = node.target if module is None else type(module)
-        places = {id(leaf): place for place, leaf in enumerate(_leaves(result))}
+        places = {id(leaf): place for place, leaf in enumerate(leaves(result))}
         known = [x for x in operands if isinstance(x, Constant)]
         is_view = kind in MOVES and not writes and bool(known)
         blank = node.target in EMPTY or (is_view and all(x.is_empty for x in known))
@@ -391,8 +385,3 @@ class _Walk:
 
 def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _leaves_any(x: Any) -> list[Any]:
-    has_fields = hasattr(x, "__dataclass_fields__") and not isinstance(x, type)
-    return _leaves(list(vars(x).values()) if has_fields else x)

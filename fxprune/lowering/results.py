@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx, nn
 
 from fxprune.capture import ModeSwitch
 from fxprune.capture.module import OpenGraph
@@ -15,7 +15,7 @@ from fxprune.lowering.builder import Builder
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.table import tensors_in
 
-__all__ = ["Results", "bind", "training_outputs"]
+__all__ = ["Results", "bind", "gives_tensors", "leaves", "training_outputs"]
 
 
 class Results:
@@ -100,3 +100,22 @@ def bind(inner: OpenGraph, args: Any, kwargs: Any) -> list[Any]:
         name = str(node.target).lstrip("*")
         inputs.append(kwargs.get(name, node.meta["val"]))
     return inputs
+
+
+def leaves(x: Any) -> list[Any]:
+    """List what stands in nested lists, tuples and dicts."""
+    if isinstance(x, (list, tuple)):
+        return [leaf for item in x for leaf in leaves(item)]
+    if isinstance(x, dict):
+        return [leaf for item in x.values() for leaf in leaves(item)]
+    return [x]
+
+
+def gives_tensors(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a node gives a tensor in evaluation, or chooses one in training alone."""
+    given = node.all_input_nodes if isinstance(module, ModeSwitch) else []
+    for val in (node.meta["val"], *(source.meta["val"] for source in given)):
+        has_fields = hasattr(val, "__dataclass_fields__") and not isinstance(val, type)
+        if any(isinstance(leaf, Tensor) for leaf in leaves(list(vars(val).values()) if has_fields else val)):
+            return True
+    return False

@@ -12,6 +12,7 @@ from fxprune.lowering.rules import (
     distances,
     linear_algebra,
     live_sizes,
+    modes,
     movement,
     norm,
     own_functions,
@@ -40,6 +41,7 @@ RULES: dict[Any, Rule] = merge(
         distances.table,
         linear_algebra.table,
         live_sizes.table,
+        modes.table,
         sampling.table,
         own_functions.table,
     ]

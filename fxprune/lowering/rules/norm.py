@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxprune.capture import ModeSwitch
 from fxprune.capture.narrowed_norms import NarrowedGroupNorm, NarrowedLayerNorm, NarrowedRMSNorm
 from fxprune.graph import ir
 from fxprune.lowering.rules.table import Context, RuleTable
@@ -217,9 +216,3 @@ def normalize(
     """``y = x / |x|``, the length taken along ``dim``."""
     axes = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
     return _norm(context, input, axes, bias=None, eps=eps)
-
-
-@table.rule(ModeSwitch)
-def mode_switch(context: Context, training: Any, evaluating: Any) -> Any:
-    """Paths are those of evaluation."""
-    return evaluating

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from fxprune.rewrite.compact.giving_back import give_back_before, give_back_node
 from fxprune.rewrite.compact.kept import Slices
 from fxprune.rewrite.compact.leaves import HeldByLeaf, StaysModule, first_held, open_leaf
 from fxprune.rewrite.compact.literals import Rewriter
+from fxprune.rewrite.compact.modes import check_training, of_both_modes
 from fxprune.rewrite.compact.modules import (
     own_parameters,
     share_parameters,
@@ -78,6 +79,8 @@ def compact(
             norms over what is left, as retraining wants it; outputs then differ.
         verify: compare outputs in evaluation mode, and raise if they differ.
         fold_constants: move constants of removed channels into the biases of the layers that read them.
+
+    Constants are those of evaluation: in training, a batch norm gives others for a channel without weights.
 
     Returns:
         A ``GraphModule`` of plain modules with fewer channels. ``meta["fxprune"]["compaction"]`` is a table
@@ -235,7 +238,7 @@ def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks) -> Cut:
         weight = gm.get_parameter(name).detach()
         return (torch.ones_like(weight, dtype=torch.bool) if name in computed else weight != 0).cpu()
 
-    used = used_channels(_with_training_outputs(graph), masks, resolution="channel")
+    used = used_channels(of_both_modes(graph), masks, resolution="channel")
     if graph.kernels and not any(bool(rows.any()) for rows, _ in used.values()):
         empty = [name for name, mask in masks.items() if is_empty(mask)] or list(graph.kernels)
         raise ValueError(
@@ -249,13 +252,6 @@ def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks) -> Cut:
             labels = torch.cat([sides.rows, sides.columns])
             cut.give_back(labels, f"{sides.name}: the layer computes its weight from all of it")
     return cut
-
-
-def _with_training_outputs(graph: ChannelGraph) -> ChannelGraph:
-    """The graph with outputs that are given in training alone among its outputs: what they read is used."""
-    more = graph.training_outputs
-    ops = [replace(op, inputs=(*op.inputs, *more)) if isinstance(op, ir.Sink) else op for op in graph.ops]
-    return replace(graph, ops=tuple(ops), programs={}) if more else graph
 
 
 def _keep_written(cut: Cut, written: Collection[str]) -> None:
@@ -310,6 +306,7 @@ def _smallest(
             slice_parameters(small, slices, biases, _groups(graph, nodes, cut))
             outputs = set_shapes(small, runs[0])
             check_calls(gm, small, _narrowed(way.closed, slices), runs[0])
+            check_training(gm, small, runs[0], numbers=way.exact)
             dead = _dead_weights(way.masks, slices) if way.fold_constants else set()
             if dead and remove_constant_branches(small, dead, runs):
                 outputs = set_shapes(small, runs[0])

@@ -21,6 +21,7 @@ __all__ = [
     "OutputsDiffer",
     "difference",
     "differing_node",
+    "first_difference",
     "in_double",
     "outputs_of",
     "set_shapes",
@@ -229,12 +230,17 @@ def differing_node(
         with torch.no_grad():
             watching.run(*inputs)
         runs.append(watching.found)
-    for name, value in runs[0].items():
-        other = runs[1].get(name)
+    return first_difference(runs[0], runs[1], tolerance) or "output"
+
+
+def first_difference(old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float) -> str:
+    """Return the first node whose numbers differ where its shape is the same; "" if there is none."""
+    for name, value in old.items():
+        other = new.get(name)
         if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape == other.shape:
             if value.is_floating_point() and difference(value, other) > tolerance:
                 return name
-    return "output"
+    return ""
 
 
 def verified(
