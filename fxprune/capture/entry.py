@@ -32,7 +32,7 @@ from fxprune.capture.errors import (
 )
 from fxprune.capture.fidelity.compare import Differences, computes_same
 from fxprune.capture.fidelity.followed_types import resolve_types
-from fxprune.capture.fidelity.search import Faithful, faithful_graph
+from fxprune.capture.fidelity.search import Faithful, faithful_graph, faithful_part
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaf_forms import leaf_form
@@ -191,7 +191,7 @@ def capture_part(
     """
     try:
         with restored_attributes(module, attributes):
-            found = faithful_graph(module, _shapes(tuple(args)), _shapes(dict(kwargs)), part=True)
+            found = faithful_part(module, _shapes(tuple(args)), _shapes(dict(kwargs)))
     except TRACE_ERRORS as error:
         raise CaptureError(
             f"{type(module).__name__}: {first_line(error)} ({where(error, module)})"

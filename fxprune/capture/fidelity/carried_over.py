@@ -17,7 +17,7 @@ from fxprune.capture.fidelity.other_inputs import Inputs
 from fxprune.capture.tracer.meta_values import map_structure
 from fxprune.capture.tracer.trace import Trace
 
-__all__ = ["carried_over"]
+__all__ = ["carried_over", "larger_inputs"]
 
 LARGER = 4
 """Times; a square number, for modules that take tokens for an image that is a square."""
@@ -34,7 +34,7 @@ def carried_over(base: Trace, attempt: Callable[..., Trace | None], inputs: Inpu
         after = attempt(rehearsed=False, sizes=True)
         if after is None or not computes_same_apart_from_order(base, after):
             return told
-        for larger in _larger(inputs):
+        for larger in larger_inputs(inputs):
             fresh = attempt(given=larger)
             after = attempt(rehearsed=False, sizes=True, given=larger) if fresh else None
             if fresh and not (after and computes_same_apart_from_order(fresh, after)):
@@ -45,8 +45,8 @@ def carried_over(base: Trace, attempt: Callable[..., Trace | None], inputs: Inpu
     return ""
 
 
-def _larger(inputs: Inputs) -> list[Inputs]:
-    """The inputs with one dimension larger, each in turn, in all tensors that have as many dimensions."""
+def larger_inputs(inputs: Inputs) -> list[Inputs]:
+    """Return the inputs with one dimension larger, each in turn, in all tensors that have it."""
     ranks: list[int] = []
     given = inputs.args, dict(inputs.kwargs)
     map_structure(lambda x: ranks.append(x.dim()) if isinstance(x, Tensor) else None, given)

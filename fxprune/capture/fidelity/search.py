@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError, HookError, first_line, where
-from fxprune.capture.fidelity.carried_over import carried_over
+from fxprune.capture.fidelity.carried_over import carried_over, larger_inputs
 from fxprune.capture.fidelity.compare import (
     Differences,
     compare,
@@ -29,6 +29,7 @@ from fxprune.capture.fidelity.followed_types import resolve_types
 from fxprune.capture.fidelity.guards import guard_constants, guard_decisions, guard_sizes, guarded_sizes
 from fxprune.capture.fidelity.merge import merge
 from fxprune.capture.fidelity.other_inputs import OTHER_TYPE, Inputs, extent
+from fxprune.capture.fidelity.places import IN_TRAINING, inside, related, writers
 from fxprune.capture.hooks import Hook, keeps_hooks, similar_hooks
 from fxprune.capture.leaves import is_leaf
 from fxprune.capture.modes import Switches, evaluation_only
@@ -48,7 +49,6 @@ NOT_RUN = (
     "register it on one that it calls"
 )
 INSTEAD = "prune with returns='module', which trains as the model does"
-IN_TRAINING = " in training; the graph does not"
 COUNTS_VALUES = "it makes a Python number of the numbers in a tensor (by an index, len or range)"
 COUNTS_BATCH = "it makes a Python number of the batch size (int, range or iteration)"
 
@@ -75,16 +75,28 @@ def faithful_graph(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     examples: Mapping[int, Tensor] = MappingProxyType({}),
-    *,
-    part: bool = False,
 ) -> Faithful:
     """A graph of ``model`` that is right in both modes, at any batch size and in any precision.
 
-    ``examples``: numbers of meta tensors among the arguments, by their ``id``. ``part``: the graph is to
-    take the model's place in a larger one, which :attr:`Faithful.limit` speaks of; where it does not do what
-    the model does in training it does what it does in evaluation, and does not raise.
+    ``examples``: numbers of meta tensors among the arguments, by their ``id``.
     """
-    return _Search(model, args, kwargs, examples, part).run()
+    return _Search(model, args, kwargs, examples, False).run()
+
+
+def faithful_part(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Faithful:
+    """A graph to take the place of ``model`` in a larger one, which :attr:`Faithful.limit` speaks of.
+
+    Where it does not do what the model does in training it does what it does in evaluation, and does not
+    raise. A model that was called last with inputs of this size may read what it made for them: it is looked
+    at as after a call with larger ones, where that makes it write.
+    """
+    found = _Search(model, args, kwargs, {}, True).run()
+    for larger in larger_inputs(Inputs(args, kwargs)) if found.limit else ():
+        search = _Search(model, args, kwargs, {}, True, larger)
+        base = search.attempt()
+        if base is not None and base.changed:
+            return search.run()
+    return found
 
 
 @dataclass
@@ -94,6 +106,7 @@ class _Search:
     kwargs: Mapping[str, Any]
     examples: Mapping[int, Tensor]
     part: bool
+    before: Inputs | None = None
     whole: set[str] = field(default_factory=set)
     notes: dict[str, str] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict)
@@ -123,7 +136,7 @@ class _Search:
             base = self.attempt(strict=True)
             assert base is not None
             self.forget_memos(base)
-            if self.keep_whole({**base.reasons, **_writers(base)}):
+            if self.keep_whole({**base.reasons, **writers(base)}):
                 continue
             others = self.other_numbers(base)
             if others is None:
@@ -166,7 +179,7 @@ class _Search:
         switches = Switches(self.model)
         if training is None:
             self.no_training(base, switches)
-        elif self.keep_whole({**training.reasons, **_writers(training, IN_TRAINING)}):
+        elif self.keep_whole({**training.reasons, **writers(training, IN_TRAINING)}):
             return None
         elif self.keep_whole(dict.fromkeys(modes.modules - {""}, "")):
             return None
@@ -267,14 +280,14 @@ class _Search:
             base.changed.clear()
             return
         places = compare(base, again).places | again.reasons.keys() if again else {""}
-        others = [place for place in places if not any(_related(place, path) for path in base.changed)]
+        others = [place for place in places if not any(related(place, path) for path in base.changed)]
         for path in own_writes if others else ():
             raise HookError(
                 f"module {path!r}: its hook {base.hook_writes[path]} hands something on from one call of the "
                 "model to the next, which a graph cannot; remove it (handle.remove()) before the capture"
             )
         for path in list(base.changed):
-            if not any(_related(place, path) for place in places):
+            if not any(related(place, path) for place in places):
                 del base.changed[path]
 
     def fixed_dims(self, name: str, value: Tensor) -> list[int]:
@@ -331,6 +344,8 @@ class _Search:
         earlier = None
         if rehearsed is not None:
             earlier = Rehearsal(rehearsed, self.args, self.kwargs, sizes)
+        elif self.before is not None:
+            earlier = Rehearsal(False, self.before.args, self.before.kwargs)
         if other:
             inputs = inputs.changed(batch=batch, types=types, images=images, numbers=numbers)
         made_up = 1 if numbers is None else 2
@@ -369,7 +384,7 @@ class _Search:
             self.notes[path] = f"{written}; the graph does not"
         for path in self.records.keys() - called - {""}:
             self.notes.setdefault(path, f"its hook {self.records[path]} {NOT_RUN}")
-        notes = {path: reason for path, reason in self.notes.items() if not _inside(path, called)}
+        notes = {path: reason for path, reason in self.notes.items() if not inside(path, called)}
         sizes = {"batch": self.one_batch_size, "image": self.one_image_size}
         fixed = next((f"its graph holds for one {kind} size" for kind, one in sizes.items() if one), "")
         extra = {**switches.modules, **constants}
@@ -380,21 +395,3 @@ def _plain_values(reads: Collection[fx.Node]) -> set[Any]:
     """The numbers that nodes read."""
     map_structure((found := set[Any]()).add, [node.meta["val"] for node in reads])
     return found
-
-
-def _related(a: str, b: str) -> bool:
-    """Whether one of two modules contains the other."""
-    return not a or not b or f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
-
-
-def _inside(path: str, called: set[str]) -> bool:
-    atoms = path.split(".")
-    return any(".".join(atoms[:i]) in called for i in range(1, len(atoms)))
-
-
-def _writers(found: Trace, more: str = "") -> dict[str, str]:
-    """Why modules stay whole; ``more`` is added for the model itself, which becomes a graph."""
-    return {
-        path: f"its forward writes its attribute {name!r}{'' if path else more}"
-        for path, name in found.changed.items()
-    }

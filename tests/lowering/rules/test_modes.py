@@ -43,7 +43,8 @@ def test_a_number_of_evaluation_is_a_constant() -> None:
     ((index, other),) = graph.in_training.items()
     assert other == graph.value_of("first")
     (value,) = (op.output for op in graph.ops if op.output.index == index)
-    assert not value.live and value.shape == (3, 6)
+    assert not value.live
+    assert value.shape == (3, 6)
 
 
 def test_a_network_of_one_mode_has_none() -> None:

@@ -153,6 +153,22 @@ def test_layers_of_a_module_that_stays_whole_get_smaller_and_it_still_trains(
 
 
 @pytest.mark.filterwarnings("ignore:capture")
+@pytest.mark.parametrize("kind", [Head, WritesInEvaluation])
+def test_a_module_that_has_its_table_for_the_examples_already_gets_smaller(kind: type[Head]) -> None:
+    net = redrawn(Detector(kind)).eval()
+    with torch.no_grad():
+        net(X)
+    masked = fxprune.apply(net, "random", 0.6, example_inputs=X, granularity="channel", progress=False)
+    small = fxprune.compact(masked, X)
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+    assert small.get_submodule("head.stem").out_channels < 8
+    with torch.no_grad():
+        for size in ((3, 3, 8, 6), (1, 3, 5, 7), (3, 3, 8, 6)):
+            x = torch.randn(size, generator=torch.Generator().manual_seed(1))
+            assert_equal(masked(x), small(x))
+
+
+@pytest.mark.filterwarnings("ignore:capture")
 @pytest.mark.parametrize("head", [CountsInTraining, WiderInTraining, MeanInTraining, Gated])
 def test_layers_stay_where_training_or_other_numbers_may_need_their_width(head: type[Head]) -> None:
     masked = pruned(head)

@@ -105,7 +105,8 @@ def test_both_modes_are_those_of_the_masked_network(way: Way) -> None:
     assert small.first.weight.shape[0] < 8 or way is twice
     small.train()(X).square().mean().backward()
     read = small.first.weight.grad
-    assert read is not None and read.any()
+    assert read is not None
+    assert read.any()
 
 
 def test_a_channel_that_evaluation_alone_does_not_use_stays() -> None:
