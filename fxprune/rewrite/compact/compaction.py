@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,14 @@ from fxprune.rewrite.compact.constants import Dense, Recorded, fold, record
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.giving_back import give_back_before, give_back_node, give_back_users
 from fxprune.rewrite.compact.kept import Slices
-from fxprune.rewrite.compact.leaves import HeldByLeaf, StaysModule, first_held, open_leaf
+from fxprune.rewrite.compact.leaves import (
+    HeldByLeaf,
+    StaysModule,
+    StaysWhole,
+    first_held,
+    open_leaf,
+    why_held,
+)
 from fxprune.rewrite.compact.literals import Rewriter
 from fxprune.rewrite.compact.modes import check_training, of_both_modes
 from fxprune.rewrite.compact.modules import (
@@ -118,7 +125,7 @@ def _compact(
     gm = (duplicate(gm) if written else gm).eval()  # trials change what they run
     known = read(model)
     runs = two_runs(gm, example_inputs)
-    source, whole, closed, opened = gm, set[str](), set[str](), list[str]()
+    source, whole, closed, opened = gm, dict[str, str](), set[str](), list[str]()
     while True:
         graph = lower(source)
         masks = _masks(graph, source, known)
@@ -132,16 +139,14 @@ def _compact(
             for path in held.paths:
                 wider = share_parameters(source)
                 try:
-                    is_open = open_leaf(wider, path)
-                except StaysModule:
-                    is_open = False
-                    closed.add(path)
-                if is_open:
-                    set_shapes(wider, runs[0])  # the next one may read what this one gives
-                    source = wider
-                    opened.append(path)
-                else:
-                    whole.add(path)
+                    open_leaf(wider, path)
+                except StaysWhole as error:
+                    whole[path] = str(error)
+                    closed |= {path} if isinstance(error, StaysModule) else set()
+                    continue
+                set_shapes(wider, runs[0])  # the next one may read what this one gives
+                source = wider
+                opened.append(path)
     own_parameters(small, source)
     small.meta = {**gm.meta}
     notes = dict(small.meta.get("fxprune", {}))
@@ -161,14 +166,14 @@ def _compact(
 class _Way:
     """Hold the cut of a graph and the options.
 
-    ``masks``: by weight, what counts or may grow; ``whole``: the paths of layers that cannot be opened, and
-    ``closed`` of those among them that may hold smaller layers.
+    ``masks``: by weight, what counts or may grow; ``whole``: by path of a layer that cannot be opened,
+    the reason; ``closed``: those among them that may hold smaller layers.
     """
 
     graph: ChannelGraph
     masks: Masks
     cut: Cut
-    whole: Collection[str]
+    whole: Mapping[str, str]
     closed: Collection[str]
     exact: bool
     fold_constants: bool
@@ -298,7 +303,7 @@ def _smallest(
             slices = slices_of(graph, gm, cut)
             odd = first_held(gm, slices, way.whole, way.closed)
             if odd is not None:
-                give_back_users(graph, cut, odd, f"{odd}: a module of unknown kind holds it")
+                give_back_users(graph, cut, odd, why_held(odd, way.whole))
                 continue
             small = share_parameters(gm)
             Rewriter(graph, small, cut, sums, slices).run()

@@ -25,13 +25,15 @@ from fxprune.rewrite.compact.kept import Slices
 from fxprune.rewrite.compact.modules import unsizeable
 from fxprune.torch_private import pytree
 
-__all__ = ["HeldByLeaf", "StaysModule", "first_held", "open_leaf"]
+__all__ = ["HeldByLeaf", "StaysModule", "StaysWhole", "first_held", "open_leaf", "why_held"]
 
 LAYERS = (
     nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoderLayer, nn.TransformerDecoder,
     nn.Transformer,
 )  # fmt: skip
 """Layers that consist of others; what their forward does is traced."""
+
+GIVEN_SIZES = "it is given numbers, such as sizes, for which alone its graph would hold"
 
 
 class HeldByLeaf(Exception):
@@ -42,7 +44,11 @@ class HeldByLeaf(Exception):
         self.paths = paths
 
 
-class StaysModule(Exception):
+class StaysWhole(Exception):
+    """Raised for a module that no graph can take the place of; the message says why."""
+
+
+class StaysModule(StaysWhole):
     """Raised for a module whose calls must stay: it goes on from an earlier call, or is given sizes."""
 
 
@@ -61,6 +67,14 @@ def first_held(
     return odd[0] if odd else None
 
 
+def why_held(name: str, whole: Mapping[str, str]) -> str:
+    """Say why a parameter cannot get smaller; ``whole``: by path of a layer, why it cannot be opened."""
+    for path, reason in whole.items():
+        if name.startswith(f"{path}."):
+            return f"{path} stays whole: {reason}"
+    return f"{name}: a module of unknown kind holds it"
+
+
 def _leaf_of(gm: fx.GraphModule, name: str) -> str | None:
     """Return the path of the layer that holds a parameter and can be opened, if there is one."""
     for node in gm.graph.nodes:
@@ -76,12 +90,13 @@ def _leaf_of(gm: fx.GraphModule, name: str) -> str | None:
     return None
 
 
-def open_leaf(gm: fx.GraphModule, path: str) -> bool:
-    """Replace the calls of a layer in place; False where its inside cannot be traced.
+def open_leaf(gm: fx.GraphModule, path: str) -> None:
+    """Replace the calls of a layer in place.
 
     The module stays where it is, with its parameters: nothing calls it any more. A warning says what
     a user's module did, and its graph does not; the layers of torch.nn do the same as before.
-    `StaysModule` is raised for a user's module that a graph cannot take the place of, though there is one.
+    `StaysWhole` is raised where its inside cannot be traced, and `StaysModule` for a user's module that a
+    graph cannot take the place of, though there is one.
     """
     module = gm.get_submodule(path)
     calls = [node for node in gm.graph.nodes if node.op == "call_module" and node.target == path]
@@ -91,47 +106,43 @@ def open_leaf(gm: fx.GraphModule, path: str) -> bool:
     else:
         inside = _inside if isinstance(module, LAYERS) else _own_code
         inner = [inside(gm, node, module) for node in calls]
-        if any(graph is None for graph in inner):
-            return False
         for node, graph in zip(calls, inner, strict=True):
-            assert graph is not None
             _inline(gm, node, graph, path)
     remove_dead_code(gm.graph)
     gm.graph.lint()
     gm.recompile()
-    return True
 
 
 # -- layers of layers ---------------------------------------------------------------------------------
-def _inside(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> OpenGraph | None:
+def _inside(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> OpenGraph:
     args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
     kwargs: Mapping[str, Any] = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # it hides the parts
     try:
         return capture_leaf(module, args, kwargs, leaf_attributes(gm, node))
-    except CaptureError:
-        return None
+    except CaptureError as error:
+        raise StaysWhole(str(error)) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _own_code(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> OpenGraph | None:
-    """The graph of a user's module, with a warning that says what it does not do; or `StaysModule`."""
+def _own_code(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> OpenGraph:
+    """The graph of a user's module, with a warning that says what it does not do; or `StaysWhole`."""
     args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
     kwargs: Mapping[str, Any] = fx.node.map_arg(node.kwargs, lambda n: n.meta["val"])
     try:
         inner, note = capture_part(module, args, kwargs, leaf_attributes(gm, node))
     except CarriedOver as error:
-        raise StaysModule from error
-    except CaptureError:
-        return None
+        raise StaysModule(str(error)) from error
+    except CaptureError as error:
+        raise StaysWhole(str(error)) from error
     given = [leaf for source in node.all_input_nodes for leaf in pytree.tree_leaves(source.meta["val"])]
     if any(map(_is_number, given)):  # such as sizes: its own graph would hold for these alone
         called = (str(one.target) for one in inner.graph.nodes if one.op == "call_module")
         if all(is_leaf(inner.get_submodule(path)) for path in called):
-            raise StaysModule
-        return None
+            raise StaysModule(GIVEN_SIZES)
+        raise StaysWhole(GIVEN_SIZES)
     if note:
         told = f"compact: {type(module).__name__} was kept whole, and is a graph now: {note}"
         warnings.warn(told, stacklevel=users_level())

@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.rewrite.compact.kept import Kept
-from fxprune.rewrite.compact.leaves import open_leaf
+from fxprune.rewrite.compact.leaves import StaysWhole, open_leaf
 from fxprune.rewrite.compact.modules import share_parameters, slice_parameters
 from fxprune.rewrite.compact.plain_values import FUNCTIONS, METHODS, decode
 from fxprune.rewrite.compact.recipe import DIGEST, NORMS, Recipe, node_digests
@@ -41,8 +41,10 @@ def replay(gm: fx.GraphModule, recipe: Recipe, example_inputs: Any = None) -> fx
     inputs, _ = two_runs(small, example_inputs)
     for path in recipe.opened:
         small = share_parameters(small)  # as in compact: a copy numbers the names of new nodes anew
-        if not open_leaf(small, path):
-            raise ValueError(f"{path} cannot be written out")
+        try:
+            open_leaf(small, path)
+        except StaysWhole as error:
+            raise ValueError(f"{path} cannot be written out: {error}") from error
         set_shapes(small, inputs)
     for path, norm in recipe.norms.items():
         small.add_module(path, _norm(norm))
