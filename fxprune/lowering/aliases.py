@@ -21,6 +21,7 @@ from fxprune.graph import ir
 from fxprune.graph.tensor_function import Operand, TensorFunction
 from fxprune.lowering.builder import Builder
 from fxprune.lowering.constant import Constant
+from fxprune.lowering.reads import overwritten
 from fxprune.lowering.rules.movement import MOVES, SHAPED_LIKE
 
 __all__ = ["Memory", "written"]
@@ -199,6 +200,7 @@ def _rewritten(places: Any, old: Any, place: Tensor, new: Any, build: Builder) -
             old.dtype,
             lambda: write_memory(old.evaluate(), new.evaluate(), *memory),
             is_learnt=old.is_learnt or new.is_learnt,
+            reads=overwritten(old.reads, new.reads, lambda a, b: write_memory(a, b, *memory), old.shape),
         )
     values = [build.materialise(old), build.materialise(new)]
     first, second = (Operand(i, isinstance(x, Constant) and x.zero) for i, x in enumerate((old, new)))

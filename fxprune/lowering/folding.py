@@ -12,9 +12,10 @@ from torch import Tensor
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.constant import Constant
+from fxprune.lowering.reads import Reads, overwritten
 from fxprune.lowering.rules.table import substitute
 
-__all__ = ["as_constants", "changed"]
+__all__ = ["as_constants", "changed", "reads_after_write"]
 
 
 def changed(evaluate: Callable[[], Any], index: Any, new: Any) -> Callable[[], Any]:
@@ -30,6 +31,17 @@ def changed(evaluate: Callable[[], Any], index: Any, new: Any) -> Callable[[], A
         return result
 
     return written
+
+
+def reads_after_write(x: Constant, index: Any, new: Any) -> Reads | None:
+    """Find the parameters in a constant after ``x[index] = new``."""
+
+    def write(old: Tensor, entries: Tensor) -> Tensor:
+        constant = Constant(tuple(entries.shape), entries.dtype, lambda: entries)
+        result: Tensor = changed(lambda: old, index, constant)()
+        return result
+
+    return overwritten(x.reads, new.reads if isinstance(new, Constant) else None, write, x.shape)
 
 
 def as_constants(

@@ -30,7 +30,7 @@ from fxprune.graph.tensor_function import TensorFunction
 from fxprune.lowering.aliases import Memory, written
 from fxprune.lowering.builder import Builder
 from fxprune.lowering.constant import Constant
-from fxprune.lowering.folding import as_constants, changed
+from fxprune.lowering.folding import as_constants, changed, reads_after_write
 from fxprune.lowering.follow import reads_of_result
 from fxprune.lowering.joined import joined_weights
 from fxprune.lowering.parameters import Parameters
@@ -56,7 +56,7 @@ __all__ = ["lower"]
 
 FAILURES = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 """What code raises that meets arguments nobody has foreseen."""
-ZERO = {torch.zeros, torch.zeros_like, "new_zeros"}
+ZERO = {torch.zeros, torch.zeros_like, "new_zeros", "zero_", torch.zero_}
 EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, "new_empty", "new_empty_strided"}
 
 
@@ -317,11 +317,11 @@ class _Walk:
         places = {id(leaf): place for place, leaf in enumerate(leaves(result))}
         known = [x for x in operands if isinstance(x, Constant)]
         is_view = kind in MOVES and not writes and bool(known)
+        no_numbers = node.target in ZERO
         blank = node.target in EMPTY or (is_view and all(x.is_empty for x in known))
         if isinstance(result, Constant):  # setitem: the changed first argument
             new = changed(result.evaluate, *args[1:])
-            reads = lost([x.reads for x in known if x.reads is not None])
-            return Constant(result.shape, result.dtype, new, reads=reads if reads.names else None)
+            return Constant(result.shape, result.dtype, new, reads=reads_after_write(result, *args[1:]))
 
         def constant(val: Tensor, read: Callable[[], Any], view: TensorFunction | None) -> Constant:
             ref = simplified(parameter_view(kind, operands, val, view), self.build.parameters)
@@ -330,11 +330,11 @@ class _Walk:
                 val.dtype,
                 read,
                 ref,
-                zero=node.target in ZERO or blank,
+                zero=no_numbers or blank,
                 is_empty=blank and val.numel() > 0,
                 is_learnt=any(x.is_learnt for x in known),
                 joined=joined_weights(kind, args, kwargs, view, val.shape),
-                reads=reads_of_result(kind, args, kwargs, run, places[id(val)]),
+                reads=None if no_numbers else reads_of_result(kind, args, kwargs, run, places[id(val)]),
                 statistic=statistic_axes(operands, () if node.target in REARRANGES else val.shape),
             )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Reads", "joined", "label", "lost"]
+__all__ = ["Reads", "joined", "label", "lost", "overwritten"]
 
 Labels = Mapping[str, Tensor | None]
 
@@ -54,10 +54,47 @@ def joined(parts: Sequence[Reads], change: Callable[[int, Tensor], Tensor]) -> R
         for place, part in enumerate(parts):
             for name, own in part.labels().items():
                 moved = None if own is None else _attempt(change, place, own)
-                found[name] = None if name in found else moved  # one that is there twice
+                found[name] = _together(found[name], moved) if name in found else moved
         return found
 
     return Reads(tuple(dict.fromkeys(name for part in parts for name in part.names)), labels)
+
+
+def overwritten(
+    old: Reads | None, new: Reads | None, write: Callable[[Tensor, Tensor], Tensor], shape: Sequence[int]
+) -> Reads | None:
+    """Return the parameters in a constant of ``shape`` after another was written into it.
+
+    ``write`` takes the numbers of both and gives those of the result. Where something that is no parameter
+    is written, the entries that it took the place of go on telling which entries of a parameter the places
+    are for: those get smaller together.
+    """
+    if new is None or (old is None and not new.names):
+        return None if old is None else Reads(old.names, old.labels)
+
+    @functools.cache
+    def labels() -> Labels:
+        found = {} if old is None else dict(old.labels())
+        for name, own in new.labels().items():
+            before = found.get(name, torch.zeros(tuple(shape), dtype=torch.int64))
+            if own is None or before is None:
+                found[name] = None
+            else:
+                found[name] = _attempt(functools.partial(_in_place, write, before), 0, own)
+        return found
+
+    return Reads(tuple(dict.fromkeys((*(() if old is None else old.names), *new.names))), labels)
+
+
+def _in_place(write: Callable[[Tensor, Tensor], Tensor], before: Tensor, place: int, own: Tensor) -> Tensor:
+    return write(before, own)
+
+
+def _together(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The labels of a parameter that is in two operands; None where its entries meet each other."""
+    if one is None or other is None or one.shape != other.shape or bool(((one > 0) & (other > 0)).any()):
+        return None
+    return one + other
 
 
 def _attempt(change: Callable[[int, Tensor], Any], place: int, own: Tensor) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, fx
 from fxprune.capture.tracer.spelling import called
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
-from fxprune.rewrite.compact.kept import Kept
+from fxprune.rewrite.compact.kept import Slices
 from fxprune.rewrite.compact.means import scale_means
 from fxprune.rewrite.compact.norm_nodes import NormNodes
+from fxprune.rewrite.compact.parameter_views import KeptByNode, kept_of_parameters
 
 __all__ = ["Rewriter", "is_shape"]
 
@@ -41,10 +42,11 @@ class Rewriter:
         gm: fx.GraphModule,
         cut: Cut,
         removed_sums: dict[str, tuple[Tensor, Tensor]],
-        slices: Mapping[str, Kept],
+        slices: Slices,
     ) -> None:
         self.graph, self.gm, self.cut = graph, gm, cut
         self.slices = slices
+        self.constants: KeptByNode = {}
         self.norms = NormNodes(gm, cut, removed_sums)
         self.kernels: dict[str, list[ir.Kernel]] = {}
         for op in graph.ops:
@@ -53,6 +55,7 @@ class Rewriter:
 
     def run(self) -> None:
         """Rewrite every node."""
+        self.constants = kept_of_parameters(self.gm, self.slices)
         for node in list(self.gm.graph.nodes):
             self._freeze_size(node)
         for node in list(self.gm.graph.nodes):
@@ -66,6 +69,9 @@ class Rewriter:
             return None
         found = self.graph.results.get(self.norms.instead_of.get(x.name, x.name))
         return found if isinstance(found, ir.Value) else None
+
+    def _left_of_constant(self, x: Any) -> list[Tensor | None] | None:
+        return self.constants.get(x) if isinstance(x, fx.Node) else None
 
     # -- sizes that are read off tensors ----------------------------------------------------------------
     def _freeze_size(self, node: fx.Node) -> None:
@@ -97,24 +103,17 @@ class Rewriter:
         if name in _SHAPED and self.cut.shrinks(value):
             assert value is not None
             self._sizes(node, value)
-        elif name in ("reshape", "view"):
-            self._view_of_parameter(node)
+        elif name in _SHAPED and node in self.constants:
+            _set_shape(node, self.constants[node])
         elif name == "unflatten" and self.cut.shrinks(value):
-            assert value is not None
-            given = _given(node, "dim", "sizes")
-            dim = int(given["dim"]) % len(source.shape) if source is not None else 0
-            sizes = [
-                self._resized(node, size, value.shape[axis], self.cut.shape(value)[axis])
-                for axis, size in enumerate(given["sizes"], start=dim)
-            ]
-            node.args, node.kwargs = (node.args[0], dim, tuple(sizes)), {}
+            self._unflatten(node, source, value)
         elif name in _SPLITS and self.cut.shrinks(source):
             self._split(node, source)
         elif name in _SPLITS:
             self._split_parameter(node)
         elif name in ("narrow", "select") and self.cut.shrinks(source):
             self._bounds(node, source, name)
-        elif node.target is operator.getitem and self.cut.shrinks(source):
+        elif node.target in (operator.getitem, operator.setitem):
             self._index(node, source)
         elif node.target is F.scaled_dot_product_attention and self.cut.shrinks(source, -1):
             assert source is not None
@@ -174,41 +173,20 @@ class Rewriter:
         node.args, node.kwargs = (node.args[0], sizes), {"dim": dim}
 
     def _split_parameter(self, node: fx.Node) -> None:
-        """Set the sizes of the parts of a parameter that is cut along its first axis."""
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or source.op != "get_attr" or source.target not in self.slices:
+        """Set the sizes of the parts of a parameter that is cut along the axis where it gets smaller."""
+        source, known = node.args[0], self._left_of_constant(node.args[0])
+        dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+        if known is None or not isinstance(dim, int) or (kept := known[dim]) is None:
             return
-        old = source.meta["val"].shape
-        kept = torch.zeros(old[0], dtype=torch.bool)
-        kept[self.slices[str(source.target)].first_indices()] = True
-        bounds = torch.tensor([0, *(part.shape[0] for part in node.meta["val"])]).cumsum(0).tolist()
-        if bounds[-1] != old[0]:
-            return  # along another axis
         target: Any = torch.split
         node.target = "split" if node.op == "call_method" else target
-        sizes = [int(kept[low:high].sum()) for low, high in itertools.pairwise(bounds)]
-        node.args, node.kwargs = (source, sizes), {"dim": 0}
-
-    def _view_of_parameter(self, node: fx.Node) -> None:
-        """Set the sizes of a parameter that is cut where a view adds or leaves out axes of size one."""
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or source.op != "get_attr" or source.target not in self.slices:
-            return
-        packed = len(node.args) == 2 and isinstance(node.args[1], (list, tuple))
-        sizes: list[Any] = list(node.args[1] if packed else node.args[1:])  # type: ignore[arg-type]
-        new = self.slices[str(source.target)].new_shape
-        pairs = [(a, b) for a, b in zip(source.meta["val"].shape, new, strict=True) if a != 1]
-        if [size for size in sizes if size != 1] == [before for before, _ in pairs]:
-            left = iter(after for _, after in pairs)
-            sizes = [size if size == 1 else next(left) for size in sizes]
-            node.args = (source, tuple(sizes)) if packed else (source, *sizes)
+        node.args, node.kwargs = (source, _counts(kept, node, dim)), {"dim": dim}
 
     def _parts(self, node: fx.Node, source: ir.Value, dim: int) -> list[int]:
         """Count the indices that stay in each part, where not every part has a value."""
         kept = self.cut.kept_along(source, dim % len(source.shape))
         kept = torch.ones(source.shape[dim], dtype=torch.bool) if kept is None else kept
-        bounds = torch.tensor([0, *(part.shape[dim] for part in node.meta["val"])]).cumsum(0).tolist()
-        return [int(kept[low:high].sum()) for low, high in itertools.pairwise(bounds)]
+        return _counts(kept, node, dim)
 
     def _bounds(self, node: fx.Node, source: ir.Value | None, name: str) -> None:
         assert source is not None
@@ -227,8 +205,24 @@ class Rewriter:
             length = int(kept[start : start + int(_number(given["length"]))].sum())
             node.args, node.kwargs = (node.args[0], dim, first, length), {}
 
+    def _unflatten(self, node: fx.Node, source: ir.Value | None, value: ir.Value | None) -> None:
+        assert value is not None
+        given = _given(node, "dim", "sizes")
+        dim = int(given["dim"]) % len(source.shape) if source is not None else 0
+        sizes = [
+            self._resized(node, size, value.shape[axis], self.cut.shape(value)[axis])
+            for axis, size in enumerate(given["sizes"], start=dim)
+        ]
+        node.args, node.kwargs = (node.args[0], dim, tuple(sizes)), {}
+
     def _index(self, node: fx.Node, source: ir.Value | None) -> None:
-        assert source is not None
+        """Move the bounds of an index into a value that is read, or into a constant that gets smaller."""
+        kept = self._left_of_constant(node.args[0])
+        if node.target is operator.getitem and self.cut.shrinks(source):
+            assert source is not None
+            kept = [self.cut.kept_along(source, axis) for axis in range(len(source.shape))]
+        if kept is None:
+            return
         given = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         used = sum(1 for item in given if item is not None and item is not Ellipsis)
         axis, new = 0, list[Any]()
@@ -238,15 +232,14 @@ class Rewriter:
                 continue
             if item is Ellipsis:
                 new.append(item)
-                axis = len(source.shape) - (used - axis)
+                axis = len(kept) - (used - axis)
                 continue
-            new.append(self._index_along(node, source, axis, item))
+            new.append(self._index_along(node, kept[axis], item))
             axis += 1
         index: Any = tuple(new) if isinstance(node.args[1], tuple) else new[0]
-        node.args = (node.args[0], index)
+        node.args = (node.args[0], index, *node.args[2:])
 
-    def _index_along(self, node: fx.Node, source: ir.Value, axis: int, item: Any) -> Any:
-        kept = self.cut.kept_along(source, axis)
+    def _index_along(self, node: fx.Node, kept: Tensor | None, item: Any) -> Any:
         if kept is None or item == slice(None):
             return item
         bounded = isinstance(item, slice)
@@ -259,7 +252,9 @@ class Rewriter:
         if isinstance(item, slice):
             places = list(range(*item.indices(len(kept))))
             return [int(kept[:place].sum()) for place in places if kept[place]]
-        raise UnevenCut(f"{node.name}: an index along channels", self.cut.labels_of(source))
+        source = self._value(node.args[0])
+        labels = torch.zeros(0, dtype=torch.int64) if source is None else self.cut.labels_of(source)
+        raise UnevenCut(f"{node.name}: an index along channels", labels)
 
     def _pad(self, node: fx.Node, source: ir.Value | None, value: ir.Value | None) -> None:
         """Set the number of channels that are filled in, or cropped, before and behind others."""
@@ -287,6 +282,24 @@ class Rewriter:
                 node.kwargs = {**node.kwargs, "groups": left}
             else:
                 node.args = (*node.args[:6], left, *node.args[7:])
+
+
+def _counts(kept: Tensor, node: fx.Node, dim: int) -> list[int]:
+    """Count the entries that stay in each of the parts that a node gives."""
+    bounds = torch.tensor([0, *(part.shape[dim] for part in node.meta["val"])]).cumsum(0).tolist()
+    return [int(kept[low:high].sum()) for low, high in itertools.pairwise(bounds)]
+
+
+def _set_shape(node: fx.Node, kept: Sequence[Tensor | None]) -> None:
+    """Set the numbers of a shape that are other ones now."""
+    packed = len(node.args) == 2 and isinstance(node.args[1], (list, tuple))
+    sizes: list[Any] = list(node.args[1] if packed else node.args[1:])  # type: ignore[arg-type]
+    if len(sizes) != len(kept):
+        return
+    for axis, marks in enumerate(kept):
+        if marks is not None and sizes[axis] != -1:
+            sizes[axis] = int(marks.sum())
+    node.args = (node.args[0], tuple(sizes)) if packed else (node.args[0], *sizes)
 
 
 def is_shape(x: Any) -> bool:
