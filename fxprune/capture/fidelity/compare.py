@@ -7,7 +7,7 @@ which they did different things, and the constants in which they differ though t
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from typing import Any
@@ -23,7 +23,7 @@ from fxprune.capture.tracer.trace import Trace
 __all__ = [
     "ConstantTensor",
     "Differences",
-    "align_entries",
+    "align_calls",
     "compare",
     "computes_same",
     "equal_tensors",
@@ -106,20 +106,47 @@ def computes_same_apart_from_order(first: Trace, second: Trace) -> bool:
     return not comparison.found
 
 
-def align_entries(a: Scope, b: Scope) -> Iterator[tuple[list[Any], list[Any]]]:
+def _align_entries(a: Scope, b: Scope) -> Iterator[tuple[list[Any], list[Any]]]:
     """The entries of two scopes in order: runs of equal ones pairwise, and what only one of them has."""
-    mine, other = [_key(entry) for entry in a.entries], [_key(entry) for entry in b.entries]
+    yield from _aligned(a.entries, b.entries, _key)
+
+
+def align_calls(a: Scope, b: Scope) -> Iterator[tuple[list[Any], list[Any]]]:
+    """The same, calls of modules first, and what is between them then; the members that are picked count.
+
+    Two modes that differ pick other members of the same results.
+    """
+    mine, other = ([entry for entry in one.entries if _is_call(entry)] for one in (a, b))
+    i = k = 0
+    for first, second in _aligned(mine, other, _key):
+        if first and second:
+            j, m = _place(a.entries, first[0], i), _place(b.entries, second[0], k)
+            yield from _aligned(a.entries[i:j], b.entries[k:m], _key_with_member)
+            yield first, second
+            i, k = j + 1, m + 1
+    yield from _aligned(a.entries[i:], b.entries[k:], _key_with_member)
+
+
+def _place(entries: list[Any], entry: Any, start: int) -> int:
+    """The place of an entry; two calls of a module are equal, but not the same."""
+    return next(place for place in range(start, len(entries)) if entries[place] is entry)
+
+
+def _aligned(
+    first: list[Any], second: list[Any], key: Callable[[Any], Any]
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    mine, other = [key(entry) for entry in first], [key(entry) for entry in second]
     if mine == other:
-        yield from (([x], [y]) for x, y in zip(a.entries, b.entries, strict=True))
+        yield from (([x], [y]) for x, y in zip(first, second, strict=True))
         return
     for tag, i, j, k, m in SequenceMatcher(None, mine, other, autojunk=False).get_opcodes():
         if tag == "equal":
-            yield from (([x], [y]) for x, y in zip(a.entries[i:j], b.entries[k:m], strict=True))
+            yield from (([x], [y]) for x, y in zip(first[i:j], second[k:m], strict=True))
         elif tag == "replace":
-            yield a.entries[i:j], []
-            yield [], b.entries[k:m]
+            yield first[i:j], []
+            yield [], second[k:m]
         else:
-            yield a.entries[i:j], b.entries[k:m]
+            yield first[i:j], second[k:m]
 
 
 class _GraphPair:
@@ -130,7 +157,7 @@ class _GraphPair:
         self.needed = _needed(first.graph)
 
     def scopes(self, a: Scope, b: Scope) -> None:
-        for mine, other in align_entries(a, b):
+        for mine, other in _align_entries(a, b):
             if len(mine) != len(other):
                 self.found.modules.add(a.path)
             elif isinstance(mine[0], Scope):
@@ -204,6 +231,16 @@ def _key(entry: Any) -> Any:
     if isinstance(entry, Scope):
         return "enter", entry.path
     return entry.op, entry.target, tuple(entry.kwargs)  # two objects of a class may hold other attributes
+
+
+def _key_with_member(entry: Any) -> Any:
+    picks = not isinstance(entry, Scope) and entry.target is operator.getitem
+    member = (entry.args[1],) if picks and isinstance(entry.args[1], (str, int)) else ()
+    return (*_key(entry), *member)
+
+
+def _is_call(entry: Any) -> bool:
+    return isinstance(entry, Scope) or entry.op == "call_module"
 
 
 def _equal(a: Any, b: Any) -> bool:

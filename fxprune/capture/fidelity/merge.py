@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate, map_arg
 
 from fxprune.capture.errors import CaptureError
-from fxprune.capture.fidelity.compare import align_entries, equal_tensors
+from fxprune.capture.fidelity.compare import align_calls, equal_tensors
 from fxprune.capture.modes import ModeBranch, Switches
 from fxprune.capture.module import assemble
 from fxprune.capture.tracer.contents import is_record
@@ -50,7 +50,7 @@ class _Merge:
         self.attributes = {node.target: node for node in self.graph.nodes if node.op == "get_attr"}
 
     def scopes(self, a: Scope, b: Scope) -> None:
-        for mine, other in align_entries(a, b):
+        for mine, other in align_calls(a, b):
             if mine and other and isinstance(mine[0], Scope):
                 self.scopes(mine[0], other[0])
             elif mine and other:

@@ -1,6 +1,7 @@
 """Training and evaluation from one graph."""
 
 import copy
+import operator
 import pickle
 import random
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from capture.faithful import assert_faithful
 from fxprune import apply, masks
@@ -253,3 +255,41 @@ class ReadsMoreInEvaluation(nn.Module):
 def test_what_evaluation_does_to_another_shape_does_not_run_in_training() -> None:
     gm = assert_faithful(ReadsMoreInEvaluation(), (4,))
     assert "ModeBranch" in kinds(gm)
+
+
+class Decodes(nn.Module):
+    """Is kept whole, for it decides by a random number in training, and gives more in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.decode = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        raw = self.layer(x)
+        if self.training:
+            return [raw * 2 if float(torch.rand([])) < 2 else raw]
+        return self.decode(raw), [raw]
+
+
+class CallsTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Decodes()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.head(x), self.head(x[:, ::2].relu())
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+def test_a_head_that_is_called_twice_is_captured_again() -> None:
+    net, x = CallsTwice().eval(), torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+    first = capture(net, x)
+    again = capture(first, x)
+    for training in (False, True):
+        expected = pytree.tree_leaves(net.train(training)(x))
+        for graph in (first, again):
+            found = pytree.tree_leaves(graph.train(training)(x))
+            assert len(found) == len(expected)
+            assert all(map(torch.equal, found, expected))
+    slices = [node for node in first.graph.nodes if node.target is operator.getitem]
+    assert not any(isinstance(node.args[1], fx.Node) for node in slices), "each index is its own"
