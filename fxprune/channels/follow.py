@@ -180,8 +180,7 @@ class _Follower:
                 ]
                 if all(free):
                     found.append(factor)
-        found = _distinct(found)
-        for factor in found:
+        for factor in (found := _distinct(found)):
             for value in followed:
                 axis = len(value.shape) - rank + factor.axes[0]
                 if len(factor.axes) == 1 and axis >= 0 and value.shape[axis] == factor.labels.numel():
@@ -381,8 +380,9 @@ class _Follower:
         if len(columns) == op.groups:
             self.labels.tie(columns[:, None], rows.view(op.groups, -1))
             return
-        self.labels.lines.append(Lines(rows.view(op.groups, -1), op.output.index, self.place))
-        self.labels.lines.append(Lines(columns.view(op.groups, -1), op.inputs[0].index, self.place))
+        outputs, inputs = rows.view(op.groups, -1), columns.view(op.groups, -1)
+        for own, partner, value in ((outputs, inputs, op.output), (inputs, outputs, op.inputs[0])):
+            self.labels.lines.append(Lines(own, value.index, self.place, partner=partner))
 
 
 def _distinct(factors: Sequence[Factor]) -> list[Factor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from fxprune.channels.by_channel import labels_by_weight
 from fxprune.channels.components import components
 from fxprune.channels.follow import follow
-from fxprune.channels.labels import FIXED, Labels
+from fxprune.channels.labels import FIXED, Labels, Lines
 from fxprune.graph import ChannelGraph, KernelSet
 
 __all__ = ["ChannelSlice", "Groups", "group_channels", "held_groups"]
@@ -168,15 +168,27 @@ def tie_lines(labels: Labels) -> None:
     while not done:
         done = True
         for lines in labels.lines:
+            vanish = not lines.stay and (lines.partner is None or _vanish_together(labels, lines))
             classes = labels.root[lines.labels]
             while classes.dim() > 1 and not (_is_aligned(classes) if lines.box else _is_even(classes)):
-                if not lines.stay and bool((classes == classes[..., :1]).all()):
+                if vanish and bool((classes == classes[..., :1]).all()):
                     classes = classes[..., 0]  # lines go as a whole: the lines of lines are asked
                     continue
                 classes = classes.flatten(0, -2)
                 labels.tie(classes, classes[:1])
                 done = False
                 break
+
+
+def _vanish_together(labels: Labels, lines: Lines) -> bool:
+    """Tie lines to their partners if both can only go as a whole; False if lines go one entry at a time."""
+    assert lines.partner is not None
+    for own in (lines.labels, lines.partner):
+        classes = labels.root[own]
+        if not bool((classes == classes[:, :1]).all()):
+            return False
+    labels.tie(lines.labels[:, 0], lines.partner[:, 0])
+    return True
 
 
 def _is_even(classes: Tensor) -> bool:

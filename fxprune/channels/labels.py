@@ -62,6 +62,8 @@ class Lines:
     a tensor only if every line keeps equally many; a line may also vanish as a whole, unless ``stay`` says
     that none may. ``value`` is the index of the value, -1 for lines of several. ``box``: what is left must be
     a product of indices along each axis, as of a parameter with an axis for heads and one for their channels.
+    ``partner``: the labels of lines without which these cannot vanish, as the inputs of a group of a
+    convolution with its outputs.
     """
 
     labels: Tensor
@@ -69,6 +71,7 @@ class Lines:
     place: str
     stay: bool = False
     box: bool = False
+    partner: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,9 +34,15 @@ def grid_sample(context: Context, x: Any, grid: Any, *args: Any, **kwargs: Any) 
     sampled = any_along(context, x, range(2, len(shape)), shape)
     if isinstance(grid, ir.Value):
         one = (shape[0], *shape[2:])
-        grid = build.reduce(grid, "sum", (len(grid.shape) - 1,), False, one)
+        grid = _sum_of_each(context, grid, len(grid.shape) - 1, one)
         grid = build.gather(TensorFunction.of("unsqueeze", PREVIOUS, 1), [grid], (shape[0], 1, *shape[2:]))
     return _scaled_by(context, sampled, grid, shape)
+
+
+def _sum_of_each(context: Context, x: ir.Value, axis: int, shape: Sequence[int]) -> ir.Value:
+    """The sum along an axis of which each entry is read by itself, so that none of them may go."""
+    picks = [TensorFunction.of("select", PREVIOUS, axis, place) for place in range(x.shape[axis])]
+    return context.build.sum([context.build.gather(pick, [x], shape) for pick in picks], shape)
 
 
 @table.rule(F.affine_grid)
@@ -44,7 +50,7 @@ def affine_grid(context: Context, theta: Any, *args: Any, **kwargs: Any) -> ir.V
     """``y[n, p, i] = sum_j base[p, j] theta[n, i, j]``: each number of a row reaches every position."""
     build, shape = context.build, context.shape
     value = build.materialise(theta)
-    rows = build.reduce(value, "sum", (2,), False, value.shape[:2])
+    rows = _sum_of_each(context, value, 2, value.shape[:2])
     spread = (shape[0], *[1] * (len(shape) - 2), shape[-1])
     rows = build.gather(TensorFunction.of("reshape", PREVIOUS, spread), [rows], spread)
     return build.affine(rows, shape)

@@ -29,7 +29,11 @@ SCATTERED = {
 }
 """Operations that write values into a tensor, which code may have made for that."""
 
+BY_ENTRY = {"gather", "take_along_dim"}
+"""Operations with an index for every entry of their result."""
+
 SIZED = {"new_empty", "new_full", "new_ones", "new_zeros"}
+REPEATED = {"expand", "repeat", "tile"}
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -47,10 +51,12 @@ def cut_constants(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Sli
         if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), RECURRENT):
             _cut_states(graph, node, cut, changed, reads.get(node.name, ()))
         value = graph.results.get(node.name)
+        if _read_constant(graph, (), node) is not None:
+            continue  # whoever reads it picks entries
         calls = node.op in ("call_function", "call_method")
         if calls and node.name in others:
             _cut_states(graph, node, cut, changed, reads.get(node.name, ()))
-        if not calls or (node.name in others and called(node) not in SCATTERED):
+        if not calls or (node.name in others and called(node) not in SCATTERED | BY_ENTRY):
             continue
         if not isinstance(value, ir.Value) or not value.live:  # zeros, times what is followed
             value = _followed_operand(graph, node)
@@ -132,5 +138,12 @@ def _changed(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Slices) 
 
 
 def _has_sizes_of_its_own(node: fx.Node) -> bool:
-    """Whether a node makes a tensor of sizes that are numbers now, also where they were read off another."""
+    """Whether a node makes a tensor of sizes that are numbers now, also where they were read off another.
+
+    An index that is repeated along channels is such, whatever it was computed from.
+    """
+    if called(node) in REPEATED:
+        val, sizes = node.meta.get("val"), pytree.tree_leaves(node.args[1:])
+        is_index = isinstance(val, Tensor) and not (val.is_floating_point() or val.is_complex())
+        return is_index and any(isinstance(size, int) and size > 1 for size in sizes)
     return called(node) in SIZED and not any(is_shape(leaf) for leaf in pytree.tree_leaves(node.args))

@@ -176,6 +176,8 @@ class Cut:
             reason = f"{place}: the same channels in every part"
             return bool(gap.any()) and self._revive(labels[gap], reason)
         alive = left.any(-1)
+        if every.partner is not None:
+            alive |= (~self.is_gone(every.partner)).any(-1)
         whole = torch.ones_like(alive) if every.stay else _product_of_slices(alive)
         counts = left.sum(-1)
         most = int(counts.max()) if counts.numel() else 0

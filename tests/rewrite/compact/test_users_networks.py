@@ -227,6 +227,78 @@ class Largest(nn.Module):
         return self.out(self.first(x).unflatten(1, (2, 6)).amax(1))
 
 
+@case(lambda: torch.randn(2, 3, 6, 6))
+class ShufflesGroups(nn.Module):
+    """A grouped convolution each of whose groups goes as a whole, or not at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.grouped = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=4)
+        self.deep, self.wide = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(16, 12, 3, padding=1)
+        self.out = nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        y = y.unflatten(1, (4, 4)).transpose(1, 2).flatten(1, 2)
+        left, right = self.grouped(y).relu().chunk(2, 1)
+        y = F.channel_shuffle(torch.cat([left, self.deep(right)], 1), 2)
+        z: Tensor = self.out(self.wide(y).relu())
+        return z
+
+
+@case(lambda: torch.randn(2, 3, 8, 8))
+class Samples(nn.Module):
+    """Reads an image at places that a layer with one channel per coordinate gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.places = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 2, 3, padding=1)
+        self.turn, self.out = nn.Linear(12, 6), nn.Conv2d(12, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        y = F.grid_sample(y, self.places(y).permute(0, 2, 3, 1).tanh(), align_corners=False)
+        grid = F.affine_grid(self.turn(y.mean((2, 3))).view(-1, 2, 3), list(x.shape), align_corners=False)
+        z: Tensor = self.out(F.grid_sample(y, grid, align_corners=False))
+        return z
+
+
+@case(lambda: torch.randn(2, 9, 6))
+class StartsWithZeros(nn.Module):
+    """A cell whose second state is made like its first one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.cell = nn.Linear(6, 10), nn.LSTMCell(10, 12)
+        self.out = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(x.shape[0], 12)
+        cell = torch.zeros_like(state)
+        for step in range(3):
+            state, cell = self.cell(self.first(x[:, step]).relu(), (state, cell))
+        z: Tensor = self.out(state)
+        return z
+
+
+@case(lambda: (torch.randn(2, 9, 6), torch.randint(0, 9, (2, 4))))
+class GathersTokens(nn.Module):
+    """Picks tokens by an index that is repeated for every channel, as masked autoencoders do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(6, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor, kept: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        some = y.gather(1, kept[..., None].expand(-1, -1, y.shape[-1]))
+        more = torch.gather(y, 1, kept.unsqueeze(-1).repeat(1, 1, 16))
+        best = y.norm(dim=-1).topk(4, 1).indices
+        third = torch.gather(y, 1, best[..., None].expand(-1, -1, y.size(-1)))
+        z: Tensor = self.out(some + more + third)
+        return z
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6])
 @pytest.mark.parametrize("kind", sorted(CASES))
 def test_channels_go_with_all_that_belongs_to_them(kind: str, share: float) -> None:
