@@ -1,4 +1,4 @@
-"""What code views, cuts and overwrites in a parameter gets smaller with it: tables, packed biases."""
+"""Cut what code views, splits and overwrites in parameters: tables of positions, packed biases."""
 
 from __future__ import annotations
 
