@@ -91,7 +91,7 @@ class _InTraining(Unchecked):
     def run_node(self, n: fx.Node) -> Any:
         try:
             result = self._chosen(n) if _is_choice(n, self.module) else super().run_node(n)
-        except RUN_ERRORS as error:
+        except (*RUN_ERRORS, KeyError, AttributeError) as error:  # a module in evaluation gives other members
             raise NodeFailure(n.name, error) from error
         self.found[n.name] = result.clone() if isinstance(result, Tensor) else result
         return result
