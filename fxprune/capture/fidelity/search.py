@@ -299,11 +299,13 @@ class _Search:
 
     def fixed_images(self, base: Trace) -> bool:
         """Whether the graph holds for one size of image only though the model takes others."""
-        return (larger := self.attempt(images=True)) is not None and bool(compare(base, larger))
+        larger = self.attempt(images=True)
+        return larger is not None and bool(compare(base, larger))
 
     def fixed_batch(self, base: Trace, *, training: bool = False) -> Differences:
         """Find what a larger batch changes; note it if the model itself takes the batch size for constant."""
-        found = compare(base, x) if (x := self.attempt(training=training, batch=True)) else Differences()
+        larger = self.attempt(training=training, batch=True)
+        found = compare(base, larger) if larger else Differences()
         if "" in found.places:
             self.notes.setdefault("", f"{COUNTS_BATCH}; the graph holds for the batch size of example_inputs")
             self.one_batch_size = True
@@ -393,5 +395,6 @@ class _Search:
 
 def _plain_values(reads: Collection[fx.Node]) -> set[Any]:
     """The numbers that nodes read."""
-    map_structure((found := set[Any]()).add, [node.meta["val"] for node in reads])
+    found: set[Any] = set()
+    map_structure(found.add, [node.meta["val"] for node in reads])
     return found
