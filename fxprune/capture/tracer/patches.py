@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 
-from fxprune.capture.errors import TRACE_ERRORS
+from fxprune.capture.errors import TRACE_ERRORS, CaptureError
 from fxprune.capture.tracer.call_targets import AutogradCall, ScriptedCall
 from fxprune.capture.tracer.reachable import ATOMS, Place, applied_class
 from fxprune.capture.tracer.recorder import Recorder
@@ -63,7 +63,8 @@ def patched_functions(recorder: Recorder, places: Iterable[Place]) -> Iterator[N
                 if home is not None:
                     stack.enter_context(_replaced_place(place, _scripted(recorder, home, place)))
             elif not isinstance(place.holder, dict | list | type | CellType):
-                continue
+                if hidden := applied_class(place.function):
+                    stack.enter_context(replaced(hidden, "forward", _refused_forward(recorder, hidden)))
             elif kind := applied_class(place.function):
                 # What was looked up before the trace calls no Python code of its own.
                 stack.enter_context(_replaced_place(place, functools.partial(apply.__func__, kind)))
@@ -115,6 +116,23 @@ def _apply(recorder: Recorder) -> Any:
             return recorder.tape.record("call_function", AutogradCall(cls), args, kwargs, out)
 
     return classmethod(apply)
+
+
+def _refused_forward(recorder: Recorder, kind: type[torch.autograd.Function]) -> Any:
+    """The forward of a function whose ``apply`` is kept where it cannot be replaced: a call would lose its
+    gradient in the graph.
+    """
+    forward: Any = kind.forward
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if recorder.recording:
+            raise CaptureError(
+                f"{kind.__name__}.apply was looked up before it is called, in a partial, a tuple or a "
+                f"default argument; call {kind.__name__}.apply itself there"
+            )
+        return forward(*args, **kwargs)
+
+    return staticmethod(call)
 
 
 def _scripted(recorder: Recorder, home: str, place: Place) -> Callable[..., Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import warnings
 from typing import Any
 
@@ -138,3 +139,33 @@ def test_autograd_functions_that_were_looked_up_before_keep_their_gradient(place
     assert bool(found[0].count_nonzero())
     assert rounded.__self__ is Rounds
     assert type(model.own) is type(rounded)
+
+
+class KeepsOutOfReach(nn.Module):
+    """Looks an autograd function up in a place that cannot be written."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.first, self.place = nn.Linear(3, 4), place
+        self.part, self.pair = functools.partial(Rounds.apply), (Rounds.apply, 1)
+
+    def forward(self, x: Tensor, given: Any = Rounds.apply) -> Tensor:
+        function = {"partial": self.part, "tuple": self.pair[0], "default": given}[self.place]
+        return function(self.first(x))
+
+
+@pytest.mark.parametrize("place", ["partial", "tuple", "default"])
+def test_autograd_functions_out_of_reach_are_not_traced_without_their_gradient(place: str) -> None:
+    torch.manual_seed(0)
+    inner, x = KeepsOutOfReach(place), 3 * torch.randn(5, 3)
+    model = nn.Sequential(inner, nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match=r"Rounds\.apply was looked up before it is called"):
+        gm = capture(model, x)
+    found = []
+    for net in (model, gm):
+        model.zero_grad()
+        net(x).sum().backward()
+        found.append(inner.first.weight.grad.clone())
+    assert torch.equal(*found)
+    assert bool(found[0].count_nonzero())
+    assert Rounds.forward(None, torch.tensor(1.4)) == 1.0
