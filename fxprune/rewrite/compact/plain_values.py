@@ -48,6 +48,8 @@ def encode(value: Any, *, strict: bool = True) -> Any:
         return {"slice": [encode(x, strict=strict) for x in (value.start, value.stop, value.step)]}
     if value is Ellipsis:
         return {"ellipsis": True}
+    if isinstance(value, complex):
+        return {"complex": [value.real, value.imag]}
     if isinstance(value, _NAMED):
         return {"torch": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
@@ -60,8 +62,8 @@ def encode(value: Any, *, strict: bool = True) -> Any:
 def decode(value: Any, nodes: Mapping[str, fx.Node] | None = None) -> Any:
     """Undo :func:`encode`; ``nodes`` are those that may be referred to, by name.
 
-    >>> decode(encode([1.5, (None, ...)]))
-    [1.5, (None, Ellipsis)]
+    >>> decode(encode([1.5, 2j, (None, ...)]))
+    [1.5, 2j, (None, Ellipsis)]
     """
     if isinstance(value, list):
         return [decode(item, nodes) for item in value]
@@ -80,6 +82,8 @@ def decode(value: Any, nodes: Mapping[str, fx.Node] | None = None) -> Any:
         return slice(*(decode(item, nodes) for item in inner))
     if kind == "ellipsis":
         return Ellipsis
+    if kind == "complex":
+        return complex(*inner)
     if kind == "torch" and isinstance(getattr(torch, inner, None), _NAMED):
         return getattr(torch, inner)
     if kind == "device":

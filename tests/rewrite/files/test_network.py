@@ -288,6 +288,28 @@ def test_a_manifest_that_does_not_fit_is_refused(change: Any, tmp_path: Path) ->
         fxprune.load(path, conv_net())
 
 
+class Turned(nn.Module):
+    """Has a complex number in its code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 12), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        out: Tensor = self.second((y[:, :, None] * (1 + 2j)).abs().reshape(y.shape[0], 12))
+        return out
+
+
+def test_complex_numbers_in_code_are_written_and_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Turned(), torch.randn(3, 4)
+    small = fxprune.compact(pruned(model, x, 0.5, granularity="channel"), x).eval()
+    assert len(small.get_parameter("first.weight")) < 12
+    fxprune.save(small, tmp_path / "file")
+    assert_equal(small, fxprune.load(tmp_path / "file", Turned()).eval(), x)
+
+
 def test_arguments_of_save(tmp_path: Path) -> None:
     model = conv_net()
     fxprune.save(tmp_path / "file", model)  # type: ignore[arg-type]  # in the order of load, too
