@@ -210,6 +210,7 @@ def test_a_damaged_plan_is_an_error_that_says_so(damage: str, tmp_path: Path) ->
         fxprune.Plan.load(path)
 
 
+@pytest.mark.slow
 def test_the_command_line_plans_and_prunes_by_the_plan(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "small.py").write_text(FILE)
     source, out = f"{tmp_path / 'small.py'}:net", tmp_path / "plan.json"

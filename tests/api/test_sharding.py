@@ -134,7 +134,7 @@ def everything(rank: int, folder: str) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(number, marks=pytest.mark.slow) for number in (2, 4)])
 def results(request: pytest.FixtureRequest, tmp_path_factory: Any) -> list[dict[str, Any]]:
     folder = str(tmp_path_factory.mktemp("files"))
     found = together(request.param, everything, folder, timeout=120.0)

@@ -123,7 +123,7 @@ def test_what_is_wrong_is_said_in_a_line(folder: Path, tmp_path: Path, capsys: A
         (f"hf:{folder}", ["--data", str(folder / "config.json")], "expected .txt, .npy or .npz"),
         (f"hf:{folder}", ["--compact"], "--compact: --granularity weight leaves every channel"),
         (f"hf:{folder}", ["--data", str(tmp_path / "far.npy")], "tokens of data run from 99 to 99"),
-        (f"hf:{folder}", [], "method 'sparsegpt' needs data"),
+        (f"hf:{folder}", [], "method 'sparsegpt' needs --data"),
     ]
     (empty / "note.txt").write_text("")
     for source, more, message in cases:

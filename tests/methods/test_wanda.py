@@ -238,7 +238,10 @@ def test_bad_input_is_told_of() -> None:
     broken = copy.deepcopy(model)
     broken[0].bias.data[1] = float("nan")
     given = {"example_inputs": x, "data": (x, torch.zeros(8)), "progress": False}
-    with pytest.raises(ValueError, match=r"method 'wanda': the inputs of '2\.weight' are NaN or infinite"):
+    with (
+        pytest.warns(UserWarning, match=r"parameters hold NaN or infinite numbers: 0\.bias"),
+        pytest.raises(ValueError, match=r"method 'wanda': the inputs of '2\.weight' are NaN or infinite"),
+    ):
         fxprune.apply(broken, "wanda", 0.5, **given)
     words, tokens = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)), torch.tensor([[1, 7]])
     given = {"example_inputs": tokens % 5, "data": (tokens, torch.zeros(1)), "progress": False}

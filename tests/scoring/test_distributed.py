@@ -80,7 +80,7 @@ def same(left: Masks, right: Masks) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(number, marks=pytest.mark.slow) for number in (2, 4)])
 def results(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Return what every process of 2, and of 4, found."""
     return together(request.param, everything)

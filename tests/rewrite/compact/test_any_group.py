@@ -104,21 +104,21 @@ def check(architecture: Architecture, seed: int) -> None:
     assert torch.allclose(wanted, found, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
-@settings(max_examples=8, **SETTINGS)
+@settings(max_examples=5, **SETTINGS)
 @given(architectures("image"), st.integers(0, 99))
 def test_images(architecture: Architecture, seed: int) -> None:
     check(architecture, seed)
 
 
 @pytest.mark.slow
-@settings(max_examples=8, **SETTINGS)
+@settings(max_examples=5, **SETTINGS)
 @given(architectures("tokens"), st.integers(0, 99))
 def test_tokens(architecture: Architecture, seed: int) -> None:
     check(architecture, seed)
 
 
 @pytest.mark.slow
-@settings(max_examples=8, **SETTINGS)
+@settings(max_examples=5, **SETTINGS)
 @given(architectures("vector"), st.integers(0, 99))
 def test_vectors(architecture: Architecture, seed: int) -> None:
     check(architecture, seed)

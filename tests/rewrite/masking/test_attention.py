@@ -135,6 +135,7 @@ def test_encoder(nested, training, grad):
     assert torch.allclose(finalize(model)(x), model(x), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
 @pytest.mark.parametrize(
     ("nested", "training", "grad"), one_in(3, [True, False], [True, False], [True, False])

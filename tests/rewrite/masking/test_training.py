@@ -164,6 +164,7 @@ def test_masks_set_on_a_model_that_was_compiled_dense():
     assert nets.pruned_gradients_are_zero(model, masks), "the compiled code is compiled anew"
 
 
+@pytest.mark.slow
 def test_compiled_optimizer_step():
     torch._dynamo.reset()
     model = nn.Linear(4, 3)

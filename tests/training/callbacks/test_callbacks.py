@@ -147,6 +147,7 @@ def test_transformers_by_steps_with_gradients(tmp_path: Path) -> None:
     assert [event.at for event in pruner.history] == [0, 3, 6, 9]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_example() -> None:
     pytest.importorskip("transformers")
