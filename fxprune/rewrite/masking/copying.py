@@ -15,6 +15,7 @@ __all__ = ["cast_numbers", "duplicate"]
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 EMPTIED = (dict, OrderedDict, set, list)
+COPIED_BY = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
 PICKLED_BY = ("__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -44,7 +45,9 @@ def duplicate(
         (module, type(module).__new__(type(module))) for module in model.modules() if _has_no_own_way(module)
     ]
     memo |= {id(module): twin for module, twin in made}
-    for module, twin in made:
+    for module, twin in reversed(
+        made
+    ):  # parts first: a module with a way of its own may read its parts' copies
         vars(twin).update({name: _copied(value, memo) for name, value in vars(module).items()})
     return copy.deepcopy(model, memo)
 
@@ -53,7 +56,8 @@ def _has_no_own_way(module: nn.Module) -> bool:
     """Whether ``deepcopy`` copies a module by its attributes alone."""
     kind = type(module)
     return (
-        not any(hasattr(kind, name) for name in ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__"))
+        not any(hasattr(kind, name) for name in COPIED_BY)
+        and not any(name in vars(module) for name in (*COPIED_BY, *PICKLED_BY))
         and all(getattr(kind, name, None) is getattr(nn.Module, name, None) for name in PICKLED_BY)
         and kind not in copyreg.dispatch_table
         and not any(vars(base).get("__slots__") for base in kind.__mro__)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxprune.rewrite.masking.copying import cast_numbers, duplicate
 
@@ -101,3 +101,35 @@ def test_results_that_modules_keep_are_copied_as_values() -> None:
 def test_complex_numbers_stay_complex() -> None:
     layer = cast_numbers(nn.Linear(2, 1, dtype=torch.complex64), torch.float64)
     assert layer.weight.dtype == torch.complex128
+
+
+class Restored(nn.Module):
+    """Reads its part when its state is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Linear(3, 3)
+        self.weights = [self.part.weight]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.weights = [self.part.weight]
+
+
+class Shared(nn.Linear):
+    """Its copies are itself, by an attribute of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        vars(self)["__deepcopy__"] = lambda memo: self
+
+
+def test_modules_with_a_way_of_their_own_may_read_the_copies_of_their_parts() -> None:
+    inner = fx.symbolic_trace(nn.Sequential(nn.Sequential(nn.Linear(3, 3)), nn.ReLU()))
+    model = nn.Sequential(inner, nn.ReLU(), Restored(), Shared())
+    twin = duplicate(model)
+    assert twin[2].weights[0] is twin[2].part.weight
+    assert twin[2].part.weight is not model[2].part.weight
+    assert twin[3] is model[3]
+    x = torch.ones(2, 3)
+    assert torch.equal(twin[0](x), inner(x))
