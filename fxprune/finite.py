@@ -7,6 +7,7 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fxprune.sharded_types import is_dtensor
 
@@ -19,7 +20,8 @@ LISTED = 3
 def strange_parameters(model: nn.Module) -> list[str]:
     """Return the names of parameters with numbers that are NaN or infinite.
 
-    Parameters without values, and those that are split over processes, are not looked at.
+    Parameters without values or without a shape yet, those that are split over processes, and those of a kind
+    that PyTorch does not compare, are not looked at.
 
     >>> net = nn.Linear(2, 1)
     >>> with torch.no_grad():
@@ -30,7 +32,13 @@ def strange_parameters(model: nn.Module) -> list[str]:
     found = []
     for name, parameter in model.named_parameters():
         # A DTensor would ask all processes.
-        if not parameter.is_meta and not is_dtensor(parameter) and not _is_finite(parameter.detach()):
+        if is_lazy(parameter) or parameter.is_meta or is_dtensor(parameter):
+            continue
+        try:
+            is_strange = not _is_finite(parameter.detach())
+        except RuntimeError:  # nested tensors, and shapes without numbers
+            continue
+        if is_strange:
             found.append(name)
     return found
 
@@ -47,10 +55,12 @@ def warn_of_strange_parameters(model: nn.Module, outcome: str, *, stacklevel: in
 
 
 def _is_finite(values: Tensor) -> bool:
+    if values.layout is not torch.strided and not values.is_nested and not values.is_mkldnn:
+        values = values.coalesce().values() if values.is_sparse else values.values()
     if not values.numel() or not (values.is_floating_point() or values.is_complex()):
         return True
     if values.is_complex():
-        values = torch.view_as_real(values)
+        values = torch.view_as_real(values.resolve_conj())
     try:
         low, high = values.aminmax()  # one pass without a tensor of bools, and NaN comes through
     except NotImplementedError:  # types of eight bits

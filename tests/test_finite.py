@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxprune
 from fxprune.finite import strange_parameters
@@ -86,3 +87,22 @@ def test_many_names_are_cut_short() -> None:
             layer.weight.fill_(float("nan"))
     with pytest.warns(UserWarning, match=r"0\.weight, 1\.weight, 2\.weight and 2 more; "):
         fxprune.apply(model, "random", 0.5, example_inputs=X, progress=False)
+
+
+def test_parameters_of_other_kinds() -> None:
+    model = nn.Module()
+    numbers = torch.eye(3)
+    model.sparse = nn.Parameter(numbers.to_sparse())
+    model.rows = nn.Parameter(numbers.to_sparse_csr())
+    model.turned = nn.Parameter(numbers.to(torch.complex64).conj())
+    model.nested = nn.Parameter(torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)]))
+    with FakeTensorMode():
+        model.shape = nn.Parameter(torch.empty(3))
+    assert strange_parameters(model) == []
+    model.bad = nn.Parameter((numbers * float("inf")).to_sparse())
+    assert strange_parameters(model) == ["bad"]
+
+
+def test_what_has_no_shape_yet_is_told_as_such() -> None:
+    with pytest.raises(ValueError, match="has no shape yet; run the model once"):
+        fxprune.compact(nn.Sequential(nn.LazyLinear(3)), X)
