@@ -31,8 +31,9 @@ from fxprune.capture.errors import (
     where,
 )
 from fxprune.capture.fidelity.compare import Differences, computes_same
+from fxprune.capture.fidelity.faithful import Faithful
 from fxprune.capture.fidelity.followed_types import resolve_types
-from fxprune.capture.fidelity.search import Faithful, faithful_graph, faithful_part
+from fxprune.capture.fidelity.search import faithful_graph, faithful_part
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaf_forms import leaf_form

@@ -19,6 +19,7 @@ from fxprune.capture.tracer.entries import DtypeOf, Scope
 from fxprune.capture.tracer.memos import first_writes
 from fxprune.capture.tracer.spelling import is_pure
 from fxprune.capture.tracer.trace import Trace
+from fxprune.torch_private import pytree
 
 __all__ = [
     "ConstantTensor",
@@ -27,6 +28,7 @@ __all__ = [
     "compare",
     "computes_same",
     "equal_tensors",
+    "same_but_for_numbers",
     "take_regions",
 ]
 
@@ -104,6 +106,46 @@ def computes_same_apart_from_order(first: Trace, second: Trace) -> bool:
     for b, a in list(comparison.found.pairs.items()):
         comparison.nodes(comparison.scope_of.get(a, first.scope), a, b)
     return not comparison.found
+
+
+def same_but_for_numbers(first: Trace, second: Trace) -> bool:
+    """Tell whether two traces of the same inputs make the same tensors, whatever remembers its numbers.
+
+    A number that one of them has as it was here may be computed in the other, as long as it is the same.
+    """
+    pairs: dict[fx.Node, fx.Node] = {}
+    mine, other = (
+        [node for node in trace.graph.nodes if node.op != "get_attr" and _acts(node)]
+        for trace in (first, second)
+    )
+    if list(map(_key, mine)) != list(map(_key, other)):
+        return False
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a.op == b.op == "get_attr":
+            known = first.constants.get(str(a.target)), second.constants.get(str(b.target))
+            return equal_tensors(*known) if known != (None, None) else a.target == b.target
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node) and pairs.get(a) is b:
+            return True
+        a, b = (x.meta.get("val") if isinstance(x, fx.Node) else x for x in (a, b))
+        if isinstance(a, tuple | list) and isinstance(b, tuple | list):
+            return len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, dict) and isinstance(b, dict):
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        if isinstance(a, slice) and isinstance(b, slice):
+            return all(same(getattr(a, part), getattr(b, part)) for part in ("start", "stop", "step"))
+        return not isinstance(a, Tensor) and not isinstance(b, Tensor) and _equal(a, b)
+
+    for a, b in zip(mine, other, strict=True):
+        if not same((a.args, a.kwargs), (b.args, b.kwargs)):
+            return False
+        pairs[a] = b
+    return True
+
+
+def _acts(node: fx.Node) -> bool:
+    """Whether a node gives a tensor, or has an effect."""
+    return not is_pure(node) or any(isinstance(x, Tensor) for x in pytree.tree_leaves(node.meta.get("val")))
 
 
 def _align_entries(a: Scope, b: Scope) -> Iterator[tuple[list[Any], list[Any]]]:

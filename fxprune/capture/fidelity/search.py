@@ -23,8 +23,10 @@ from fxprune.capture.fidelity.compare import (
     compare,
     computes_same,
     computes_same_apart_from_order,
+    same_but_for_numbers,
     take_regions,
 )
+from fxprune.capture.fidelity.faithful import Faithful
 from fxprune.capture.fidelity.followed_types import resolve_types
 from fxprune.capture.fidelity.guards import guard_constants, guard_decisions, guard_sizes, guarded_sizes
 from fxprune.capture.fidelity.merge import merge
@@ -42,7 +44,7 @@ from fxprune.capture.tracer.sample_values import needs_numbers
 from fxprune.capture.tracer.trace import Rehearsal, Trace, remove_dead_code, trace
 from fxprune.capture.tracer.values import Values
 
-__all__ = ["Faithful", "faithful_graph"]
+__all__ = ["faithful_graph", "faithful_part"]
 
 NOT_RUN = (
     "changes nothing in the graph and does not run with it, for the graph does not call this module; "
@@ -51,23 +53,6 @@ NOT_RUN = (
 INSTEAD = "prune with returns='module', which trains as the model does"
 COUNTS_VALUES = "it makes a Python number of the numbers in a tensor (by an index, len or range)"
 COUNTS_BATCH = "it makes a Python number of the batch size (int, range or iteration)"
-
-
-@dataclass
-class Faithful:
-    """The graph, what it needs besides the model's own modules, what the user should know, and the hooks that
-    were left out of the graph.
-
-    ``limit`` and ``carried``: why the graph cannot take the model's place in a larger graph, if it cannot: it
-    holds for some sizes only, or computes with what an earlier call wrote.
-    """
-
-    graph: fx.Graph
-    extra: dict[str, Any]
-    notes: dict[str, str] = field(default_factory=dict)
-    kept_hooks: frozenset[Hook] = frozenset()
-    limit: str = ""
-    carried: str = ""
 
 
 def faithful_graph(
@@ -187,7 +172,7 @@ class _Search:
             # The mode alone explains all of it: the other changes changed nothing.
             resolve_types(base, together)
         else:
-            if self.state.namespaces.follow():  # numbers went through int() in code that is known by now
+            if self.follows_int(base, training):
                 return None
             together = self.fixed_batch(base)
             in_training = self.fixed_batch(training, training=True) if training else Differences()
@@ -213,6 +198,20 @@ class _Search:
             for constant in modes.constants:
                 switches.insert(constant.node, constant.path, constant.key, constant.second, constant.first)
         return self.finish(base, switches, together, others)
+
+    def follows_int(self, base: Trace, training: Trace | None) -> bool:
+        """Whether numbers went through ``int()`` in code that is known by now, so that all starts again.
+
+        Code that tells what stands for ``int`` from ``int`` itself would go another way.
+        """
+        if not self.state.namespaces.follow():
+            return False
+        for before in (base, training):
+            after = self.attempt(training=before is training) if before else None
+            if before and not (after and same_but_for_numbers(before, after)):
+                self.state.namespaces.give_up()
+                break
+        return True
 
     def no_training(self, base: Trace, switches: Switches) -> None:
         """Say that the graph is that of evaluation; where the model itself trains, the graph refuses to."""

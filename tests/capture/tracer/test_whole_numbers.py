@@ -107,3 +107,27 @@ def test_code_that_needs_the_name_itself_runs_as_before() -> None:
         gm = capture(model, torch.ones(2, 4))
     x = torch.randn(6, 4)
     assert torch.equal(gm(x), model(x))
+
+
+class Chooses(nn.Module):
+    """Goes another way where the name is not ``int`` itself: always, or in training alone."""
+
+    def __init__(self, *, in_training: bool) -> None:
+        super().__init__()
+        self.layer, self.in_training, self.factor = nn.Linear(4, 4), in_training, 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x).view(int(x.shape[0]), 4)
+        if self.training or not self.in_training:
+            return y * 2 if type(self.factor) is int else y
+        return y
+
+
+@pytest.mark.parametrize("in_training", [False, True])
+def test_code_that_tells_the_name_from_its_stand_in_goes_its_own_way(in_training: bool) -> None:
+    model = Chooses(in_training=in_training)
+    with pytest.warns(UserWarning, match="a Python number of the batch size"):
+        gm = capture(model, torch.ones(2, 4))
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    for training in (False, True):
+        assert torch.equal(gm.train(training)(x), model.train(training)(x))
