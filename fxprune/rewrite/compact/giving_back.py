@@ -14,23 +14,40 @@ from fxprune.rewrite.compact.trial import NodeFailure
 __all__ = ["give_back_before", "give_back_node", "give_back_users"]
 
 
-def give_back_users(graph: ChannelGraph, cut: Cut, name: str, reason: str) -> None:
-    """Give back all channels that the operations with the parameter ``name`` read and make."""
+def give_back_users(graph: ChannelGraph, cut: Cut, name: str, reason: str) -> bool:
+    """Give back all channels that the operations with the parameter ``name`` read and make; False if none."""
+    found = False
     for op in graph.ops:
         if any(use.name == name for use in op.params):
             for value in (*op.inputs, op.output):
-                cut.give_back(cut.labels_of(value), reason)
+                found |= cut.give_back(cut.labels_of(value), reason)
+    return found
 
 
 def give_back_node(graph: ChannelGraph, cut: Cut, nodes: dict[str, fx.Node], error: NodeFailure) -> bool:
-    """Give back what a node that failed reads and makes, or else what the nodes before or behind it do."""
+    """Give back what a node that failed reads and makes, or else what the nodes before or behind it do.
+
+    A node between parameters alone makes no channels: what reads these parameters gives its own back.
+    """
     name = error.node.removeprefix("narrowed_")
     if name not in nodes:
         return False
     reason = f"{error.node}: {str(error.__cause__)[:80]}"
     return give_back_before(graph, cut, nodes[name], reason) or (
         _give_back_near(graph, cut, nodes[name], reason, lambda node: list(node.users))
+        or any(give_back_users(graph, cut, read, reason) for read in _parameters_before(nodes[name]))
     )
+
+
+def _parameters_before(node: fx.Node) -> list[str]:
+    """The names of the parameters that a node is computed from."""
+    seen = dict.fromkeys([node])
+    waiting = [node]
+    while waiting:
+        new = [source for source in waiting.pop().all_input_nodes if source not in seen]
+        seen |= dict.fromkeys(new)
+        waiting += new
+    return [str(found.target) for found in seen if found.op == "get_attr"]
 
 
 def give_back_before(graph: ChannelGraph, cut: Cut, node: fx.Node, reason: str) -> bool:

@@ -222,6 +222,7 @@ class Rewriter:
             assert source is not None
             kept = [self.cut.kept_along(source, axis) for axis in range(len(source.shape))]
         if kept is None:
+            self._places(node)
             return
         given = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         used = sum(1 for item in given if item is not None and item is not Ellipsis)
@@ -238,6 +239,25 @@ class Rewriter:
             axis += 1
         index: Any = tuple(new) if isinstance(node.args[1], tuple) else new[0]
         node.args = (node.args[0], index, *node.args[2:])
+
+    def _places(self, node: fx.Node) -> None:
+        """List the places where what is left of a parameter is written, in a constant that stays as long."""
+        known = self._left_of_constant(node.args[2]) if node.target is operator.setitem else None
+        items = list(node.args[1]) if isinstance(node.args[1], tuple) else [node.args[1]]
+        made: Any = node.args[0]
+        is_cut = self.cut.shrinks(self._value(made))  # its places are other ones then
+        if known is None or is_cut or not all(isinstance(item, slice) for item in items):
+            return
+        shape = made.meta["val"].shape
+        items += [slice(None)] * (len(shape) - len(items))
+        marked = [(axis, marks) for axis, marks in enumerate(known) if marks is not None]
+        if len(known) == len(shape) and len(marked) == 1:
+            ((axis, marks),) = marked
+            bounds = [getattr(items[axis], part) for part in ("start", "stop", "step")]
+            places = torch.arange(shape[axis])[slice(*map(_number, bounds))]
+            if len(places) == len(marks):
+                items[axis] = places[marks].tolist()
+                node.args = (made, tuple(items), node.args[2])
 
     def _index_along(self, node: fx.Node, kept: Tensor | None, item: Any) -> Any:
         if kept is None or item == slice(None):

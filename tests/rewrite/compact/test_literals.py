@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -163,3 +164,29 @@ def test_sizes_of_samples_times_groups_follow_the_batch(form: str) -> None:
     for samples in (1, 2, 5):
         others = torch.randn(samples, 3)
         assert torch.allclose(pruned(others), small(others), atol=1e-6)
+
+
+class Filled(nn.Module):
+    """Adds zeros of a size of their own, of which some become a parameter."""
+
+    def __init__(self, place: Any) -> None:
+        super().__init__()
+        self.layer, self.head, self.place = nn.Linear(6, 8), nn.Linear(8, 3), place
+        self.bias = nn.Parameter(torch.rand(4, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = torch.zeros(8)
+        made[self.place] = self.bias
+        return self.head(self.layer(x) + made)
+
+
+@pytest.mark.parametrize(("place", "left"), [(slice(4), 6), (slice(1, None, 2), 6), ([0, 2, 5, 6], 8)])
+def test_parameters_that_are_written_into_zeros(place: Any, left: int) -> None:
+    torch.manual_seed(0)
+    model, x = Filled(place).eval(), torch.randn(2, 6)
+    with torch.no_grad():
+        for channel in (0, 5):
+            model.layer.weight[channel], model.layer.bias[channel] = 0, 0
+    small = fxprune.compact(model, x)
+    assert small.layer.weight.shape[0] == left
+    torch.testing.assert_close(small(x), model(x))
