@@ -89,6 +89,7 @@ def test_many_names_are_cut_short() -> None:
         fxprune.apply(model, "random", 0.5, example_inputs=X, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype", "ignore:Sparse CSR tensor support")
 def test_parameters_of_other_kinds() -> None:
     model = nn.Module()
     numbers = torch.eye(3)
