@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.capture.tracer.meta_values import map_structure
 
-__all__ = ["OTHER_TYPE", "Inputs", "extent"]
+__all__ = ["OTHER_TYPE", "Inputs", "extent", "plain_values"]
 
 OTHER_TYPE = {
     torch.float32: torch.float64,
@@ -97,3 +97,10 @@ def _repeated(numbers: Tensor, shape: list[int]) -> Tensor:
     for dim, size in enumerate(shape):
         numbers = numbers.index_select(dim, torch.arange(size) % max(1, numbers.shape[dim]))
     return numbers
+
+
+def plain_values(reads: Collection[fx.Node]) -> set[Any]:
+    """Gather the numbers that nodes read."""
+    found: set[Any] = set()
+    map_structure(found.add, [node.meta["val"] for node in reads])
+    return found

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from fxprune.capture.tracer.trace import Trace
 
-__all__ = ["IN_TRAINING", "inside", "related", "writers"]
-
-IN_TRAINING = " in training; the graph does not"
+__all__ = ["inside", "related", "writers"]
 
 
 def related(a: str, b: str) -> bool:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError, HookError, first_line, where
+from fxprune.capture.fidelity import messages
 from fxprune.capture.fidelity.carried_over import carried_over, larger_inputs
 from fxprune.capture.fidelity.compare import (
     Differences,
@@ -30,29 +31,21 @@ from fxprune.capture.fidelity.faithful import Faithful
 from fxprune.capture.fidelity.followed_types import resolve_types
 from fxprune.capture.fidelity.guards import guard_constants, guard_decisions, guard_sizes, guarded_sizes
 from fxprune.capture.fidelity.merge import merge
-from fxprune.capture.fidelity.other_inputs import OTHER_TYPE, Inputs, extent
-from fxprune.capture.fidelity.places import IN_TRAINING, inside, related, writers
+from fxprune.capture.fidelity.other_inputs import OTHER_TYPE, Inputs, extent, plain_values
+from fxprune.capture.fidelity.places import inside, related, writers
 from fxprune.capture.hooks import Hook, keeps_hooks, similar_hooks
 from fxprune.capture.leaves import is_leaf
 from fxprune.capture.modes import Switches, evaluation_only
 from fxprune.capture.module import CapturedModule
 from fxprune.capture.tracer.isolation import ModelState
 from fxprune.capture.tracer.memos import Cache, find_caches
-from fxprune.capture.tracer.meta_values import Shadows, map_structure
+from fxprune.capture.tracer.meta_values import Shadows
 from fxprune.capture.tracer.questions import Answers
 from fxprune.capture.tracer.sample_values import needs_numbers
 from fxprune.capture.tracer.trace import Rehearsal, Trace, remove_dead_code, trace
 from fxprune.capture.tracer.values import Values
 
 __all__ = ["faithful_graph", "faithful_part"]
-
-NOT_RUN = (
-    "changes nothing in the graph and does not run with it, for the graph does not call this module; "
-    "register it on one that it calls"
-)
-INSTEAD = "prune with returns='module', which trains as the model does"
-COUNTS_VALUES = "it makes a Python number of the numbers in a tensor (by an index, len or range)"
-COUNTS_BATCH = "it makes a Python number of the batch size (int, range or iteration)"
 
 
 def faithful_graph(
@@ -129,6 +122,8 @@ class _Search:
             if self.part:
                 self.carried = carried_over(base, self.attempt, Inputs(self.args, self.kwargs, self.examples))
             found = self.probe(base)
+            if self.state.namespaces.rounded and self.follows_fractions(base):
+                continue
             if not found:
                 resolve_types(base, found)
                 return self.finish(base, Switches(self.model), found, others)
@@ -164,7 +159,7 @@ class _Search:
         switches = Switches(self.model)
         if training is None:
             self.no_training(base, switches)
-        elif self.keep_whole({**training.reasons, **writers(training, IN_TRAINING)}):
+        elif self.keep_whole({**training.reasons, **writers(training, messages.IN_TRAINING)}):
             return None
         elif self.keep_whole(dict.fromkeys(modes.modules - {""}, "")):
             return None
@@ -177,7 +172,7 @@ class _Search:
             together = self.fixed_batch(base)
             in_training = self.fixed_batch(training, training=True) if training else Differences()
             places = together.places | in_training.places
-            if self.keep_whole(dict.fromkeys(places - {""}, COUNTS_BATCH)):
+            if self.keep_whole(dict.fromkeys(places - {""}, messages.COUNTS_BATCH)):
                 return None
             other = self.attempt(types=True)
             types = compare(base, other) if other else Differences()
@@ -198,6 +193,11 @@ class _Search:
             for constant in modes.constants:
                 switches.insert(constant.node, constant.path, constant.key, constant.second, constant.first)
         return self.finish(base, switches, together, others)
+
+    def follows_fractions(self, base: Trace) -> bool:
+        """Whether ``int()`` of fractions is followed by now; else the graph holds for one batch size."""
+        follows = self.follows_int(base, self.attempt(training=True))
+        return follows or self.holds_for_one_batch_size()
 
     def follows_int(self, base: Trace, training: Trace | None) -> bool:
         """Whether numbers went through ``int()`` in code that is known by now, so that all starts again.
@@ -226,9 +226,11 @@ class _Search:
         self.notes[""] = f"{reason}; the graph is that of evaluation"
         if not self.untraced or self.part:
             return
-        self.notes[""] += f", and does not run in training: {INSTEAD}"
+        self.notes[""] += f", and does not run in training: {messages.INSTEAD}"
         name = type(self.model).__name__
-        switches.refuse_training(base.graph, f"{name}: {reason}, this graph is for evaluation: {INSTEAD}")
+        switches.refuse_training(
+            base.graph, f"{name}: {reason}, this graph is for evaluation: {messages.INSTEAD}"
+        )
 
     def find_observers(self) -> None:
         """Find the hooks without which both traces are the same; hooks of the same code count together."""
@@ -260,9 +262,9 @@ class _Search:
         """
         if not base.reads:
             return Differences()
-        found = self.attempt(numbers=_plain_values(base.reads)) or self.attempt(numbers=())
+        found = self.attempt(numbers=plain_values(base.reads)) or self.attempt(numbers=())
         differences = compare(base, found) if found else Differences({base.path_of(x) for x in base.reads})
-        if self.keep_whole(dict.fromkeys(differences.places - {""}, COUNTS_VALUES)):
+        if self.keep_whole(dict.fromkeys(differences.places - {""}, messages.COUNTS_VALUES)):
             return None
         if "" in differences.places and not self.frozen:
             self.frozen = True
@@ -306,9 +308,13 @@ class _Search:
         larger = self.attempt(training=training, batch=True)
         found = compare(base, larger) if larger else Differences()
         if "" in found.places:
-            self.notes.setdefault("", f"{COUNTS_BATCH}; the graph holds for the batch size of example_inputs")
-            self.one_batch_size = True
+            self.holds_for_one_batch_size()
         return found
+
+    def holds_for_one_batch_size(self) -> bool:
+        self.notes.setdefault("", messages.ONE_BATCH_SIZE)
+        self.one_batch_size = True
+        return False
 
     def keep_whole(self, reasons: Mapping[str, str]) -> bool:
         """Whether there is a module among them that was entered so far."""
@@ -384,16 +390,9 @@ class _Search:
             written = f"its attribute {base.changed[path]!r} is written by the model"
             self.notes[path] = f"{written}; the graph does not"
         for path in self.records.keys() - called - {""}:
-            self.notes.setdefault(path, f"its hook {self.records[path]} {NOT_RUN}")
+            self.notes.setdefault(path, f"its hook {self.records[path]} {messages.NOT_RUN}")
         notes = {path: reason for path, reason in self.notes.items() if not inside(path, called)}
         sizes = {"batch": self.one_batch_size, "image": self.one_image_size}
         fixed = next((f"its graph holds for one {kind} size" for kind, one in sizes.items() if one), "")
         extra = {**switches.modules, **constants}
         return Faithful(base.graph, extra, notes, self.left_out(), fixed, self.carried)
-
-
-def _plain_values(reads: Collection[fx.Node]) -> set[Any]:
-    """The numbers that nodes read."""
-    found: set[Any] = set()
-    map_structure(found.add, [node.meta["val"] for node in reads])
-    return found

@@ -118,7 +118,7 @@ class Tape:
         if self.running and number.node in self.unsized:
             self.values.made_plain(self, number)
         elif self.running:
-            self.namespaces.meet()
+            self.namespaces.meet(number)
 
     def read(self, name: str, tensor: Tensor, found: Any) -> fx.Node:
         """A node that reads numbers, which are ``found`` here."""

@@ -22,13 +22,18 @@ _HERE = __file__.rpartition("tracer")[0]
 
 @dataclass
 class Namespaces:
-    """Hold the globals of code that calls ``int``: those that were met, and those that are to follow it."""
+    """Hold the globals of code that calls ``int``: those that were met, and those that are to follow it.
+
+    ``rounded``: whether code of theirs that is not followed made a whole number of a fraction, which may be
+    the same for two sizes, and so looks like a constant.
+    """
 
     met: dict[int, dict[str, Any]] = field(default_factory=dict)
     followed: list[dict[str, Any]] = field(default_factory=list)
     gave_up: bool = False
+    rounded: bool = False
 
-    def meet(self) -> None:
+    def meet(self, number: TracedInt | TracedFloat) -> None:
         """Note where a plain number is made, if a name there is what makes it."""
         frame = sys._getframe(1)
         while frame.f_code.co_filename.startswith(_HERE) and frame.f_back is not None:
@@ -37,12 +42,14 @@ class Namespaces:
         library = str(names.get("__name__", "")).partition(".")[0]
         if "int" in frame.f_code.co_names and "int" not in names and library != "torch":
             self.met[id(names)] = names
+            self.rounded |= isinstance(number, TracedFloat) and not float.is_integer(number)
 
     def follow(self) -> bool:
         """Follow what was met since; whether there was anything."""
         known = {id(names) for names in self.followed}
         new = [] if self.gave_up else [names for key, names in self.met.items() if key not in known]
         self.followed += new
+        self.rounded &= self.gave_up
         return bool(new)
 
     def give_up(self) -> bool:

@@ -131,3 +131,44 @@ def test_code_that_tells_the_name_from_its_stand_in_goes_its_own_way(in_training
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     for training in (False, True):
         assert torch.equal(gm.train(training)(x), model.train(training)(x))
+
+
+class Half(nn.Module):
+    """Takes half of the batch, whole samples; two batch sizes that follow each other have one half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.k = nn.Linear(4, 3), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = int(x.shape[0] * 0.5)
+        return self.layer(x)[:half]
+
+
+class TellsHalf(Half):
+    """As before, in code that can tell what stands for ``int``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = int(x.shape[0] * 0.5)
+        return self.layer(x)[:half] * (2 if type(self.k) is int else 3)
+
+
+def test_whole_parts_of_fractions_of_the_batch_follow_it() -> None:
+    torch.manual_seed(0)
+    model = Half()
+    for size in (4, 5):
+        gm = capture(model, torch.ones(size, 4))
+        for batch in (1, 3, 4, 6, 9):
+            x = torch.randn(batch, 4)
+            assert torch.equal(gm(x), model(x))
+
+
+def test_whole_parts_of_fractions_that_cannot_be_followed_fix_the_batch_size() -> None:
+    torch.manual_seed(0)
+    model = TellsHalf()
+    with pytest.warns(UserWarning, match="holds for the batch size of example_inputs"):
+        gm = capture(model, torch.ones(4, 4))
+    x = torch.randn(4, 4)
+    assert torch.equal(gm(x), model(x))
+    with pytest.raises(AssertionError, match="TellsHalf"):
+        gm(torch.randn(6, 4))
