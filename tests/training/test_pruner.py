@@ -285,7 +285,8 @@ def test_processes_come_to_the_same_masks(tmp_path: Path) -> None:
         for name, mask in one[method][0].items():
             assert torch.equal(mask, two[method][0][name]), (method, name)
     assert one["resumed"] == two["resumed"] == (4, True)
-    alone = scored_together([nets.batch(0), nets.batch(1)]).masks  # one process that has seen all of the data
+    both = tuple(torch.cat(parts) for parts in zip(nets.batch(0), nets.batch(1), strict=True))
+    alone = scored_together([both]).masks  # one process that has seen all of the data
     for name, mask in alone.items():
         assert torch.equal(mask, one["scored"][name])
         assert torch.equal(mask, two["scored"][name])
