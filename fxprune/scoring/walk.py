@@ -67,9 +67,8 @@ def _taken(model: nn.Module, inputs: Mapping[str, Any], method: str) -> dict[str
             f"method {method!r}: data has {odd[0]!r}, the model takes {', '.join(parameters) or 'nothing'}; "
             "give it among example_inputs, or leave it out"
         )
-    absent = [
-        name for name in inputs if isinstance(inputs[name], Tensor) and name in _captured_without(model)
-    ]
+    without = _captured_without(model)
+    absent = [name for name, value in inputs.items() if isinstance(value, Tensor) and name in without]
     odd = [name for name in absent if name != LABELS]
     if odd:
         raise ValueError(

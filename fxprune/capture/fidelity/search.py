@@ -196,8 +196,10 @@ class _Search:
 
     def follows_fractions(self, base: Trace) -> bool:
         """Whether ``int()`` of fractions is followed by now; else the graph holds for one batch size."""
-        follows = self.follows_int(base, self.attempt(training=True))
-        return follows or self.holds_for_one_batch_size()
+        if self.follows_int(base, self.attempt(training=True)):
+            return True
+        self.hold_for_one_batch_size()
+        return False
 
     def follows_int(self, base: Trace, training: Trace | None) -> bool:
         """Whether numbers went through ``int()`` in code that is known by now, so that all starts again.
@@ -308,13 +310,12 @@ class _Search:
         larger = self.attempt(training=training, batch=True)
         found = compare(base, larger) if larger else Differences()
         if "" in found.places:
-            self.holds_for_one_batch_size()
+            self.hold_for_one_batch_size()
         return found
 
-    def holds_for_one_batch_size(self) -> bool:
+    def hold_for_one_batch_size(self) -> None:
         self.notes.setdefault("", messages.ONE_BATCH_SIZE)
         self.one_batch_size = True
-        return False
 
     def keep_whole(self, reasons: Mapping[str, str]) -> bool:
         """Whether there is a module among them that was entered so far."""

@@ -62,9 +62,15 @@ def _marked(gm: fx.GraphModule, name: str, kept: Kept, axis: int) -> Tensor:
     tensor: Any = fx.Interpreter(gm).fetch_attr(name)
     gone = torch.ones(kept.shape[axis], dtype=torch.bool, device=tensor.device)
     gone[index.to(tensor.device)] = False
-    marked: Tensor = tensor.detach().clone().movedim(axis, 0)
+    marked: Tensor = _numbers(tensor).movedim(axis, 0)
     marked[gone] = float("nan")
     return marked.movedim(0, axis)
+
+
+def _numbers(tensor: Tensor) -> Tensor:
+    """A copy in which a number that is none, of the network itself, is no mark."""
+    own = tensor.detach().clone()
+    return own.nan_to_num_(0.0) if own.is_floating_point() else own
 
 
 def _results(
@@ -79,7 +85,9 @@ def _results(
         try:
             if node.op == "get_attr":
                 value = marked if node.target == root else runner.fetch_attr(str(node.target))
-                known[node] = value.detach().clone() if isinstance(value, Tensor) else value
+                if node.target != root and isinstance(value, Tensor):
+                    value = _numbers(value)
+                known[node] = value
             else:
                 args, kwargs = (fx.node.map_arg(x, known.__getitem__) for x in (node.args, node.kwargs))
                 with torch.no_grad():

@@ -41,13 +41,11 @@ def duplicate(
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    made = [
-        (module, type(module).__new__(type(module))) for module in model.modules() if _has_no_own_way(module)
-    ]
+    plain = [module for module in model.modules() if _has_no_own_way(module)]
+    made = [(module, type(module).__new__(type(module))) for module in plain]
     memo |= {id(module): twin for module, twin in made}
-    for module, twin in reversed(
-        made
-    ):  # parts first: a module with a way of its own may read its parts' copies
+    # Parts first: a module with a way of its own may read the copies of its parts.
+    for module, twin in reversed(made):
         vars(twin).update({name: _copied(value, memo) for name, value in vars(module).items()})
     return copy.deepcopy(model, memo)
 

@@ -122,15 +122,16 @@ def test_a_users_own_function_of_several_tensors_is_looked_into() -> None:
     assert all(p.grad is not None for p in small.parameters())
 
 
+class Own(nn.Module):
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.a, self.b, self.function = nn.Linear(4, 6, bias=False), nn.Linear(6, 2), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function.apply(self.a(x), 2.0))
+
+
 def test_a_users_own_function_is_looked_into_where_it_is_not_elementwise() -> None:
-    class Own(nn.Module):
-        def __init__(self, function: type[torch.autograd.Function]) -> None:
-            super().__init__()
-            self.a, self.b, self.function = nn.Linear(4, 6, bias=False), nn.Linear(6, 2), function
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.function.apply(self.a(x), 2.0))
-
     example = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     for function in (Shares, RootOfMean, Kept):
         assert not lower(capture(Own(function), example)).opaque
@@ -139,14 +140,6 @@ def test_a_users_own_function_is_looked_into_where_it_is_not_elementwise() -> No
 
 
 def test_a_users_own_function_is_elementwise_if_it_computes_so() -> None:
-    class Own(nn.Module):
-        def __init__(self, function: type[torch.autograd.Function]) -> None:
-            super().__init__()
-            self.a, self.b, self.function = nn.Linear(4, 6, bias=False), nn.Linear(6, 2), function
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.function.apply(self.a(x), 2.0))
-
     torch.manual_seed(0)
     model, example = Own(Halve), torch.randn(2, 4)
     graph = lowered(model, example)

@@ -105,3 +105,21 @@ def test_a_part_that_is_not_read_stays() -> None:
     small = assert_compacts(redrawn(Attention(viewed, joined)), X, 0.5)
     rows = len(small.get_submodule("qkv").weight)
     assert small.get_submodule("qkv").bias.shape == (16 + rows * 2 // 3,)
+
+
+def test_numbers_that_are_none_are_not_taken_for_entries_that_go() -> None:
+    def halved(broken: bool) -> dict[str, torch.Size]:
+        net = redrawn(Attention(viewed, in_parts))
+        pruned = fxprune.apply(
+            net, "random", 0.5, example_inputs=X, granularity="channel", progress=False, seed=1
+        )
+        if broken:
+            with torch.no_grad():
+                kept = fxprune.masks(pruned)["qkv.weight"].any(1).nonzero().flatten()
+                pruned.get_parameter("qkv.bias")[kept[0]] = float("nan")
+        small = fxprune.compact(pruned, X, verify=False)
+        return {name: parameter.shape for name, parameter in small.named_parameters()}
+
+    sound = halved(broken=False)
+    with pytest.warns(UserWarning, match=r"NaN or infinite numbers: qkv\.bias"):
+        assert halved(broken=True) == sound
