@@ -57,7 +57,7 @@ def evaluate(
     Args:
         model: any network with logits: a tensor, a tuple that starts with it, or an output or dict with
             ``logits``. It runs in evaluation mode and is left as it was.
-        data: (x, y), a mapping of keyword inputs, or an iterable of such batches.
+        data: (x, y), a mapping of keyword inputs, inputs alone, or an iterable of such batches.
         reference: the dense network, or any other with outputs of the same shape.
         loss_fn: ``loss_fn(output, target)``, or ``loss_fn(model, batch)`` for mappings. Without one, the loss
             is the ``loss`` among the outputs, else the cross entropy where targets fit the logits.
@@ -243,6 +243,8 @@ def _fits(target: Any, logits: Tensor, axis: int) -> bool:
 
 def _described(target: Any, logits: Tensor) -> str:
     """Say of a target that is none for a cross entropy what it is."""
+    if target is None:
+        return "it holds no labels"
     if not isinstance(target, Tensor):
         return f"its labels are a {type(target).__name__}, its logits {tuple(logits.shape)}"
     known = target[target != -100]
@@ -269,7 +271,8 @@ def recalibrate(model: nn.Module, data: Any, loss_fn: Callable[..., Tensor] | No
 
     Args:
         model: a network, pruned or not.
-        data: (x, y), a mapping of keyword inputs, or an iterable of such batches; labels are not looked at.
+        data: inputs, (x, y), a mapping of keyword inputs, or an iterable of such batches; labels are not
+            looked at.
         loss_fn: ``loss_fn(model, batch)``, where mappings do not name the model's inputs.
 
     Returns:

@@ -7,6 +7,7 @@ masks and other weights. No gradients, no labels.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,7 +66,8 @@ def reconstruct(
 
     Args:
         model: a pruned network, of any method; masked, or plain with zeros.
-        data: (x, y), a mapping, or an iterable of batches, all of which are used; labels are not looked at.
+        data: inputs, (x, y), a mapping, or an iterable of batches, all of which are used; labels are not
+            looked at.
         reference: the network before it was pruned, with the same parameters by name.
         example_inputs: as for :func:`fxprune.apply`, for a model not captured yet; else as in ``data``.
         loss_fn: ``loss_fn(model, batch)``, where batches are mappings that do not name the model's inputs.
@@ -84,15 +86,14 @@ def reconstruct(
 
     >>> import fxprune
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.rand(64, 4)
-    >>> data = (x, torch.zeros(64))
-    >>> pruned = fxprune.apply(net, "wanda", 0.5, example_inputs=x, data=data, progress=False)
-    >>> fitted = fxprune.reconstruct(pruned, data, net, progress=False)
+    >>> pruned = fxprune.apply(net, "wanda", 0.5, data=x, progress=False)
+    >>> fitted = fxprune.reconstruct(pruned, x, net, progress=False)
     >>> bool((fitted(x) - net(x)).square().sum() < (pruned(x) - net(x)).square().sum())
     True
     """
     _check(model, reference, damp, iterations)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        masks, source = _masks(model), plain(inside(model))
+        masks, source = _masks(model), plain(settled(inside(model)))
         if example_inputs is None and not isinstance(source, fx.GraphModule):
             example_inputs, data = inputs_of(data, source)
         given: dict[str, Any] = {"data": data, "loss_fn": loss_fn, "micro_batch": micro_batch}
@@ -150,15 +151,13 @@ def _check(model: nn.Module, reference: nn.Module, damp: float | None, iteration
         raise ValueError(f"damp={damp!r}: expected a share of the mean square input, at least 0")
     if type(iterations) is not int or iterations < 1:
         raise ValueError(f"iterations={iterations!r}: expected a number of steps, at least 1")
-    own = computed_weights(plain(inside(model)))
-    if own:
-        raise ValueError(
-            f"model: {next(iter(own))!r} is computed by a parametrization, which new values replace"
-        )
 
 
 def _masks(model: nn.Module) -> Masks:
-    """The masks of matrices; where there are none, the places that are not zero."""
+    """The masks of matrices that are parameters; where there are none, the places that are not zero.
+
+    Computed weights cannot be given values of their own; a warning names them.
+    """
     inner = unwrap(inside(model))
     found = read(inner)
     if not found:
@@ -167,6 +166,19 @@ def _masks(model: nn.Module) -> Masks:
     found = {name: mask for name, mask in found.items() if mask.dim() > 1}
     if not found:
         raise ValueError("model: it has no masks and no zeros, so that there is nothing to make up for")
+    computed = [name for name in computed_weights(inner) if found.pop(name, None) is not None]
+    if computed and not found:
+        raise ValueError(
+            f"model: {computed[0]!r} is computed by a parametrization, so that its values cannot be fitted; "
+            "take fxprune.finalize(model), which removes it"
+        )
+    if computed:
+        rest = f" and {len(computed) - 1} more are" if len(computed) > 1 else " is"
+        warnings.warn(
+            f"reconstruct: {computed[0]!r}{rest} computed by a parametrization, and stays as it is; "
+            "fxprune.finalize(model) removes parametrizations",
+            stacklevel=3,  # the line that called reconstruct
+        )
     return found
 
 
@@ -202,7 +214,7 @@ def _captured(source: nn.Module, example_inputs: Any) -> tuple[nn.Module, Channe
             gm: fx.GraphModule = source
             graph = lower(gm)
         else:
-            gm = capture(settled(source), example_inputs)
+            gm = capture(source, example_inputs)
             graph = lower(gm)
         return duplicate(gm), graph
     except CaptureError as error:
@@ -212,7 +224,7 @@ def _captured(source: nn.Module, example_inputs: Any) -> tuple[nn.Module, Channe
 
 def _with_values(twin: nn.Module, reference: nn.Module) -> nn.Module:
     """Give a copy of the pruned network the parameters and buffers of the dense one."""
-    dense = unwrap(inside(reference))
+    dense = settled(unwrap(inside(reference)))
     own = dict(dense.named_parameters(remove_duplicate=False))
     buffers = dict(dense.named_buffers(remove_duplicate=False))
     with torch.no_grad():

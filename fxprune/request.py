@@ -26,7 +26,7 @@ from fxprune.methods import Method, common_options
 from fxprune.methods import names as known_methods
 from fxprune.methods import options as options_of
 from fxprune.methods import resolve as resolve_method
-from fxprune.scoring.forms import check_data, is_batch
+from fxprune.scoring.forms import check_data, check_labels, inputs_and_labels, is_batch
 from fxprune.scoring.shapes import explain_misfit, inputs_of
 from fxprune.sparsity.budget import Allocation, plan
 from fxprune.sparsity.granularity import CHANNEL_OPTIONS, NM, Granularity
@@ -103,6 +103,8 @@ class Request:
         if self.micro_batch is not None and (type(self.micro_batch) is not int or self.micro_batch < 1):
             raise ValueError(f"micro_batch={self.micro_batch!r}: expected a number of samples, at least 1")
         resolve(self.schedule, OneShot())
+        if self.method.labels and self.loss_fn is None:
+            check_labels(self.data)
         if self.data is not None and not is_batch(self.data):
             check_data(self.data)
         self.method.check(data=self.data)
@@ -159,7 +161,7 @@ def blamed_on_data(model: nn.Module, example_inputs: Any, wish: Request) -> Iter
     except InputError as error:
         if example_inputs is not None or wish.data is None:
             raise
-        batch = inputs_of(wish.data, model)[0] if not is_batch(wish.data) else wish.data[0]
+        batch = inputs_and_labels(wish.data)[0] if is_batch(wish.data) else inputs_of(wish.data, model)[0]
         text = explain_misfit(batch, model) or str(error).replace("example_inputs", "data", 1)
         raise InputError(text) from error
 

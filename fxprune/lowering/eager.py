@@ -54,6 +54,22 @@ class Meeting(TorchFunctionMode):
         self.stack.pop()
 
 
+class _Numbers:
+    """Draw numbers for tensors that have none, where the parameters of a model are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        if not value.is_meta:
+            return value
+        if not value.is_floating_point():
+            return torch.zeros(value.shape, dtype=value.dtype, device=self.device)
+        drawn = torch.randn(value.shape, generator=self.generator)
+        return drawn.to(self.device, value.dtype)
+
+
 def _storage(tensor: Tensor) -> int:
     home: int = tensor.untyped_storage()._cdata
     return home
@@ -64,7 +80,8 @@ def graph_of_run(model: nn.Module, args: Any, kwargs: Any, reason: str) -> ir.Ch
 
     Args:
         model: a private copy, for buffers may change.
-        args, kwargs: of its ``forward``, with real numbers.
+        args, kwargs: of its ``forward``. Tensors on the meta device are replaced by random numbers, or by
+            zeros where they are whole.
         reason: why there is no graph, for the opaque op.
 
     Example:
@@ -86,7 +103,8 @@ def graph_of_run(model: nn.Module, args: Any, kwargs: Any, reason: str) -> ir.Ch
     model.eval()
     try:
         with torch.no_grad(), meeting:
-            model(*args, **kwargs)
+            numbers = pytree.tree_map_only(Tensor, _Numbers(model), (args, kwargs))
+            model(*numbers[0], **numbers[1])
     finally:
         for hook in hooks:
             hook.remove()

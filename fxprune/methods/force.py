@@ -44,6 +44,7 @@ def force(*, rounds: int = 60, batches: int = 1, mode: Mode = "train", regrow: b
         name="force",
         find=from_scores(sensitivity, schedule=Exponential(rounds), regrow=regrow, name="force"),
         needs=frozenset({"data"}),
+        labels=True,
         summary="SNIP's score at the pruned network, in many rounds; pruned weights may return",
         paper="de Jorge et al. 2021, arXiv 2006.09081",
         shards="rows",

@@ -66,6 +66,7 @@ def grasp(
         name="grasp",
         find=from_scores(score, name="grasp"),
         needs=frozenset({"data"}),
+        labels=True,
         summary="keeps the weights whose removal harms the flow of gradients most",
         paper="Wang et al. 2020, arXiv 2002.07376",
     )

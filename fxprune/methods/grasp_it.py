@@ -39,6 +39,7 @@ def grasp_it(*, rounds: int = 60, batches: int = 1, mode: Mode = "train") -> Met
         name="grasp-it",
         find=from_scores(flow, schedule=Exponential(rounds), name="grasp-it"),
         needs=frozenset({"data"}),
+        labels=True,
         summary="keeps the largest squared gradients, in many rounds",
         paper="de Jorge et al. 2021, arXiv 2006.09081",
     )

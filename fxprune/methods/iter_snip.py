@@ -37,6 +37,7 @@ def iter_snip(*, rounds: int = 60, batches: int = 1, mode: Mode = "train") -> Me
         name="iter-snip",
         find=from_scores(sensitivity, schedule=Exponential(rounds), name="iter-snip"),
         needs=frozenset({"data"}),
+        labels=True,
         summary="SNIP in many rounds; what is pruned stays pruned",
         paper="de Jorge et al. 2021, arXiv 2006.09081",
         shards="rows",

@@ -49,6 +49,7 @@ def obd(*, batches: int = 1, samples: int = 64, mode: Mode = "eval") -> Method:
         name="obd",
         find=by_family(from_scores(score, name="obd")),
         needs=frozenset({"data"}),
+        labels=True,
         summary="keeps the weights whose removal changes the loss most, to second order",
         paper="LeCun et al. 1989; Theis et al. 2018, arXiv 1801.05787",
     )

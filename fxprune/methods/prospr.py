@@ -72,6 +72,7 @@ def prospr(
         name="prospr",
         find=from_scores(score, name="prospr"),
         needs=frozenset({"data"}),
+        labels=True,
         summary="SNIP through the first steps of training",
         paper="Alizadeh et al. 2022, arXiv 2202.08132",
     )

@@ -58,6 +58,7 @@ def snip(
         name="snip",
         find=from_scores(sensitivity, name="snip"),
         needs=frozenset({"data"}),
+        labels=True,
         summary="keeps the weights whose removal changes the loss most",
         paper="Lee et al. 2019, arXiv 1810.02340",
         shards="rows" if average == "gradient" else "no",

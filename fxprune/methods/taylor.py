@@ -45,6 +45,7 @@ def taylor(*, batches: int = 1, mode: Mode = "eval") -> Method:
         name="taylor",
         find=by_family(from_scores(score, name="taylor")),
         needs=frozenset({"data"}),
+        labels=True,
         summary="keeps the weights whose removal changes the loss most, batch by batch",
         paper="Molchanov et al. 2019, arXiv 1906.10771",
     )

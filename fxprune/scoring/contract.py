@@ -63,10 +63,10 @@ class Problem:
     ``graph``: its lowered form. ``device``: where the model runs. ``weights``: the prunable parameters'
     values, detached, on ``device``, or on the host, to keep gradients, scores and masks there and leave the
     device to the model. ``masks``: where to start (all kept, unless the model was pruned before). ``data``: a
-    pair (x, y), a mapping, or an iterable of batches; ``loss_fn``: ``loss_fn(output, target)``, or
-    ``loss_fn(model, batch)`` for mapping batches. ``granularity``: it reads parameters as the graph does, and
-    ties channels. ``generator``: the only source of randomness, on the CPU. ``schedule``: the caller's wish,
-    ``None`` for the method's own. ``micro_batch``: at most so many samples run at a time, gradients add up.
+    pair (x, y), a mapping, inputs alone, or an iterable of batches; ``loss_fn``: ``loss_fn(output, target)``,
+    or ``loss_fn(model, batch)`` for mapping batches. ``granularity``: it reads parameters as the graph does,
+    and ties channels. ``generator``: the only source of randomness, on the CPU. ``schedule``: the caller's
+    wish, ``None`` for the method's own. ``micro_batch``: at most so many samples run at a time, gradients add up.
     ``invert``: keep the lowest scores instead of the highest. ``group``: processes that score together, each
     on data of its own, and end with the same masks. ``shards``: the processes over which ``fully_shard`` has
     split the parameters of ``model``; ``weights`` and ``masks`` are then this one's rows, and the budget is
@@ -109,10 +109,11 @@ NEEDS = frozenset({"data", "graph"})
 class Method:
     """A pruning method: ``find`` is all it must have.
 
-    ``needs``: what a method cannot run without: "data"; "graph", if it asks about paths. ``scored``: whether
-    it ranks scores by ``from_scores`` or ``prune_in_rounds``; False where it builds masks directly.
-    ``shards``: what ``find``
-    takes where parameters are split over processes: "rows", those of its process, as ``Problem.shards`` says;
+    ``needs``: what a method cannot run without: "data"; "graph", if it asks about paths. ``labels``:
+    whether it asks for a loss, so that data are pairs, or the caller has a loss. ``scored``: whether it ranks
+    scores by ``from_scores`` or ``prune_in_rounds``; False where it builds masks directly. ``shards``: what
+    ``find`` takes where parameters are split over processes: "rows", those of its process, as
+    ``Problem.shards`` says;
     "shapes", whole parameters on the meta device, for it needs no values, and finds the same masks in every
     process; "no", nothing: it needs whole parameters. ``updates``: whether ``find`` returns masks and
     weights, new values for any of the prunable parameters. ``reads_only``: whether ``find`` neither runs the
@@ -131,6 +132,7 @@ class Method:
     shards: Literal["rows", "shapes", "no"] = "no"
     updates: bool = False
     reads_only: bool = False
+    labels: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.needs, str):
@@ -145,7 +147,8 @@ class Method:
     def check(self, *, data: object) -> None:
         """``ValueError`` if the method needs ``data`` and there is none."""
         if "data" in self.needs and data is None:
-            raise ValueError(f"method {self.name!r} needs data=..., a pair (x, y) or an iterable of batches")
+            form = "a pair (x, y)" if self.labels else "inputs"
+            raise ValueError(f"method {self.name!r} needs data=..., {form} or an iterable of batches")
 
     def masks(self, problem: Problem) -> Masks:
         """Return the masks that ``find`` finds; ``ValueError`` if it returns weights with them."""

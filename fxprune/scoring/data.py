@@ -1,7 +1,8 @@
 """Read batches from the data that the caller has, check them, and cut them into parts.
 
-A pair ``(x, y)`` or a mapping is one batch; anything else is an iterable of batches (a ``DataLoader``, a
-list). In a pair x may be a tensor, a tuple (several inputs) or a mapping (keyword inputs).
+A pair ``(x, y)``, a mapping or a tensor of inputs without labels is one batch; anything else is an iterable
+of batches (a ``DataLoader``, a list). In a pair x may be a tensor, a tuple (several inputs) or a mapping
+(keyword inputs).
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from typing import Any
 import torch
 
 from fxprune.scoring.contract import Problem
-from fxprune.scoring.forms import check_batch, is_batch, iterate, tensors_in
+from fxprune.scoring.forms import check_batch, inputs_and_labels, is_batch, iterate, tensors_in
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Hold one batch on the problem's device: ``inputs`` and ``target``, or a mapping of the caller's."""
+    """Hold one batch on the problem's device: ``inputs`` and ``target``, or a mapping of the caller's.
+
+    ``target`` is None in a mapping, and where inputs came without labels.
+    """
 
     inputs: Any
     target: Any = None
@@ -44,7 +48,7 @@ def seeded(problem: Problem) -> Iterator[None]:
 def batches(problem: Problem, number: int | None, method: str) -> list[Batch]:
     """Read the first ``number`` batches of ``problem.data`` (``None``: all) under the problem's seed.
 
-    Raises ``ValueError`` for missing data, a batch that is empty, not finite or neither a pair nor a mapping,
+    Raises ``ValueError`` for missing data, a batch that is empty, not finite or in no known form,
     and for data that runs dry; ``TypeError`` for data that is no batch and cannot be iterated.
     """
     data = problem.data
@@ -132,15 +136,14 @@ def _rows(value: Any, rows: slice, size: int) -> Any:
 def _check(batch: Any, index: int, device: torch.device, method: str) -> Batch:
     where = f"method {method!r}: batch {index} of data"
     check_batch(batch, where)
-    mapping = isinstance(batch, Mapping)
-    for tensor in tensors_in(batch if mapping else batch[0]):
+    inputs, target = inputs_and_labels(batch)
+    for tensor in tensors_in(inputs):
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         low, high = tensor.aminmax()  # one pass, and NaN comes through
         if not math.isfinite(float(high) - float(low)):
             raise ValueError(f"{where} holds NaN or infinite inputs")
-    moved = _move(batch, device)
-    return Batch(moved, mapping=True) if mapping else Batch(moved[0], moved[1])
+    return Batch(_move(inputs, device), _move(target, device), isinstance(batch, Mapping))
 
 
 def _move(value: Any, device: torch.device) -> Any:

@@ -1,7 +1,9 @@
 """Tell the forms in which callers hand over data: a batch, an iterable of batches, or neither.
 
-A pair ``(x, y)`` or a mapping is one batch. In a pair x may be a tensor, a tuple of several inputs, or a
-mapping of keyword inputs. What is neither a batch nor iterable is refused, with the way to make one of it.
+A pair ``(x, y)`` or a mapping is one batch, and so is a tensor of inputs, alone or in a list of its own, as
+a ``DataLoader`` of a ``TensorDataset`` without labels has it. In a pair x may be a tensor, a tuple of several
+inputs, or a mapping of keyword inputs. What is neither a batch nor iterable is refused, with the way to make
+one of it.
 """
 
 from __future__ import annotations
@@ -13,18 +15,26 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["check_batch", "check_data", "is_batch", "iterate", "tensors_in"]
+__all__ = [
+    "check_batch",
+    "check_data",
+    "check_labels",
+    "inputs_and_labels",
+    "is_batch",
+    "iterate",
+    "tensors_in",
+]
 
 EXPECTED = "expected a pair (x, y), a mapping, or an iterable of such batches"
 
 
 def is_batch(data: Any) -> bool:
-    """Return whether ``data`` is one batch: a mapping, or a pair of model inputs and a tensor.
+    """Return whether ``data`` is one batch: a mapping, a tensor, or a pair of model inputs and a tensor.
 
     >>> is_batch((torch.ones(2, 3), torch.ones(2))), is_batch([(torch.ones(2, 3), torch.ones(2))])
     (True, False)
     """
-    if isinstance(data, Mapping):
+    if isinstance(data, (Mapping, torch.Tensor)):
         return True
     if not isinstance(data, (tuple, list)) or len(data) != 2 or not isinstance(data[1], torch.Tensor):
         return False
@@ -38,8 +48,6 @@ def check_data(data: Any, who: str = "") -> None:
 
     ``who`` is put before the message. Data sets yield samples, not batches: the message says how to wrap one.
     """
-    if isinstance(data, torch.Tensor):
-        raise TypeError(f"{who}data is a Tensor, {EXPECTED}: (data, labels)")
     if isinstance(data, np.ndarray):
         raise TypeError(f"{who}data is a numpy array, {EXPECTED}: (torch.from_numpy(x), torch.from_numpy(y))")
     if isinstance(data, (tuple, list)) and any(isinstance(part, np.ndarray) for part in data):
@@ -58,6 +66,24 @@ def check_data(data: Any, who: str = "") -> None:
         raise TypeError(f"{who}data is a {type(data).__name__}, {EXPECTED}{hint}")
 
 
+def check_labels(data: Any) -> None:
+    """Raise ``TypeError`` for data that are inputs without labels, where a loss needs these."""
+    if isinstance(data, torch.Tensor):
+        raise TypeError(f"data is a Tensor, {EXPECTED}: (data, labels)")
+
+
+def inputs_and_labels(batch: Any) -> tuple[Any, Any]:
+    """Take a checked batch apart; labels are None where it has none, or is a mapping.
+
+    >>> inputs_and_labels([torch.ones(2, 3)])
+    (tensor([[1., 1., 1.],
+            [1., 1., 1.]]), None)
+    """
+    if isinstance(batch, (Mapping, torch.Tensor)):
+        return batch, None
+    return batch[0], batch[1] if len(batch) == 2 else None
+
+
 def iterate(data: Any, who: str) -> Iterator[Any]:
     """Begin to read batches; raises as :func:`check_data`."""
     check_data(data, who)
@@ -67,12 +93,13 @@ def iterate(data: Any, who: str) -> Iterator[Any]:
 
 def check_batch(batch: Any, where: str) -> None:
     """Raise ``ValueError`` for a batch that is empty, or neither a pair nor a mapping; ``where`` names it."""
-    if not isinstance(batch, Mapping):
-        if isinstance(batch, (tuple, list)) and len(batch) != 2:
+    if not isinstance(batch, (Mapping, torch.Tensor)):
+        alone = isinstance(batch, (tuple, list)) and len(batch) == 1 and isinstance(batch[0], torch.Tensor)
+        if isinstance(batch, (tuple, list)) and len(batch) != 2 and not alone:
             raise ValueError(f"{where} is {_several(batch)}")
-        if not isinstance(batch, Sequence) or len(batch) != 2:
+        if not isinstance(batch, Sequence) or (len(batch) != 2 and not alone):
             raise ValueError(f"{where} is a {type(batch).__name__}, expected a pair (x, y) or a mapping")
-    for part in batch.values() if isinstance(batch, Mapping) else batch:
+    for part in batch.values() if isinstance(batch, Mapping) else inputs_and_labels(batch):
         if isinstance(part, np.ndarray):
             raise ValueError(f"{where} holds numpy arrays, expected tensors: torch.from_numpy(x)")
     for tensor in tensors_in(batch):

@@ -293,6 +293,11 @@ def classification_loss(output: Any, target: Any, method: str) -> torch.Tensor:
 
     Raises ``TypeError`` where there are no such tensors, ``ValueError`` for shapes or labels that do not fit.
     """
+    if target is None:
+        raise ValueError(
+            f"method {method!r}: data hold no labels, and the loss is cross entropy; pass pairs (x, y), or "
+            "loss_fn=..., which gets None for y"
+        )
     if not isinstance(output, torch.Tensor) or not isinstance(target, torch.Tensor):
         raise TypeError(
             f"method {method!r}: the model returns {_describe(output)}, the target is {_describe(target)}; "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.capture.inputs import example_inputs_for
-from fxprune.scoring.forms import check_batch, is_batch, iterate, tensors_in
+from fxprune.scoring.forms import check_batch, inputs_and_labels, is_batch, iterate, tensors_in
 
 __all__ = ["FAULTS", "explain_misfit", "inputs_of"]
 
@@ -25,22 +25,22 @@ Expected = tuple[torch.dtype, tuple[int | None, ...]]
 def inputs_of(data: Any, model: nn.Module) -> tuple[Any, Any]:
     """Return example inputs for ``model``, as the first batch of ``data`` has them, and the data to use.
 
-    Only shapes are taken: the inputs stand on the meta device, and have the type of the model's parameters
-    where both are of floating point. An iterator is returned with its first batch put back.
+    The inputs stand on the device of the model's parameters, and have their type where both are of floating
+    point. An iterator is returned with its first batch put back.
 
     Raises ``TypeError`` or ``ValueError`` for data in no known form, and for a mapping without what the
     model's ``forward`` asks for.
 
     >>> inputs, _ = inputs_of((torch.ones(4, 3, dtype=torch.float64), torch.zeros(4)), nn.Linear(3, 2))
-    >>> inputs.shape, inputs.dtype, inputs.device.type
-    (torch.Size([4, 3]), torch.float32, 'meta')
+    >>> inputs.shape, inputs.dtype
+    (torch.Size([4, 3]), torch.float32)
     """
     batch, data = _first(data)
     check_batch(batch, "batch 0 of data")
-    inputs = _arguments(batch, model) if isinstance(batch, Mapping) else batch[0]
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    inputs = _arguments(batch, model) if isinstance(batch, Mapping) else inputs_and_labels(batch)[0]
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-    return _shapes(dict(inputs) if isinstance(inputs, Mapping) else inputs, dtype), data
+    return _moved(dict(inputs) if isinstance(inputs, Mapping) else inputs, like), data
 
 
 def _first(data: Any) -> tuple[Any, Any]:
@@ -71,13 +71,12 @@ def _arguments(batch: Mapping[Any, Any], model: nn.Module) -> dict[str, Any]:
     return {p.name: batch[p.name] for p in named if p.name in batch}
 
 
-def _shapes(value: Any, dtype: torch.dtype) -> Any:
+def _moved(value: Any, like: Tensor) -> Any:
     if isinstance(value, Tensor):
-        kind = dtype if value.is_floating_point() else value.dtype
-        return torch.empty(value.shape, dtype=kind, device="meta")
+        return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
     if isinstance(value, dict):
-        return {key: _shapes(part, dtype) for key, part in value.items()}
-    return tuple(_shapes(part, dtype) for part in value) if isinstance(value, tuple) else value
+        return {key: _moved(part, like) for key, part in value.items()}
+    return tuple(_moved(part, like) for part in value) if isinstance(value, tuple) else value
 
 
 def explain_misfit(inputs: Any, model: nn.Module) -> str | None:

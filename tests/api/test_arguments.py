@@ -4,6 +4,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,62 @@ def test_a_loaders_generator_is_where_it_was() -> None:
         warnings.simplefilter("ignore", UserWarning)
         fxprune.apply(net(), "magnitude", 0.5, data=loader)
     assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [X, [X], [X, X, X], [[X], [X]], DataLoader(TensorDataset(X), 8)],
+    ids=["tensor", "in a list", "batches", "rows of lists", "loader"],
+)
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "px"])
+def test_inputs_need_no_labels_where_no_loss_is_asked_for(method: str, data: Any) -> None:
+    model = net()
+    found = fxprune.apply(model, method, 0.5, data=data)
+    labelled = fxprune.apply(model, method, 0.5, data=(X, Y))
+    assert all(map(torch.equal, found.parameters(), labelled.parameters()))
+    assert fxprune.evaluate(found, X, reference=model) == replace(
+        fxprune.evaluate(found, (X, Y), reference=model), loss=None
+    )
+
+
+def test_a_loss_needs_labels_or_is_the_caller_s_own() -> None:
+    for data in ([X], DataLoader(TensorDataset(X), 8)):
+        with pytest.raises(ValueError, match=r"'snip': data hold no labels.*pass pairs"):
+            fxprune.apply(net(), "snip", 0.5, data=data)
+        found = fxprune.apply(net(), "snip", 0.5, data=data, loss_fn=lambda output, _: output.square().mean())
+        assert fxprune.analyze(found).sparsity == 0.5
+    with pytest.raises(ValueError, match="data: it holds no labels, so that there is nothing to measure"):
+        fxprune.evaluate(net(), X)
+
+
+class Repeated(nn.Module):
+    """Repeats a layer by what it computes, so that there is no graph of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        for _ in range(3):
+            if float(x.detach().mean()) > -1:
+                x = self.again(x).relu()
+        return self.last(x)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "snip"])
+def test_a_model_without_a_graph_runs_on_the_first_batch(method: str) -> None:
+    model = Repeated()
+    with pytest.warns(UserWarning, match="pruned without a graph"):
+        found = fxprune.apply(model, method, 0.5, data=(X, Y), returns="module")
+    with pytest.warns(UserWarning, match="pruned without a graph"):
+        given = fxprune.apply(model, method, 0.5, data=(X, Y), example_inputs=X, returns="module")
+    assert set(fxprune.masks(found)) == {"first.weight", "again.weight", "last.weight"}
+    assert all(torch.equal(mask, fxprune.masks(given)[name]) for name, mask in fxprune.masks(found).items())
+    # Shapes alone will do for weights.
+    with pytest.warns(UserWarning, match="pruned without a graph"):
+        shapes = fxprune.apply(model, "magnitude", 0.5, example_inputs=X.to("meta"), returns="module")
+    assert set(fxprune.masks(shapes)) == set(fxprune.masks(found))
 
 
 NUMPY = (X.numpy(), Y.numpy())

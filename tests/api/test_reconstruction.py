@@ -223,6 +223,48 @@ def test_a_module_takes_its_shapes_from_the_data() -> None:
     assert not torch.equal(fitted.get_parameter("0.weight"), pruned.get_parameter("0.weight"))
 
 
+@pytest.mark.parametrize("returns", ["graph", "module"])
+def test_computed_weights_stay_and_are_named(returns: str) -> None:
+    model, given = two_layers(), data(80, 6)
+    nn.utils.parametrizations.weight_norm(model[0])
+    pruned = prune(model, given, "wanda", returns=returns)
+    with pytest.warns(UserWarning, match=r"reconstruct: '0\.weight' is computed .*fxprune\.finalize"):
+        fitted = fxprune.reconstruct(pruned, given, model, **EXACT)
+    masks, x = fxprune.masks(fitted), given[0]
+    first = model[0].weight.detach() * masks["0.weight"]
+    assert all(torch.equal(mask, fxprune.masks(pruned)[name]) for name, mask in masks.items())
+    own, dense = torch.tanh(nn.functional.linear(x, first, model[0].bias)), torch.tanh(model[0](x))
+    second = least_squares(own.detach(), (dense @ model[2].weight.T).detach(), masks["2.weight"])
+    assert torch.allclose(fitted.get_parameter("2.weight"), second, atol=1e-5)
+
+
+def test_nothing_but_computed_weights() -> None:
+    given = data(80, 6)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 4))).double()
+    pruned = prune(model, given)
+    with pytest.raises(ValueError, match=r"'0\.weight' is computed .*take fxprune\.finalize\(model\)"):
+        fxprune.reconstruct(pruned, given, model, **EXACT)
+
+
+def test_a_model_without_a_graph() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = two_layers()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) if float(x.detach().sum()) < 1e9 else x
+
+    model, given = Counted(), data(80, 6)
+    with pytest.warns(UserWarning, match="pruned without a graph"):
+        pruned = prune(model, given, returns="module")
+    fitted = fxprune.reconstruct(pruned, given, model, **EXACT)
+    expected = fxprune.reconstruct(prune(model.inner, given), given, model.inner, **EXACT)
+    for name in ("0.weight", "2.weight"):
+        found = fitted.get_parameter(f"inner.{name}")
+        assert torch.allclose(found, expected.get_parameter(name), atol=1e-5)
+
+
 def convolutions() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(
