@@ -66,11 +66,11 @@ class Problem:
     pair (x, y), a mapping, inputs alone, or an iterable of batches; ``loss_fn``: ``loss_fn(output, target)``,
     or ``loss_fn(model, batch)`` for mapping batches. ``granularity``: it reads parameters as the graph does,
     and ties channels. ``generator``: the only source of randomness, on the CPU. ``schedule``: the caller's
-    wish, ``None`` for the method's own. ``micro_batch``: at most so many samples run at a time, gradients add up.
-    ``invert``: keep the lowest scores instead of the highest. ``group``: processes that score together, each
-    on data of its own, and end with the same masks. ``shards``: the processes over which ``fully_shard`` has
-    split the parameters of ``model``; ``weights`` and ``masks`` are then this one's rows, and the budget is
-    that of the whole. ``history``: where a method notes how it went, as columns of equal length.
+    wish, ``None`` for the method's own. ``micro_batch``: at most so many samples run at a time, gradients add
+    up. ``invert``: keep the lowest scores instead of the highest. ``group``: processes that score together,
+    each on data of its own, and end with the same masks. ``shards``: the processes over which ``fully_shard``
+    has split the parameters of ``model``; ``weights`` and ``masks`` are then this one's rows, and the budget
+    is that of the whole. ``history``: where a method notes how it went, as columns of equal length.
     ``fixed``: excluded tables, such as embeddings, whose channels stay.
     """
 
@@ -109,18 +109,16 @@ NEEDS = frozenset({"data", "graph"})
 class Method:
     """A pruning method: ``find`` is all it must have.
 
-    ``needs``: what a method cannot run without: "data"; "graph", if it asks about paths. ``labels``:
-    whether it asks for a loss, so that data are pairs, or the caller has a loss. ``scored``: whether it ranks
-    scores by ``from_scores`` or ``prune_in_rounds``; False where it builds masks directly. ``shards``: what
-    ``find`` takes where parameters are split over processes: "rows", those of its process, as
-    ``Problem.shards`` says;
+    ``needs``: what a method cannot run without: "data"; "graph", if it asks about paths. ``labels``: whether
+    it asks for a loss, so that data are pairs, or the caller has a loss. ``scored``: whether it ranks scores
+    by ``from_scores`` or ``prune_in_rounds``; False where it builds masks directly. ``shards``: what ``find``
+    takes where parameters are split over processes: "rows", those of its process, as ``Problem.shards`` says;
     "shapes", whole parameters on the meta device, for it needs no values, and finds the same masks in every
     process; "no", nothing: it needs whole parameters. ``updates``: whether ``find`` returns masks and
     weights, new values for any of the prunable parameters. ``reads_only``: whether ``find`` neither runs the
     model nor writes into it or ``Problem.weights``: then they may be the caller's own, which saves a copy.
-    ``summary``: one line.
-    ``paper``: authors, year and arXiv id. Methods outside the package are such objects too, passed as
-    ``method=``.
+    ``summary``: one line. ``paper``: authors, year and arXiv id. Methods outside the package are such objects
+    too, passed as ``method=``.
     """
 
     name: str
