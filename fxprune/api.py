@@ -62,8 +62,7 @@ def apply(
             own, and those of all: ``shuffle``, ``invert``, ``reinit`` (draw weights anew), ``micro_batch``.
         sparsity: fraction of the prunable weights to remove, in [0, 1), to one weight; 0.9, or an N:M's own.
         example_inputs: tensor, tuple or dict; else as in ``data``, or as timm and torchvision models say.
-        data, loss_fn: for methods that look at data: (x, y), x where no loss is asked for, or an iterable
-            of batches; a loss of (out, y).
+        data, loss_fn: for methods that look at data: (x, y), x alone, or batches of it; a loss of (out, y).
         budget: "global" (default), "uniform", "erk", "owl", or {layer or pattern: sparsity}.
         granularity: "weight", "kernel", "2:4", "block(16,16)"; "channel", "head": see docs/channels.md.
         schedule: "oneshot", "linear", "exponential", "cubic", "sigmoid", also "cubic(20)"; the method's own.

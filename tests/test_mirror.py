@@ -67,6 +67,7 @@ FRONTS = {
     "rewrite/compact/table.py": "rewrite/compact/test_compaction.py",
     "rewrite/files/state.py": "rewrite/files/test_network.py",
     "rewrite/masking/parameters.py": "rewrite/masking/test_refusals.py",
+    "scoring/forms.py": "api/test_arguments.py",
     "scoring/layer_plan.py": "methods/test_sparsegpt.py",
     "scoring/moments.py": "scoring/test_walk.py",
     "scoring/shapes.py": "api/test_arguments.py",

@@ -40,7 +40,6 @@ def prospr(
         mode: run the model in train mode or in eval mode
 
     Deviation from the authors' code: with momentum, the first step is differentiated through like the others.
-
     Cost: ``steps + 1`` forward and backward passes, in full order with memory that grows with ``steps``.
     When: at initialization, with labelled data, up to about 98 %.
     """
@@ -66,7 +65,7 @@ def prospr(
         homes = problem.weights
         found = {n: slope.to(homes[n].device) for n, slope in zip(start, slopes, strict=True)}
         average(found.values(), problem.group)
-        return {name: removal(slope, homes[name]).abs_() for name, slope in found.items()}
+        return {n: removal(slope, homes[n]).abs_() for n, slope in found.items()}
 
     return Method(
         name="prospr",
