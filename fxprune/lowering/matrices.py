@@ -53,9 +53,11 @@ def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple
     does a contraction with weights that are scaled by sample.
     """
     parameters = Parameters.of(gm)
-    read = {use.name for op in graph.opaque for use in op.params}
+    # What ops read may be buffers.
+    read = {use.name for op in graph.opaque for use in op.params} & parameters.tensors.keys()
     layers = {name for name in read if isinstance(parameters.owners[name][1], LAYERS)}
-    scaled = {name for name in _scaled(graph) if sum(size > 1 for size in parameters.tensors[name].shape) > 1}
+    spread = _scaled(graph) & parameters.tensors.keys()
+    scaled = {name for name in spread if sum(size > 1 for size in parameters.tensors[name].shape) > 1}
     return {
         name: tuple(parameters.aliases[name])
         for name in parameters.tensors

@@ -51,6 +51,29 @@ def test_weights_that_are_scaled_by_sample_are_pruned() -> None:
     fxprune.verify(pruned)
 
 
+class WholeWithBuffers(nn.Module):
+    """Stays whole, for it asks for numbers; it reads buffers, of its own and of a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.register_buffer("table", torch.ones(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.layer(x @ self.table))
+        return -x if float(x.detach().sum()) > 1e9 else x
+
+
+def test_buffers_of_a_module_that_stays_whole_are_no_weights() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 4), WholeWithBuffers(), nn.Linear(4, 2)), torch.randn(8, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it stays whole
+        gm = fxprune.capture(model, x)
+        pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, progress=False)
+    assert list(hidden_layers(gm, lower(gm))) == ["1.layer.weight"]
+    assert set(fxprune.masks(pruned)) == {"0.weight", "1.layer.weight", "2.weight"}
+
+
 class NoChannels(nn.Module):
     """Squeezes its channels to none, as some do that divide a width by a factor."""
 
