@@ -25,6 +25,7 @@ from fxprune.capture.tracer.memos import Memos
 from fxprune.capture.tracer.meta_values import Shadows, map_structure
 from fxprune.capture.tracer.spelling import changes_input
 from fxprune.capture.tracer.traced_numbers import TracedFloat, TracedInt, plain_number
+from fxprune.capture.tracer.type_names import NUMBER_TYPES
 from fxprune.capture.tracer.values import Values
 from fxprune.capture.tracer.whole_numbers import Namespaces
 
@@ -237,6 +238,8 @@ class Tape:
             return slice(self.arg(value.start), self.arg(value.stop), self.arg(value.step))
         if isinstance(value, range):
             return list(value)
+        if isinstance(value, type) and value in NUMBER_TYPES:
+            return NUMBER_TYPES[value]
         if hasattr(value, "__index__"):
             with suppress(TypeError):  # an array of more than one number
                 return operator.index(value)

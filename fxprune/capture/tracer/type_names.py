@@ -9,7 +9,10 @@ from torch import Tensor
 
 from fxprune.torch_private import DisableTorchFunction
 
-__all__ = ["TypeName", "dtype_of"]
+__all__ = ["NUMBER_TYPES", "TypeName", "dtype_of"]
+
+NUMBER_TYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
+"""What PyTorch takes Python's types for, where a type of numbers is asked for."""
 
 
 class TypeName(str):

@@ -41,6 +41,26 @@ def test_types_are_read_and_changed_by_name(kind: str) -> None:
         assert gm(x.double()).dtype == torch.float64
 
 
+class NumberTypes(nn.Module):
+    """Asks for types of numbers by Python's own types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = torch.zeros(x.shape[0], 1, dtype=int) + (x > 0).sum(-1, keepdim=True, dtype=int)
+        scale = torch.arange(4, dtype=float).to(x.dtype) * torch.full((4,), 2, dtype=complex).real.to(float)
+        return self.layer(x.to(float).to(x.dtype)) * scale.float() * x[:, :1].to(bool) + shift
+
+
+def test_python_s_types_stand_for_those_of_tensors() -> None:
+    model, x = NumberTypes(), torch.randn(2, 3)
+    gm = capture(model, x)
+    assert torch.equal(gm(x), model(x))
+    assert torch.equal(gm(torch.cat([x, -x])), model(torch.cat([x, -x])))
+
+
 class Placed(nn.Module):
     """Makes tensors where its input is, in the ways that code has for it."""
 
