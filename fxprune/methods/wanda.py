@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from fxprune.channels.orientation import output_first
+from fxprune.graph import KernelSet, ir
 from fxprune.scoring.complex_weights import refuse_complex
 from fxprune.scoring.contract import Method, Problem, Scores, from_scores, round_budgets
 from fxprune.scoring.data import batches as read_batches
@@ -32,8 +34,8 @@ def wanda(*, batches: int = 1, compare: Literal["output", "layer", "model"] = "o
 
     Options:
         batches: number of batches that norms are measured over
-        compare: weights compete with those of the same "output" (the paper's), of the same "layer" (better
-            for image classifiers, section 5), or all over the "model"
+        compare: weights compete with those of the same "output" (the paper's; experts in one parameter have
+            theirs each), of the same "layer" (better for image classifiers, section 5), or of the "model"
 
     Within outputs or layers every one of them loses the same share, or what ``budget`` gives its layer.
     Channels compete by their plain scores. A layer that a network applies several times reads all its inputs.
@@ -52,7 +54,8 @@ def wanda(*, batches: int = 1, compare: Literal["output", "layer", "model"] = "o
         scores = {name: w.abs() * masks[name] * norms.of(name) for name, w in problem.weights.items()}
         if compare == "model" or isinstance(problem.granularity, ChannelGroups):
             return scores
-        return {name: _ranks(problem, name, score, compare) for name, score in scores.items()}
+        outputs = _outputs(problem)
+        return {name: _ranks(score, outputs[name], compare) for name, score in scores.items()}
 
     by_scores = from_scores(score, name="wanda")
 
@@ -114,36 +117,84 @@ def _best_of_groups(problem: Problem, norms: InputNorms) -> Masks:
 
 def _best_of_outputs(problem: Problem, norms: InputNorms, budget: Budget) -> Masks:
     """The masks that selection by ranks finds, layer by layer: with the scores of one layer at a time."""
-    sides = {}
-    for name, weight in problem.weights.items():
-        kernels = problem.graph.kernels.get(name)
-        lines = len(output_first(weight, kernels))
-        sides[name] = (lines, weight.numel() // lines)
+    outputs = _outputs(problem)
+    sides = {name: one.sides for name, one in outputs.items()}
     numbers = split_by_places(sides, budget.total) if budget.layers is None else budget.layers
     masks: Masks = {}
     for name, weight in problem.weights.items():
-        kernels, number = problem.graph.kernels.get(name), numbers[name]
+        own, number = outputs[name], numbers[name]
         score = weight.abs() * norms.of(name)
         alone = Budget(number, {name: weight.numel()})
         check_scores({name: score}, alone, "wanda")
-        own = output_first(score, kernels)
-        if own is not score and number % len(own):
+        if not own.are_first and number % own.sides[0]:
             # Which outputs keep one more goes by the order of weights in the parameter.
-            masks |= select({name: _ranks(problem, name, score, "output")}, alone, method="wanda")
+            masks |= select({name: _ranks(score, own)}, alone, method="wanda")
             continue
-        best = best_of_lines(own.reshape(len(own), -1), number)
-        masks[name] = output_first(best.view(own.shape), kernels).contiguous()
+        masks[name] = own.back(best_of_lines(own.lines(score), number)).contiguous()
     return masks
 
 
-def _ranks(problem: Problem, name: str, score: torch.Tensor, compare: str) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Outputs:
+    """The outputs of a parameter: its first axis, or several axes, as in a stack of matrices."""
+
+    shape: torch.Size
+    kernels: KernelSet | None
+    axes: tuple[int, ...]
+
+    @property
+    def are_first(self) -> bool:
+        """Whether the parameter lies as its outputs do, one after another."""
+        return self.axes == tuple(range(len(self.axes))) and not (self.kernels and self.kernels.transposed)
+
+    @property
+    def order(self) -> list[int]:
+        return [*self.axes, *(axis for axis in range(len(self.shape)) if axis not in self.axes)]
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """The number of outputs, and of weights of each."""
+        lines = self.lines(torch.empty(self.shape, device="meta"))
+        return lines.shape[0], lines.shape[1]
+
+    def lines(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the parameter's shape as (outputs, weights of each)."""
+        if len(self.axes) == 1:
+            return output_first(tensor, self.kernels).flatten(1)
+        return tensor.permute(self.order).flatten(0, len(self.axes) - 1).flatten(1)
+
+    def back(self, lines: torch.Tensor) -> torch.Tensor:
+        """The same the other way round."""
+        if len(self.axes) == 1:
+            own = output_first(torch.empty(self.shape, device="meta"), self.kernels).shape
+            return output_first(lines.view(own), self.kernels)
+        order = self.order
+        places = sorted(range(len(order)), key=order.__getitem__)
+        return lines.view([self.shape[axis] for axis in order]).permute(places)
+
+
+def _outputs(problem: Problem) -> dict[str, _Outputs]:
+    """The outputs of every weight: in a stack of matrices, of experts for one, those of each matrix."""
+    kernels = problem.graph.kernels
+    several: dict[str, tuple[int, ...]] = {}
+    for op in problem.graph.ops:
+        for use in op.params if isinstance(op, ir.Kernel) else ():
+            found = [axis for axis, at in enumerate(use.axes) if at and at.value == op.output.index]
+            if len(found) > 1:
+                several.setdefault(use.name, tuple(found))
+    return {
+        name: _Outputs(weight.shape, kernels.get(name), several.get(name, (0,)))
+        for name, weight in problem.weights.items()
+    }
+
+
+def _ranks(score: torch.Tensor, own: _Outputs, compare: str = "output") -> torch.Tensor:
     """The rank of every weight among those it competes with, in (0, 1): a threshold keeps equal shares."""
-    kernels = problem.graph.kernels.get(name)
-    own = output_first(score, kernels)
-    lines = own.flatten(1) if compare == "output" else own.reshape(1, -1)
+    whole = own.lines(score)
+    lines = whole if compare == "output" else whole.reshape(1, -1)
     order = lines.argsort(dim=1, stable=True, descending=True)
     places = torch.arange(lines.shape[1], device=lines.device, dtype=torch.float64)
     ranks = torch.empty_like(lines, dtype=torch.float64).scatter_(
         1, order, (1 - (places + 0.5) / lines.shape[1]).expand_as(lines)
     )
-    return output_first(ranks.view(own.shape), kernels)
+    return own.back(ranks.view(whole.shape))

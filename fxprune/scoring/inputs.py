@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from fxprune.scoring.contract import Problem
+from fxprune.scoring.copies import Copies, Layout, places_in
 from fxprune.scoring.data import Batch, seeded
 from fxprune.scoring.distributed import average, gathered
 from fxprune.scoring.walk import arguments_of, quiet
@@ -229,7 +230,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.weights = weights
-        self.names = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
+        self.copies = Copies(weights)
         self.squares: dict[str, dict[_Place, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -241,12 +242,20 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._product(args[first], args[first + 1])
         elif func is GROUPED and args[0].dim() == 2 and args[1].dim() == 3:
             self._grouped(*args[:3])
+        self.copies.note(func, args, result)
         return result
 
     def _name_of(self, operand: Tensor) -> str | None:
-        return self.names.get(operand.untyped_storage().data_ptr())
+        origin = self.copies.origin(operand)
+        return None if origin is None else origin[0]
 
     def _add(self, name: str, operand: Tensor, squares: Tensor, stacked: int = 1) -> None:
+        origin = self.copies.origin(operand)
+        if origin is not None and origin[1]:  # what lies in a copy is laid where the weight has it
+            entries = places_in(self.weights[name], origin[1], Layout.of(operand)).to(squares.device)
+            spread = squares.new_zeros(self.weights[name].numel())
+            spread[entries.flatten()] = squares.expand(operand.shape).flatten()
+            operand, squares, stacked = self.weights[name], spread.view(self.weights[name].shape), 1
         place = (int(operand.storage_offset()), tuple(operand.shape), operand.stride(), stacked)
         places = self.squares.setdefault(name, {})
         places[place] = places[place] + squares if place in places else squares

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from fxprune.scoring.copies import Copies, Layout, Step, places_in
 from fxprune.scoring.inputs import GROUPED, PRODUCTS
 from fxprune.torch_private import TorchDispatchMode
 
@@ -32,7 +33,8 @@ class Geometry:
     """Say how an operand lies in the storage of its parameter, and how it is read.
 
     ``inputs_first``: the operand of a product is (inputs, outputs). ``groups``: of a convolution, 0 for a
-    product; ``transposed`` for one whose weight is (inputs, outputs / groups, *taps).
+    product; ``transposed`` for one whose weight is (inputs, outputs / groups, *taps). ``steps``: the copies
+    of the parameter that lead to the operand.
     """
 
     offset: int
@@ -41,14 +43,11 @@ class Geometry:
     inputs_first: bool = True
     groups: int = 0
     transposed: bool = False
+    steps: tuple[Step, ...] = ()
 
     def positions(self, weight: Tensor) -> Tensor:
         """The places in the flattened parameter, as (parts, inputs, outputs)."""
-        span = weight.untyped_storage().nbytes() // weight.element_size()
-        places = torch.full((span,), -1, dtype=torch.int64)
-        own = torch.arange(weight.numel()).view(weight.shape)
-        places.as_strided(weight.shape, weight.stride(), weight.storage_offset()).copy_(own)
-        found = places.as_strided(self.shape, self.stride, self.offset)
+        found = places_in(weight, self.steps, Layout(self.offset, self.shape, self.stride))
         if not self.groups:
             matrices = found if found.dim() == 3 else found[None]
             if self.is_shared:
@@ -115,7 +114,7 @@ class Products(TorchDispatchMode):
 
     def __init__(self, weights: Mapping[str, Tensor], see: Seen) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.names = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
+        self.copies = Copies(weights)
         self.see = see
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -126,18 +125,18 @@ class Products(TorchDispatchMode):
             self._product(args[first], args[first + 1])
         elif func is GROUPED and args[0].dim() == 2 and args[1].dim() == 3:
             self._grouped(*args[:3])
-        return func(*args, **(kwargs or {}))
-
-    def _name_of(self, operand: Any) -> str | None:
-        return self.names.get(operand.untyped_storage().data_ptr()) if isinstance(operand, Tensor) else None
+        result = func(*args, **(kwargs or {}))
+        self.copies.note(func, args, result)
+        return result
 
     def _product(self, left: Tensor, right: Tensor) -> None:
         for operand, other, inputs_first in ((right, left, True), (left, right.mT, False)):
-            name = self._name_of(operand)
-            if name is None:
+            origin = self.copies.origin(operand)
+            if origin is None:
                 continue
+            name, steps = origin
             place = (int(operand.storage_offset()), tuple(operand.shape), operand.stride())
-            geometry = Geometry(*place, inputs_first=inputs_first)
+            geometry = Geometry(*place, inputs_first=inputs_first, steps=steps)
 
             def inputs(other: Tensor = other, geometry: Geometry = geometry) -> list[Tensor]:
                 x = other if other.dim() == 3 else other[None]
@@ -147,10 +146,11 @@ class Products(TorchDispatchMode):
 
     def _grouped(self, rows: Tensor, stack: Tensor, ends: Tensor) -> None:
         """Runs of rows, each times a matrix of its own."""
-        name = self._name_of(stack)
-        if name is None:
+        origin = self.copies.origin(stack)
+        if origin is None:
             return
-        geometry = Geometry(int(stack.storage_offset()), tuple(stack.shape), stack.stride())
+        name, steps = origin
+        geometry = Geometry(int(stack.storage_offset()), tuple(stack.shape), stack.stride(), steps=steps)
 
         def inputs() -> list[Tensor]:
             last = ends.tolist()
@@ -160,12 +160,13 @@ class Products(TorchDispatchMode):
         self.see(name, geometry, inputs)
 
     def _convolution(self, x: Tensor, weight: Tensor, bias: Any, *how: Any) -> None:
-        name = self._name_of(weight)
-        if name is None:
+        origin = self.copies.origin(weight)
+        if origin is None:
             return
+        name, steps = origin
         stride, padding, dilation, transposed, output_padding, groups = how
         place = (int(weight.storage_offset()), tuple(weight.shape), weight.stride())
-        geometry = Geometry(*place, groups=groups, transposed=transposed)
+        geometry = Geometry(*place, groups=groups, transposed=transposed, steps=steps)
         taps = tuple(weight.shape[2:])
 
         def inputs() -> list[Tensor]:

@@ -210,6 +210,24 @@ def test_experts_without_a_token_are_named_and_ranked_by_magnitude() -> None:
     assert size[mask].min() > size[~mask].max()
 
 
+@pytest.mark.parametrize("share", [0.5, 0.3])
+@pytest.mark.parametrize("compare", ["output", "layer"])
+def test_weights_of_experts_compete_within_their_outputs(share: float, compare: str) -> None:
+    torch.manual_seed(0)
+    model, x = Experts(), torch.randn(30, 6)
+    with pytest.warns(UserWarning, match="no inputs are seen of"):
+        pruned = fxprune.apply(model, "wanda", share, data=x, compare=compare, progress=False)
+    mask, first = fxprune.masks(pruned)["up"], (x[:, :1] > 0).to(x)
+    norms = torch.stack([(x * first).norm(dim=0), (x * (1 - first)).norm(dim=0)])
+    scores = model.up[:2].detach().abs() * norms[:, :, None]
+    assert int(mask.sum()) == round((1 - share) * 72)
+    if compare == "output":
+        counts = mask.sum(1)
+        assert int(counts.max()) - int(counts.min()) <= 1
+        lowest = torch.where(mask[:2], scores, torch.inf).amin(1)
+        assert bool((lowest > torch.where(mask[:2], -1.0, scores).amax(1)).all())
+
+
 def test_experts_of_transformers_have_norms_of_the_tokens_they_get(scored: list[Scores]) -> None:
     model = mixtral()
     ids, taken = torch.randint(50, (16, 8)), []
