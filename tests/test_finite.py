@@ -45,6 +45,7 @@ def test_names_of_all_types() -> None:
     assert strange_parameters(model) == ["brain", "complex", "eight"]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["random", "dpai"])
 def test_methods_that_look_at_no_weights(method: str) -> None:
     with pytest.warns(UserWarning, match=NAMED + "look for what made them so") as caught:

@@ -145,6 +145,7 @@ def test_toy_b(bias: bool) -> None:
     assert found["1.weight"].flatten().tolist() == [True, False]
 
 
+@pytest.mark.slow
 def test_counts_beyond_float64() -> None:
     """128 layers of width 64 have 64**129 paths; 256 layers more than float64 can hold."""
     model = nn.Sequential(*[nn.Linear(64, 64, bias=False) for _ in range(256)])

@@ -16,6 +16,7 @@ from fxprune import plot
 pytest.importorskip("matplotlib")
 
 
+@pytest.mark.slow
 def test_the_history_of_a_result(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, example = NETS["conv_chain"]()

@@ -1,6 +1,9 @@
 """The part of a table that the default run takes."""
 
-from thinning import one_in
+from typing import Any
+
+import pytest
+from thinning import mark_slow_cases, one_in
 
 
 def test_one_in_so_many_and_every_entry_is_among_them() -> None:
@@ -10,3 +13,31 @@ def test_one_in_so_many_and_every_entry_is_among_them() -> None:
     assert len(quick) == 24
     assert [len({values[axis] for values in quick}) for axis in range(3)] == [8, 6, 2]
     assert all(case.marks[0].name == "slow" for case in cases if case.marks)
+
+
+class Case:
+    """A collected case with marks."""
+
+    def __init__(self, nodeid: str, **marks: tuple[int, ...]) -> None:
+        self.nodeid = nodeid
+        self.marks = {name: getattr(pytest.mark, name)(*args).mark for name, args in marks.items()}
+
+    def get_closest_marker(self, name: str) -> Any:
+        return self.marks.get(name)
+
+    def add_marker(self, name: str) -> None:
+        self.marks[name] = getattr(pytest.mark, name).mark
+
+
+def test_one_in_so_many_cases_of_a_thinned_test_is_quick() -> None:
+    thin, plain = [Case(f"a[{index}]", thinned=(3,)) for index in range(7)], [Case("b[0]"), Case("b[1]")]
+    thin.insert(1, Case("a[slow]", thinned=(3,), slow=()))
+    items: Any = [*thin, *plain]
+    mark_slow_cases(items)
+    assert [case.nodeid for case in items if "slow" not in case.marks] == [
+        "a[0]",
+        "a[3]",
+        "a[6]",
+        "b[0]",
+        "b[1]",
+    ]

@@ -27,6 +27,7 @@ def graph_of(make: Net) -> ChannelGraph:
     return GRAPHS[make]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("make", "total", "prunable", "tensors", "norms", "biases"),
     [
@@ -60,6 +61,7 @@ def test_tensors_of_resnet20_come_in_the_order_of_the_tables() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("make", "average", "total"),
     [
@@ -113,6 +115,7 @@ def test_operations_under_the_published_erk_budgets(
     assert found + rest[make] == flops
 
 
+@pytest.mark.slow
 def test_networks_run_and_start_from_the_global_generator() -> None:
     for make, size in SIZES.items():
         torch.manual_seed(3)

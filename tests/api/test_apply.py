@@ -61,6 +61,7 @@ def test_a_graph_comes_out_masked_and_equal_to_the_model_with_zeros() -> None:
 READERS = [name for name in methods.names() if methods.get(name).reads_only]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("granularity", ["weight", "channel"])
 def test_methods_that_only_read_get_the_caller_s_weights_and_leave_them(name: str, granularity: str) -> None:
@@ -106,6 +107,7 @@ def test_the_callers_model_and_random_state_are_left_alone(returns: str) -> None
     assert not shared
 
 
+@pytest.mark.slow
 def test_returns_module_keeps_the_users_class() -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=5)

@@ -101,6 +101,7 @@ def test_what_does_not_fit_is_named(options: dict[str, Any], message: str) -> No
         prune(**options)
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "small.py").write_text(
         "import torch\nfrom torch import nn\n\n\ndef net():\n"

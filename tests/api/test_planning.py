@@ -37,6 +37,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 DATA = (torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 3]))
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -65,6 +66,7 @@ def test_a_plan_does_what_apply_does(method: str, options: dict[str, Any], tmp_p
     assert same(fxprune.apply(model, again, example_inputs=X, returns="module", progress=False), applied)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kind", ["vit", "multi_head" if "multi_head" in NETS else "encoder"])
 def test_whole_heads(kind: str) -> None:
     torch.manual_seed(0)
@@ -119,6 +121,7 @@ def test_the_curve_has_ten_targets_from_one_scoring() -> None:
     assert fxprune.compact(pruned).meta["fxprune"]["compaction"].macs[1] == point.cost
 
 
+@pytest.mark.slow
 def test_the_curve_is_chosen_as_the_method_chooses() -> None:
     """Group norms add up squares, relative to their family; the curve does too."""
     torch.manual_seed(0)

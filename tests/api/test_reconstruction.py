@@ -171,6 +171,7 @@ def test_batch_norms_give_the_dense_mean_and_variance() -> None:
     assert torch.equal(same.get_buffer("1.running_mean"), model[1].running_mean)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("returns", ["graph", "module"])
 @pytest.mark.parametrize("granularity", ["weight", "nm(2,4)", "channel"])
 def test_the_kind_of_model_and_the_masks_stay_and_the_caller_s_model_too(
@@ -286,6 +287,7 @@ def same_state(one: nn.Module, other: nn.Module, close: bool = False) -> bool:
     )
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("propagate", [True, False])
 def test_a_killed_run_goes_on_at_the_next_layer(
     propagate: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

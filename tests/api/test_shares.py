@@ -111,6 +111,7 @@ def test_own_parameters_are_masked_train_copy_save_and_finalize(returns: Any) ->
     torch.testing.assert_close(plain(x), zeroed(x))
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("returns", ["graph", "module"])
 def test_recurrent_layers_compute_with_masked_weights(kind: Any, returns: Any) -> None:
@@ -160,6 +161,7 @@ MATRICES = {"first.weight", "own", "lent.weight", "memory.weight_ih_l0", "memory
 LABELLED = (torch.randn(6, 6), torch.tensor([0, 1, 2, 3, 0, 1]))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("method", ["magnitude", "random", "snip", "force", "grasp", "ntk-sap"])
 def test_a_model_without_a_graph_is_pruned_all_the_same(method: str) -> None:
     torch.manual_seed(0)
@@ -203,6 +205,7 @@ def test_what_needs_a_graph_says_so() -> None:
             fxprune.apply(model, **{"method": "random", "example_inputs": x, **options})
 
 
+@pytest.mark.slow
 def test_layers_inside_of_what_stays_whole_are_pruned_by_weights() -> None:
     torch.manual_seed(0)
     model, x = Around(), torch.randn(4, 6)

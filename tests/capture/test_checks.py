@@ -123,6 +123,7 @@ def test_checks_are_traced_and_raise_where_those_of_the_model_do(
     assert not lower(gm, strict=True).opaque
 
 
+@pytest.mark.slow
 def test_a_check_survives_compiling_and_exporting() -> None:
     model = Net(_in_range).eval()
     gm, x = capture(model, batch([7, 5, 2])), batch([4, 3])

@@ -126,6 +126,7 @@ def attributes_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("after_a_run", [False, True])
 @pytest.mark.parametrize("hang", KINDS)
 def test_the_graph_does_what_hooks_do(hang: Callable[[Net], None], after_a_run: bool) -> None:
@@ -155,6 +156,7 @@ def test_the_graph_does_what_hooks_do(hang: Callable[[Net], None], after_a_run: 
         assert_close(runs[1], runs[0], f"batch {batch}, training {training}")
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.filterwarnings("ignore:layer collapse")
 @pytest.mark.parametrize("hang", KINDS)
 def test_pruned(hang: Callable[[Net], None]) -> None:

@@ -55,6 +55,7 @@ def test_mixed_precision(name: str) -> None:
     assert again.code == gm.code
 
 
+@pytest.mark.slow
 def test_channels_last() -> None:
     x = torch.randn(2, 3, 96, 96).to(memory_format=torch.channels_last)
     for name in FAMILIES[:2]:
@@ -67,6 +68,7 @@ def test_channels_last() -> None:
         assert last.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("name", "options"), [("test_vit", {"dynamic_img_size": True}), ("test_nfnet", {})])
 def test_images_of_other_sizes_where_the_model_takes_them(name: str, options: dict[str, Any]) -> None:
     model = timm.create_model(name, **options).eval()

@@ -24,6 +24,7 @@ def test_tensors_tuples_and_dicts() -> None:
     assert example_inputs_for(nn.ReLU(), {"input": x}) == ((), {"input": x})
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
@@ -38,6 +39,7 @@ def test_timm_models(name: str, options: dict[str, Any], expected: tuple[int, ..
         assert shape_of(timm.create_model(name, **options)) == expected
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("name", "options", "size"),
     [
@@ -55,6 +57,7 @@ def test_torchvision_models(name: str, options: dict[str, Any], size: int) -> No
     assert shape_of(model) == (2, 3, size, size)
 
 
+@pytest.mark.slow
 def test_ambiguous_and_unknown_models_are_refused() -> None:
     with torch.device("meta"):
         odd = models.EfficientNet(

@@ -177,6 +177,7 @@ def test_compiles_and_exports_whole() -> None:
     assert all(parameter.grad is not None for parameter in gm.parameters())
 
 
+@pytest.mark.slow
 def test_other_precisions_of_the_whole_network() -> None:
     model = timm.create_model("test_vit").eval()
     gm = capture(model)

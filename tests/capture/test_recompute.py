@@ -68,6 +68,7 @@ def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("always", [False, True])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_regions_are_recomputed_with_the_same_draws(reentrant: bool, always: bool) -> None:
@@ -88,6 +89,7 @@ def test_regions_are_recomputed_with_the_same_draws(reentrant: bool, always: boo
         assert (saved(form, x) < saved(plain, x) / 2) == always
 
 
+@pytest.mark.slow
 def test_a_pruned_graph_recomputes() -> None:
     torch.manual_seed(0)
     model, x = Net(), torch.randn(5, 16)

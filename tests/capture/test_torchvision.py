@@ -74,6 +74,7 @@ def built(name: str) -> nn.Module:
         return get_model(name, weights=None, **options)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["alexnet", "vgg11_bn", "inception_v3"])
 def test_models_with_large_weights_in_shapes(name: str) -> None:
     gm = capture(built(name))
@@ -81,6 +82,7 @@ def test_models_with_large_weights_in_shapes(name: str) -> None:
     assert all(tensor.is_meta for tensor in gm.state_dict().values())
 
 
+@pytest.mark.slow
 def test_segmentation_video_and_backbones_of_detectors() -> None:
     images, clips = torch.empty(2, 3, 64, 64, device="meta"), torch.empty(2, 3, 8, 112, 112, device="meta")
     masks = capture(built("lraspp_mobilenet_v3_large"), images).graph.output_node().meta["val"]

@@ -68,6 +68,7 @@ WORK: dict[str, Forward] = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", WORK)
 def test_a_transform_is_captured(name: str) -> None:
     net = Net(WORK[name])
@@ -134,6 +135,7 @@ class InTurn(Ensemble):
         return torch.stack([net(x) for net in self.nets]).mean(0)
 
 
+@pytest.mark.slow
 def test_the_weights_of_an_ensemble_are_those_of_its_nets() -> None:
     torch.manual_seed(0)
     net, x = Ensemble(), torch.randn(4, 8)
@@ -164,6 +166,7 @@ class Stacked(nn.Module):
         return vmap(net)(self.first, self.bias, self.second).mean(0)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("method", ["magnitude", "synflow", "snip"])
 def test_mapped_weights_are_pruned_and_train(method: str, tmp_path: Any) -> None:
     torch.manual_seed(0)

@@ -50,6 +50,7 @@ def found(net: Net, whole_heads: bool) -> dict[str, list[int]]:
     return {name: own[name] for name in ("q", "k", "v", "mix", "out.in") if name in own}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("spelling", ["matmul", "sdpa", "einsum", "scaled"])
 def test_heads_keep_equally_many_channels(spelling: str) -> None:
     extra = {"scale": nn.Parameter(torch.ones(1, 2, 1, 1))} if spelling == "scaled" else {}

@@ -61,6 +61,7 @@ def test_an_excluded_layer_and_a_group_that_is_all_of_a_layer_say_why() -> None:
     assert (one.size, one.reason) == (2, "it is all outputs of first.weight")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "kind", ["residual", "depthwise", "grouped", "transposed", "excite_sigmoid", "glu", "mlp_bias"]
 )

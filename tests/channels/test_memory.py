@@ -112,6 +112,7 @@ class Wide(nn.Module):
         return self.last((y + torch.relu(self.three(y))).mean((2, 3)))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("scope", ["global", "layer", "isomorphic"])
 @pytest.mark.parametrize("sparsity", [0.2, 0.5])
 def test_a_target_is_met_by_the_network_that_is_left(scope: str, sparsity: float) -> None:

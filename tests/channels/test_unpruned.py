@@ -46,6 +46,7 @@ TIMM: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", one_in(2, TIMM))
 def test_timm_against_torch(name: str) -> None:
     with torch.device("meta"):
@@ -122,6 +123,7 @@ class Recurrent(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_recurrent_layers_count_their_gates() -> None:
     model = Recurrent()
     graph = lowered(model, torch.rand(2, 7, 3))

@@ -33,6 +33,7 @@ def test_methods_are_listed(capsys: Any) -> None:
     assert rows["snip"]["needs"] == ["data"]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("method", one_in(4, methods.names()))
 def test_the_help_of_a_method_has_its_options_and_those_of_no_other(
     method: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
@@ -53,6 +54,7 @@ def test_the_help_of_a_training_method_has_its_options(capsys: Any, monkeypatch:
     assert "--gamma" not in text
 
 
+@pytest.mark.slow
 def test_warnings_are_single_lines(file: str, capsys: Any) -> None:
     assert run(["prune", f"{file}:small", "-m", "random", "-s", "0.98"]) == 0
     errors = capsys.readouterr().err.splitlines()
@@ -170,6 +172,7 @@ def test_as_a_process() -> None:
     assert [line[:15] for line in bad.stderr.splitlines() if "load" not in line] == ["fxprune: error:"]
 
 
+@pytest.mark.slow
 def test_bench_of_a_model_and_of_a_folder(file: str, tmp_path: Path, capsys: Any) -> None:
     short = ["--seconds", "0.001", "--threads", "1"]
     assert run(["bench", f"{file}:small", "--batch", "1", "3", "--runtime", "eager", *short, "--json"]) == 0
@@ -201,6 +204,7 @@ def test_it_says_which_version_it_is(capsys: Any) -> None:
     assert capsys.readouterr().out == f"fxprune {fxprune.__version__}\n"
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -22,6 +22,7 @@ def data() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(*nets.batch(0, 256)), TensorDataset(*nets.batch(1, 100))
 
 
+@pytest.mark.slow
 def test_four_networks() -> None:
     noted: list[tuple[str, int]] = []
     rates: dict[str, list[float]] = {}
@@ -211,6 +212,7 @@ def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path: Path, capsys: A
     assert {len(curve) for curve in longer["curves"].values()} == {4}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -19,6 +19,7 @@ def test_a_folder_that_does_not_say_of_which_model(tmp_path: Path) -> None:
         read_folder(tmp_path)
 
 
+@pytest.mark.slow
 def test_files_of_networks_are_readable_as_other_files_are(tmp_path: Path) -> None:
     (tmp_path / "usual").touch()
     fxprune.save(nn.Linear(2, 2), tmp_path / "a.safetensors")

@@ -40,6 +40,7 @@ def text(path: Path, repeats: int = 60) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_folder_is_pruned_on_text_and_written_back(folder: Path, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     words = ["-m", "sparsegpt", "-s", "0.5", "--batches", "5", "--data", str(text(tmp_path / "some.txt"))]
@@ -104,6 +105,7 @@ def test_arrays_are_calibration_data_too(folder: Path, tmp_path: Path, capsys: A
         assert run(["prune", f"hf:{folder}", *words]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_said_in_a_line(folder: Path, tmp_path: Path, capsys: Any) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -38,6 +38,7 @@ def test_prune_prints_writes_and_can_be_read_back(file: str, tmp_path: Path, cap
     assert again["method"] == "synflow"
 
 
+@pytest.mark.slow
 def test_the_weights_are_those_of_the_seed(file: str, tmp_path: Path, capsys: Any) -> None:
     for name, seed in (("one", "1"), ("same", "1"), ("other", "2")):
         words = ["prune", f"{file}:small", "-m", "magnitude", "-s", "0.5", "--seed", seed]
@@ -60,6 +61,7 @@ def test_options_budget_exclude_and_data(file: str, capsys: Any) -> None:
     assert [layer["density"] for layer in layers.values()] == [0.5, 0.75]
 
 
+@pytest.mark.slow
 def test_prune_compact_measures_writes_and_exports(
     file: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

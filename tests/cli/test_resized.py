@@ -192,6 +192,7 @@ def zeroed(model: nn.Module, kept: dict[str, tuple[int, Tensor]]) -> None:
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_of_a_narrower_width_are_scaled_in_every_dtype(dtype: torch.dtype) -> None:
     sizes = {"hidden_size": 40, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -215,6 +216,7 @@ def test_norms_of_a_narrower_width_are_scaled_in_every_dtype(dtype: torch.dtype)
     assert torch.equal(new.model.norm.weight, scaled.to(dtype))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_narrower_heads_are_refused_in_every_dtype(dtype: torch.dtype) -> None:
     """Queries are turned by angles that depend on the width of a head."""

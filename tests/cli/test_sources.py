@@ -13,6 +13,7 @@ import fxprune
 from fxprune.cli import run
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("model", ["timm:resnet18", "torchvision:squeezenet1_1"])
 def test_models_by_name(model: str, capsys: Any) -> None:
     assert run(["analyze", model, "--resolution", "channel", "--json"]) == 0
@@ -29,6 +30,7 @@ def test_timm_models_are_those_of_timm(capsys: Any) -> None:
     assert "layer4.0.downsample.0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_weights_from_a_file(file: str, tmp_path: Path, capsys: Any) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
     state = net.state_dict()
@@ -53,6 +55,7 @@ def test_weights_from_a_file(file: str, tmp_path: Path, capsys: Any) -> None:
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_pretrained_tag_with_random_weights_says_so(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     create = timm.create_model

@@ -101,6 +101,7 @@ def assert_trains_and_stays_pruned(pruned: nn.Module, inputs: Any, masks: dict[s
         assert not weights[name][~mask].any(), f"{name} revived"
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("method", "net"), PAIRS)
 def test_budget_masks_the_callers_model_and_training(method: str, net: str) -> None:
     model, inputs = build(net)
@@ -119,6 +120,7 @@ def test_budget_masks_the_callers_model_and_training(method: str, net: str) -> N
     assert_trains_and_stays_pruned(pruned, inputs, masks)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("method", "net"), one_in(40, methods.names(), NETS))
 def test_the_seed_decides(method: str, net: str) -> None:
     model, inputs = build(net)
@@ -174,6 +176,7 @@ def test_pruning_again_only_removes(method: str) -> None:
     assert sum(int(mask.sum()) for mask in after.values()) == count(size, 1 - 0.7)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("method", methods.names())
 def test_data_is_asked_for_before_any_work(method: str) -> None:
     model, inputs = build(next(iter(NETS)))

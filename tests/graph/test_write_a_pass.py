@@ -66,6 +66,7 @@ def expected_slices(graph: ChannelGraph, group: Any) -> Slices:
     return {place: sorted(indices) for place, indices in found.items()}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", one_in(2, MODELS))
 def test_slices_are_those_of_the_channels_group(name: str, belonging: Any) -> None:
     torch.manual_seed(0)

@@ -59,6 +59,7 @@ def test_a_target_between_coarse_channels_is_said_to_be_missed() -> None:
     assert masks == 0.6
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("target", [{"sparsity": 0.5}, {"at_most": 5}])
 def test_the_result_carries_predicted_and_measured_times(
     target: dict[str, Any], invented: list[Layer], monkeypatch: pytest.MonkeyPatch
@@ -106,6 +107,7 @@ def test_the_search_begins_anew_above_the_smallest_share() -> None:
     assert rounds <= 3
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("fixed", [0.0, 0.6])
 def test_what_the_prediction_holds_impossible_is_decided_by_measuring(
     fixed: float, invented: list[Layer], monkeypatch: pytest.MonkeyPatch

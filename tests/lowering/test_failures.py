@@ -43,6 +43,7 @@ PLACES: list[tuple[Any, str]] = [
 ]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("owner", "name"), PLACES)
 def test_an_error_outside_of_a_rule_makes_the_op_opaque(
     owner: Any, name: str, monkeypatch: pytest.MonkeyPatch
@@ -148,6 +149,7 @@ NETS: list[tuple[Callable[[], nn.Module], Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:.*of the 40 matrix weights")
 @pytest.mark.parametrize(("build", "inputs"), NETS)
 def test_lowered_without_an_error(build: Callable[[], nn.Module], inputs: Any) -> None:

@@ -253,6 +253,7 @@ def assert_known(model: nn.Module, size: int) -> None:
     }
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", one_in(3, FAMILIES))
 def test_timm(name: str) -> None:
     with torch.device("meta"):
@@ -260,6 +261,7 @@ def test_timm(name: str) -> None:
     assert_known(model, FAMILIES[name])
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", one_in(3, TORCHVISION))
 def test_torchvision(name: str) -> None:
     """The smallest of each family (all of them: ``benchmarks/coverage.py``)."""

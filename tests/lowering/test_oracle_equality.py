@@ -17,6 +17,7 @@ SEEDS = (0, 1)
 TIES = {"reused", "max_pool", "conv3d"}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("name", "density"), one_in(3, sorted(NETS), DENSITIES))
 def test_network(name: str, density: float) -> None:
     torch.manual_seed(0)
@@ -47,6 +48,7 @@ def test_maximum_pools(name: str) -> None:
         assert float((result.gradients[key] * masks[key]).sum()) == pytest.approx(1.0, rel=1e-9)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["residual", "excite_sigmoid", "multihead", "mixer", "vit", "transposed"])
 def test_missing_masks_are_dense(name: str) -> None:
     torch.manual_seed(0)

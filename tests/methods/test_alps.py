@@ -62,6 +62,7 @@ def error_of(model: nn.Sequential, x: Tensor, masks: Any) -> float:
     return sum(best(weight, h, mask.nonzero().flatten().tolist())[0] for mask, weight in lines)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("sparsity", [0.5, 0.7, 0.9])
 def test_its_masks_have_less_error_than_those_of_greedy_surgery(sparsity: float) -> None:
     errors = dict.fromkeys(("alps", "obc", "sparsegpt"), 0.0)
@@ -75,6 +76,7 @@ def test_its_masks_have_less_error_than_those_of_greedy_surgery(sparsity: float)
     assert errors["alps"] < 0.7 * errors["sparsegpt"]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("granularity", ["weight", "nm(2,4)", "kernel", "channel"])
 def test_it_has_less_error_than_magnitude(granularity: str) -> None:
     model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 12)).eval()

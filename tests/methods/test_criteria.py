@@ -150,6 +150,7 @@ def test_group_norm_compares_within_families() -> None:
     assert len(kept_channels(magnitude, "0.weight")) < len(kept_channels(pruned, "0.weight"))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("method", ["magnitude", "taylor", "obd"])
 def test_groups_of_a_kind_are_compared_within_families(method: str) -> None:
     """A layer of small weights, or small derivatives, keeps as many channels as its like."""

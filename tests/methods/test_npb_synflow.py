@@ -66,6 +66,7 @@ def test_masks_equal_those_of_the_eager_loop(sparsity: float, every: int, until:
     assert all(torch.equal(masks[name], expected[name]) for name in expected)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("net", ["projection", "excite_sigmoid", "vit"])
 def test_without_random_rounds_it_is_synflow(net: str) -> None:
     torch.manual_seed(0)

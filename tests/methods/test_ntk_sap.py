@@ -22,6 +22,7 @@ def conv_net() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), *head)
 
 
+@pytest.mark.slow
 def test_expectation_of_a_linear_unit(scored: list[Scores]) -> None:
     # f = sum m w x: d/dm_i (eps sum m z x)^2 at m = 1 is 2 eps^2 x_i z_i sum z x, whatever w is. In the mean
     # over z and over noise x that is 2 eps^2; over 200 draws of z the standard deviation is 10 %.

@@ -71,6 +71,7 @@ def test_outputs_take_the_cheapest_steps_of_all() -> None:
     assert max(done for done, _ in steps) <= min(open_ for _, open_ in steps) * (1 + 1e-9)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("granularity", ["weight", "nm(2,4)", "kernel", "channel"])
 def test_it_has_less_error_than_magnitude(granularity: str) -> None:
     torch.manual_seed(0)

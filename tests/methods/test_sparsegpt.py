@@ -151,6 +151,7 @@ def test_two_of_four_is_chosen_when_its_four_are_reached() -> None:
     assert torch.allclose(weights["0.weight"] * masks["0.weight"], w * masks["0.weight"])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("granularity", ["nm(2,4)", "kernel", "block(2,2)", "channel"])
 def test_every_granularity_keeps_its_pattern_and_helps(granularity: str) -> None:
     torch.manual_seed(0)
@@ -429,6 +430,7 @@ def test_experts_have_moments_of_their_own_and_unused_ones_are_named() -> None:
     assert torch.equal(weights["up"][2:] * keep, model.up[2:] * keep)
 
 
+@pytest.mark.slow
 def test_experts_of_transformers_are_solved_by_the_tokens_they_get() -> None:
     model = mixtral()
     ids = torch.randint(50, (16, 8))

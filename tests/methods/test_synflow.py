@@ -119,6 +119,7 @@ def test_scores_equal_those_of_the_network_itself(name: str) -> None:
         assert torch.allclose(found.double(), expected[parameter], rtol=1e-4, atol=1e-9), parameter
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.98])
 def test_masks_equal_those_of_the_naive_loop(name: str, sparsity: float) -> None:
@@ -157,6 +158,7 @@ def test_a_skip_takes_its_share() -> None:
     assert sums == pytest.approx([1.0, 24.75 / 32.25, 1.0], rel=1e-5)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("sparsity", [0.9, 0.99])
 @pytest.mark.parametrize("resolution", ["spatial", "channel"])
 def test_no_layer_collapses_in_a_hundred_rounds(sparsity: float, resolution: str) -> None:

@@ -88,6 +88,7 @@ def test_layers_that_are_excluded_carry_flow(scored: list[Scores], method: str) 
     assert torch.allclose(scored[0]["0.weight"], scored[1]["0.weight"])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["synflow-l2", "logsynflow"])
 def test_hundreds_of_layers_stay_finite(scored: list[Scores], method: str) -> None:
     deep = nn.Sequential(*(nn.Linear(8, 8) for _ in range(120)))

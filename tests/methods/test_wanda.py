@@ -145,6 +145,7 @@ def net_of_many_kinds() -> nn.Module:
     ).eval()  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("budget", ["global", "uniform", "erk"])
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.93])
 def test_masks_are_those_of_ranks(
@@ -228,6 +229,7 @@ def test_weights_of_experts_compete_within_their_outputs(share: float, compare: 
         assert bool((lowest > torch.where(mask[:2], -1.0, scores).amax(1)).all())
 
 
+@pytest.mark.slow
 def test_experts_of_transformers_have_norms_of_the_tokens_they_get(scored: list[Scores]) -> None:
     model = mixtral()
     ids, taken = torch.randint(50, (16, 8)), []

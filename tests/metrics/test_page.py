@@ -84,6 +84,7 @@ def test_the_command_writes_it(tmp_path: Path, capsys: Any) -> None:
     assert "there is no folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
 def test_a_browser_draws_it(tmp_path: Path) -> None:
     path = tmp_path / "r.html"
@@ -106,6 +107,7 @@ def test_a_browser_draws_it(tmp_path: Path) -> None:
     assert '<canvas id="mask" width="12" height="5">' in found.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
 def test_names_of_layers_are_whole_on_a_phone(tmp_path: Path) -> None:
     inner = nn.Sequential()

@@ -183,6 +183,7 @@ def test_products_have_a_line_of_their_own_and_are_in_the_totals() -> None:
     assert ["attend", "product", "400", "/", "400"] in lines
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("resolution", ["spatial", "channel"])
 @pytest.mark.parametrize("sparsity", [0.3, 0.6])
 def test_products_left_are_those_of_the_smaller_network(sparsity: float, resolution: Any) -> None:

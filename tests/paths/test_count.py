@@ -231,6 +231,7 @@ def test_random_residual_networks(density: float, seed: int) -> None:
             torch.testing.assert_close(result.gradients[name], expected, rtol=1e-12, atol=0.0)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)], ids=["double", "single"]
 )
@@ -254,6 +255,7 @@ def test_weights_of_any_scale(dtype: torch.dtype, tolerance: float) -> None:
             torch.testing.assert_close(share, expected, rtol=tolerance, atol=1e-20)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
 def test_never_infinite_nor_undefined(scale: float, dtype: torch.dtype) -> None:
@@ -290,6 +292,7 @@ def test_no_path_at_all() -> None:
         assert not any(bool(mask.any()) for mask in found.values())
 
 
+@pytest.mark.slow
 def test_beyond_the_range_of_floats() -> None:
     """A hundred residual blocks have more than 10^308 paths: exact to the precision of the type."""
     model = Blocks(40, ["project" if i % 10 == 0 else "plain" for i in range(100)], 5)
@@ -310,6 +313,7 @@ def test_beyond_the_range_of_floats() -> None:
                 torch.testing.assert_close(gradient, slope, rtol=tolerance, atol=0.0)
 
 
+@pytest.mark.slow
 def test_depth_of_resnet_152() -> None:
     """torchvision's own class with the 50 blocks of a ResNet-152, narrow ones: its paths as an integer.
 

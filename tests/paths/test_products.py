@@ -61,6 +61,7 @@ def test_a_side_that_is_gone_leaves_all_to_the_other() -> None:
     assert found == pytest.approx({"body": 1.0, "gate": 0.0, "out": 1.0})
 
 
+@pytest.mark.slow
 def test_shares_stay_finite_over_hundreds_of_products() -> None:
     model = nn.Sequential(*[Attention() for _ in range(40)])
     with torch.no_grad():
@@ -70,6 +71,7 @@ def test_shares_stay_finite_over_hundreds_of_products() -> None:
     assert [found[f"{i}.v"] for i in range(40)] == pytest.approx([0.5] * 40)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.filterwarnings("ignore:layer collapse")
 @pytest.mark.parametrize("method", ["synflow", "synflow-l2", "logsynflow", "npb-synflow"])
 def test_a_pruned_vision_transformer_still_sees_its_input(method: str) -> None:

@@ -68,6 +68,7 @@ def test_the_derivative_by_a_factor(net: Operator, data: tuple[Tensor, Tensor]) 
     assert torch.allclose(squared(weight), weight.real**2 + weight.imag**2)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.filterwarnings("ignore:layer collapse:UserWarning")
 @pytest.mark.parametrize(
     "method",

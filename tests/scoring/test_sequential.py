@@ -20,6 +20,7 @@ def network() -> nn.Sequential:
     ).double().eval()  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("granularity", ["weight", "kernel", "nm(2,4)"])
 @pytest.mark.parametrize("method", ["sparsegpt", "alps", "obc"])
 def test_weights_that_lie_channels_last_are_solved_as_contiguous_ones(method: str, granularity: str) -> None:

@@ -24,6 +24,7 @@ def prune(method: str, folder: Path | None, **options: Any) -> nn.Module:
     return fxprune.apply(net(), method, 0.5, data=DATA, progress=False, **given, **options)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("method", ["sparsegpt", "obc", "alps", "dsnot"])
 @pytest.mark.parametrize("propagate", [True, False])
 def test_a_killed_run_goes_on_at_the_next_layer(

@@ -101,6 +101,7 @@ def after_rounds(monkeypatch: pytest.MonkeyPatch) -> list[Masks]:
     return seen
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("net", "variant", "resolution"), one_in(8, NETS, VARIANTS, ["channel", "spatial"]))
 def test_every_round_prunes_the_lowest_scores(
     after_rounds: list[Masks], net: str, variant: str, resolution: str
@@ -119,6 +120,7 @@ def test_every_round_prunes_the_lowest_scores(
     assert total(before) == question.budget.total
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("net", "variant", "budget", "resolution"),
     one_in(6, EXACT, VARIANTS, ["global", "uniform", "erk", "dict"], ["channel", "spatial"]),
@@ -135,6 +137,7 @@ def test_masks_are_those_of_the_naive_loop(net: str, variant: str, budget: str, 
     assert agree(masks, naive(question, variant, resolution))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("net", "variant", "granularity"),
     one_in(2, ["conv_chain", "residual"], VARIANTS, [KERNEL, CHANNEL, NM(2, 4)]),
@@ -209,6 +212,7 @@ def test_inverted_scores(variant: str) -> None:
     assert agree(found_by(question, variant, "channel"), naive(question, variant, "channel"))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_flow_that_float32_cannot_hold(variant: str) -> None:
     torch.manual_seed(0)
@@ -221,6 +225,7 @@ def test_flow_that_float32_cannot_hold(variant: str) -> None:
     assert agree(found_by(question, variant, "channel"), naive(question, variant, "channel"))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("variant", "factor"), one_in(2, VARIANTS, [1e-4, 1e4]))
 def test_flow_beyond_every_float(variant: str, factor: float) -> None:
     torch.manual_seed(0)

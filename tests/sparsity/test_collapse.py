@@ -84,6 +84,7 @@ def test_layers_that_no_input_reaches_are_no_collapse() -> None:
     assert fxprune.analyze(pruned).dead_layers == ()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("net", ["conv_chain", "residual", "projection", "dense", "shuffle", "excite_sigmoid",
                                  "multihead", "vit", "mixer", "dead_taps", "transposed"])  # fmt: skip
 def test_repair_brings_every_layer_back_with_as_many_weights(net: str) -> None:
@@ -124,6 +125,7 @@ def test_repair_keeps_to_budget_granularity_and_exclusions(options: dict[str, An
         assert "2.weight" not in fxprune.masks(pruned)
 
 
+@pytest.mark.slow
 def test_repair_of_a_branch_takes_a_weight_for_each_of_its_layers() -> None:
     """All other weights stay what they were, if the rest can spare those that are added."""
     torch.manual_seed(0)

@@ -55,6 +55,7 @@ def greedily(granularity: Block | Channel, values: dict[str, torch.Tensor], mask
     return chosen
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.sampled_from([KERNEL, CHANNEL, Block(2, 2), Block(16, 16), Block(4, 1)]),
@@ -110,6 +111,7 @@ def test_layers_are_met_from_below() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     st.sampled_from([NM(2, 4), NM(1, 2), NM(1, 4), NM(3, 3)]), st.integers(0, 99), st.booleans(), st.data()

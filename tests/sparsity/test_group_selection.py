@@ -263,6 +263,7 @@ def costs_of(model: nn.Module, x: Tensor) -> tuple[float, float]:
     return float(sum(p.numel() for p in model.parameters())), counter.get_total_flops() / 2 / len(x)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("of", ["params", "macs"])
 @pytest.mark.parametrize("scope", ["global", "layer", "isomorphic"])
 @pytest.mark.parametrize("sparsity", [0.3, 0.7])
@@ -347,6 +348,7 @@ def test_every_layer_keeps_what_it_must() -> None:
         assert all(weights[name].shape[0] >= minimum(number) for name, number in least.items())
 
 
+@pytest.mark.slow
 def test_numbers_by_layer_hold_for_the_outputs_of_those_that_they_name() -> None:
     torch.manual_seed(0)
     model, x = Stages().eval(), torch.randn(2, 3, 8, 8)

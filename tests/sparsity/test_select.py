@@ -50,6 +50,7 @@ def equal(left: Masks, right: Masks) -> bool:
     return list(left) == list(right) and all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from(sorted(VALUES)),
     st.lists(st.integers(1, 40), min_size=1, max_size=5),
@@ -114,6 +115,7 @@ def test_layers_of_the_budget_are_met_one_by_one() -> None:
     assert kept(select(scores, budget_for(scores, 47, layers))) == layers
 
 
+@pytest.mark.slow
 @given(st.sampled_from(sorted(VALUES)), st.integers(1, 60), st.integers(1, 60))
 def test_larger_budgets_contain_smaller_ones(kind: str, first: int, second: int) -> None:
     scores = scores_of(kind, [10, 20], 1)

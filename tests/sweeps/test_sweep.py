@@ -34,6 +34,7 @@ def train(model: nn.Module, seed: int) -> float:
 GRID: dict[str, Any] = {"methods": ["magnitude", "snip"], "sparsities": [0.5, 0.75], "seeds": [0, 1]}
 
 
+@pytest.mark.slow
 def test_every_cell_is_what_apply_and_training_give(tmp_path: Path) -> None:
     before = torch.get_rng_state()
     found = fxprune.sweep(net, **GRID, train_fn=train, folder=tmp_path, data=(X, Y))
@@ -126,6 +127,7 @@ def test_a_cell_of_a_process_that_was_killed_is_taken_over(tmp_path: Path) -> No
     assert all(row["accuracy"] == 0.5 for row in read_results(tmp_path).rows)
 
 
+@pytest.mark.slow
 def test_cells_that_fail_are_named_and_tried_again(tmp_path: Path) -> None:
     broken = [True]
 

@@ -11,6 +11,7 @@ import torch
 PAGE = Path(__file__).parent.parent.parent / "docs" / "training.md"
 
 
+@pytest.mark.slow
 def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

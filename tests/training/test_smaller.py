@@ -36,6 +36,7 @@ def train(pruner: Pruner, optimizer: torch.optim.Optimizer, seed: int) -> None:
     optimizer.step()
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_same_function_with_the_same_momenta() -> None:
     """The small network and the masked one take the same steps: what is left of the weights stays equal."""
     torch.set_default_dtype(torch.float64)
@@ -62,6 +63,7 @@ def test_training_goes_on_from_the_same_function_with_the_same_momenta() -> None
     }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("of", ["weights", "params", "macs"])
 def test_the_target_is_that_of_the_whole_network(of: Any) -> None:
     stepped, once = (made(granularity=Channel(of=of)) for _ in range(2))
@@ -72,6 +74,7 @@ def test_the_target_is_that_of_the_whole_network(of: Any) -> None:
         assert stepped.sparsity == once.sparsity
 
 
+@pytest.mark.slow
 def test_budgets_by_layer_stay() -> None:
     small, masked = (made(budget={"0": 0.5, "*": 0.75}, granularity="weight") for _ in range(2))
     for at in range(1, 5):
@@ -84,6 +87,7 @@ def test_budgets_by_layer_stay() -> None:
     assert masked.sparsity <= small.sparsity < masked.sparsity + 0.05
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("returns", ["graph", "module"])
 def test_a_killed_run_goes_on_with_the_small_network(tmp_path: Path, returns: Any) -> None:
     def run(folder: str, until: int) -> Pruner:
@@ -111,6 +115,7 @@ def test_a_killed_run_goes_on_with_the_small_network(tmp_path: Path, returns: An
     assert torch.equal(loaded.eval()(X), again.model.eval()(X))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("stop", ["between", "behind"])
 def test_compact_behind_step_and_behind_resume_goes_on_to_the_same_bits(tmp_path: Path, stop: str) -> None:
     """Nobody sets modes here: the network that a run goes on with is one that trains, dropout included."""
@@ -140,6 +145,7 @@ def test_compact_behind_step_and_behind_resume_goes_on_to_the_same_bits(tmp_path
     assert all(torch.equal(value, values[name]) for name, value in whole.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_state_of_another_compaction_is_refused() -> None:
     first, second = made(), made()
     first.step(2)

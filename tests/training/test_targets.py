@@ -33,6 +33,7 @@ def train(pruner: fxprune.Pruner, steps: int) -> list[float]:
     return left
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("method", ["gmp", "imp"])
 def test_a_target_in_multiply_adds_is_met_in_steps(method: str) -> None:
     pruner = fxprune.Pruner(

@@ -180,6 +180,7 @@ DRAWS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("draw", DRAWS)
 def test_a_graph_of_evaluation_refuses_to_train_where_the_model_trains_otherwise(draw: str) -> None:
     model, x = LayerDrop(DRAWS[draw]), torch.randn(2, 4)

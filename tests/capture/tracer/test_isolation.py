@@ -135,6 +135,7 @@ CACHES = [
 ]  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("build", CACHES)
 def test_no_cache_keeps_a_shape_only_tensor(
     build: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch

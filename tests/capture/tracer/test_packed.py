@@ -68,6 +68,7 @@ def build(name: str) -> Tagger:
     return net
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", NETS)
 def test_packed_sequences_are_traced_and_hold_for_other_lengths(name: str) -> None:
     model = build(name)
@@ -94,6 +95,7 @@ class Padded(nn.Module):
         return result
 
 
+@pytest.mark.slow
 def test_packed_layers_have_the_paths_of_plain_ones() -> None:
     model = build("lstm both ways")
     x, lengths = batch([5, 5], 5)

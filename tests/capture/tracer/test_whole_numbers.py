@@ -47,6 +47,7 @@ def test_whole_numbers_of_sizes_follow_the_batch() -> None:
     assert "int" not in globals()
 
 
+@pytest.mark.slow
 def test_channels_go_beside_whole_numbers_of_sizes() -> None:
     torch.manual_seed(0)
     pruned = apply(Around(), "magnitude", 0.5, granularity="channel", example_inputs=torch.ones(2, 4, 4, 4))

@@ -88,6 +88,7 @@ FORMS: dict[str, Any] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", FORMS)
 def test_attention(name: str) -> None:
     check(FORMS[name], TOKENS)
@@ -138,6 +139,7 @@ MULTIHEAD: dict[str, tuple[Callable[[], nn.Module], Callable[..., Tensor]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", MULTIHEAD)
 def test_multihead(name: str) -> None:
     make, call = MULTIHEAD[name]
@@ -176,6 +178,7 @@ def test_unbatched() -> None:
     compare(Unbatched(), torch.randn(5, 8), counts=False)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_encoder_layer(norm_first: bool) -> None:
     torch.manual_seed(0)
@@ -184,6 +187,7 @@ def test_encoder_layer(norm_first: bool) -> None:
     compare(Called(layer, lambda m, x: m(x, src_mask=BLOCKED)), torch.randn(2, 5, 8))
 
 
+@pytest.mark.slow
 def test_encoder() -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, bias=False)
@@ -191,6 +195,7 @@ def test_encoder() -> None:
     compare(Called(encoder, lambda m, x: m(x)), torch.randn(2, 5, 8))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_decoder_layer(norm_first: bool) -> None:
     torch.manual_seed(0)
@@ -243,6 +248,7 @@ ADDED: dict[str, tuple[dict[str, Any], Any, Any]] = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", ADDED)
 def test_padded_and_added_keys(name: str) -> None:
     """The oracle runs the layer written out by hand."""

@@ -57,6 +57,7 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", PLAIN)
 def test_product(name: str) -> None:
     check(PLAIN[name], TOKENS)
@@ -132,6 +133,7 @@ READS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int, int]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", READS)
 def test_weight_read_by_hand(name: str) -> None:
     """A contraction with a prunable parameter is a kernel set, not a mix."""
@@ -175,6 +177,7 @@ OWN: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", OWN)
 def test_own_parameter(name: str) -> None:
     """A parameter that a contraction meets is a kernel set, whatever module owns it."""

@@ -49,6 +49,7 @@ SAME: dict[str, tuple[Work, Work]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", SAME)
 def test_paths_are_those_of_products_one_by_one(name: str) -> None:
     torch.manual_seed(0)

@@ -103,6 +103,7 @@ TIES = ("max over all",)
 FILLED = ("pad with a number", "nn.ConstantPad2d")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ON_TOKENS)
 def test_tokens(name: str) -> None:
     check(ON_TOKENS[name], TOKENS, derivatives=name not in TIES, periodic=name not in FILLED)
@@ -162,6 +163,7 @@ ON_IMAGES: dict[str, Any] = {
 MAXIMA = {name for name in ON_IMAGES if "max" in name} | {"pool of a flat map"}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ON_IMAGES)
 def test_images(name: str) -> None:
     check(ON_IMAGES[name], IMAGE, derivatives=name not in MAXIMA, periodic=name not in FILLED)

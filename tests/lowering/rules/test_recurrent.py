@@ -33,6 +33,7 @@ class Second(nn.Module):
         return y.select(self.time, 1)
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("time", [0, 1])
 def test_recurrence_reaches_forward_in_time(kind: Any, time: int) -> None:
@@ -121,6 +122,7 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_layer_is_its_loop(name: str) -> None:
     kind, options = OPTIONS[name]

@@ -120,6 +120,7 @@ def test_padding_by_hand_is_padding() -> None:
     assert bool(taps[1, 1])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "layer",
     [

@@ -45,6 +45,7 @@ def test_resnet20_at_865_weights() -> None:
     assert len({len(column) for column in question.history.values()}) == 1
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("net", "alpha"),
     one_in(
@@ -62,6 +63,7 @@ def test_any_network_keeps_its_budget(net: str, alpha: float) -> None:
     assert total(again) == fewer.budget.total
 
 
+@pytest.mark.slow
 def test_taps_on_paths_are_central_and_have_more_paths() -> None:
     torch.manual_seed(0)
     net, inputs = small()
@@ -93,6 +95,7 @@ def test_paths_of_resnet20_at_865_weights() -> None:
     assert (question.history["nodes"][-1], question.history["kernels"][-1]) == (nodes, kernels)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("steps", [60, 120, 240])
 @pytest.mark.parametrize(("alpha", "beta"), [(1.0, 0.0), (1.0, 1.0), (0.9, 0.5)])
 def test_nodes_of_small_images_live_position_by_position(alpha: float, beta: float, steps: int) -> None:

@@ -84,6 +84,7 @@ def naive_dpai(question: Problem, objective: Objective, steps: int, resolution: 
     return chosen()
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize(
     ("resolution", "objective", "name"),
     one_in(

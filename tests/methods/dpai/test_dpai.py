@@ -26,6 +26,7 @@ from methods.dpai.ascents import OBJECTIVES, ascent_at, dense_weights
 from methods.problems import problem
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("name", "objective"),
     one_in(3, ["mlp", "attention", "mixer", "glu_free", "vit"], OBJECTIVES),
@@ -106,6 +107,7 @@ def test_weights_do_not_matter_and_seeds_do() -> None:
     assert not torch.equal(found[0], found[2])
 
 
+@pytest.mark.slow
 def test_budgets(small: ChannelGraph) -> None:
     sizes = {name: own.shape.numel() for name, own in small.kernels.items()}
     for budget in ("erk", "uniform", {"*": 0.99}):
@@ -155,6 +157,7 @@ def test_history_is_on_the_result() -> None:
     assert history["objective"][-1] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_it_stops_when_nothing_changes() -> None:
     torch.manual_seed(0)
     net, example = NETS["mlp"]()
@@ -169,6 +172,7 @@ def test_it_stops_when_nothing_changes() -> None:
     assert steps[0.0] == 700
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("is_listed", [False, True])
 def test_a_first_path_is_found_where_the_random_masks_have_none(
     is_listed: bool, monkeypatch: pytest.MonkeyPatch
@@ -237,6 +241,7 @@ def test_the_bar_shows_what_grows_and_an_interrupt_comes_through(small: ChannelG
     assert all(bool(mask.all()) for mask in asked.masks.values())
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.filterwarnings("ignore:sparsity=0.7. more than the 0.5 of 2.4")
 @pytest.mark.parametrize("granularity", ["kernel", "nm(2,4)", "block(2,2)"])
 @pytest.mark.parametrize("schedule", [None, "linear(3)", "exponential(4)"])

@@ -29,6 +29,7 @@ def test_directions_are_those_of_single_weights(name: str, objective: Objective)
         assert torch.allclose(found, by_weight[label], rtol=1e-4, atol=1e-9), label
 
 
+@pytest.mark.slow
 def test_nodes_of_a_branch_with_far_fewer_paths_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """No float32 tells the slopes of the last branch from zero; large networks are counted in float32."""
     monkeypatch.setattr(circuits, "WIDE", 0)

@@ -20,6 +20,7 @@ def risen(scores: Mapping[str, Tensor], state: UnitTopK | MaskTopK) -> dict[str,
     return {name: score + state.rise[state.units_of(name)].unsqueeze(1) for name, score in scores.items()}
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     ("layers", "width", "is_coarse", "levels"),
     one_in(2, [("a",), ("a", "b", "c")], [1, 3, 9], [False, True], [4, 8]),

@@ -13,6 +13,7 @@ from fxprune.sparsity.masks import is_subset, kept
 from methods.npb.networks import asked
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "net", ["residual", "projection", "dense", "grouped", "excite_sigmoid", "vit", "mixer"]
 )

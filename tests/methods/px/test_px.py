@@ -69,6 +69,7 @@ def test_against_the_list_of_all_paths(scored: list[Scores], pruned: bool) -> No
         assert torch.allclose(scored[0][name].double() / found, score / whole, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("net", one_in(2, NETS))
 def test_any_network(net: str) -> None:
     torch.manual_seed(0)
@@ -135,6 +136,7 @@ def test_branches_that_a_skip_passes_keep_a_path() -> None:
     assert total(untouched) == 14
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_too_small_for_every_branch() -> None:
     asked = px_problem(Residual(), (X, torch.zeros(6)), 0.98)
     masks = methods.get("px").find(asked)

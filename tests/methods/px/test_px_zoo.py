@@ -103,6 +103,7 @@ def by_the_formula(net: nn.Module, masks: Masks, x: torch.Tensor) -> tuple[torch
     return g, {name: h.get_parameter(name).grad * w.double().square() for name, w in weights.items()}
 
 
+@pytest.mark.thinned(3)
 @ZOO
 def test_the_formula_in_eager_pytorch(make: Callable[[], nn.Module], size: int, scored: list[Scores]) -> None:
     torch.manual_seed(0)

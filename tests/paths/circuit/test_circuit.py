@@ -185,6 +185,7 @@ def test_a_circuit_of_many_outputs_keeps_its_scales(monkeypatch: pytest.MonkeyPa
     assert calls == 1
 
 
+@pytest.mark.slow
 def test_a_circuit_of_any_depth() -> None:
     deep = nn.Sequential(*(nn.Linear(64, 64) for _ in range(400)))  # R = 64^401, about e^1668
     graph = lower(capture(deep, torch.ones(1, 64)))

@@ -104,6 +104,7 @@ def check(architecture: Architecture, seed: int) -> None:
     assert torch.allclose(wanted, found, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
+@pytest.mark.slow
 @settings(max_examples=5, **SETTINGS)
 @given(architectures("image"), st.integers(0, 99))
 def test_images(architecture: Architecture, seed: int) -> None:

@@ -60,6 +60,7 @@ def assert_same(left: Tensor, right: Tensor) -> None:
     assert torch.allclose(left, right, rtol=1e-4, atol=1e-5 * float(left.detach().abs().max()))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("case", "granularity"), one_in(2, sorted(CASES), ["channel", "head"]))
 def test_torch_attention_loses_heads_and_channels_within_heads(case: str, granularity: str) -> None:
     model, inputs = drawn(case)
@@ -82,6 +83,7 @@ def test_torch_attention_loses_heads_and_channels_within_heads(case: str, granul
         assert_same(pruned(*other), small(*other))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("granularity", ["channel", "head"])
 def test_the_table_counts_products_of_two_values(granularity: str) -> None:
     model, inputs = drawn("plain")
@@ -101,6 +103,7 @@ def test_the_table_counts_products_of_two_values(granularity: str) -> None:
     assert "products of two values" in str(table)
 
 
+@pytest.mark.slow
 def test_an_opened_attention_is_pruned_again_and_trains() -> None:
     model, inputs = drawn("plain")
     options: dict[str, Any] = {"granularity": "channel", "progress": False}
@@ -117,6 +120,7 @@ def test_an_opened_attention_is_pruned_again_and_trains() -> None:
     fxprune.verify(masked)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_encoder_layers_are_opened(norm_first: bool) -> None:
     torch.manual_seed(0)
@@ -130,6 +134,7 @@ def test_encoder_layers_are_opened(norm_first: bool) -> None:
     assert_same(pruned.eval()(x), small(x))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_channels_around_encoder_layers_go_alone(norm_first: bool) -> None:
     """Nothing but the norms inside reads them as a whole."""

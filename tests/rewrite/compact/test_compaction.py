@@ -71,6 +71,7 @@ def effective(model: nn.Module, example: Any) -> dict[str, Tensor]:
     return reach(graph, masks, resolution="channel")
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("kind", "everything"), one_in(2, KINDS, [False, True]))
 def test_zeroed_channels_go_and_outputs_stay(kind: str, everything: bool) -> None:
     model, example = drawn(kind)
@@ -326,6 +327,7 @@ class GroupNormed(nn.Module):
         return out
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("functional", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize(("groups", "gone"), [(1, [0, 3]), (2, [1, 2, 4, 7]), (4, [2, 3]), (4, [0, 3, 5, 6])])
@@ -379,6 +381,7 @@ def test_a_weight_in_two_modules_and_a_weight_read_backwards_get_smaller() -> No
     assert_same(run(model, x), run(small, x))
 
 
+@pytest.mark.slow
 def test_channel_masks_cover_biases_norms_and_tables() -> None:
     model, x = net()
     model = nn.Sequential(*list(model)[:4], nn.GroupNorm(1, 8), *list(model)[4:])

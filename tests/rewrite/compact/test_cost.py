@@ -42,6 +42,7 @@ def test_the_networks_share_no_memory(kind: str) -> None:
     assert torch.equal(given(x), before)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_what_stays_and_little_more() -> None:
     """Sixteen layers of 256 KiB, of which 40 % stay: masks, what stays, and one layer at a time."""
     pruned, _ = halved(16)

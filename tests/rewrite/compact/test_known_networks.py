@@ -181,6 +181,7 @@ class Autoregressive(nn.Module):
         return F.linear(x, self.last.weight.mul(self.three), self.last.bias)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("share", [0.3, 0.6])
 @pytest.mark.parametrize("kind", sorted(CASES))
 def test_channels_go_with_all_that_belongs_to_them(kind: str, share: float) -> None:
@@ -189,6 +190,7 @@ def test_channels_go_with_all_that_belongs_to_them(kind: str, share: float) -> N
     assert_compacts(redrawn(build()), inputs(), share)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["AttentionByPlace", "FilledUp", "Latents"])
 def test_a_compact_network_is_pruned_again(kind: str) -> None:
     build, inputs = CASES[kind]
@@ -209,6 +211,7 @@ SCALES = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", sorted(SCALES))
 def test_a_weight_times_what_depends_on_several_entries_keeps_its_columns(kind: str) -> None:
     class Scales(nn.Module):

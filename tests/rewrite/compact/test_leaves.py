@@ -273,6 +273,7 @@ def _half(inner: type[nn.Module]) -> fx.GraphModule:
         )
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("inner", [Counts, Averages, MadeOnce, CountsTraining, CountsDraws])
 def test_a_module_that_goes_on_from_its_last_call_stays_whole(inner: type[nn.Module]) -> None:
     pruned = _half(inner)
@@ -286,6 +287,7 @@ def test_a_module_that_goes_on_from_its_last_call_stays_whole(inner: type[nn.Mod
             assert_same([pruned.train(mode)(X[:, :length])], [small.train(mode)(X[:, :length])])
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("inner", [OneBatch, OneBatchAsFloat])
 def test_a_module_whose_graph_takes_one_batch_size_stays_whole(inner: type[nn.Module]) -> None:
     pruned = _half(inner)
@@ -318,6 +320,7 @@ def test_the_warning_says_what_training_does_no_more() -> None:
     assert_same(outputs(pruned, X), outputs(small, X))
 
 
+@pytest.mark.slow
 def test_a_warning_points_to_the_line_that_asked_for_the_network() -> None:
     with pytest.warns(UserWarning, match="kept whole") as captured:
         gm = fxprune.capture(redrawn(Around(LayerDrop)), X)
@@ -406,6 +409,7 @@ class CopiesIn(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_writes_elsewhere_stay_where_a_module_is_opened() -> None:
     with pytest.warns(UserWarning, match="kept whole"):
         pruned = fxprune.apply(

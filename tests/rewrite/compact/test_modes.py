@@ -90,6 +90,7 @@ def outputs(model: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
         return [copy.deepcopy(model).double().train(training)(x.double())]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_both_modes_are_those_of_the_masked_network(way: Way) -> None:
     net = redrawn(Net(way, width=16 if way is other_order else 8))

@@ -81,6 +81,7 @@ def in_parts(bias: Tensor) -> Tensor:
     return torch.cat([first * 2, second, third])
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("look_up", [looked_up, viewed, turned, with_zeros, scaled])
 def test_tables_lose_heads(look_up: Callable[[Tensor], Tensor]) -> None:
     net = redrawn(Attention(look_up, as_it_is))
@@ -95,12 +96,14 @@ def test_tables_lose_heads(look_up: Callable[[Tensor], Tensor]) -> None:
             torch.testing.assert_close(pruned.eval()(x), small.eval()(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("cut", [zeroed, overwritten, in_parts])
 def test_packed_biases_lose_channels(cut: Callable[[Tensor], Tensor]) -> None:
     small = assert_compacts(redrawn(Attention(viewed, cut)), X, 0.5)
     assert small.get_submodule("qkv").bias.shape == small.get_submodule("qkv").weight.shape[:1] < (48,)
 
 
+@pytest.mark.slow
 def test_a_part_that_is_not_read_stays() -> None:
     small = assert_compacts(redrawn(Attention(viewed, joined)), X, 0.5)
     rows = len(small.get_submodule("qkv").weight)

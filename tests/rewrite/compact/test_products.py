@@ -35,6 +35,7 @@ class Summed(nn.Module):
         return self.two(self.one(x).sum(-1, keepdim=True))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
 @pytest.mark.parametrize("seed", range(4))
 def test_masks_without_structure_on_attention_behind_a_norm(sparsity: float, seed: int) -> None:
@@ -84,6 +85,7 @@ class Queries(nn.Module):
         return out
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["fused", "keys", "queries"])
 @pytest.mark.parametrize("constant", ["q", "k"])
 def test_a_constant_key_goes_with_its_query(kind: str, constant: str) -> None:

@@ -41,6 +41,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -97,6 +98,7 @@ class Loop(nn.Module):
         return self.after(state[0] if isinstance(state, tuple) else state)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_cells(kind: Any, steps: int) -> None:
@@ -126,6 +128,7 @@ class Started(nn.Module):
         return self.after(y[:, 0]) + self.after(last[-1])
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("how", ["code", "parameter", "layer"])
 def test_first_states_lose_the_units_too(how: str, layers: int) -> None:
@@ -151,6 +154,7 @@ class Packed(nn.Module):
         return self.after(pad_packed_sequence(y, batch_first=True)[0]), h[-1].sum(-1)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}])
 def test_packed_sequences(options: dict[str, Any]) -> None:
     inputs = torch.randint(0, 11, (3, 5)), torch.tensor([5, 2, 3])
@@ -196,6 +200,7 @@ def test_a_direction_that_nothing_reads_keeps_the_width_of_the_other() -> None:
     assert_same(outputs(model, x), outputs(small, x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*_flat_weights:UserWarning")
 def test_the_smaller_layer_trains_saves_and_loads(tmp_path: Path) -> None:
     x = torch.randn(4, 2, 3)

@@ -39,6 +39,7 @@ class Biased(nn.Module):
         return out
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("fused", "kind"),
     [(True, "whole"), (True, "picked"), (False, "whole"), (False, "picked"), (False, "windows")],

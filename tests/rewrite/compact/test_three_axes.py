@@ -34,6 +34,7 @@ class Heads(nn.Module):
         return self.after(self.project(torch.einsum("bhts,bshk->bthk", scores.softmax(-1), v), self.out, 2))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("share", [0.3, 0.6])
 @pytest.mark.parametrize("how", ["einsum", "tensordot"])
 def test_channels_of_heads_go_in_all_heads(how: str, share: float) -> None:
@@ -111,6 +112,7 @@ class Experts(nn.Module):
         return self.after((parts * weights).sum(0).view_as(x) + x)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.filterwarnings("ignore:.*of the 690 matrix weights cannot be pruned:UserWarning")
 @pytest.mark.parametrize("gate", ["relu", "halves", "steps"])
 @pytest.mark.parametrize("how", ["baddbmm", "einsum", "index", "matmul"])
@@ -152,6 +154,7 @@ class Grouped(nn.Module):
         return self.after(torch._grouped_mm(F.silu(first) * second, self.down.transpose(-2, -1), offs=ends))
 
 
+@pytest.mark.slow
 def test_grouped_products_keep_a_multiple_of_channels() -> None:
     model, x = redrawn(Grouped()), torch.randint(0, 9, (2, 3))
     options: dict[str, Any] = {"granularity": "channel", "example_inputs": x, "progress": False, "seed": 3}

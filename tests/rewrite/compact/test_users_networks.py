@@ -299,6 +299,7 @@ class GathersTokens(nn.Module):
         return z
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("share", [0.3, 0.6])
 @pytest.mark.parametrize("kind", sorted(CASES))
 def test_channels_go_with_all_that_belongs_to_them(kind: str, share: float) -> None:
@@ -321,6 +322,7 @@ class Bags(nn.Module):
         return self.out(x if self.bag else x[0][:, -1])
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("bag", [False, True])
 @pytest.mark.parametrize("sides", ["both", "rows"])
 def test_an_embedding_loses_channels(bag: bool, sides: str) -> None:
@@ -378,6 +380,7 @@ class Auxiliary(nn.Module):
         return (out, self.second(self.side(y).relu())) if self.training else out
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("share", [0.3, 0.6])
 def test_outputs_of_training_alone_stay_what_they_were(share: float) -> None:
     model, x = redrawn(Auxiliary()), torch.randn(5, 6)

@@ -51,6 +51,7 @@ def test_onnx_runs_in_onnxruntime(kind: str, tmp_path: Path) -> None:
             assert np.allclose(a.numpy(), b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["residual", "vit", "dict_input"])
 def test_pt2(kind: str, tmp_path: Path) -> None:
     small, inputs = compacted(kind)

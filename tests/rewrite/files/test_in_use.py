@@ -35,6 +35,7 @@ def step(network: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> Non
     optimizer.step()
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_and_pickles_compute_the_same_and_can_be_saved(kind: str, tmp_path: Path) -> None:
     small, x = compacted(kind)
@@ -47,6 +48,7 @@ def test_copies_and_pickles_compute_the_same_and_can_be_saved(kind: str, tmp_pat
             assert torch.equal(small(x), fxprune.load(tmp_path / "file", fresh)(x))
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
 def test_trained_loaded_and_pruned_again(kind: str, make: Any, tmp_path: Path) -> None:
@@ -64,6 +66,7 @@ def test_trained_loaded_and_pruned_again(kind: str, make: Any, tmp_path: Path) -
         assert torch.allclose(masked(x), smaller(x), atol=1e-5)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kind", KINDS)
 def test_loaded_networks_compile_whole_and_export(kind: str, tmp_path: Path) -> None:
     small, x = compacted(kind)

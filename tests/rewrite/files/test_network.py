@@ -69,6 +69,7 @@ def test_masked_networks(kind: str, returns: str, tmp_path: Path) -> None:
     assert all(torch.equal(mask, masks[name]) for name, mask in fxprune.masks(masked).items())
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("kind", "returns"), one_in(2, sorted(NETS.keys() - FEW_CHANNELS), ["graph", "module"])
 )
@@ -82,6 +83,7 @@ def test_compact_networks(kind: str, returns: str, tmp_path: Path) -> None:
     assert all(torch.equal(before[name], value) for name, value in fresh.state_dict().items())
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("kind", ["residual", "vit", "norms", "grouped", "window", "standard"])
 def test_networks_compacted_twice_and_pruned_again(kind: str, tmp_path: Path) -> None:
     model, inputs = made(kind, 0)
@@ -257,6 +259,7 @@ def edited(path: Path, change: Any) -> None:
     container.write_container(tensors, path, {**header, "manifest": json.dumps(manifest)})
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "change",
     [
@@ -301,6 +304,7 @@ class Turned(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_complex_numbers_in_code_are_written_and_read(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Turned(), torch.randn(3, 4)

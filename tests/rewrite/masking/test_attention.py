@@ -85,6 +85,7 @@ def test_copies_finalize_verify(kind):
         verify(block)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.filterwarnings("ignore:While .*, we found certain side effects")
 @pytest.mark.parametrize("strict", [True, False])
 def test_exported(strict):

@@ -85,6 +85,7 @@ def test_masks_hold_in_training_copies_and_files(kind: str) -> None:
     torch.testing.assert_close(result(x), trained(x))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_pruned_again_and_finalized(kind: str) -> None:
     x = torch.randn(2, 4, 6)

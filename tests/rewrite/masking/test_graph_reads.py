@@ -110,6 +110,7 @@ def test_graph_finalized(name, traced):
     assert nets.raw_zero(final, masks)
 
 
+@pytest.mark.thinned(5)
 @every_net
 def test_graph_compiled_and_exported(name, traced):
     model, gm, x, masks = traced(name)
@@ -337,6 +338,7 @@ class Deep(nn.Module):
         return self.last(nn.functional.layer_norm(y, (4,)))
 
 
+@pytest.mark.slow
 def test_a_long_chain_behind_a_parameter_is_no_matter() -> None:
     x = torch.randn(2, 3)
     pruned = fxprune.apply(Deep(), "magnitude", 0.5, granularity="channel", example_inputs=x, progress=False)

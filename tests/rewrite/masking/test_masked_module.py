@@ -118,6 +118,7 @@ def test_a_frozen_layer_survives_copies():
     assert torch.equal(final(larger), block(larger))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("name", one_in(2, nets.LAYERS))
 def test_compiled_and_no_recompile_on_a_mask_change(name):
     block, x, _, _ = masked_layer(name)
@@ -156,6 +157,7 @@ def test_inductor():
     assert counter.frame_count == 1
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.filterwarnings("ignore:While .*, we found certain side effects")
 @pytest.mark.parametrize(
     ("name", "strict"),

@@ -148,6 +148,7 @@ def test_other_tools(net, kind, assign):
     assert all(torch.equal(checkpoint[key], value) for key, value in before.items()), "the caller's tensors"
 
 
+@pytest.mark.slow
 def test_compiled_code_sees_loaded_masks(model):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -33,6 +33,7 @@ def train(model, optimizer, steps, masks=None, **autocast):
             assert nets.raw_zero(model, masks)
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("dense_steps", [0, 5])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_fifty_steps(kind, dense_steps):
@@ -134,6 +135,7 @@ def test_other_types(dtype):
     verify(model)
 
 
+@pytest.mark.slow
 def test_compiled_training_equals_eager_and_sees_mask_changes():
     torch._dynamo.reset()
     eager = nets.small_cnn()
@@ -151,6 +153,7 @@ def test_compiled_training_equals_eager_and_sees_mask_changes():
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_masks_set_on_a_model_that_was_compiled_dense():
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(4, 3), nets.Attention())

@@ -14,6 +14,7 @@ from fxprune.training import Pruner
 from training import nets
 
 
+@pytest.mark.slow
 def test_plain_loop_example(tmp_path: Path, capsys: Any) -> None:
     plain = example("plain_loop")
     plain.main("gmp", epochs=3, checkpoint_dir=str(tmp_path))
@@ -36,6 +37,7 @@ def test_timm_example() -> None:
     assert found["loss"] < 2.6
 
 
+@pytest.mark.slow
 def test_lightning_example() -> None:
     pytest.importorskip("lightning")
     found = example("lightning_callback").main(epochs=3)
@@ -78,6 +80,7 @@ def lightning_run(
     return pruner, trainer
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_lightning_goes_on_from_its_checkpoints(tmp_path: Path) -> None:
     whole, _ = lightning_run(tmp_path, 4)

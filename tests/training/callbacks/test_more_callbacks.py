@@ -94,6 +94,7 @@ def test_accumulated_gradients_are_one_step() -> None:
         PruningSteps(accelerator, pruner, every="batch")  # type: ignore[arg-type]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(("every", "total"), [("epoch", 4), ("step", 16)])
 def test_fastai(every: Any, total: int) -> None:
     pytest.importorskip("fastai")

@@ -53,6 +53,7 @@ def lenet() -> nn.Module:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:layer collapse")
 def test_a_whole_run_on_the_papers_smallest_network() -> None:
     pruner = Pruner(
