@@ -15,10 +15,12 @@ from torch import fx, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
+from fxprune.capture import CaptureError
 from fxprune.capture.errors import users_level
+from fxprune.capture.inputs import example_inputs_for
 from fxprune.graph import ChannelGraph
 from fxprune.latency.cost import latency_cost
-from fxprune.lowering import matrices_outside
+from fxprune.lowering import graph_of_run, hidden_layers, matrices_outside
 from fxprune.methods import Method, Problem, Weights, redraw
 from fxprune.metrics import listed as listed_sizes
 from fxprune.request import Request, excluded_parameters, resolve_device
@@ -79,6 +81,41 @@ def inside(model: nn.Module) -> nn.Module:
     """Return the model that a ``DistributedDataParallel`` wraps, or ``model`` itself."""
     wrapped: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
     return wrapped
+
+
+def layers_without_paths(
+    gm: fx.GraphModule, graph: ChannelGraph, wish: Request, needs: Collection[str]
+) -> dict[str, tuple[str, ...]]:
+    """Name the layers inside of what has no paths, with their other names; none where ``needs`` say paths."""
+    alone = "graph" not in needs and not isinstance(wish.granularity, Channel)
+    return hidden_layers(gm, graph) if alone and wish.on_collapse != "repair" else {}
+
+
+def graph_without_capture(
+    model: nn.Module,
+    example_inputs: Any,
+    wish: Request,
+    name: str,
+    needs: Collection[str],
+    error: CaptureError,
+) -> ChannelGraph:
+    """Find the weights of a model that has no graph, or say why they are of no use to method ``name``."""
+    if wish.returns == "graph":
+        raise CaptureError(f"{error}; or returns='module', which prunes without a graph") from error
+    if "graph" in needs:
+        raise CaptureError(
+            f"{error}; method {name!r} asks about paths, which need the graph; magnitude, random, snip,"
+            " force, grasp and ntk-sap do without"
+        ) from error
+    if isinstance(wish.granularity, Channel):
+        raise CaptureError(f"{error}; channels need the graph, granularity='weight' does not") from error
+    args, kwargs = example_inputs_for(model, example_inputs)
+    graph = graph_of_run(duplicate(model), args, kwargs, str(error))
+    warnings.warn(
+        f"{error}; pruned without a graph: no paths, no channels, no look for collapsed layers",
+        stacklevel=users_level(),
+    )
+    return graph
 
 
 def build_problem(

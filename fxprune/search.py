@@ -15,13 +15,21 @@ from torch import fx, nn
 
 from fxprune import sharding
 from fxprune.capture import CaptureError, capture
-from fxprune.capture.inputs import example_inputs_for
 from fxprune.finite import warn_of_strange_parameters
 from fxprune.graph import ChannelGraph
 from fxprune.latency import LatencyTarget, check_runtime
-from fxprune.lowering import Rules, graph_of_run, hidden_layers, lower
+from fxprune.lowering import Rules, lower
 from fxprune.methods import Method, Problem, Weights, new_weights, separate
-from fxprune.network import Network, adopted, build_problem, checked, inside, warn_of_rest
+from fxprune.network import (
+    Network,
+    adopted,
+    build_problem,
+    checked,
+    graph_without_capture,
+    inside,
+    layers_without_paths,
+    warn_of_rest,
+)
 from fxprune.paths.used import used_layers
 from fxprune.progress import Display
 from fxprune.request import (
@@ -140,43 +148,23 @@ def _network(given: nn.Module, example_inputs: Any, wish: Request, display: Disp
     model = inside(given)
     before, source = read(model), plain(model)
     flat = settled(source)  # computed weights are scored as they are, like any other
-    own = next((name for name in computed_weights(source) if "." not in name), None)
-    if own is not None and wish.returns == "graph":
-        raise ValueError(f"model: its own {own!r} is computed by a parametrization; take returns='module'")
+    root = next((name for name in computed_weights(source) if "." not in name), None)
+    if root is not None and wish.returns == "graph":
+        raise ValueError(f"model: its own {root!r} is computed by a parametrization; take returns='module'")
     with display.step("capture"):
         try:
             gm = capture(flat, example_inputs)
             again = flat is not source and wish.returns == "graph"
             form = duplicate(capture(source, example_inputs)) if again else None
         except CaptureError as error:
-            graph = _uncaptured(flat, example_inputs, wish, error)
+            method = wish.method
+            graph = graph_without_capture(flat, example_inputs, wish, method.name, method.needs, error)
             return Network(given, source, duplicate(flat), graph, before, flat)
     with display.step("lower"):
         graph = lower(gm, rules=wish.rules)
-    alone = "graph" not in wish.method.needs and not isinstance(wish.granularity, Channel)
-    hidden = hidden_layers(gm, graph) if alone and wish.on_collapse != "repair" else {}
+    hidden = layers_without_paths(gm, graph, wish, wish.method.needs)
     warn_of_rest(gm, graph, hidden, stacklevel=5)
     return Network(given, source, gm, graph, before, flat, form, hidden)
-
-
-def _uncaptured(flat: nn.Module, example_inputs: Any, wish: Request, error: CaptureError) -> ChannelGraph:
-    """Find the weights of a model that has no graph, or say why that is of no use here."""
-    if wish.returns == "graph":
-        raise CaptureError(f"{error}; or returns='module', which prunes without a graph") from error
-    if "graph" in wish.method.needs:
-        raise CaptureError(
-            f"{error}; method {wish.method.name!r} asks about paths, which need the graph; magnitude, random,"
-            " snip, force, grasp and ntk-sap do without"
-        ) from error
-    if isinstance(wish.granularity, Channel):
-        raise CaptureError(f"{error}; channels need the graph, granularity='weight' does not") from error
-    args, kwargs = example_inputs_for(flat, example_inputs)
-    graph = graph_of_run(duplicate(flat), args, kwargs, str(error))
-    warnings.warn(
-        f"{error}; pruned without a graph: no paths, no channels, no look for collapsed layers",
-        stacklevel=5,  # the line that called apply
-    )
-    return graph
 
 
 def _without_collapse(problem: Problem, masks: Masks, before: Masks, wish: Request) -> Masks:

@@ -8,30 +8,42 @@ from typing import Any, Literal, cast
 import torch
 from torch import fx, nn
 
-from fxprune.capture import capture
+from fxprune.capture import CaptureError, capture
 from fxprune.finite import warn_of_strange_parameters
 from fxprune.latency import check_runtime
 from fxprune.lowering import lower
-from fxprune.methods import Problem
-from fxprune.network import Network, adopted, build_problem, rewrite, warn_of_rest
+from fxprune.methods import Method, Problem
+from fxprune.network import (
+    Network,
+    adopted,
+    build_problem,
+    graph_without_capture,
+    layers_without_paths,
+    rewrite,
+    warn_of_rest,
+)
 from fxprune.request import Request, blamed_on_data, tables, with_shapes
 from fxprune.rewrite import bare, read
+from fxprune.rewrite.masking.copying import duplicate
 from fxprune.scoring.contract import silent
 from fxprune.scoring.distributed import everybody
 from fxprune.sparsity.granularity import CHANNEL_OPTIONS, Channel, Granularity, in_unit, resolve
 from fxprune.sparsity.group_selection import ChannelGroups
+from fxprune.training.contract import TrainingMethod
 
 Returns = Literal["graph", "module", "inplace"]
 
 
-def prepare(model: nn.Module, example_inputs: Any, wish: Request) -> Problem:
+def prepare(model: nn.Module, example_inputs: Any, wish: Request, method: TrainingMethod) -> Problem:
     """Capture and lower ``model`` and mask the form of it that ``wish.returns`` names; prune nothing yet.
+
+    Where ``method`` does not ask for paths, layers without any are pruned too.
 
     Returns the problem as it is before training; its ``model`` is the masked one.
     Raises what :func:`fxprune.apply` raises for models and arguments that do not fit.
     """
     wish.check(model)
-    return _prepared(model, example_inputs, wish, warn=True)
+    return _prepared(model, example_inputs, wish, method, warn=True)
 
 
 def prepare_smaller(model: fx.GraphModule, before: Problem, wish: Request) -> Problem:
@@ -95,22 +107,42 @@ def one_of(sparsity: float | None, options: dict[str, Any]) -> float | None:
     return sparsity if target is None else target
 
 
-def _prepared(model: nn.Module, example_inputs: Any, wish: Request, *, warn: bool = False) -> Problem:
+def _prepared(
+    model: nn.Module,
+    example_inputs: Any,
+    wish: Request,
+    method: TrainingMethod | None = None,
+    *,
+    warn: bool = False,
+) -> Problem:
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         model = adopted(model, wish.returns)
         inputs, wish = with_shapes(model, example_inputs, wish)
-        before = read(model)
-        # Not `plain`: capture refuses a model that fully_shard has split, as it should here.
-        source = bare(model) if before else model
         with blamed_on_data(model, example_inputs, wish):
-            gm = capture(source, inputs)
-        graph = lower(gm, rules=wish.rules)
+            network = _network(model, inputs, wish, method or wish.method, warn)
         if warn:
             warn_of_strange_parameters(model, "look for what made them so, before it trains on", stacklevel=4)
-            warn_of_rest(gm, graph, (), stacklevel=5)  # the line that made the Pruner
-        network = Network(model, source, gm, graph, before)
         # Processes score data of their own together; without data they have nothing to tell each other.
         problem = build_problem(network, wish, silent, None if wish.data is None else everybody())
         masked = rewrite(network, problem, problem.masks, wish)
         weights = {name: masked.get_parameter(name).detach() for name in problem.weights}
     return replace(problem, model=masked, weights=weights)
+
+
+def _network(
+    model: nn.Module, inputs: Any, wish: Request, method: Method | TrainingMethod, warn: bool
+) -> Network:
+    """Capture and lower a model; one that cannot be captured is looked at in a run."""
+    before = read(model)
+    # Not `plain`: capture refuses a model that fully_shard has split, as it should here.
+    source = bare(model) if before else model
+    try:
+        gm = capture(source, inputs)
+    except CaptureError as error:
+        graph = graph_without_capture(source, inputs, wish, method.name, method.needs, error)
+        return Network(model, source, duplicate(source), graph, before)
+    graph = lower(gm, rules=wish.rules)
+    hidden = layers_without_paths(gm, graph, wish, method.needs)
+    if warn:
+        warn_of_rest(gm, graph, hidden, stacklevel=6)  # the line that made the Pruner
+    return Network(model, source, gm, graph, before, hidden=hidden)

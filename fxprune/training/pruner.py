@@ -130,7 +130,7 @@ class Pruner:
             get("magnitude"), self.method.target, data, loss_fn, allocation, self.granularity, None,
             exclusions(exclude), seed, None, returns, "warn", rules=rules,
         )  # fmt: skip
-        self._take(prepare(model, example_inputs, self._wish))
+        self._take(prepare(model, example_inputs, self._wish, self.method))
         self._whole, self._generator = sum(self._final.sizes.values()), self._problem.generator
         self._cost = whole_cost(self._problem)
         self._kept: dict[int, Values] = {0: values_of(self.model)}
