@@ -76,7 +76,6 @@ FRONTS = {
     "sparsity/sharded.py": "scoring/test_distributed.py",
     "sweeps/grid.py": "sweeps/test_sweep.py",
     "timed.py": "latency/test_target.py",
-    "training/preparation.py": "training/test_pruner.py",
     "training/saving.py": "training/test_checkpoints.py",
 }
 
