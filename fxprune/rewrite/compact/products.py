@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
+from fxprune.channels.labels import Factor
 from fxprune.channels.sums import summed_axes
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.constants import Recorded
@@ -42,7 +43,7 @@ def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded, nodes: M
         summed = [(value, axes) for value, axes in _summed(op, nodes) if axes]
         # An entry of a sum goes with all its terms, where these differ along other axes.
         alone = isinstance(op, ir.Pool)
-        gone = [_gone_roots(cut, value, axes, alone) for value, axes in summed]
+        gone = [_gone_roots(cut, op, value, axes, alone) for value, axes in summed]
         if not gone or not any(len(roots) for roots in gone):
             continue
         zero = torch.zeros(cut.labels.count, dtype=torch.bool)
@@ -68,10 +69,13 @@ def _summed(op: ir.AnyOp, nodes: Mapping[str, fx.Node]) -> list[tuple[ir.Value, 
     return summed_axes(op)
 
 
-def _gone_roots(cut: Cut, value: ir.Value, axes: tuple[int, ...], alone: bool) -> Tensor:
-    """The groups that go of the labels along ``axes``; ``alone``: and along no others."""
+def _gone_roots(cut: Cut, op: ir.AnyOp, value: ir.Value, axes: tuple[int, ...], alone: bool) -> Tensor:
+    """The groups that go of the labels along ``axes``; ``alone``: and along no others.
+
+    Those whose sums go all the same, as the channels of a head that goes, are left out.
+    """
     labels = [
-        f.labels.flatten()
+        f.labels[~_sum_goes(cut, op, value, f)]
         for f in cut.labels.values.get(value.index, ())
         if set(f.axes) & set(axes) and (not alone or set(f.axes) <= set(axes))
     ]
@@ -80,6 +84,26 @@ def _gone_roots(cut: Cut, value: ir.Value, axes: tuple[int, ...], alone: bool) -
     roots = torch.unique(cut.labels.root[torch.cat(labels)])
     gone: Tensor = roots[cut.gone[roots]]
     return gone
+
+
+def _sum_goes(cut: Cut, op: ir.AnyOp, value: ir.Value, factor: Factor) -> Tensor:
+    """Mark the labels of a factor (bool) whose terms are in sums that go, in a product of two values."""
+    marks = torch.zeros(factor.labels.shape, dtype=torch.bool)
+    if not isinstance(op, ir.Mix):
+        return marks
+    inputs, _, out = op.equation.partition("->")
+    letters = next(own for own, one in zip(inputs.split(","), op.inputs, strict=True) if one == value)
+    own_letters = [letters[axis] for axis in factor.axes]
+    for axes, left in cut.mask(op.output):
+        others = [axis for axis in axes if out[axis] not in own_letters]
+        if len(others) < len(axes):
+            some = left.any(others, keepdim=True) if others else left
+            size = {letter: some.shape[axis] for axis, letter in enumerate(out)}
+            names = [out[axis] for axis in sorted(axes) if axis not in others]
+            dense = some.reshape([size[letter] for letter in names])
+            turned = dense.permute([names.index(letter) for letter in letters if letter in names])
+            marks |= ~turned.reshape([size[letter] if letter in names else 1 for letter in letters])
+    return marks
 
 
 def _along(op: ir.AnyOp, softmax: frozenset[int]) -> list[tuple[int, ...] | None]:

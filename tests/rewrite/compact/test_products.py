@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import elu, scaled_dot_product_attention
 
 import fxprune
 
@@ -107,3 +107,45 @@ def test_a_constant_key_goes_with_its_query(kind: str, constant: str) -> None:
         assert torch.allclose(model(x), small(x), atol=1e-6)
     goes = (constant == "k") == (kind != "queries")
     assert small.get_submodule("q").out_features == (6 if goes else 8)
+
+
+class LinearAttention(nn.Module):
+    """Attention without a softmax, whose queries and keys are positive: one where a head has no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.qkv, self.out = nn.Linear(8, 12), nn.Linear(12, 36), nn.Linear(12, 12)
+        self.last = nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 3, 4).unbind(2)
+        q, k = elu(q) + 1, elu(k) + 1
+        size = torch.einsum("bnhd,bhd->bnh", q, k.sum(1))
+        y = torch.einsum("bnhd,bhde->bnhe", q, torch.einsum("bnhd,bnhe->bhde", k, v)) / size.unsqueeze(-1)
+        return self.last(x + self.out(y.flatten(2)))
+
+
+def test_a_head_goes_whose_queries_and_keys_are_ones() -> None:
+    torch.manual_seed(0)
+    model, x = LinearAttention(), torch.randn(2, 7, 8)
+    with torch.no_grad():
+        for layer in (model.qkv.weight, model.qkv.bias):
+            layer.view(3, 3, 4, -1)[:, 1] = 0
+        model.out.weight.view(12, 3, 4)[:, 1] = 0
+    small = fxprune.compact(model, x)
+    assert small.get_parameter("qkv.weight").shape == (24, 12)
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+    new = torch.randn(3, 5, 8)
+    assert torch.allclose(small(new), model(new), atol=1e-5)
+
+
+def test_a_channel_of_a_head_that_is_left_counts() -> None:
+    torch.manual_seed(0)
+    model, x = LinearAttention(), torch.randn(2, 7, 8)
+    with torch.no_grad():
+        for layer in (model.qkv.weight, model.qkv.bias):
+            layer.view(3, 3, 4, -1)[:2, :, 1] = 0
+    small = fxprune.compact(model, x)
+    new = torch.randn(3, 5, 8)
+    assert torch.allclose(small(new), model(new), atol=1e-5)
