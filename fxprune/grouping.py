@@ -15,6 +15,7 @@ from fxprune.channels.listing import GroupTable, list_groups
 from fxprune.lowering import Rules, lower
 from fxprune.request import Exclusion, check_exclude, excluded_parameters, exclusions
 from fxprune.rewrite import plain
+from fxprune.rewrite.masking.computed import settled
 
 __all__ = ["channel_groups"]
 
@@ -61,7 +62,7 @@ an output of the network
     entries = exclusions(exclude)
     check_exclude(entries, model)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        source = plain(model)
+        source = settled(plain(model))  # computed weights have channels like any other
         has_shapes = isinstance(source, fx.GraphModule) and all(
             "val" in node.meta for node in source.graph.nodes
         )

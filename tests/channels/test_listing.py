@@ -8,6 +8,7 @@ import pytest
 import torch
 from nets import NETS
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import fxprune
 from channels.grouping import Net
@@ -126,3 +127,13 @@ def test_the_command_prints_the_table_or_json(tmp_path: Path, capsys: Any) -> No
     groups = json.loads(capsys.readouterr().out)
     assert groups[0]["reason"] == "0.weight is excluded"
     assert groups[9]["members"][0] == {"parameter": "1.weight", "axis": "out", "indices": [1]}
+
+
+def test_weights_that_are_computed_have_the_channels_that_apply_removes() -> None:
+    first = parametrizations.weight_norm(nn.Linear(4, 6))
+    model, x = nn.Sequential(first, nn.ReLU(), nn.Linear(6, 2)), torch.ones(2, 4)
+    for given in (model, fxprune.apply(model, "magnitude", 0.3, example_inputs=x, progress=False)):
+        groups = fxprune.channel_groups(given, x)
+        assert [member.parameter for member in groups[0].members] == ["0.weight", "2.weight", "0.bias"]
+        assert sum(group.removable for group in groups) == 6
+    assert "weight" not in dict(first.named_parameters())
