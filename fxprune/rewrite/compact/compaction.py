@@ -18,6 +18,7 @@ from fxprune.graph import ChannelGraph, ir
 from fxprune.lowering import lower
 from fxprune.paths.used import used_channels
 from fxprune.rewrite.compact.closed import check_calls
+from fxprune.rewrite.compact.computed import computed_weights, give_back_computed
 from fxprune.rewrite.compact.constant_branches import remove_constant_branches
 from fxprune.rewrite.compact.constant_operands import cut_constants
 from fxprune.rewrite.compact.constants import Dense, Recorded, fold, record
@@ -229,7 +230,7 @@ def _masks(graph: ChannelGraph, gm: fx.GraphModule, known: Masks) -> Masks:
         )
     if known:  # zeros that no mask holds may grow
         return {name: mask for name, mask in known.items() if name in graph.kernels}
-    computed = _computed_weights(graph)
+    computed = computed_weights(graph, gm)
     return {
         name: (gm.get_parameter(name).detach() != 0).cpu() for name in graph.kernels if name not in computed
     }
@@ -237,7 +238,7 @@ def _masks(graph: ChannelGraph, gm: fx.GraphModule, known: Masks) -> Masks:
 
 def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks) -> Cut:
     """Return what could go by the masks alone."""
-    computed = _computed_weights(graph)
+    computed = computed_weights(graph, gm)
 
     def nonzero(name: str) -> Tensor:
         weight = gm.get_parameter(name).detach()
@@ -252,10 +253,7 @@ def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks) -> Cut:
         )
     followed = follow(graph)
     cut = Cut(graph, followed, used, nonzero, multiples(graph, gm, followed))
-    for sides in cut.labels.sides:
-        if sides.name in computed:
-            labels = torch.cat([sides.rows, sides.columns])
-            cut.give_back(labels, f"{sides.name}: the layer computes its weight from all of it")
+    give_back_computed(graph, gm, cut, computed)
     return cut
 
 
@@ -265,18 +263,6 @@ def _keep_written(cut: Cut, written: Collection[str]) -> None:
         if sides.name in written:
             labels = torch.cat([sides.rows, sides.columns])
             cut.give_back(labels, f"{sides.name}: the network writes into it")
-
-
-def _computed_weights(graph: ChannelGraph) -> set[str]:
-    """The parameters that some layer reads otherwise than as they are: zeros in them tell nothing."""
-    return {
-        op.weight.name
-        for op in graph.ops
-        if isinstance(op, ir.Kernel)
-        and op.weight.computed
-        and not op.weight.scaled
-        and op.weight.name is not None
-    }
 
 
 def _recorded(gm: fx.GraphModule, way: _Way, runs: Runs) -> Dense:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from fxprune.rewrite.compact.kept import Kept, Slices
 from fxprune.rewrite.compact.trial import RUN_ERRORS
 
-__all__ = ["KeptByNode", "kept_of_parameters"]
+__all__ = ["KeptByNode", "constant_nodes", "kept_of_parameters"]
 
 KeptByNode = dict[fx.Node, list[Tensor | None]]
 """By node and axis, the entries that stay (bool), None for all."""
@@ -26,7 +26,7 @@ def kept_of_parameters(gm: fx.GraphModule, slices: Slices) -> KeptByNode:
 
     ``gm`` holds the parameters as they were. Nodes that mix what goes with what stays are left out.
     """
-    constant = _constant_nodes(gm)
+    constant = constant_nodes(gm)
     roots = dict.fromkeys(str(node.target) for node in constant if node.op == "get_attr")
     found: KeptByNode = {}
     mixed: set[fx.Node] = set()
@@ -44,8 +44,8 @@ def kept_of_parameters(gm: fx.GraphModule, slices: Slices) -> KeptByNode:
     return {node: axes for node, axes in found.items() if node not in mixed}
 
 
-def _constant_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """The parameters that are read, and the functions of these alone, in order."""
+def constant_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """Return the parameters that are read, and the functions of these alone, in order."""
     found: dict[fx.Node, None] = {}
     for node in gm.graph.nodes:
         sources = node.all_input_nodes
