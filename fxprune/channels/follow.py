@@ -109,7 +109,7 @@ class _Follower:
                     self.labels, op, self._of(op.inputs[0]), op.output.index in self.read, self._because
                 )
             case ir.Affine():
-                return self._meet(op.inputs, op.output.shape)
+                return [*self._meet(op.inputs, op.output.shape), *self._table(op)]
             case ir.Map():
                 self._softmax(op)
                 return self._meet(self.graph.in_both_modes(op), op.output.shape)
@@ -123,7 +123,7 @@ class _Follower:
             case _:
                 raise TypeError(f"op kind {op.kind} is not known here: {op.node}")
 
-    def _table(self, op: ir.Source) -> Sequence[Factor]:
+    def _table(self, op: ir.Source | ir.Affine) -> Sequence[Factor]:
         """Return the factor of vectors of a table, all of which stay if it is excluded."""
         factors = table_factors(self.labels, self.graph.kernels, op, self._because)
         for factor in factors:

@@ -183,7 +183,8 @@ def along_axis(axis: int, labels: Tensor, rank: int) -> Factor:
 def thin(labels: Tensor) -> Factor | None:
     """The factor with these labels (of a value's full shape); ``None`` if one label is left, or none.
 
-    Entries that were filled in (zeros around an image) do not tell indices apart.
+    Entries that were filled in (zeros around an image) do not tell indices apart. Lines of nothing else, as
+    of a first token beside those of several tables, have the labels of another line.
     """
     axes = []
     for axis, size in enumerate(labels.shape):
@@ -195,4 +196,11 @@ def thin(labels: Tensor) -> Factor | None:
             labels = top
         else:
             axes.append(axis)
+    if len(axes) > 1:
+        empty = (labels == FILLED).all(axes[-1], keepdim=True)
+        if bool(empty.any()):
+            lines = labels.movedim(axes[-1], -1).flatten(0, -2)
+            first = lines[int((~empty).movedim(axes[-1], -1).flatten().long().argmax())]
+            shape = [-1 if axis == axes[-1] else 1 for axis in range(labels.dim())]
+            labels = labels.where(~empty, first.view(shape))
     return Factor(tuple(axes), labels) if axes else None

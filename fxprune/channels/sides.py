@@ -62,9 +62,14 @@ def _operand(labels: Labels, op: ir.Kernel, own: Tensor) -> Tensor:
 
 
 def table_factors(
-    labels: Labels, kernels: Mapping[str, KernelSet], op: ir.Source, because: Because
+    labels: Labels, kernels: Mapping[str, KernelSet], op: ir.Source | ir.Affine, because: Because
 ) -> Sequence[Factor]:
-    """Return the factor of vectors that are looked up in a table; weights that are one keep their rows."""
+    """Return the factor of vectors that are looked up in a table; weights that are one keep their rows.
+
+    A vector that numbers are multiplied by is a table with one entry.
+    """
+    if isinstance(op, ir.Affine):
+        return _multiplied(labels, kernels, op)
     use = op.params[0] if op.output.live and len(op.params) == 1 else None
     along = use.axes[-1] if use is not None and not any(use.axes[:-1]) else None
     if use is not None and along is not None and along.index is None and len(along.axes) == 1:
@@ -77,6 +82,21 @@ def table_factors(
             return [along_axis(axis, labels.columns[use.name] + torch.arange(one.inputs), rank)]
     for name in {use.name for use in op.params} & kernels.keys():
         _hold(labels, kernels[name], because)
+    return ()
+
+
+def _multiplied(labels: Labels, kernels: Mapping[str, KernelSet], op: ir.Affine) -> Sequence[Factor]:
+    """The factor of a parameter along an axis that what it is multiplied by does not have."""
+    if op.bias or len(op.params) != 1 or len(op.inputs) != 1 or not op.output.live:
+        return ()
+    (use,), shape, rank = op.params, op.output.shape, len(op.output.shape)
+    own = (1,) * (rank - len(op.inputs[0].shape)) + op.inputs[0].shape
+    for along in reversed(use.axes):
+        if along is None or along.index is not None or len(along.axes) != 1 or use.name in kernels:
+            continue
+        axis = along.axes[0]
+        if own[axis] == 1 < shape[axis] == len(labels.of_table(use.name, shape[axis])):
+            return [along_axis(axis, labels.of_table(use.name, shape[axis]), rank)]
     return ()
 
 
