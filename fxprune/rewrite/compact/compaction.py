@@ -43,6 +43,7 @@ from fxprune.rewrite.compact.modules import (
 )
 from fxprune.rewrite.compact.norm_sums import removed_sums
 from fxprune.rewrite.compact.norms import kind_of
+from fxprune.rewrite.compact.parameter_views import parameters_of_constant
 from fxprune.rewrite.compact.products import keep_what_counts, operand_nodes
 from fxprune.rewrite.compact.recipe import record_recipe
 from fxprune.rewrite.compact.statistics import reductions
@@ -281,12 +282,13 @@ def _smallest(
     """
     graph, cut = way.graph, way.cut
     nodes = {node.name: node for node in gm.graph.nodes}
+    uncut = set[str]()
     for _ in range(ATTEMPTS):
         try:
             # Before sums: norms in a closed layer would keep what they read.
-            first_held(gm, slices_of(graph, gm, cut), way.whole, way.closed)
+            first_held(gm, slices_of(graph, gm, cut, uncut), way.whole, way.closed)
             sums, biases = _constants(gm, way, nodes, recorded)
-            slices = slices_of(graph, gm, cut)
+            slices = slices_of(graph, gm, cut, uncut)
             odd = first_held(gm, slices, way.whole, way.closed)
             if odd is not None:
                 give_back_users(graph, cut, odd, why_held(odd, way.whole))
@@ -306,7 +308,9 @@ def _smallest(
             if not cut.give_back(error.labels, str(error)):
                 raise RuntimeError(f"compact: {error}") from error
         except NodeFailure as error:
-            if not give_back_node(graph, cut, nodes, error):
+            written = parameters_of_constant(gm, error.node) - uncut
+            uncut |= written  # what reads the constant picks entries of it instead
+            if not written and not give_back_node(graph, cut, nodes, error):
                 raise RuntimeError(f"compact: node {error}") from error
     raise RuntimeError(f"compact: no consistent cut in {ATTEMPTS} attempts; please report the network")
 

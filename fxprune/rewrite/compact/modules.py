@@ -24,8 +24,8 @@ __all__ = [
 ]
 
 
-def slices_of(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut) -> Slices:
-    """Return the entries that stay of every tensor that gets smaller."""
+def slices_of(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, uncut: Collection[str] = ()) -> Slices:
+    """Return the entries that stay of every tensor that gets smaller; those named in ``uncut`` do not."""
     tensors = dict(gm.named_parameters()) | dict(gm.named_buffers())
     values = {value.index: value for op in graph.ops for value in (*op.inputs, op.output)}
     masks: dict[str, list[Tensor]] = {}
@@ -50,7 +50,7 @@ def slices_of(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut) -> Slices:
         if not all(bool(one.all()) for one in kept):
             slices[name] = Kept.by_marks(kept)
     slices.update(_grouped_slices(graph, tensors, cut))
-    return slices
+    return {name: kept for name, kept in slices.items() if name not in uncut}
 
 
 def _grouped_slices(graph: ChannelGraph, tensors: Mapping[str, Tensor], cut: Cut) -> Slices:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from fxprune.rewrite.compact.kept import Kept, Slices
 from fxprune.rewrite.compact.trial import RUN_ERRORS
 
-__all__ = ["KeptByNode", "constant_nodes", "kept_of_parameters"]
+__all__ = ["KeptByNode", "constant_nodes", "kept_of_parameters", "parameters_of_constant"]
 
 KeptByNode = dict[fx.Node, list[Tensor | None]]
 """By node and axis, the entries that stay (bool), None for all."""
@@ -53,6 +53,17 @@ def constant_nodes(gm: fx.GraphModule) -> list[fx.Node]:
         if node.op == "get_attr" or (call and all(source in found for source in sources)):
             found[node] = None
     return list(found)
+
+
+def parameters_of_constant(gm: fx.GraphModule, name: str) -> set[str]:
+    """Return the parameters that a node is computed from, with numbers of code, and from no input."""
+    found = {node for node in gm.graph.nodes if node.name == name and node.op.startswith("call")}
+    for node in reversed(gm.graph.nodes):
+        if node in found:
+            found.update(node.all_input_nodes)
+    if not all(node.op in ("get_attr", "call_function", "call_method") for node in found):
+        return set()
+    return {str(node.target) for node in found if node.op == "get_attr"}
 
 
 def _marked(gm: fx.GraphModule, name: str, kept: Kept, axis: int) -> Tensor:

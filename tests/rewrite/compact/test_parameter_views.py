@@ -126,3 +126,32 @@ def test_numbers_that_are_none_are_not_taken_for_entries_that_go() -> None:
     sound = halved(broken=False)
     with pytest.warns(UserWarning, match=r"NaN or infinite numbers: qkv\.bias"):
         assert halved(broken=True) == sound
+
+
+class AddedToPart(nn.Module):
+    """A parameter that is added to a part of a constant: no slice of it has the sizes that the part has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.part = nn.Parameter(torch.tensor([2.0, -1.0, 3.0, 0.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.ones(8)
+        scale[1:5] += self.part
+        return self.last((self.first(x) * scale).relu())
+
+
+@pytest.mark.parametrize("gone", [[1, 2], [0, 3], [5, 6], [0, 1, 2, 3, 4]])
+def test_a_parameter_that_cannot_be_cut_stays_alone(gone: list[int]) -> None:
+    torch.manual_seed(0)
+    model, x = AddedToPart(), torch.randn(3, 6)
+    with torch.no_grad():
+        for tensor in (model.first.weight, model.first.bias, model.last.weight.t()):
+            tensor[gone] = 0
+    small = fxprune.compact(model, x)
+    assert small.get_parameter("first.weight").shape == (8 - len(gone), 6)
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+    new = torch.randn(5, 6)
+    assert torch.allclose(small(new), model(new), atol=1e-6)
+    assert torch.allclose(small.train()(new), model(new), atol=1e-6)
