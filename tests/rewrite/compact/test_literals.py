@@ -180,13 +180,13 @@ class Filled(nn.Module):
         return self.head(self.layer(x) + made)
 
 
-@pytest.mark.parametrize(("place", "left"), [(slice(4), 6), (slice(1, None, 2), 6), ([0, 2, 5, 6], 8)])
-def test_parameters_that_are_written_into_zeros(place: Any, left: int) -> None:
+@pytest.mark.parametrize("place", [slice(4), slice(1, None, 2), [0, 2, 5, 6]])
+def test_parameters_that_are_written_into_zeros(place: Any) -> None:
     torch.manual_seed(0)
     model, x = Filled(place).eval(), torch.randn(2, 6)
     with torch.no_grad():
         for channel in (0, 5):
             model.layer.weight[channel], model.layer.bias[channel] = 0, 0
     small = fxprune.compact(model, x)
-    assert small.layer.weight.shape[0] == left
+    assert small.layer.weight.shape[0] == 6
     torch.testing.assert_close(small(x), model(x))
