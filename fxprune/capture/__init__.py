@@ -1,7 +1,7 @@
 """Capture: a model goes in, a faithful ``torch.fx.GraphModule`` with shapes comes out."""
 
 from fxprune.capture.entry import capture, capture_leaf, capture_part
-from fxprune.capture.errors import CaptureError, CarriedOver
+from fxprune.capture.errors import CaptureError, CarriedOver, Overwritten
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.modes import ModeSwitch, evaluation_only
 
@@ -9,6 +9,7 @@ __all__ = [
     "CaptureError",
     "CarriedOver",
     "ModeSwitch",
+    "Overwritten",
     "capture",
     "capture_leaf",
     "capture_part",

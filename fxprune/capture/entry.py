@@ -25,6 +25,7 @@ from fxprune.capture.errors import (
     CarriedOver,
     HookError,
     InputError,
+    Overwritten,
     check_module,
     first_line,
     users_level,
@@ -149,9 +150,10 @@ def capture_leaf(
             given = _shapes(tuple(args)), _shapes(dict(kwargs))
             found = known or _looked_at(module, *given)
     except TRACE_ERRORS as error:
-        raise CaptureError(
-            f"{type(module).__name__}: {first_line(error)} ({where(error, module)})"
-        ) from error
+        text = f"{type(module).__name__}: {first_line(error)} ({where(error, module)})"
+        if isinstance(error, Overwritten):
+            raise Overwritten(error.names, text) from error
+        raise CaptureError(text) from error
     if known is None:
         resolve_types(found, Differences())
         remove_dead_code(found.graph)

@@ -19,6 +19,7 @@ __all__ = [
     "CarriedOver",
     "HookError",
     "InputError",
+    "Overwritten",
     "check_module",
     "failing_method",
     "first_line",
@@ -38,6 +39,15 @@ class CaptureError(RuntimeError):
 
 class CarriedOver(CaptureError):
     """A module computes with what it wrote in an earlier call: its calls as a whole have no graph."""
+
+
+class Overwritten(CaptureError):
+    """A module overwrites parameters in each call; ``names`` are those of the parameters in it."""
+
+    def __init__(self, names: tuple[str, ...], text: str = "") -> None:
+        short = ", ".join(dict.fromkeys(repr(name.rpartition(".")[2]) for name in names))
+        super().__init__(text or f"it overwrites {short} in each call, whatever that held")
+        self.names = names
 
 
 class InputError(ValueError):

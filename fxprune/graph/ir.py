@@ -102,7 +102,9 @@ class ChannelGraph:
     ``constants`` describes those values that no op makes, by their index; ``units`` lists the hidden units of
     recurrent layers; ``training_outputs`` are values that the network gives in training alone: no path counts
     there, but they keep their shape. ``in_training`` says, by the index of a value, which one takes its place
-    in training: no path counts there either, but both have the same channels.
+    in training: no path counts there either, but both have the same channels. ``overwritten`` names those
+    parameters that get other numbers in each call, whatever they held, so that a mask would have no effect,
+    and the parameters that these numbers are computed from.
 
     Example:
         >>> import torch, fxprune
@@ -127,6 +129,7 @@ class ChannelGraph:
     units: tuple[Units, ...] = field(default=(), repr=False)
     training_outputs: tuple[Value, ...] = field(default=(), repr=False)
     in_training: dict[int, Value] = field(default_factory=dict, repr=False)
+    overwritten: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     # Compiled traversals by resolution; see fxprune.paths.program.
     programs: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxprune.capture import CaptureError, capture_leaf
+from fxprune.capture import CaptureError, Overwritten, capture_leaf
 from fxprune.capture.function_body import FunctionBody
 from fxprune.capture.leaves import dense_class
 from fxprune.capture.module import OpenGraph, leaf_attributes
@@ -33,6 +33,7 @@ from fxprune.lowering.constant import Constant
 from fxprune.lowering.folding import as_constants, changed, reads_after_write
 from fxprune.lowering.follow import reads_of_result
 from fxprune.lowering.joined import joined_weights
+from fxprune.lowering.overwritten import attribute_at, overwritten_tensors
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, lost
 from fxprune.lowering.results import Results, bind, gives_tensors, leaves, training_outputs
@@ -102,7 +103,10 @@ def lower(gm: fx.GraphModule, *, rules: Rules | None = None, strict: bool = Fals
     more = training_outputs(gm, values, ops)
     known = {op.output.index for op in ops}
     others = {index: x for index, x in build.in_training.items() if index in known and x.index in known}
-    return ir.ChannelGraph(ops, build.kernels, build.samples, name, values, constants, units, more, others)
+    return ir.ChannelGraph(
+        ops, build.kernels, build.samples, name, values, constants, units, more, others,
+        build.parameters.overwritten,
+    )  # fmt: skip
 
 
 def _samples(gm: fx.GraphModule) -> int:
@@ -150,6 +154,8 @@ class _Walk:
     def run(self, inputs: list[Any] | None) -> Any:
         pending = iter(inputs) if inputs is not None else None
         outer, inner = self.build.node, f"{self.build.inner}." if self.build.inner else ""
+        for tensor, sources in overwritten_tensors(self.gm):
+            self.build.parameters.overwrite(tensor, sources)
         for node in self.gm.graph.nodes:
             if self.results is not None:
                 self.build.node = node.name
@@ -190,9 +196,7 @@ class _Walk:
         return result
 
     def _attribute(self, node: fx.Node) -> Any:
-        thing: Any = self.gm
-        for atom in str(node.target).split("."):
-            thing = getattr(thing, atom)
+        thing = attribute_at(self.gm, str(node.target))
         if not isinstance(thing, Tensor):
             return thing
         ref = self.build.parameters.reference(thing, self.leaf)
@@ -353,6 +357,9 @@ class _Walk:
             known = leaf_attributes(self.gm, node)
             inner = capture_leaf(module, meta_args, meta_kwargs, known, self.build.leaves)
         except CaptureError as error:
+            if isinstance(error, Overwritten):
+                for name in error.names:
+                    self.build.parameters.overwrite(attribute_at(module, name))
             return self._opaque(operands, node.meta["val"], reason or f"inside of {layer}: {error}", module)
         finally:
             torch.backends.mha.set_fastpath_enabled(fast)

@@ -20,8 +20,8 @@ def matrices_outside(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, in
 
     A matrix weight is a parameter of two or more axes that are longer than one, which the network multiplies
     with its data in a contraction, as it is or scaled by sample, or of which it is not known what becomes of
-    it. Tables that are looked up
-    or added (embeddings, position tables), scales and shifts, and parameters of norms are none.
+    it; or which it overwrites in each call, or computes such numbers from. Tables that are looked up or added
+    (embeddings, position tables), scales and shifts, and parameters of norms are none.
 
     Args:
         gm: the captured network.
@@ -42,7 +42,7 @@ def matrices_outside(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, in
         and name not in graph.kernels
         and not isinstance(parameters.owners[name][1], (*TABLES, *NORMS))
     }
-    met = _met(graph) if sizes else set()
+    met = _met(graph).union(graph.overwritten, *graph.overwritten.values()) if sizes else set()
     return {name: sizes[name] for name in sorted(sizes, key=lambda name: -sizes[name]) if name in met}
 
 
@@ -62,6 +62,7 @@ def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple
         name: tuple(parameters.aliases[name])
         for name in parameters.tensors
         if name in layers | scaled and name in parameters.prunable and name not in graph.kernels
+        if name not in graph.overwritten
         if parameters.tensors[name].numel()
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ class Parameters:
     module.
 
     ``prunable`` holds the names of the real parameters of two or more axes, whatever module owns them: those
-    that a contraction meets become kernels.
+    that a contraction meets become kernels. ``overwritten`` are those whose numbers the network replaces,
+    with the parameters that it computes these from.
     """
 
     names: dict[int, str] = field(default_factory=dict)
@@ -30,6 +32,7 @@ class Parameters:
     prunable: set[str] = field(default_factory=set)
     all_names: dict[int, str] = field(default_factory=dict)  # buffers as well
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    overwritten: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, root: nn.Module) -> Parameters:
@@ -54,6 +57,14 @@ class Parameters:
                 if tensor.dim() > 1 and (tensor.is_floating_point() or tensor.is_complex()) and is_whole:
                     table.prunable.add(first)
         return table
+
+    def overwrite(self, tensor: Tensor, sources: Iterable[Tensor] = ()) -> None:
+        """Note a parameter that the network overwrites with what it computes from ``sources``."""
+        name = self.names.get(id(tensor))
+        if name in self.prunable:
+            known = (self.names.get(id(source)) for source in sources)
+            self.overwritten[name] = tuple(source for source in known if source is not None)
+            self.prunable.discard(name)
 
     def reference(self, tensor: Tensor, reader: nn.Module | None) -> ir.WeightRef | None:
         """The tensor as a weight operand, if it is a prunable parameter; ``reader`` is the module that reads

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxprune.capture.errors import TRACE_ERRORS, CaptureError
+from fxprune.capture.tracer.assigned_data import record_assignment
 from fxprune.capture.tracer.call_targets import MethodCall
 from fxprune.capture.tracer.meta_values import META, map_structure
 from fxprune.capture.tracer.packed import is_packed, packed_results, packed_shapes, padded_shapes
@@ -24,7 +25,6 @@ from fxprune.capture.tracer.spelling import (
     CONSTRUCTORS,
     RESHAPING,
     VALUE_READERS,
-    changes_input,
     selects,
     spelling,
 )
@@ -70,8 +70,8 @@ class Recorder(TorchFunctionMode):
         if name == "__get__":
             return self._property(func, args[0])
         if name == "__set__" and self.recording:
-            if func.__self__.__name__ == "data" and self._is_own_data(*args):
-                return None
+            if func.__self__.__name__ == "data":
+                return record_assignment(self.tape, *args)
             func = _assignment(func, self.tape.find(args[0]))
         if name in VALUE_READERS:
             return self._read(func, name, args, kwargs)
@@ -243,13 +243,6 @@ class Recorder(TorchFunctionMode):
             return tensor.is_floating_point() and node.op != "placeholder"
         return func(tensor)
 
-    def _is_own_data(self, tensor: Tensor, value: Any) -> bool:
-        """Whether a tensor's own memory is assigned to it, as by ``weight.data *= mask``."""
-        node = self.tape.find(value)
-        while node is not None and changes_input(node) and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        return node is not None and node.target is getattr and node.args == (self.tape.arg(tensor), "data")
-
     def _region(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Record where a region without gradients, or of another precision, begins or ends."""
         if func is set_grad_mode:
@@ -360,8 +353,8 @@ def _assignment(setter: Any, node: fx.Node | None) -> Any:
     Of a tensor that was detached, gradients are asked for in the forward; of any other, for its user's sake.
     """
     name = setter.__self__.__name__
-    if name in ("data", "grad"):
-        raise CaptureError(f"it assigns the .{name} of a tensor")
+    if name == "grad":
+        raise CaptureError("it assigns the .grad of a tensor")
     detached = node is not None and getattr(node.target, "__name__", node.target) == "detach"
     return Tensor.requires_grad_ if name == "requires_grad" and detached else setter
 

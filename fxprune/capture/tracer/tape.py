@@ -56,8 +56,8 @@ class Tape:
         # Nodes whose result is as long as the numbers in some tensor say.
         self.unsized: set[fx.Node] = set()
         self.reads: list[fx.Node] = []
-        # Whole numbers of the model that are no state: they do not change.
-        self.integers: dict[str, Tensor] = {}
+        self.overwritten: list[str] = []  # parameters, see `record_assignment`
+        self.integers: dict[str, Tensor] = {}  # of the model that are no state: they do not change
         self._nodes: dict[int, fx.Node] = {}
         self._undo: list[tuple[int, fx.Node | None]] = []
         self._alive: list[Any] = []
@@ -165,6 +165,10 @@ class Tape:
 
     def find(self, tensor: Tensor) -> fx.Node | None:
         return self._nodes.get(id(tensor))
+
+    def forget(self, tensor: Tensor) -> None:
+        """Read an attribute of the model anew where it is used next: it holds something else by then."""
+        self._undo.append((id(tensor), self._nodes.pop(id(tensor), None)))
 
     def rename(self, tensor: Tensor, other: Tensor) -> None:
         """Let a tensor stand for the node of another one from now on."""

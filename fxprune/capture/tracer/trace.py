@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.capture.errors import CaptureError
+from fxprune.capture.errors import CaptureError, Overwritten
 from fxprune.capture.hooks import Hook
 from fxprune.capture.tracer.entries import Decision, Scope
 from fxprune.capture.tracer.isolation import Changes, ModelState, rng_state
@@ -162,6 +162,8 @@ def _run(
             except Question as question:
                 raise CaptureError(question.text) from None
         tape.output(out)
+    if tape.overwritten:
+        raise Overwritten(tuple(tape.overwritten))
     result.memos, result.reads = tape.finished(), tape.reads
     return result
 

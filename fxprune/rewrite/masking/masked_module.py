@@ -165,20 +165,23 @@ class MaskedReads(TorchFunctionMode):
         self, weights: list[torch.Tensor], masks: list[torch.Tensor], operands: list[torch.Tensor]
     ) -> None:
         super().__init__()
-        self.weights = weights
-        self.masked = [weight * mask for weight, mask in zip(weights, masks, strict=True)]
+        self.weights, self.masks = weights, masks
+        # None: of a parameter whose storage code has reached, so that it may change within the forward.
+        self.masked: list[torch.Tensor | None] = [w * mask for w, mask in zip(weights, masks, strict=True)]
         self.operands = operands
 
     def read(self, value: Any) -> Any:
         """``value``, or its masked form if it is one of the parameters (also in a list, as LSTMs do it)."""
         if isinstance(value, (list, tuple)):
             return type(value)([self.read(item) for item in value]) if type(value) in (list, tuple) else value
-        for weight, masked in zip(self.weights, self.masked, strict=True):
+        for weight, masked, mask in zip(self.weights, self.masked, self.masks, strict=True):
             if value is weight:
-                return masked
+                return weight * mask if masked is None else masked
         return value
 
     def __torch_function__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__self__", None) is torch.Tensor.data and any(args[0] is x for x in self.weights):
+            return self._stored(func, *args)
         args = [self.read(value) for value in args]
         kwargs = {name: self.read(value) for name, value in (kwargs or {}).items()}
         if self.operands and func in KERNELS:
@@ -187,6 +190,13 @@ class MaskedReads(TorchFunctionMode):
                 if operand.shape == mask.shape:
                     args, kwargs = with_weight_operand(args, kwargs, operand * mask)
         return func(*args, **kwargs)
+
+    def _stored(self, func: Any, weight: torch.Tensor, *value: torch.Tensor) -> Any:
+        """Read or assign the ``.data`` of a parameter itself: code that bounds a norm changes storage."""
+        place = next(place for place, own in enumerate(self.weights) if own is weight)
+        result = func(weight, *value)
+        self.masked[place] = None
+        return result
 
 
 class FrozenOperand(TorchFunctionMode):

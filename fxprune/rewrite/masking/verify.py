@@ -7,6 +7,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.capture.errors import check_module
+from fxprune.capture.tracer.assigned_data import assign_data_
 from fxprune.rewrite.masking.averages import foreign_masks
 from fxprune.rewrite.masking.computed import mask_of_computed, masks_of_computed, settled
 from fxprune.rewrite.masking.graph_reads import (
@@ -187,12 +188,17 @@ def _check_operand(
         )
 
 
+def _reads_storage(node: torch.fx.Node) -> bool:
+    """Whether a node reads or writes what is stored, beside its gradient: that is zero where the mask is."""
+    return node.target is assign_data_ or (node.target is getattr and "data" in node.args)
+
+
 def _check_graph(path: str, gm: GraphModule) -> None:
     """Every read of a masked parameter is multiplied; every operand computed from one has its zeros."""
     for node in gm.graph.nodes:
         if node.op == "get_attr" and mask_of(gm, node.target) is not None:
             for user in node.users:
-                if not is_mask_product(gm, user):
+                if not is_mask_product(gm, user) and not _reads_storage(user):
                     raise RuntimeError(f"{join(path, node.target)} is read by {user.name} without its mask")
         if node.op == "call_function" and node.target in KERNELS:
             operand = weight_operand(node.args, node.kwargs)

@@ -1,0 +1,108 @@
+"""Forwards that assign the ``.data`` of a parameter: norms that are kept small, types, copies."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+
+
+class Bounded(nn.Module):
+    """Scales the rows of a layer's weight down to a largest norm, before it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.weight.data = torch.renorm(self.layer.weight.data, 2, 0, 0.3)
+        y: Tensor = self.layer(x)
+        return y
+
+
+class BoundedLayer(nn.Conv2d):
+    """Does the same to its own weight."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.3)
+        return super().forward(x)
+
+
+class MaskedLayer(nn.Module):
+    """Masks the weight of a layer in place."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(6, 6, 3, padding=1)
+        self.register_buffer("mask", torch.ones(6, 6, 3, 3).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.weight.data *= self.mask
+        y: Tensor = self.layer(x)
+        return y
+
+
+class OfType(nn.Module):
+    """Moves a layer to a type which it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer = self.layer.to(torch.float32)
+        self.layer.bias.data = self.layer.bias.data.type_as(x)  # type: ignore[union-attr]
+        y: Tensor = self.layer(x)
+        return y
+
+
+def network(kind: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 6, 3), kind(), nn.Flatten(), nn.Linear(96, 4)), torch.randn(2, 3, 6, 6)
+
+
+def trained(model: nn.Module, x: Tensor, masks: dict[str, Tensor]) -> list[Tensor]:
+    """What three steps give; ``masks`` are held by hand."""
+    optimizer, found = torch.optim.SGD(model.train().parameters(), 0.5), []
+    for _ in range(3):
+        found.append(model(x))
+        optimizer.zero_grad()
+        found[-1].square().sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        with torch.no_grad():
+            for name, mask in masks.items():
+                model.get_parameter(name).mul_(mask)
+    return found
+
+
+@pytest.mark.parametrize("kind", [Bounded, BoundedLayer, MaskedLayer, OfType])
+@pytest.mark.parametrize("returns", ["graph", "module"])
+def test_data_of_a_parameter_made_of_itself_is_assigned_in_the_graph(
+    kind: Callable[[], nn.Module], returns: Any
+) -> None:
+    model, x = network(kind)
+    before = copy.deepcopy(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gm = fxprune.capture(model, x)
+        pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, returns=returns, progress=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert len(fxprune.lower(gm).kernels) == 3
+    masks, masked = fxprune.masks(pruned), copy.deepcopy(model)
+    assert len(masks) == 3
+    for name, mask in masks.items():
+        masked.get_parameter(name).data.mul_(mask)
+    for ours, own, held in ((gm, copy.deepcopy(model), {}), (pruned, masked, masks)):
+        for got, wanted in zip(trained(ours, x, {}), trained(own, x, held), strict=True):
+            assert torch.equal(got, wanted)
+    fxprune.verify(pruned)
