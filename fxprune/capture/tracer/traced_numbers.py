@@ -108,6 +108,41 @@ def _plain(kind: type) -> Callable[[Any], Any]:
     return method
 
 
+def _by_numpy(self: Any, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+    """Compute what a function of NumPy gives, in recorded arithmetic where there is one for it.
+
+    Rounded numbers are fractions here, as in NumPy.
+    """
+    name = ufunc.__name__
+    function = OF_NUMPY.get(name) if method == "__call__" and not options else None
+    if function is not None and all(isinstance(number, int | float) for number in inputs):
+        args = [float(number) if type(number).__module__ == "numpy" else number for number in inputs]
+        if name in ROUNDED:
+            self.recorder.made_plain(self)  # the number of one size more may be the same
+        result = self.recorder.number(function, tuple(args), function(*map(plain_number, args)))
+        return result * 1.0 if name in ROUNDED else result
+    for number in inputs:
+        if isinstance(number, TracedInt | TracedFloat):
+            number.recorder.made_plain(number)
+    return getattr(ufunc, method)(*map(plain_number, inputs), **options)
+
+
+def _rounded(self: Any, decimals: int = 0, out: Any = None) -> Any:
+    """Round as ``numpy.round`` does, which asks its argument to."""
+    self.recorder.made_plain(self)
+    return round(self, decimals) * 1.0
+
+
+def _of_type(self: Any, kind: Any) -> Any:
+    """Convert what has come of a function of NumPy, as its numbers are converted."""
+    if kind is float:
+        return self * 1.0
+    if issubclass(kind, int):
+        return math.trunc(self)
+    self.recorder.made_plain(self)
+    return kind(plain_number(self))
+
+
 def _truth(self: Any) -> bool:
     return bool(self != 0)
 
@@ -130,6 +165,14 @@ UNARY: dict[str, Callable[..., Any]] = {
     "round": round,
 }
 
+ROUNDED = frozenset(("floor", "ceil", "trunc", "rint"))
+OF_NUMPY: dict[str, Callable[..., Any]] = {
+    **{name: UNARY[name] for name in ("floor", "ceil", "trunc")},
+    **{"rint": round, "negative": operator.neg, "absolute": abs, "sqrt": math.sqrt},
+    **{"add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": operator.truediv},
+    **{"floor_divide": operator.floordiv, "remainder": operator.mod, "power": operator.pow},
+}
+
 COMPARISONS = (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
 
 for _class, _base in ((TracedInt, int), (TracedFloat, float)):
@@ -140,7 +183,9 @@ for _class, _base in ((TracedInt, int), (TracedFloat, float)):
         setattr(_class, f"__{_name}__", _unary(_function))
     for _function in COMPARISONS:
         setattr(_class, f"__{_function.__name__}__", _comparison(_function))
-    for _name, _method in {"bool": _truth, "hash": _base.__hash__}.items():
+    for _name, _method in {"bool": _truth, "hash": _base.__hash__, "array_ufunc": _by_numpy}.items():
         setattr(_class, f"__{_name}__", _method)
+    for _name, _method in {"round": _rounded, "astype": _of_type}.items():
+        setattr(_class, _name, _method)
     for _kind in (int, float):
         setattr(_class, f"__{_kind.__name__}__", _plain(_kind))

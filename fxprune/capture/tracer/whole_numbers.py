@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 from fxprune.capture.tracer.traced_numbers import TracedFloat, TracedInt
@@ -36,7 +37,7 @@ class Namespaces:
     def meet(self, number: TracedInt | TracedFloat) -> None:
         """Note where a plain number is made, if a name there is what makes it."""
         frame = sys._getframe(1)
-        while frame.f_code.co_filename.startswith(_HERE) and frame.f_back is not None:
+        while _is_between(frame) and frame.f_back is not None:
             frame = frame.f_back
         names = frame.f_globals
         library = str(names.get("__name__", "")).partition(".")[0]
@@ -58,6 +59,12 @@ class Namespaces:
         self.met.update((id(names), names) for names in self.followed)
         self.followed, self.gave_up = [], self.gave_up or known
         return known
+
+
+def _is_between(frame: FrameType) -> bool:
+    """Whether code is of this package, or of NumPy, whose functions call what a number defines."""
+    library = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return frame.f_code.co_filename.startswith(_HERE) or library == "numpy"
 
 
 class _Kind(type):

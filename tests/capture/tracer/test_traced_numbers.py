@@ -6,6 +6,7 @@ import copy
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -147,3 +148,37 @@ def test_a_detector_whole() -> None:
         assert all(torch.equal(got[key], want[key]) for key in want)
     kernels = {n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     assert {name.removesuffix(".weight") for name in lower(gm).kernels} == kernels
+
+
+class ByNumpy(nn.Module):
+    """Takes a part of the batch that functions of NumPy count."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layer, self.way = nn.Linear(4, 3), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[0]
+        if self.way == "floor":
+            count = int(np.floor(size * 0.5))
+        elif self.way == "ceil":
+            count = np.ceil(size / 2).astype(int)
+        elif self.way == "round":
+            count = int(np.round(size * 0.4))
+        elif self.way == "sqrt":
+            count = int(np.ceil(np.sqrt(size)))
+        else:
+            count = int(np.floor_divide(size, 2) + np.multiply(np.float64(0.5), np.add(size, 1)))
+        y: Tensor = self.layer(x)[:count]
+        return y
+
+
+@pytest.mark.parametrize("way", ["floor", "ceil", "round", "sqrt", "several"])
+def test_functions_of_numpy_follow_the_batch(way: str) -> None:
+    torch.manual_seed(0)
+    model = ByNumpy(way)
+    for size in (4, 5):
+        gm = capture(model, torch.ones(size, 4))
+        for batch in (1, 3, 4, 6, 9, 17):
+            x = torch.randn(batch, 4)
+            assert torch.equal(gm(x), model(x))
