@@ -50,46 +50,45 @@ def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple
     """Name the weights of layers inside of what no rule knows, with their other names.
 
     No path through them is known, but a layer multiplies its input with its weight wherever it stands, and so
-    does a contraction with weights that are scaled by sample.
+    does a contraction with what is computed from a parameter: weights that are scaled by sample, tables of
+    relative positions of which every query picks rows.
     """
     parameters = Parameters.of(gm)
     # What ops read may be buffers.
     read = {use.name for op in graph.opaque for use in op.params} & parameters.tensors.keys()
     layers = {name for name in read if isinstance(parameters.owners[name][1], LAYERS)}
-    spread = _scaled(graph) & parameters.tensors.keys()
-    scaled = {name for name in spread if sum(size > 1 for size in parameters.tensors[name].shape) > 1}
+    multiplied = {
+        name
+        for name in _met(graph, products=True)
+        if name in parameters.tensors and not isinstance(parameters.owners[name][1], (*TABLES, *NORMS))
+        if sum(size > 1 for size in parameters.tensors[name].shape) > 1
+    }
     return {
         name: tuple(parameters.aliases[name])
         for name in parameters.tensors
-        if name in layers | scaled and name in parameters.prunable and name not in graph.kernels
+        if name in layers | multiplied and name in parameters.prunable and name not in graph.kernels
         if name not in graph.overwritten
         if parameters.tensors[name].numel()
     }
 
 
-def _scaled(graph: ir.ChannelGraph) -> set[str]:
-    """Matrix weights that are scaled by values on their way to a contraction."""
-    spread = {
-        use.name
-        for op in graph.ops
-        if isinstance(op, ir.Affine) and op.output.live and not op.bias and _brings_axes(op)
-        for use in op.params
-    }
-    return spread & _met(graph)
+def _met(graph: ir.ChannelGraph, *, products: bool = False) -> set[str]:
+    """Parameters that a contraction meets, also by way of what is computed from them, or an unknown op.
 
-
-def _met(graph: ir.ChannelGraph) -> set[str]:
-    """Parameters that a contraction meets, also by way of what is computed from them, or an unknown op."""
+    ``products``: only those that are an operand of a product of values.
+    """
     carried: dict[int, frozenset[str]] = {}
     met: set[str] = set()
     for op in graph.ops:
         own = frozenset(use.name for use in op.params)
         inside = frozenset().union(*(carried.get(value.index, frozenset()) for value in op.inputs))
         match op:
-            case ir.Mix() | ir.Opaque():
+            case ir.Mix():
                 met |= own | inside
+            case ir.Opaque():
+                met |= set() if products else own | inside
             case ir.Kernel():
-                met |= own
+                met |= set() if products else own
             case _ if not op.output.live:
                 carried[op.output.index] = own | inside
             case ir.Affine() if not op.bias and _brings_axes(op):

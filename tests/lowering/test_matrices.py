@@ -74,6 +74,46 @@ def test_buffers_of_a_module_that_stays_whole_are_no_weights() -> None:
     assert set(fxprune.masks(pruned)) == {"0.weight", "1.layer.weight", "2.weight"}
 
 
+class Relative(nn.Module):
+    """Attention with a table of relative positions, which is resized and multiplied with the queries."""
+
+    def __init__(self, resized: bool) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(6, 6) for _ in range(3))
+        self.table, self.resized = nn.Parameter(torch.randn(9, 6)), resized
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, table = x.shape[1], self.table
+        if self.resized:
+            table = F.interpolate(table.t()[None], size=2 * n - 1, mode="linear")[0].t()
+        positions = torch.arange(n)[:, None] - torch.arange(n)[None] + n - 1
+        query, key = self.query(x), self.key(x)
+        scores = query @ key.transpose(1, 2) + torch.einsum("bqc,qkc->bqk", query, table[positions])
+        y: Tensor = scores.softmax(-1) @ self.value(x)
+        return y
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_tables_of_positions_that_queries_multiply_are_pruned(resized: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Relative(resized), torch.randn(2, 7 if resized else 5, 6)
+    gm = fxprune.capture(model, x)
+    assert list(hidden_layers(gm, lower(gm))) == ["table"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, progress=False)
+    masks, masked = fxprune.masks(pruned), copy.deepcopy(model)
+    assert 0 < int(masks["table"].sum()) < 54
+    assert sum(int(mask.sum()) for mask in masks.values()) == 81
+    with torch.no_grad():
+        for name, mask in masks.items():
+            masked.get_parameter(name).mul_(mask)
+    assert torch.equal(masked(x), pruned(x))
+    fxprune.verify(pruned)
+    with pytest.warns(UserWarning, match="33% of the 162 matrix weights cannot be pruned.*table"):
+        fxprune.apply(model, "synflow", 0.5, example_inputs=x, progress=False)
+
+
 class NoChannels(nn.Module):
     """Squeezes its channels to none, as some do that divide a width by a factor."""
 
