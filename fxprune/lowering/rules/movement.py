@@ -376,7 +376,10 @@ def constants(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
 
 @table.rule(torch.where, "where")
 def where(context: Context, condition: Any, a: Any = None, b: Any = None) -> Any:
-    """Each side where it is chosen; both, where the input chooses. Alone: places, on no path."""
+    """Each side where it is chosen; both, where the input chooses. Alone: places, on no path.
+
+    Between constants the choice is all that is left of the input: signs, steps and hard quantisers.
+    """
     if a is None:
         return tuple(numbers(context, places) for places in context.result)
     build, shape = context.build, context.shape
@@ -391,4 +394,6 @@ def where(context: Context, condition: Any, a: Any = None, b: Any = None) -> Any
         if chosen is not None:
             value = build.select(value, chosen.bool() == pick, shape)
         sides.append(value)
+    if isinstance(condition, ir.Value) and condition.live and not any(value.live for value in sides):
+        sides.append(build.map_anew(build.affine(condition, shape), floor=bool(sides)))
     return build.sum(sides, shape)

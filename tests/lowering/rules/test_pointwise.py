@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import fxprune
 from fxprune.capture import capture
 from fxprune.lowering import lower
 from fxprune.paths.count import reach
@@ -215,6 +216,45 @@ def test_a_choice_that_depends_on_the_input_takes_both_sides() -> None:
     found = reach(graph, {"left.weight": left})
     assert torch.equal(found["left.weight"], left)
     assert bool(found["right.weight"].all())
+
+
+@pytest.mark.parametrize(
+    "quantised",
+    [
+        lambda x: torch.where(x > 0, torch.ones_like(x), -torch.ones_like(x)),
+        lambda x: torch.where(x > 0, 1.0, 0.0),
+        lambda x: (x * 255).byte().float() / 255,
+    ],
+)
+def test_a_step_between_constants_is_a_path(quantised: Callable[[Tensor], Tensor]) -> None:
+    """What a hard quantiser leaves of its input still comes of it: the layers around it have paths."""
+
+    class Binary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.before(x)
+            y: Tensor = self.after(quantised(z))
+            return y, z.square().sum()
+
+    torch.manual_seed(0)
+    model, x = Binary(), torch.randn(5, 4)
+    graph = lower(capture(model, x), strict=True)
+    assert not graph.opaque
+    dead = torch.ones(6, 4, dtype=torch.bool)
+    dead[2] = False
+    found = reach(graph, {"before.weight": dead})
+    assert bool(found["after.weight"].any())
+    masks = fxprune.masks(fxprune.apply(model, "synflow", 0.5, example_inputs=x, progress=False))
+    assert all(bool(mask.any()) for mask in masks.values())
+    pruned = fxprune.apply(
+        model, "magnitude", 0.3, granularity="channel", example_inputs=x, progress=False
+    ).eval()
+    small = fxprune.compact(pruned, example_inputs=x).eval()
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(small(x), pruned(x))
 
 
 @pytest.mark.parametrize(
