@@ -328,7 +328,8 @@ class _Walk:
             return Constant(result.shape, result.dtype, new, reads=reads_after_write(result, *args[1:]))
 
         def constant(val: Tensor, read: Callable[[], Any], view: TensorFunction | None) -> Constant:
-            ref = simplified(parameter_view(kind, operands, val, view), self.build.parameters)
+            table = self.build.parameters
+            ref = simplified(parameter_view(kind, operands, val, view, table), table)
             return Constant(
                 tuple(val.shape),
                 val.dtype,

@@ -43,6 +43,7 @@ def matrices_outside(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, in
         and not isinstance(parameters.owners[name][1], (*TABLES, *NORMS))
     }
     met = _met(graph).union(graph.overwritten, *graph.overwritten.values()) if sizes else set()
+    met -= _frozen_factors(graph, parameters) if met else set()
     return {name: sizes[name] for name in sorted(sizes, key=lambda name: -sizes[name]) if name in met}
 
 
@@ -70,6 +71,21 @@ def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple
         if name not in graph.overwritten
         if parameters.tensors[name].numel()
     }
+
+
+def _frozen_factors(graph: ir.ChannelGraph, parameters: Parameters) -> set[str]:
+    """Parameters that are not trained, and that weights of their own shape are multiplied with: masks."""
+    found: set[str] = set()
+    for op in graph.ops:
+        weight = parameters.tensors.get(op.weight.name or "") if isinstance(op, ir.Kernel) else None
+        if weight is not None and weight.requires_grad:
+            others = {use.name: parameters.tensors.get(use.name) for use in op.params}
+            found |= {
+                name
+                for name, x in others.items()
+                if x is not None and x.shape == weight.shape and not x.requires_grad
+            }
+    return found
 
 
 def _met(graph: ir.ChannelGraph, *, products: bool = False) -> set[str]:

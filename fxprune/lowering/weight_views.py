@@ -40,11 +40,12 @@ def view_of(
 
 
 def parameter_view(
-    kind: Any, operands: list[Any], val: Tensor, view: TensorFunction | None
+    kind: Any, operands: list[Any], val: Tensor, view: TensorFunction | None, parameters: Parameters
 ) -> ir.WeightRef | None:
     """The parameter that a constant is a view of, or a re-parameterisation of in its own shape.
 
-    ``kind`` is the function that made the constant: a change of type or device leaves the parameter as it is.
+    ``kind`` is the function that made the constant: a change of type or device leaves the parameter as it is,
+    and so does, of two parameters that are multiplied, the one that is not trained: a mask.
     """
     refs = [x for x in operands if isinstance(x, Constant) and x.weight is not None]
     shape = tuple(val.shape)
@@ -53,19 +54,28 @@ def parameter_view(
         whole = (old.view or TensorFunction()).followed_by(view)
         return ir.WeightRef(old.name, shape, whole, old.direct, old.computed, old.scaled)
     same = [x.weight for x in refs if x.shape == shape and x.weight is not None]
+    if len(same) == 2 and kind in SCALES:
+        same = [ref for ref in same if not _is_frozen(ref, parameters)] or same
     if len(same) != 1 or not val.is_floating_point():
         return None
     if kind in MOVES_TYPE:
         return same[0]
     scaled = kind in SCALES and (same[0].scaled or not same[0].computed)
     factors = [x for x in operands if not (isinstance(x, Constant) and x.weight is same[0])]
-    return replace(same[0], computed=True, scaled=scaled and all(map(_is_as_given, factors)))
+    return replace(
+        same[0], computed=True, scaled=scaled and all(_is_as_given(x, parameters) for x in factors)
+    )
 
 
-def _is_as_given(factor: Any) -> bool:
-    """Whether a constant is a buffer, or has none in it: what is computed of one changes as it is cut."""
-    plain = isinstance(factor, Constant) and factor.weight is None
-    return plain and (factor.reads is None or factor.reads.whole)
+def _is_frozen(ref: ir.WeightRef, parameters: Parameters) -> bool:
+    return ref.name is not None and not parameters.tensors[ref.name].requires_grad
+
+
+def _is_as_given(factor: Any, parameters: Parameters) -> bool:
+    """Whether a constant is like a buffer, or has none in it: what comes of one changes as it is cut."""
+    if not isinstance(factor, Constant) or (factor.reads is not None and not factor.reads.whole):
+        return False
+    return factor.weight is None or _is_frozen(factor.weight, parameters)
 
 
 def simplified(ref: ir.WeightRef | None, parameters: Parameters) -> ir.WeightRef | None:

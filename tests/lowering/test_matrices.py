@@ -114,6 +114,70 @@ def test_tables_of_positions_that_queries_multiply_are_pruned(resized: bool) -> 
         fxprune.apply(model, "synflow", 0.5, example_inputs=x, progress=False)
 
 
+class Wired(nn.Module):
+    """Multiplies its weight with a wiring that is a parameter, but is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.wiring = nn.Parameter(torch.ones(8, 6).tril(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(F.linear(x, self.layer.weight * self.wiring, self.layer.bias).relu())
+        return y
+
+
+def test_weights_under_a_mask_that_is_a_parameter_are_pruned() -> None:
+    torch.manual_seed(0)
+    model, x = Wired(), torch.randn(4, 6)
+    gm = fxprune.capture(model, x)
+    graph = lower(gm)
+    assert graph.kernels.keys() == {"layer.weight", "last.weight"}
+    assert matrices_outside(gm, graph) == {}
+    for method in ("magnitude", "synflow"):
+        pruned = fxprune.apply(model, method, 0.5, example_inputs=x, progress=False)
+        masks, masked = fxprune.masks(pruned), copy.deepcopy(model)
+        assert masks.keys() == graph.kernels.keys()
+        with torch.no_grad():
+            for name, mask in masks.items():
+                masked.get_parameter(name).mul_(mask)
+        assert torch.equal(masked(x), pruned(x))
+        fxprune.verify(pruned)
+    pruned = fxprune.apply(
+        model, "magnitude", 0.3, granularity="channel", example_inputs=x, progress=False
+    ).eval()
+    small = fxprune.compact(pruned, example_inputs=x).eval()
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    torch.testing.assert_close(small(x), pruned(x))
+
+
+class Gate(nn.Module):
+    """Asks its numbers, so that nothing in it has a path; one of them is a buffer."""
+
+    least: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.register_buffer("least", torch.tensor(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y * 2 if bool(y.max() > self.least) else y + self.least
+
+
+@pytest.mark.filterwarnings("ignore:capture. 1 .Gate. kept whole")
+def test_parts_without_paths_may_hold_buffers() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), Gate(), nn.Linear(6, 2)), torch.randn(3, 4)
+    gm = fxprune.capture(model, x)
+    graph = lower(gm)
+    assert any(use.name == "1.least" for op in graph.opaque for use in op.params)
+    assert list(hidden_layers(gm, graph)) == ["1.layer.weight"]
+    pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, progress=False)
+    assert fxprune.masks(pruned).keys() == {"0.weight", "1.layer.weight", "2.weight"}
+
+
 class NoChannels(nn.Module):
     """Squeezes its channels to none, as some do that divide a width by a factor."""
 

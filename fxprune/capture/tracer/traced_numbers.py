@@ -183,9 +183,11 @@ for _class, _base in ((TracedInt, int), (TracedFloat, float)):
         setattr(_class, f"__{_name}__", _unary(_function))
     for _function in COMPARISONS:
         setattr(_class, f"__{_function.__name__}__", _comparison(_function))
-    for _name, _method in {"bool": _truth, "hash": _base.__hash__, "array_ufunc": _by_numpy}.items():
+    for _name, _method in {"bool": _truth, "hash": _base.__hash__}.items():
         setattr(_class, f"__{_name}__", _method)
-    for _name, _method in {"round": _rounded, "astype": _of_type}.items():
-        setattr(_class, _name, _method)
+    _for_numpy: dict[str, Callable[..., Any]]
+    _for_numpy = {"__array_ufunc__": _by_numpy, "round": _rounded, "astype": _of_type}
+    for _name in _for_numpy:
+        setattr(_class, _name, _for_numpy[_name])
     for _kind in (int, float):
         setattr(_class, f"__{_kind.__name__}__", _plain(_kind))
