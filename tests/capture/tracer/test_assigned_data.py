@@ -72,7 +72,7 @@ def network(kind: Callable[[], nn.Module]) -> tuple[nn.Module, Tensor]:
 
 
 def trained(model: nn.Module, x: Tensor, masks: dict[str, Tensor]) -> list[Tensor]:
-    """What three steps give; ``masks`` are held by hand."""
+    """Train for three steps, with ``masks`` held by hand, and return the outputs."""
     optimizer, found = torch.optim.SGD(model.train().parameters(), 0.5), []
     for _ in range(3):
         found.append(model(x))

@@ -227,7 +227,7 @@ def test_a_choice_that_depends_on_the_input_takes_both_sides() -> None:
     ],
 )
 def test_a_step_between_constants_is_a_path(quantised: Callable[[Tensor], Tensor]) -> None:
-    """What a hard quantiser leaves of its input still comes of it: the layers around it have paths."""
+    """A hard quantiser passes on something of its input: the layers around it have paths."""
 
     class Binary(nn.Module):
         def __init__(self) -> None:
