@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from fxprune.capture.tracer.spelling import called
 from fxprune.graph import ir
 from fxprune.lowering.parameters import Parameters
 from fxprune.torch_private import ConvNd, NormBase
@@ -11,6 +12,13 @@ from fxprune.torch_private import ConvNd, NormBase
 __all__ = ["hidden_layers", "matrices_outside"]
 
 TABLES = (nn.Embedding, nn.EmbeddingBag)
+MOVES = frozenset(
+    """
+    contiguous expand flatten float getattr getitem index_select interpolate mul narrow permute reshape
+    squeeze t to transpose type type_as unsqueeze view
+    """.split()
+)
+PRODUCTS = frozenset("baddbmm bmm einsum linear matmul mm tensordot".split())
 LAYERS = (nn.Linear, nn.Bilinear, ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 NORMS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -61,7 +69,9 @@ def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple
     multiplied = {
         name
         for name in _met(graph, products=True)
-        if name in parameters.tensors and not isinstance(parameters.owners[name][1], (*TABLES, *NORMS))
+        if name in parameters.tensors
+        and (name in _scaled(graph) or _is_moved_alone(gm, name))
+        and not isinstance(parameters.owners[name][1], (*TABLES, *NORMS))
         if sum(size > 1 for size in parameters.tensors[name].shape) > 1
     }
     return {
@@ -71,6 +81,29 @@ def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple
         if name not in graph.overwritten
         if parameters.tensors[name].numel()
     }
+
+
+def _scaled(graph: ir.ChannelGraph) -> set[str]:
+    """Weights that are scaled by values, along axes of their own."""
+    return {
+        use.name
+        for op in graph.ops
+        if isinstance(op, ir.Affine) and op.output.live and not op.bias and _brings_axes(op)
+        for use in op.params
+    }
+
+
+def _is_moved_alone(gm: fx.GraphModule, name: str) -> bool:
+    """Whether nothing becomes of a parameter on its way to products but what leaves its zeros zero."""
+    pending = [node for node in gm.graph.nodes if node.op == "get_attr" and node.target == name]
+    known = bool(pending)
+    while pending:
+        for user in pending.pop().users:
+            if called(user) in MOVES:
+                pending.append(user)
+            elif called(user) not in PRODUCTS:
+                return False
+    return known
 
 
 def _frozen_factors(graph: ir.ChannelGraph, parameters: Parameters) -> set[str]:
