@@ -6,7 +6,7 @@ No labels are needed for the comparison, and no training for either.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from fxprune.capture.errors import check_module
 from fxprune.network import inside
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.scoring.data import Batch, stream
+from fxprune.scoring.distributed import average, everybody
 from fxprune.scoring.gradients import run
 from fxprune.scoring.walk import checked_tokens
 from fxprune.torch_private import BatchNorm
@@ -276,7 +277,8 @@ def recalibrate(model: nn.Module, data: Any, loss_fn: Callable[..., Tensor] | No
         loss_fn: ``loss_fn(model, batch)``, where mappings do not name the model's inputs.
 
     Returns:
-        A copy with new statistics; parameters, masks and modes are those of ``model``.
+        A copy with new statistics; parameters, masks and modes are those of ``model``. Several processes
+        with data of their own all get the means over all batches.
 
     Raises:
         ValueError: there is no batch norm with running statistics, no batch, or one of a single value.
@@ -308,6 +310,24 @@ def recalibrate(model: nn.Module, data: Any, loss_fn: Callable[..., Tensor] | No
             seen += 1
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    if not seen:
+    if not _share(norms, seen):
         raise ValueError("data: it yields no batch")
     return result
+
+
+def _share(norms: Sequence[nn.Module], seen: int) -> int:
+    """Make statistics those of the batches of all processes; return how many these are."""
+    group = everybody()
+    if group is None:
+        return seen
+    named = [norm.get_buffer(name) for norm in norms for name in ("running_mean", "running_var")]
+    number = torch.tensor(float(seen), device=named[0].device)
+    sums = [statistic.float() * number for statistic in named]
+    average([*sums, number], group)
+    batches = round(number.item() * group.size())
+    if batches:
+        for norm in norms:
+            norm.get_buffer("num_batches_tracked").fill_(batches)
+        for statistic, total in zip(named, sums, strict=True):
+            statistic.copy_(total / number)
+    return batches

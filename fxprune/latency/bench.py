@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
 
 from fxprune.capture import capture
 from fxprune.capture.inputs import example_inputs_for
+from fxprune.capture.module import CapturedModule
 from fxprune.channels.counts import dense_macs
 from fxprune.latency.memory import peak_bytes
 from fxprune.latency.results import Bench, Measured, Timing
@@ -24,6 +25,7 @@ from fxprune.rewrite.files.archive import save
 from fxprune.rewrite.files.export import drawn_arguments
 from fxprune.rewrite.masking.finalize import plain
 from fxprune.rewrite.masking.parameters import unwrap
+from fxprune.torch_private import pytree
 
 __all__ = ["bench", "evaluating", "measure", "run_in_turn"]
 
@@ -46,8 +48,9 @@ def bench(
     Args:
         models: by name, networks that take the same inputs; they are not changed. The first is the one that
             others are compared with.
-        example_inputs: as in :func:`fxprune.apply`; numbers are drawn in their shapes. By default what the
-            first of the networks takes that says so, as graphs of :func:`fxprune.apply` do.
+        example_inputs: as in :func:`fxprune.apply`; numbers are drawn in their shapes. By default those that
+            the first of the graphs of :func:`fxprune.apply` was captured with, else what the first network
+            takes that says so.
         batch: a batch size, or several.
         runtimes: "eager", "compile", "onnxruntime", "openvino". One that is not installed is skipped, and
             said to be.
@@ -117,14 +120,19 @@ def measure(
 
 
 def _known_inputs(models: Mapping[str, nn.Module], example_inputs: Any) -> Any:
-    """Return the example inputs, where there are none those of the first network that says what it takes."""
-    for model in models.values() if example_inputs is None else ():
+    """Return the example inputs, where there are none those of the first graph, or of a network that says."""
+    if example_inputs is not None:
+        return example_inputs
+    # What a graph was captured with was chosen by somebody; what other networks say is only usual.
+    for model in sorted(
+        map(unwrap, models.values()), key=lambda inner: not isinstance(inner, CapturedModule)
+    ):
         try:
-            args, kwargs = example_inputs_for(unwrap(model))
+            args, kwargs = example_inputs_for(model)
         except ValueError:
             continue
         return args or kwargs
-    return example_inputs
+    return None
 
 
 def _check(
@@ -173,10 +181,7 @@ def evaluating(models: Any, threads: int) -> Iterator[None]:
 def _described(model: nn.Module, given: Any, calls: Mapping[int, Any], folder: Path) -> Measured:
     """Count a network's parameters, multiply-adds, and bytes on disk and in memory."""
     source = plain(unwrap(model))
-    has_shapes = isinstance(source, fx.GraphModule) and all("val" in node.meta for node in source.graph.nodes)
-    gm = (
-        source if isinstance(source, fx.GraphModule) and has_shapes else capture(source, given[0] or given[1])
-    )
+    gm: fx.GraphModule = source if _fits(source, given) else capture(source, given[0] or given[1])
     file = folder / "network.safetensors"
     save(model, file)
     graph = lower(gm)
@@ -188,6 +193,17 @@ def _described(model: nn.Module, given: Any, calls: Mapping[int, Any], folder: P
             size: peak_bytes(model, partial(model, *args, **kwargs)) for size, (args, kwargs) in calls.items()
         },
     )
+
+
+def _fits(source: nn.Module, given: Any) -> TypeGuard[CapturedModule]:
+    """Whether a network is a graph whose shapes are those of the given inputs, but for the batch."""
+    if not isinstance(source, CapturedModule) or not all("val" in node.meta for node in source.graph.nodes):
+        return False
+    own, asked = (
+        [value.shape[1:] for value in pytree.tree_leaves(inputs) if isinstance(value, torch.Tensor)]
+        for inputs in (example_inputs_for(source), given)
+    )
+    return own == asked
 
 
 def run_in_turn(

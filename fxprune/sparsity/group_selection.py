@@ -197,6 +197,13 @@ class ChannelGroups:
         staying = self._staying(alive, order[:low], rank, rounded)
         return {name: self.groups.kept(name, staying).to(mask.device) & mask for name, mask in within.items()}
 
+    def check_reach(self, scores: Mapping[str, Tensor], budget: Budget, within: Mapping[str, Tensor]) -> None:
+        """``ValueError`` if by these scores even the fewest groups that can stay cost more than a budget."""
+        limit, cost = self.limit(budget) * (1 + ROUNDING), self.cost(within)
+        least = (1 - self.most(scores, within)) * cost.whole
+        if least * (1 - ROUNDING) > limit:
+            raise self._out_of_reach(limit, least, cost.whole)
+
     def most(self, scores: Mapping[str, Tensor], within: Mapping[str, Tensor]) -> float:
         """Return the highest sparsity that can be met by these scores."""
         pooled, alive = self.pool(scores, within)
@@ -283,7 +290,7 @@ class ChannelGroups:
             remedy = f"ask for at_most={enough} or more"
         elif reach == 0:
             remedy = "no channel can go" + (f"{more.replace(', or', ' under', 1)}" if more else "")
-        must = in_unit(least, options.of).split()[0]
+        must = in_unit(least, options.of).split()[0] + (", as predicted," if options.of == "latency" else "")
         why = (
             f"every layer keeps one channel{more}, and outputs, excluded layers and what meets them "
             f"keep all ({some or 'none here'})"

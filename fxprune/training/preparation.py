@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -40,10 +42,16 @@ def prepare(model: nn.Module, example_inputs: Any, wish: Request, method: Traini
     Where ``method`` does not ask for paths, layers without any are pruned too.
 
     Returns the problem as it is before training; its ``model`` is the masked one.
-    Raises what :func:`fxprune.apply` raises for models and arguments that do not fit.
+    Raises what :func:`fxprune.apply` raises for models and arguments that do not fit, and ``ValueError`` for
+    a target that channels cannot meet.
     """
     wish.check(model)
-    return _prepared(model, example_inputs, wish, method, warn=True)
+    problem = _prepared(model, example_inputs, wish, method, warn=True)
+    if isinstance(problem.granularity, ChannelGroups):
+        # Now, and not in the epoch in which the target would be met.
+        sizes = {name: weight.abs() for name, weight in problem.weights.items()}
+        problem.granularity.check_reach(sizes, problem.budget, problem.masks)
+    return problem
 
 
 def prepare_smaller(model: fx.GraphModule, before: Problem, wish: Request) -> Problem:
@@ -99,12 +107,22 @@ def whole_cost(problem: Problem) -> float:
     return problem.granularity.whole if isinstance(problem.granularity, ChannelGroups) else 1.0
 
 
-def one_of(sparsity: float | None, options: dict[str, Any]) -> float | None:
-    """Take ``target`` out of ``options``, another name of the sparsity; ``ValueError`` if both are given."""
+@contextmanager
+def named_as_given(sparsity: float | None, options: dict[str, Any]) -> Iterator[float | None]:
+    """Take ``target``, another name of the sparsity, out of ``options``; give the one that is there.
+
+    Errors within name the argument as it was given. ``ValueError`` if both are there.
+    """
     target: float | None = options.pop("target", None)
     if sparsity is not None and target is not None:
         raise ValueError(f"sparsity={sparsity!r} and target={target!r}: two names of one number; give one")
-    return sparsity if target is None else target
+    try:
+        yield sparsity if target is None else target
+    except (TypeError, ValueError) as error:
+        given = f"sparsity={target!r}"
+        if target is None or given not in str(error):
+            raise
+        raise type(error)(str(error).replace(given, f"target={target!r}")) from error
 
 
 def _prepared(

@@ -28,7 +28,7 @@ from fxprune.training.numbers import integer
 from fxprune.training.open_masks import dense_gradients
 from fxprune.training.preparation import (
     Returns,
-    one_of,
+    named_as_given,
     prepare,
     prepare_smaller,
     take_granularity,
@@ -109,14 +109,14 @@ class Pruner:
         **method_options: Any,
     ) -> None:
         self.granularity = take_granularity(granularity, method_options)
-        target = one_of(sparsity, method_options)
-        if getattr(self.granularity, "at_most", None) is not None:
-            ask = Request(
-                get("magnitude"), target or 0.5, data, loss_fn, "global", self.granularity, None,
-                exclusions(exclude), seed, None, "graph", "warn", rules=rules, asked=target is not None,
-            )  # fmt: skip
-            self.granularity, target = without_limit(model, example_inputs, ask)
-        self.method = resolve(method, target, total, method_options)
+        with named_as_given(sparsity, method_options) as target:
+            if getattr(self.granularity, "at_most", None) is not None:
+                ask = Request(
+                    get("magnitude"), target or 0.5, data, loss_fn, "global", self.granularity, None,
+                    exclusions(exclude), seed, None, "graph", "warn", rules=rules, asked=target is not None,
+                )  # fmt: skip
+                self.granularity, target = without_limit(model, example_inputs, ask)
+            self.method = resolve(method, target, total, method_options)
         self.total = integer("total", total, 1)
         if self.method.begin is not None and self.granularity != WEIGHT:
             raise ValueError(f"granularity={granularity!r}: method {self.method.name!r} moves single weights")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from scoring.processes import together
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
@@ -181,3 +182,24 @@ def test_nothing_to_recalibrate_is_told_of() -> None:
         fxprune.recalibrate(nets()[0], (torch.ones(2, 4), torch.ones(2)))
     with pytest.raises(ValueError, match="data: it yields no batch"):
         fxprune.recalibrate(normed(), [])
+
+
+def batches_of(ranks: range) -> list[Any]:
+    """Three batches of the first process and one of the second; none of a third."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {0: (4, 7, 2), 1: (6,), 2: ()}
+    drawn = {r: [torch.randn(n, 3, 6, 6, generator=generator) + n for n in sizes[r]] for r in sizes}
+    return [(x, torch.zeros(len(x))) for rank in ranks for x in drawn[rank]]
+
+
+def recalibrated_with_others(rank: int) -> dict[str, Tensor]:
+    return dict(fxprune.recalibrate(normed(), batches_of(range(rank, rank + 1))).named_buffers())
+
+
+def test_processes_recalibrate_together() -> None:
+    every = together(3, recalibrated_with_others)
+    wanted = dict(fxprune.recalibrate(normed(), batches_of(range(3))).named_buffers())
+    for found in every:
+        assert not isinstance(found, Exception)
+        for name, value in wanted.items():
+            assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-6), name

@@ -146,3 +146,27 @@ def test_inputs_are_those_of_the_first_network_that_says_them() -> None:
     assert [timing.network for timing in found.timings] == ["dense", "masked"]
     with pytest.raises(ValueError, match="example_inputs: the input size of Sequential is not known"):
         fxprune.bench({"dense": net()}, seconds=0.001)
+
+
+class Sized(nn.Sequential):
+    """Says what it takes as timm does: 32 pixels a side."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(
+            nn.Conv2d(3, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        )
+        self.pretrained_cfg = {"input_size": (3, 32, 32)}
+
+
+def test_all_networks_are_counted_at_one_size() -> None:
+    small = torch.ones(2, 3, 8, 8)
+    masked = fxprune.apply(Sized(), "magnitude", 0.5, example_inputs=small, progress=False)
+
+    def macs(*inputs: torch.Tensor) -> set[int]:
+        found = fxprune.bench({"dense": Sized(), "masked": masked}, *inputs, seconds=0.001, threads=1)
+        return {network.macs for network in found.networks.values()}
+
+    # Somebody chose the size that the graph has; the usual one was nobody's choice.
+    assert macs() == {27 * 4 * 64 + 8}
+    assert macs(torch.ones(1, 3, 16, 16)) == {27 * 4 * 256 + 8}

@@ -108,8 +108,37 @@ def test_a_limit_in_units_of_the_cost(of: str, limit: float) -> None:
 
 def test_limits_that_do_not_fit_are_refused() -> None:
     given = {"total": 2, "granularity": "channel", "of": "macs", "example_inputs": X}
-    with pytest.raises(ValueError, match=r"at_most: it says what may stay, and sparsity=0\.5 too; give one"):
+    with pytest.raises(ValueError, match=r"at_most: it says what may stay, and target=0\.5 too; give one"):
         fxprune.Pruner(net(), "gmp", target=0.5, at_most=1e4, **given)  # type: ignore[arg-type]
     with pytest.warns(UserWarning, match="no channel goes"):
         with pytest.raises(ValueError, match=r"at_most=1000000000\.0: the network takes \d+ MACs as it is"):
             fxprune.Pruner(net(), "gmp", at_most=1e9, **given)  # type: ignore[arg-type]
+
+
+def test_a_target_out_of_reach_is_refused_before_any_training() -> None:
+    # The smallest network keeps one channel of each layer, and all outputs.
+    least = 27 * 64 + 9 * 9 + 9 + 4
+    whole = 27 * 16 * 64 + 9 * 16 * 24 * 9 + 24 * 16 * 9 + 16 * 4
+    lowest = 1 - least / whole
+    with pytest.raises(ValueError, match=rf"must stay.*a sparsity of at most {int(1e4 * lowest) / 1e4}"):
+        fxprune.Pruner(
+            net(), "gmp", total=4, target=lowest + 1e-3, granularity="channel", of="macs", example_inputs=X
+        )
+    pruner = fxprune.Pruner(
+        net(), "gmp", total=1, target=lowest - 1e-3, granularity="channel", of="macs", example_inputs=X
+    )
+    pruner.step(1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target": 50}, r"^target=50: expected a fraction in \(0, 1\); 50 percent is 0\.5$"),
+        ({"target": "half"}, r"^target='half': expected a fraction"),
+        ({"target": 0.5, "initial": 0.7}, r"from 0 to target=0\.5$"),
+        ({"sparsity": 50}, r"^sparsity=50: expected a fraction"),
+    ],
+)
+def test_a_wrong_target_is_named_as_it_was_given(given: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        fxprune.Pruner(net(), "gmp", total=4, example_inputs=X, **given)
