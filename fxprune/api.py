@@ -127,6 +127,11 @@ def analyze(
     (5, 24)
     """
     if resolution not in ("spatial", "channel"):
+        if not isinstance(resolution, str):
+            raise TypeError(
+                f"resolution: got a {type(resolution).__name__}, expected 'spatial' or 'channel'; inputs are"
+                " example_inputs=..."
+            )
         raise ValueError(f"resolution={resolution!r}: expected 'spatial' or 'channel'")
     check_module(gm, "gm")
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):

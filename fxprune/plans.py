@@ -86,6 +86,8 @@ class Plan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan that :meth:`save` wrote; ``ValueError`` where the file holds none."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"{os.fspath(path)!r}: no such plan; make one with fxprune.plan")
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:

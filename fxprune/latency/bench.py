@@ -155,9 +155,9 @@ def _check(
     for runtime in runtimes:
         if runtime not in RUNTIMES:
             raise ValueError(f"runtimes: {runtime!r} is unknown; expected some of {', '.join(RUNTIMES)}")
-    if threads is not None and threads < 1:
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise ValueError(f"threads={threads!r}: expected a number from 1")
-    if not seconds > 0:
+    if not isinstance(seconds, (int, float)) or not seconds > 0:
         raise ValueError(f"seconds={seconds!r}: expected a number above 0")
 
 

@@ -24,6 +24,13 @@ from fxprune.methods import get as get_method
 from fxprune.progress import Display
 from fxprune.rewrite.compact import compact
 from fxprune.sweeps.claims import Claims
+from fxprune.sweeps.grid_arguments import (
+    check_folder,
+    check_functions,
+    numbers_of,
+    seeds_of,
+    sparsities_of,
+)
 from fxprune.training.checkpoints import write_bytes
 
 __all__ = ["Results", "read_results", "sweep"]
@@ -90,12 +97,15 @@ class Results:
         return found
 
     def __str__(self) -> str:
-        lines = self.summary()
+        lines, failed = self.summary(), [f"failed: {name}: {error}" for name, error in self.failed.items()]
+        if not lines:
+            return "\n".join(
+                ["no cell is done", *(f"failed: {name}: {e}" for name, e in self.failed.items())]
+            )
         keys = list(dict.fromkeys(key for line in lines for key in line if not key.endswith(" ±")))
         rows = ["| " + " | ".join(keys) + " |", "| " + " | ".join(["---"] * len(keys)) + " |"]
         rows += ["| " + " | ".join(_cell(line, key) for key in keys) + " |" for line in lines]
-        rows += [f"failed: {name}: {error}" for name, error in self.failed.items()]
-        return "\n".join(rows)
+        return "\n".join(rows + failed)
 
 
 def sweep(
@@ -116,7 +126,8 @@ def sweep(
     Args:
         model_fn: returns the network; it is called under the seed of each cell.
         methods: names or :class:`fxprune.Method` objects; or label -> (method, options of ``apply``).
-        sparsities, seeds: the other sides of the grid. With a ``train_fn`` each seed is trained dense too.
+        sparsities, seeds: the other sides of the grid, lists or one number. With a ``train_fn`` each seed is
+            trained dense too.
         train_fn: ``train_fn(model, seed)`` trains a network in place and returns its accuracy, or numbers by
             name. Without it networks are pruned and counted.
         folder: where results are kept. A cell that is there is not done again, so that a sweep that was
@@ -138,10 +149,12 @@ def sweep(
     >>> [row["kept"] for row in found.rows]
     [24, 12]
     """
-    entries, cells, folder = _entries(methods), [], Path(folder)
-    for seed in list(seeds):
+    check_functions(model_fn, train_fn)
+    entries, cells, folder, shares = _entries(methods), [], Path(folder), sparsities_of(sparsities)
+    check_folder(folder)
+    for seed in seeds_of(seeds):
         cells += [Cell(DENSE, 0.0, seed)] if train_fn is not None else []
-        cells += [Cell(label, float(sparsity), seed) for sparsity in list(sparsities) for label in entries]
+        cells += [Cell(label, sparsity, seed) for sparsity in shares for label in entries]
     _describe(folder, entries, options)
     claims = Claims(folder / CELLS)
     work = _Work(model_fn, entries, train_fn, data, latency, options)
@@ -196,8 +209,7 @@ class _Work:
                 found |= numbers
             if self.train_fn is not None:
                 torch.manual_seed(cell.seed)
-                trained = self.train_fn(model, cell.seed)
-                found |= dict(trained) if isinstance(trained, Mapping) else {"accuracy": float(trained)}
+                found |= numbers_of(self.train_fn(model, cell.seed))
         return found
 
     def _pruned(self, dense: nn.Module, cell: Cell) -> tuple[nn.Module, dict[str, Any]]:

@@ -150,7 +150,8 @@ def regularizer(
     >>> sparse.step()
     """
     if kind not in KINDS:
-        raise ValueError(f"kind={kind!r}: expected one of {', '.join(map(repr, KINDS))}")
+        given = f"kind={kind!r}" if isinstance(kind, str) else f"kind: got a {type(kind).__name__}"
+        raise ValueError(f"{given}: expected one of {', '.join(map(repr, KINDS))}")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
     power, renew = _kind(kind, options)

@@ -117,6 +117,8 @@ def test_a_runtime_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyP
         ({"batch": (0,)}, "batch: 0 is no batch size"),
         ({"runtimes": ("tpu",)}, "runtimes: 'tpu' is unknown; expected some of eager"),
         ({"threads": 0}, "threads=0: expected a number from 1"),
+        ({"threads": 1.5}, r"threads=1\.5: expected a number from 1"),
+        ({"seconds": "1"}, "seconds='1': expected a number above 0"),
         ({"seconds": 0}, "seconds=0: expected a number above 0"),
     ],
 )

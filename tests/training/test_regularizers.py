@@ -123,6 +123,7 @@ def test_training_with_it_makes_groups_small() -> None:
     ("options", "kind", "words"),
     [
         ({"kind": "lasso"}, ValueError, "kind='lasso': expected one of 'group-lasso'"),
+        ({"kind": nn.Linear(3, 2)}, ValueError, "kind: got a Linear: expected one of"),
         ({"strength": 0}, ValueError, "strength=0: expected a number above zero"),
         (
             {"alpha": 1.0},

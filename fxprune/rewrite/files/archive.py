@@ -80,6 +80,8 @@ def save(
     if isinstance(path, nn.Module) and not isinstance(network, nn.Module):
         network, path = path, network
     check_module(network, "network")
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path={path!r}: expected the name of a file, as in 'net.safetensors'")
     if form not in (None, *FORMS):
         raise ValueError(f"form={form!r}: expected one of {', '.join(map(repr, FORMS))}")
     masks = read(network)

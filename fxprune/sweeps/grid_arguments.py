@@ -1,0 +1,78 @@
+"""Check the sides of a grid before any cell is done: what a caller gave comes in, lists or errors go out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+__all__ = ["check_folder", "check_functions", "numbers_of", "seeds_of", "sparsities_of"]
+
+
+def check_functions(model_fn: Any, train_fn: Any) -> None:
+    """``TypeError`` for a network instead of the function that makes it, and what is no function."""
+    for argument, value, meant in (
+        ("model_fn", model_fn, "a function that makes the network"),
+        ("train_fn", train_fn, "a function of (model, seed) that returns an accuracy, or numbers by name"),
+    ):
+        if isinstance(value, nn.Module) or not (
+            callable(value) or (value is None and argument != "model_fn")
+        ):
+            raise TypeError(f"{argument}: expected {meant}, got a {type(value).__name__}")
+
+
+def check_folder(folder: Path) -> None:
+    """``ValueError`` where the folder of a sweep is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder={str(folder)!r}: there is a file of that name; expected a folder")
+
+
+def sparsities_of(sparsities: Any) -> list[float]:
+    """Return the sparsities of a grid, one or several.
+
+    >>> sparsities_of(0.5)
+    [0.5]
+    """
+    some = [sparsities] if isinstance(sparsities, Real) else sparsities
+    if not isinstance(some, Iterable) or isinstance(some, (str, Mapping)):
+        raise TypeError(f"sparsities={sparsities!r}: expected a list of fractions, as in [0.5, 0.9]")
+    found = list(some)
+    for sparsity in found:
+        if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
+            raise TypeError(f"sparsities: {sparsity!r}: expected a fraction in [0, 1), as in 0.9")
+        share = float(sparsity)
+        if not 0 <= share < 1:
+            hint = f"; {sparsity} percent is {share / 100:g}" if 1 < share < 100 else ""
+            raise ValueError(f"sparsities: {sparsity!r}: expected a fraction in [0, 1){hint}")
+    return [float(sparsity) for sparsity in found]
+
+
+def seeds_of(seeds: Any) -> list[int]:
+    """Return the seeds of a grid, one or several.
+
+    >>> seeds_of(range(2))
+    [0, 1]
+    """
+    some = [seeds] if isinstance(seeds, int) else seeds
+    if not isinstance(some, Iterable) or isinstance(some, (str, Mapping)):
+        raise TypeError(f"seeds={seeds!r}: expected a list of integers, as in [0, 1, 2]")
+    found = list(some)
+    for seed in found:
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise TypeError(f"seeds: {seed!r}: expected an integer of at least 0")
+    return found
+
+
+def numbers_of(trained: Any) -> dict[str, Any]:
+    """Return what a ``train_fn`` returned as numbers by name."""
+    if isinstance(trained, Mapping):
+        return dict(trained)
+    try:
+        return {"accuracy": float(trained)}
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"train_fn returned {trained!r}: expected an accuracy, or a dict of numbers by name"
+        ) from error

@@ -1,0 +1,58 @@
+"""Sides of a grid that do not fit are refused before any cell is done."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"sparsities": [0.5, 50]}, ValueError, r"^sparsities: 50: expected a fraction.*50 percent is 0\.5$"),
+        ({"sparsities": "0.5"}, TypeError, "^sparsities='0.5': expected a list of fractions"),
+        ({"sparsities": ["0.5"]}, TypeError, "^sparsities: '0.5': expected a fraction"),
+        ({"seeds": 0.5}, TypeError, r"^seeds=0\.5: expected a list of integers"),
+        ({"seeds": [-1]}, TypeError, "^seeds: -1: expected an integer of at least 0"),
+        ({"model_fn": net()}, TypeError, "^model_fn: expected a function that makes the network, got a Seq"),
+        ({"train_fn": 3}, TypeError, "^train_fn: expected a function of .*, got a int"),
+    ],
+)
+def test_wrong_sides_are_named_before_anything_is_trained(
+    given: dict[str, Any], error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    def train(model: nn.Module, seed: int) -> float:
+        raise AssertionError("trained")
+
+    wish: dict[str, Any] = {"model_fn": net, "methods": ["magnitude"], "sparsities": [0.5], "train_fn": train,
+                            "folder": tmp_path / "new", "example_inputs": torch.ones(1, 6)}  # fmt: skip
+    with pytest.raises(error, match=words):
+        fxprune.sweep(**{**wish, **given})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_for_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(ValueError, match="there is a file of that name; expected a folder"):
+        fxprune.sweep(net, ["magnitude"], [0.5], folder=tmp_path / "file")
+
+
+def test_one_sparsity_and_one_seed_need_no_list(tmp_path: Path) -> None:
+    given = {"folder": tmp_path, "example_inputs": torch.ones(1, 6), "progress": False}
+    found = fxprune.sweep(net, "magnitude", 0.5, 3, **given)  # type: ignore[arg-type]
+    assert [(row["sparsity"], row["seed"]) for row in found.rows] == [(0.5, 3)]
+
+
+def test_a_result_that_is_no_number_is_shown(tmp_path: Path) -> None:
+    given = {"folder": tmp_path, "example_inputs": torch.ones(1, 6), "progress": False}
+    with pytest.warns(UserWarning, match="train_fn returned 'good': expected an accuracy, or a dict"):
+        found = fxprune.sweep(net, ["magnitude"], [0.5], train_fn=lambda m, s: "good", **given)  # type: ignore
+    assert str(found).startswith("no cell is done\nfailed: dense-0.0-0: train_fn returned")
