@@ -126,8 +126,7 @@ def sweep(
     Args:
         model_fn: returns the network; it is called under the seed of each cell.
         methods: names or :class:`fxprune.Method` objects; or label -> (method, options of ``apply``).
-        sparsities, seeds: the other sides of the grid, lists or one number. With a ``train_fn`` each seed is
-            trained dense too.
+        sparsities, seeds: lists, or one number. With a ``train_fn`` each seed is trained dense too.
         train_fn: ``train_fn(model, seed)`` trains a network in place and returns its accuracy, or numbers by
             name. Without it networks are pruned and counted.
         folder: where results are kept. A cell that is there is not done again, so that a sweep that was
@@ -150,11 +149,9 @@ def sweep(
     [24, 12]
     """
     check_functions(model_fn, train_fn)
-    entries, cells, folder, shares = _entries(methods), [], Path(folder), sparsities_of(sparsities)
+    entries, folder = _entries(methods), Path(folder)
     check_folder(folder)
-    for seed in seeds_of(seeds):
-        cells += [Cell(DENSE, 0.0, seed)] if train_fn is not None else []
-        cells += [Cell(label, sparsity, seed) for sparsity in shares for label in entries]
+    cells = _cells(entries, sparsities_of(sparsities), seeds_of(seeds), train_fn is not None)
     _describe(folder, entries, options)
     claims = Claims(folder / CELLS)
     work = _Work(model_fn, entries, train_fn, data, latency, options)
@@ -264,6 +261,15 @@ def _entries(methods: Iterable[str | Method] | Mapping[str, Any]) -> Entries:
     if DENSE in found:
         raise ValueError(f"methods: {DENSE!r} is the label of the network that is not pruned; take another")
     return found
+
+
+def _cells(labels: Iterable[str], sparsities: list[float], seeds: list[int], trains: bool) -> list[Cell]:
+    """List the cells of a grid, seed by seed, each after its dense network where there is training."""
+    cells: list[Cell] = []
+    for seed in seeds:
+        cells += [Cell(DENSE, 0.0, seed)] if trains else []
+        cells += [Cell(label, sparsity, seed) for sparsity in sparsities for label in labels]
+    return cells
 
 
 def _do(cell: Cell, work: _Work, claims: Claims, failed: dict[str, str]) -> None:

@@ -209,6 +209,8 @@ def test_a_damaged_plan_is_an_error_that_says_so(damage: str, tmp_path: Path) ->
     else:
         found["curve"] = [{"at": 1}]
     path.write_text(json.dumps(found))
+    with pytest.raises(FileNotFoundError, match=r"'nowhere\.json': no such plan; make one with"):
+        fxprune.Plan.load("nowhere.json")
     with pytest.raises(ValueError, match=r"plan\.json.*damaged plan"):
         fxprune.Plan.load(path)
 

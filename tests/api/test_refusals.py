@@ -121,9 +121,11 @@ def test_models_that_are_no_models_or_have_no_values() -> None:
     [
         (lambda: fxprune.analyze("net"), "gm: expected a torch.nn.Module"),
         (lambda: fxprune.analyze(net(), "pixel"), "resolution='pixel'"),
-        (lambda: fxprune.analyze(net(), torch.ones(2, 4)), "resolution: got a Tensor.*example_inputs="),
+        (
+            lambda: fxprune.analyze(net(), torch.ones(2, 4)),
+            "resolution: got a Tensor, expected 'spatial' or 'channel'; inputs are example_inputs",
+        ),
         (lambda: fxprune.save(net(), None), "path=None: expected the name of a file"),
-        (lambda: fxprune.Plan.load("nowhere.json"), "'nowhere.json': no such plan"),
         (lambda: fxprune.analyze(net()), "example_inputs"),
         (lambda: fxprune.capture(net()), "example_inputs"),
         (lambda: fxprune.lower(net()), "gm: expected a torch.fx.GraphModule"),
