@@ -39,7 +39,7 @@ def resized(model: Any, pruned: nn.Module, small: fx.GraphModule, inputs: Mappin
     computes something else in them.
     """
     own, wanted = _shapes_of(model), _shapes_of(small)
-    _check_names(type(model).__name__, own, wanted)
+    _check_names(model, own, wanted)
     _check_layers(own, wanted)
     with torch.random.fork_rng(devices=[]):  # a class draws weights when it is built
         return _found(model, pruned, small, inputs, own, wanted)
@@ -69,20 +69,33 @@ def _found(
     why = f"; {search.refused[0]}" if search.refused else ""
     raise ValueError(
         f"no sizes in {type(model.config).__name__} make {name!r} {wanted[name]} and the others fit{why}; "
-        "keep its size with --exclude"
+        f'keep its size with --exclude "{_siblings(name)}"'
     )
+
+
+def _siblings(name: str) -> str:
+    """Give a pattern of the layers beside the one of a parameter, in all blocks.
+
+    >>> _siblings("h.0.attn.query.weight"), _siblings("head.weight")
+    ('h.*.attn.*', 'head')
+    """
+    *above, layer, _ = name.split(".")
+    pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", ".".join([*above, "*"]))
+    return pattern if above else layer
 
 
 def _shapes_of(network: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def _check_names(kind: str, own: Shapes, wanted: Shapes) -> None:
-    more, less = [name for name in wanted if name not in own], [name for name in own if name not in wanted]
-    if more:
+def _check_names(model: Any, own: Shapes, wanted: Shapes) -> None:
+    kind, less = type(model).__name__, [name for name in own if name not in wanted]
+    if any(name not in own for name in wanted):  # of a norm, how many channels there were
+        table = model.get_input_embeddings()
+        name = next((name for name, module in model.named_modules() if module is table), "*embed*")
         raise ValueError(
-            f"{kind} has no {more[0]!r}, which the compact network needs; keep its width: --exclude the "
-            "embeddings"
+            f"the network became narrower between its layers, and the norms of {kind} cannot be told how wide"
+            f' it was; keep that width with --exclude "{name}"'
         )
     if less:
         raise ValueError(f"{less[0]!r} is gone as a whole, and {kind} needs it; ask for less --sparsity")

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fxprune import progress
+
 FACTORIES = """
 import torch
 from torch import nn
@@ -28,6 +30,12 @@ def asking(width):
 def data():
     return torch.randn(8, 6), torch.arange(8) % 4
 """
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Show no progress, which a busy machine would mix with the lines that tests read."""
+    monkeypatch.setattr(progress, "PATIENCE", 1e6)
 
 
 @pytest.fixture

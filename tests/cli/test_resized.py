@@ -128,13 +128,14 @@ def test_tied_heads_stay_tied(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         pytest.param(
             bert,
             ["--granularity", "head", "--scope", "uniform"],
-            "BertForMaskedLM has no 'narrowed_bert_embed",
+            "of BertForMaskedLM cannot be told how wide it was; keep that width with --exclude "
+            '"bert.embeddings.word_embeddings"',
             marks=pytest.mark.slow,
         ),
         (
             bert,
             ["--granularity", "head", "--scope", "uniform", "--exclude", "*embeddings*"],
-            "no sizes in BertConfig make 'bert.encoder.layer.0.attention.self.query.weight' (",
+            'keep its size with --exclude "bert.encoder.layer.*.attention.self.*"',
         ),
     ],
 )
@@ -152,6 +153,19 @@ def test_the_folder_is_dense_with_zeros_where_the_class_has_no_such_sizes(
         name: p.shape for name, p in model.named_parameters()
     }
     assert any(int((p == 0).sum()) > p.numel() // 4 for p in again.parameters() if p.dim() > 1)
+
+
+@pytest.mark.slow
+def test_what_the_lines_say_makes_the_folder_smaller(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--granularity", "head", "--scope", "uniform", "-s", "0.3"]
+    words += ["--exclude", "bert.embeddings.word_embeddings", "bert.encoder.layer.*.attention.self.*"]
+    out, code = written(tmp_path, bert(), *words)
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    assert "dense shapes with zeros" not in said.out
+    assert transformers.BertForMaskedLM.from_pretrained(out).config.intermediate_size < 36
 
 
 def test_weights_that_leave_every_channel_are_refused_before_the_work(
