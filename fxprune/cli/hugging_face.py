@@ -172,6 +172,20 @@ def check_compact(granularity: str) -> None:
         )
 
 
+def _zeros(folder: Path, pruned: nn.Module) -> list[str]:
+    """Give a line on weights that are zero although they are kept: where masks are gone, they count too."""
+    masks = fxprune.masks(pruned)
+    whole = sum(mask.numel() for mask in masks.values())
+    gone = sum(int((~mask).sum()) for mask in masks.values())
+    zero = sum(int((mask & (pruned.get_parameter(name) == 0)).sum()) for name, mask in masks.items())
+    if not zero:
+        return []
+    return [
+        f"{folder}: {zero:,} kept weights are zero themselves; without masks, as fxprune analyze hf: reads"
+        f" the folder, the sparsity is {(gone + zero) / whole:.4%}"
+    ]
+
+
 def write_folder(
     folder: Path,
     pruned: nn.Module,
@@ -192,7 +206,8 @@ def write_folder(
         inputs: by name; the written model is compared on them with the masked one.
 
     Returns:
-        Bytes by file, and lines that say why shapes are dense although ``small`` is there.
+        Bytes by file, and lines that say why shapes are dense although ``small`` is there, and what the
+        folder, which has no masks, is counted as when it is read.
     """
     lines: list[str] = []
     final: Any = None
@@ -204,7 +219,9 @@ def write_folder(
         except ValueError as error:
             lines.append(f"{folder}: dense shapes with zeros, for {error}")
     folder.mkdir(parents=True, exist_ok=True)
-    final = fxprune.finalize(pruned) if final is None else final
+    if final is None:
+        lines += _zeros(folder, pruned)
+        final = fxprune.finalize(pruned)
     final.save_pretrained(folder)
     origin = folder_of(source)
     assert origin is not None

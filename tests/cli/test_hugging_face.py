@@ -134,3 +134,19 @@ def test_what_is_wrong_is_said_in_a_line(folder: Path, tmp_path: Path, capsys: A
     (bare / "model.safetensors").unlink()
     assert run(["prune", f"hf:{bare}"]) == 2
     assert "has no weights" in capsys.readouterr().err
+
+
+def test_zeros_that_are_kept_are_told_of(tmp_path: Path, capsys: Any) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    # Its table has a row of zeros, for padding, and is the last layer as well.
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "dense")
+    out = str(tmp_path / "out")
+    assert run(["prune", f"hf:{tmp_path / 'dense'}", "-m", "random", "-s", "0.5", "--out", out]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "zero themselves" in line)
+    assert run(["analyze", f"hf:{out}"]) == 0
+    read = next(line for line in capsys.readouterr().out.splitlines() if "sparsity" in line)
+    assert line.split()[-1] == read.split()[-1] != "50.0000%"
