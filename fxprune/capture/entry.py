@@ -40,6 +40,7 @@ from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaf_forms import leaf_form
 from fxprune.capture.leaves import is_compiled, is_leaf
 from fxprune.capture.module import LeafGraph, assemble, assemble_leaf, reserved_names
+from fxprune.capture.tracer.calls_replaced import replaced_calls
 from fxprune.capture.tracer.isolation import restore_rng, rng_state, seed_rng
 from fxprune.capture.tracer.meta_values import map_structure, meta_like
 from fxprune.capture.tracer.sample_values import needs_numbers
@@ -98,7 +99,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     examples: dict[int, Tensor] = {}
     args, kwargs = _shapes(args, examples), _shapes(kwargs, examples)
     try:
-        with collector_paused():
+        with collector_paused(), replaced_calls():
             found = faithful_graph(model, args, kwargs, examples)
     except HookError:
         raise

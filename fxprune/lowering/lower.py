@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.capture import CaptureError, Overwritten, capture_leaf
+from fxprune.capture.collector import collector_paused
 from fxprune.capture.function_body import FunctionBody
 from fxprune.capture.leaves import dense_class
 from fxprune.capture.module import OpenGraph, leaf_attributes
 from fxprune.capture.narrowed_norms import NARROWED
 from fxprune.capture.tracer.call_targets import AutogradCall
+from fxprune.capture.tracer.calls_replaced import replaced_calls
 from fxprune.capture.tracer.contents import is_record
 from fxprune.capture.tracer.meta_values import map_structure
 from fxprune.graph import ir
@@ -96,7 +98,8 @@ def lower(gm: fx.GraphModule, *, rules: Rules | None = None, strict: bool = Fals
     build = Builder(Parameters.of(gm), own_rules(rules))
     build.samples, build.strict = _samples(gm), strict
     results = Results(build)
-    _Walk(gm, build, results).run(None)
+    with collector_paused(), replaced_calls():  # for the traces of leaves
+        _Walk(gm, build, results).run(None)
     values, constants = results.values()
     name, units = type(gm).__name__, tuple(build.units)
     ops = tuple(build.ops)

@@ -12,7 +12,7 @@ import sys
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import (
     BuiltinMethodType,
     CellType,
@@ -23,7 +23,7 @@ from types import (
     ModuleType,
     SimpleNamespace,
 )
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,7 @@ EMPTIED = frozenset((dict, OrderedDict, set))
 CREATORS = ("__init__", "__new__", "__post_init__", "__init_subclass__")
 
 
-@dataclass(frozen=True)
-class Owner:
+class Owner(NamedTuple):
     """The module at ``path`` whose attribute ``name`` leads to an object; ``path`` is None for globals.
 
     ``hook`` names the hook of the module that alone leads there.
@@ -63,8 +62,7 @@ class Owner:
     hook: str = ""
 
 
-@dataclass(frozen=True)
-class Container:
+class Container(NamedTuple):
     """Something that the code of a model can write: a collection, attributes, a closure's cell, a class,
     a module's globals or a random generator."""
 
@@ -140,7 +138,7 @@ class Reachable:
         if issubclass(type(value), COLLECTIONS):
             self.containers.append(Container(owner, value))
         for key, item in _parts(value):
-            inner = replace(owner, hook=hook_name(item)) if owner.name in KINDS and not owner.hook else owner
+            inner = owner._replace(hook=hook_name(item)) if owner.name in KINDS and not owner.hook else owner
             self._attributes.append((inner, value, key, item))
         if not _has_attributes(value):
             return
@@ -150,10 +148,10 @@ class Reachable:
         self._seen[id(attributes)] = attributes
         own = isinstance(value, nn.Module) and id(value) in self._paths
         for name, item in list(attributes.items()):
-            if own:
-                owner = Owner(self._paths[id(value)], None if name in TABLES else name)
             if type(item) in ATOMS:
                 continue
+            if own:
+                owner = Owner(self._paths[id(value)], None if name in TABLES else name)
             later = own and name in FORWARD_TABLES
             (self._code if later else self._attributes).append((owner, attributes, name, item))
 
@@ -220,7 +218,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _named(owner: Owner, name: str) -> Owner:
-    return replace(owner, name=owner.name or name)
+    return owner._replace(name=owner.name or name)
 
 
 def _parts(value: Any) -> Iterator[tuple[Any, Any]]:

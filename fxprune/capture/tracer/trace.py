@@ -6,7 +6,6 @@ In: a model, its arguments (meta tensors), the mode to trace in and the modules 
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.capture.errors import CaptureError, Overwritten
 from fxprune.capture.hooks import Hook
+from fxprune.capture.tracer.calls_replaced import calls_go_to
 from fxprune.capture.tracer.entries import Decision, Scope
 from fxprune.capture.tracer.isolation import Changes, ModelState, rng_state
 from fxprune.capture.tracer.memos import Cache, Memos
@@ -28,7 +28,6 @@ from fxprune.capture.tracer.module_calls import Caller, CallSettings
 from fxprune.capture.tracer.patches import patched_functions
 from fxprune.capture.tracer.questions import Question
 from fxprune.capture.tracer.recorder import Recorder
-from fxprune.capture.tracer.replacing import replaced
 from fxprune.capture.tracer.spelling import is_pure
 from fxprune.capture.tracer.tape import Tape
 from fxprune.capture.tracer.values import Values
@@ -184,10 +183,8 @@ def shapes_only(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 @contextmanager
 def _patched(caller: Caller, state: ModelState) -> Iterator[None]:
     """Replace the calls of modules, and all functions that PyTorch does not report, while a model runs."""
-    # Some operations import it when they first run, and it keeps the ``nn.Module.__call__`` of that moment.
-    importlib.import_module("torch._dynamo")
     with (
-        replaced(nn.Module, "__call__", caller.replacement()),
+        calls_go_to(caller.replacement()),
         patched_functions(caller.recorder, state.places),
         follows_int(state.namespaces.followed),
     ):
