@@ -179,7 +179,30 @@ class Cost:
     def left(self, staying: Tensor) -> float:
         """Return the cost of the network in which only the groups marked in ``staying`` (bool) are left."""
         stays = self._extended(staying)
-        return self.fixed + sum(term.left(stays) for term in self.terms)
+        blocks = iter(self._left_of_blocks(stays))
+        return self.fixed + sum(
+            term.unit
+            * prod(next(blocks) if isinstance(part, Block) else part.left(stays) for part in term.parts)
+            for term in self.terms
+        )
+
+    def _left_of_blocks(self, stays: Tensor) -> list[float]:
+        """Count the entries that are left of every block: all at once, for most costs have nothing else."""
+        sides, place, each = self._blocks
+        sums = stays.new_zeros(2 * len(each)).index_add_(0, place, stays[sides])
+        left: list[float] = (each * sums[::2] * sums[1::2]).tolist()
+        return left
+
+    @cached_property
+    def _blocks(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The sides of all blocks in a row, the place of each entry's side, and the numbers ``each``."""
+        blocks = [part for term in self.terms for part in term.parts if isinstance(part, Block)]
+        sides = [side for block in blocks for side in (block.rows, block.columns)]
+        place = torch.arange(len(sides)).repeat_interleave(
+            torch.tensor([len(side) for side in sides], dtype=torch.int64)
+        )
+        each = torch.tensor([block.each for block in blocks], dtype=torch.float64)
+        return torch.cat([place[:0], *sides]), place, each
 
     def saved(self, staying: Tensor) -> Tensor:
         """Return what the removal of each group that is left would save (float64, one for every group)."""

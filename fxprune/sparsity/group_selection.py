@@ -88,30 +88,29 @@ class ChannelGroups:
 
     def _pooled(self, scores: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """One score for every group, and the number of its weights."""
-        shape = (self.groups.count,)
-        total = torch.zeros(shape, dtype=torch.float64)
-        number = torch.zeros(shape, dtype=torch.float64)
         power = 2 if self.options.pool == "l2" else 1
         how = "amax" if self.options.pool == "max" else "sum"
-        if how == "amax":
-            total.fill_(NEVER)
         sides = 1 if self.options.sides == "rows" else 2
+        nothing = torch.zeros(0, dtype=torch.float64)
+        indices, values, numbers = [nothing.long()], [nothing], [nothing]
         for name, score in scores.items():
             kernels, mask = self.groups.graph.kernels[name], masks[name]
             part = None if is_full(mask) else mask
             if how == "amax":
-                values = largest_by_channel(score, kernels, part, NEVER)
+                values += largest_by_channel(score, kernels, part, NEVER)
             else:
-                values = sums_by_channel(score, kernels, part, power)
-            counts = _counts(mask, part, kernels)
-            tables = (self.groups.rows[name], self.groups.columns[name])
-            for side, (index, value, count) in enumerate(zip(tables, values, counts, strict=True)):
-                member = index >= 0 if side < sides else self._rowless[index] & (index >= 0)
-                if how == "amax":
-                    total.scatter_reduce_(0, index[member], value[member], "amax")
-                else:
-                    total.index_add_(0, index[member], value[member])
-                number.index_add_(0, index[member], count[member])
+                values += sums_by_channel(score, kernels, part, power)
+            numbers += _counts(mask, part, kernels)
+            rows, columns = self.groups.rows[name], self.groups.columns[name]
+            indices += [rows, columns if sides == 2 else columns.where(self._rowless[columns], -1)]
+        index, value, count = torch.cat(indices), torch.cat(values), torch.cat(numbers)
+        member = index >= 0
+        index = index[member]
+        number = torch.zeros(self.groups.count, dtype=torch.float64).index_add_(0, index, count[member])
+        if how == "amax":
+            total = torch.full_like(number, NEVER).scatter_reduce_(0, index, value[member], "amax")
+        else:
+            total = torch.zeros_like(number).index_add_(0, index, value[member])
         if self.options.pool == "mean":
             total = total / number.clamp(min=1)
         elif self.options.pool == "l2":
