@@ -24,13 +24,11 @@ def live_taps(
     if window.mode != "zeros":
         return grid
     for axis, kernel in enumerate(window.kernel):
-        before = window.padding[axis][0]
-        places = torch.arange(size[axis] if window.transposed else out[axis])
-        taps = torch.arange(kernel)
-        seen = places[:, None] * window.stride[axis] - before + taps * window.dilation[axis]
+        places = size[axis] if window.transposed else out[axis]
         low, high = (0, out[axis]) if window.transposed else ranges[axis]
-        live = ((seen >= low) & (seen < high)).any(0)
-        view = [1] * len(window.kernel)
-        view[axis] = kernel
-        grid = grid & live.reshape(view)
+        for tap in range(kernel):
+            read = tap * window.dilation[axis] - window.padding[axis][0]  # at the first place
+            first = max(0, -((read - low) // window.stride[axis]))  # the first place that reads no padding
+            if first >= places or read + first * window.stride[axis] >= high:
+                grid.select(axis, tap).fill_(False)
     return grid

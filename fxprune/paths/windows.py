@@ -141,7 +141,8 @@ def _conv_of_constant_image(
 
     def contract(context: EvalContext, tensors: Sequence[Tensor]) -> Tensor:
         weight = _live_weight(op, context) if taps is None else context.operand(op.weight)[index]
-        weight = weight.flatten(2).sum(2)
+        weight = weight.reshape(*weight.shape[:2], -1)
+        weight = weight.sum(2) if weight.shape[2] > 1 else weight[..., 0]
         inputs = read(tensors[0]).reshape(-1, groups, inputs_per_group)
         if transposed:
             weight = weight.reshape(groups, -1, weight.shape[1])

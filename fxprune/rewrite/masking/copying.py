@@ -6,7 +6,7 @@ import copy
 import copyreg
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -69,6 +69,11 @@ def _copied(value: object, memo: dict[int, object]) -> object:
         return value
     if kind in EMPTIED and not value:
         return memo.setdefault(id(value), kind())
+    if isinstance(value, dict) and kind in EMPTIED and id(value) not in memo:
+        table: Any = kind()
+        memo[id(value)] = table
+        table.update((name, _copied(item, memo)) for name, item in value.items())
+        return table
     return copy.deepcopy(value, memo)
 
 
