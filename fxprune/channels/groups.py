@@ -76,7 +76,7 @@ class Groups:
         return by_row[one], by_column[one]
 
     def kept(self, name: str, alive: Tensor) -> Tensor:
-        """The weights of a parameter that stay when only the groups marked in ``alive`` (bool) do."""
+        """The weights of a parameter, in new memory, that stay if only the groups in ``alive`` (bool) do."""
         stays = torch.cat([alive, alive.new_ones(1)])  # -1: what cannot be removed
         kernels = self.graph.kernels[name]
         by_row, by_column = labels_by_weight(stays[self.rows[name]], stays[self.columns[name]], kernels)

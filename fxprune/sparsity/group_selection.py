@@ -194,7 +194,10 @@ class ChannelGroups:
             when = turns(pooled, self.groups.families, {})[order]
             low = int((when <= when[low - 1]).sum())  # all whose turn it is
         staying = self._staying(alive, order[:low], rank, rounded)
-        return {name: self.groups.kept(name, staying).to(mask.device) & mask for name, mask in within.items()}
+        return {
+            name: self.groups.kept(name, staying).to(mask.device).logical_and_(mask)
+            for name, mask in within.items()
+        }
 
     def check_reach(self, scores: Mapping[str, Tensor], budget: Budget, within: Mapping[str, Tensor]) -> None:
         """``ValueError`` if by these scores even the fewest groups that can stay cost more than a budget."""
