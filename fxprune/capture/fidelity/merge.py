@@ -9,6 +9,7 @@ harm goes into a :class:`ModeBranch`.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -22,7 +23,7 @@ from fxprune.capture.tracer.contents import is_record
 from fxprune.capture.tracer.entries import DtypeOf, Scope
 from fxprune.capture.tracer.spelling import changes_input, is_pure
 from fxprune.capture.tracer.trace import Trace
-from fxprune.torch_private import DropoutNd, NormBase
+from fxprune.torch_private import DropoutNd, NormBase, pytree
 
 __all__ = ["merge"]
 
@@ -48,6 +49,8 @@ class _Merge:
         self.absent: set[fx.Node] = set()
         self.last = next(iter(self.graph.nodes))
         self.attributes = {node.target: node for node in self.graph.nodes if node.op == "get_attr"}
+        alone = [node for node in _in_the_first_alone(base.scope, training.scope) if changes_input(node)]
+        self.written = {memory for node in alone for memory in _memories(node.args[:1])}
 
     def scopes(self, a: Scope, b: Scope) -> None:
         for mine, other in align_calls(a, b):
@@ -149,6 +152,8 @@ class _Merge:
             shared = operand not in block and operand not in self.added and operand.op != "get_attr"
             if operand in self.absent or (shared and not _same_shape(operand, self.twin[operand])):
                 return False
+            if shared and not self.written.isdisjoint(_memories(self.twin[operand])):
+                return False  # autograd refuses some views of what is written into
         if node.op == "call_module" or is_pure(node):
             return True
         # Writing into a tensor that a module of training's own has just made harms nobody.
@@ -210,6 +215,23 @@ def _subgraph(nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[Any]) -
     result = graph.output(tuple(None if node is None else copies[node] for node in outputs))
     result.meta["val"] = tuple(None if node is None else node.meta["val"] for node in outputs)
     return graph
+
+
+def _in_the_first_alone(a: Scope, b: Scope) -> Iterator[fx.Node]:
+    """The nodes of a trace that the other one does not have."""
+    for mine, other in align_calls(a, b):
+        if mine and other and isinstance(mine[0], Scope):
+            yield from _in_the_first_alone(mine[0], other[0])
+        elif mine and not other:
+            yield from _flat(mine)
+
+
+def _memories(nodes: Any) -> Iterator[int]:
+    """Name the memory of the values of nodes; a view has that of its base."""
+    for node in pytree.tree_leaves(nodes):
+        for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(node, fx.Node) else ():
+            if isinstance(value, Tensor):
+                yield value.untyped_storage()._cdata
 
 
 def _constant_types(value: Any) -> Any:

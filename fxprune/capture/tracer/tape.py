@@ -53,8 +53,7 @@ class Tape:
         self.decisions: list[Decision] = []
         self.devices: dict[int, Tensor] = {}
         self.dtypes: dict[torch.dtype, Tensor] = {}
-        # Nodes whose result is as long as the numbers in some tensor say.
-        self.unsized: set[fx.Node] = set()
+        self.unsized: set[fx.Node] = set()  # their results are as long as the numbers in some tensor say
         self.reads: list[fx.Node] = []
         self.overwritten: list[str] = []  # parameters, see `record_assignment`
         self.integers: dict[str, Tensor] = {}  # of the model that are no state: they do not change
@@ -229,7 +228,7 @@ class Tape:
             return self._construct(type(value), tuple(value), {}, value)
         if isinstance(value, tuple):
             return tuple([self.arg(item) for item in value])
-        if isinstance(value, list):
+        if isinstance(value, list | range):
             return [self.arg(item) for item in value]
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             names = [field.name for field in dataclasses.fields(value) if field.init]
@@ -240,10 +239,10 @@ class Tape:
             return {key: self.arg(item) for key, item in value.items()}
         if isinstance(value, slice):
             return slice(self.arg(value.start), self.arg(value.stop), self.arg(value.step))
-        if isinstance(value, range):
-            return list(value)
-        if isinstance(value, type) and value in NUMBER_TYPES:
-            return NUMBER_TYPES[value]
+        if isinstance(value, type) and value in NUMBER_TYPES and not self.namespaces.gave_up:
+            return NUMBER_TYPES[
+                value
+            ]  # else its module stays whole, so that `int` fixes no size of the graph
         if hasattr(value, "__index__"):
             with suppress(TypeError):  # an array of more than one number
                 return operator.index(value)

@@ -294,3 +294,35 @@ def test_a_head_that_is_called_twice_is_captured_again() -> None:
             assert all(map(torch.equal, found, expected))
     slices = [node for node in first.graph.nodes if node.target is operator.getitem]
     assert not any(isinstance(node.args[1], fx.Node) for node in slices), "each index is its own"
+
+
+class WritesInEvaluation(nn.Module):
+    """Convolves a part of its channels, in evaluation in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.part, self.last = (
+            nn.Conv2d(3, 8, 1),
+            nn.Conv2d(4, 4, 3, padding=1),
+            nn.Conv2d(8, 2, 1),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if self.training:
+            some, rest = torch.split(x, [4, 4], 1)
+            return self.last(torch.cat([self.part(some), rest], 1))
+        x[:, :4] = self.part(x[:, :4])
+        return self.last(x)
+
+
+def test_what_evaluation_writes_into_is_not_read_by_what_training_does() -> None:
+    model, x = WritesInEvaluation(), torch.randn(2, 3, 8, 8)
+    gm = capture(model, x)
+    for training in (True, False):
+        model.train(training)
+        gm.train(training)
+        pairs = [(gm(x), gm), (model(x), model)]
+        assert torch.equal(pairs[0][0], pairs[1][0])
+        if training:  # in evaluation the model's own write forbids the backward pass
+            assert torch.equal(*(torch.autograd.grad(one.sum(), net.first.weight)[0] for one, net in pairs))
