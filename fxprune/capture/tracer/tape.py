@@ -240,9 +240,7 @@ class Tape:
         if isinstance(value, slice):
             return slice(self.arg(value.start), self.arg(value.stop), self.arg(value.step))
         if isinstance(value, type) and value in NUMBER_TYPES and not self.namespaces.gave_up:
-            return NUMBER_TYPES[
-                value
-            ]  # else its module stays whole, so that `int` fixes no size of the graph
+            return NUMBER_TYPES[value]  # else its module stays whole, and `int` fixes no size of the graph
         if hasattr(value, "__index__"):
             with suppress(TypeError):  # an array of more than one number
                 return operator.index(value)
