@@ -15,8 +15,9 @@ __all__ = ["read_config", "read_toml", "take_config"]
 def take_config(words: Sequence[str]) -> tuple[list[str], Path | None]:
     """Take ``--config FILE`` out of the words of a command.
 
-    >>> take_config(["prune", "--config", "run.toml", "-s", "0.5"])
-    (['prune', '-s', '0.5'], PosixPath('run.toml'))
+    >>> rest, path = take_config(["prune", "--config", "run.toml", "-s", "0.5"])
+    >>> rest, str(path)
+    (['prune', '-s', '0.5'], 'run.toml')
     """
     rest: list[str] = []
     path = None

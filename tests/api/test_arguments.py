@@ -102,11 +102,13 @@ def test_a_loaders_generator_is_where_it_was() -> None:
     [X, [X], [X, X, X], [[X], [X]], DataLoader(TensorDataset(X), 8)],
     ids=["tensor", "in a list", "batches", "rows of lists", "loader"],
 )
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "px"])
-def test_inputs_need_no_labels_where_no_loss_is_asked_for(method: str, data: Any) -> None:
+@pytest.mark.parametrize(("method", "options"), [("wanda", {}), ("sparsegpt", {}), ("px", {"rounds": 3})])
+def test_inputs_need_no_labels_where_no_loss_is_asked_for(
+    method: str, options: dict[str, int], data: Any
+) -> None:
     model = net()
-    found = fxprune.apply(model, method, 0.5, data=data)
-    labelled = fxprune.apply(model, method, 0.5, data=(X, Y))
+    found = fxprune.apply(model, method, 0.5, data=data, **options)
+    labelled = fxprune.apply(model, method, 0.5, data=(X, Y), **options)
     assert all(map(torch.equal, found.parameters(), labelled.parameters()))
     assert fxprune.evaluate(found, X, reference=model) == replace(
         fxprune.evaluate(found, (X, Y), reference=model), loss=None

@@ -196,6 +196,7 @@ def recalibrated_with_others(rank: int) -> dict[str, Tensor]:
     return dict(fxprune.recalibrate(normed(), batches_of(range(rank, rank + 1))).named_buffers())
 
 
+@pytest.mark.slow
 def test_processes_recalibrate_together() -> None:
     every = together(3, recalibrated_with_others)
     wanted = dict(fxprune.recalibrate(normed(), batches_of(range(3))).named_buffers())
