@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
-__all__ = ["MEANT", "TRAINING_METHODS", "nearest", "unknown_argument"]
+__all__ = ["MEANT", "TRAINING_METHODS", "counted", "nearest", "refuse_unknown", "unknown_argument"]
 
 TRAINING_METHODS = {
     "asni": "asni.asni",
@@ -49,6 +51,35 @@ def nearest(name: str, accepted: Iterable[str], number: int = 3) -> list[str]:
     """
     plain = str(name).lower().replace("-", "_")
     return difflib.get_close_matches(plain, list(accepted), n=number, cutoff=0.6)
+
+
+def counted(number: int, word: str) -> str:
+    """Write a number of things.
+
+    >>> counted(1, "step"), counted(1200, "step")
+    ('1 step', '1,200 steps')
+    """
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+def refuse_unknown(function: Callable[..., Any], others: Mapping[str, Any]) -> None:
+    """``TypeError`` for arguments that ``function`` does not have, with the nearest that it has.
+
+    >>> refuse_unknown(nearest, {"names": "x"})
+    Traceback (most recent call last):
+        ...
+    TypeError: nearest has no argument 'names'; did you mean 'name'?
+    """
+    taken = inspect.signature(function).parameters.values()
+    accepted = [one.name for one in taken if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    for name in others:
+        meant, word = MEANT.get(name, ("", ""))
+        near = nearest(name, accepted, 1)
+        if meant in accepted:
+            hint = f"did you mean {meant!r}, {word}?"
+        else:
+            hint = f"did you mean {near[0]!r}?" if near else f"its arguments: {', '.join(accepted)}"
+        raise TypeError(f"{function.__name__} has no argument {name!r}; {hint}")
 
 
 def unknown_argument(

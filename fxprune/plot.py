@@ -16,6 +16,8 @@ from torch import nn
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from fxprune.sweeps import Results
+
 __all__ = ["compare", "density", "history", "layer_densities", "masks", "plot_history"]
 
 
@@ -144,11 +146,11 @@ def masks(masks: Mapping[str, torch.Tensor], names: Sequence[str] | None = None)
     return figure
 
 
-def compare(rows: Sequence[Mapping[str, Any]], y: str = "accuracy", x: str = "sparsity") -> Figure:
+def compare(rows: Sequence[Mapping[str, Any]] | Results, y: str = "accuracy", x: str = "sparsity") -> Figure:
     """Draw one number of a sweep against another, a line for each method, with bands of one deviation.
 
     Args:
-        rows: ``fxprune.sweep(...).rows``: dicts with ``method``, ``sparsity``, ``seed`` and numbers.
+        rows: ``fxprune.sweep(...)``, or its ``rows``: dicts with ``method``, ``sparsity``, ``seed``, numbers.
         y, x: the numbers; each point is the mean over seeds at one sparsity.
 
     Raises ``ValueError`` where no row has the numbers.
@@ -157,11 +159,11 @@ def compare(rows: Sequence[Mapping[str, Any]], y: str = "accuracy", x: str = "sp
     >>> [line.get_label() for line in compare(rows).axes[0].lines]
     ['snip']
     """
-    found = [row for row in rows if row.get(y) is not None and row.get(x) is not None]
+    listed: Sequence[Mapping[str, Any]] = getattr(rows, "rows", rows)
+    found = [row for row in listed if row.get(y) is not None and row.get(x) is not None]
     if not found:
-        raise ValueError(
-            f"rows: none has {y!r} and {x!r}; there are {', '.join(rows[0]) if rows else 'none'}"
-        )
+        known = ", ".join(dict.fromkeys(key for row in listed for key in row))
+        raise ValueError(f"rows: none has {y!r} and {x!r}; there are {known or 'none'}")
     figure = _figure(7, 4.5)
     axes = figure.add_subplot()
     for method in dict.fromkeys(row["method"] for row in found):

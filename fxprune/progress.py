@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO, TypeVar
 
+from fxprune.keywords import counted
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
@@ -32,6 +34,8 @@ class Display:
     def __init__(
         self, *, enabled: bool = True, console: Console | None = None, file: TextIO | None = None
     ) -> None:
+        if enabled not in (True, False):
+            raise TypeError(f"progress={enabled!r}: expected True or False")
         self.console = console
         self.enabled = enabled
         self.file = file
@@ -104,7 +108,8 @@ class _Lines:
 
     def begin(self) -> None:
         self.last = time.monotonic()
-        self._print(self.description if self.total is None else f"{self.description}: {self.total} steps")
+        much = "" if self.total is None else f": {counted(self.total, 'step')}"
+        self._print(f"{self.description}{much}")
 
     def advance(self, words: str) -> None:
         self.done += 1

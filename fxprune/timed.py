@@ -60,7 +60,9 @@ def find_in_time(
         return masks, grain.cost(masks).left(grain.pool(ones, masks)[1]), asked
 
     def timed(masks: Masks) -> tuple[float, float]:
-        whole, least = measure(compact(masked_copy(network, problem, masks).eval(), verify=False))
+        whole, least = measure(
+            compact(masked_copy(network, problem, masks).eval(), verify=False, progress=False)
+        )
         if lowest and least > wanted(whole) * (1 + TOLERANCE):
             raise ValueError(_out_of_reach(wanted(whole), whole, least, limit, lowest[0].why))
         return whole, least

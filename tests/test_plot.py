@@ -12,6 +12,7 @@ from torch import nn
 
 import fxprune
 from fxprune import plot
+from fxprune.sweeps import Results
 
 pytest.importorskip("matplotlib")
 
@@ -82,5 +83,7 @@ def test_a_comparison_has_means_and_bands_of_one_deviation() -> None:
     assert axes.lines[0].get_ydata()[0] == pytest.approx(0.85)
     edges = axes.collections[0].get_paths()[0].vertices[:, 1]
     assert (edges.max() - edges.min()) / 2 == pytest.approx(0.1 / 2**0.5)
-    with pytest.raises(ValueError, match="none has 'f1' and 'sparsity'"):
-        fxprune.plot.compare(rows, "f1")
+    assert len(fxprune.plot.compare(Results(rows)).axes[0].lines) == 2
+    rows[0]["nodes"] = 3.0
+    with pytest.raises(ValueError, match=r"none has 'f1' and 'sparsity'; there are .*accuracy, nodes$"):
+        fxprune.plot.compare(rows[::-1], "f1")

@@ -33,6 +33,10 @@ COMMANDS = {
         "fxprune.cli.bench",
         "Measure a network dense, masked and compact: milliseconds, sizes, memory.",
     ),
+    "export": (
+        "fxprune.cli.exporting",
+        "Write a network, or what prune wrote, as .onnx or .pt2; run and compared when written.",
+    ),
     "graph": ("fxprune.cli.reports", "Show the channel and kernel graph that a network is lowered to."),
     "groups": ("fxprune.cli.groups", "List the channels that can only be removed together."),
     "train": (
@@ -50,7 +54,7 @@ COMMANDS = {
 }
 """Name of a command -> the module with a function of that name, and the first line of its docstring."""
 
-CONFIGURED = ("prune", "plan", "analyze", "bench", "train")
+CONFIGURED = ("prune", "plan", "analyze", "bench", "export", "train")
 """Commands that take ``--config FILE``."""
 
 INTERRUPTED = 130

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,9 +11,6 @@ import fxprune
 from fxprune.cli.folder import read_folder
 from fxprune.cli.sources import load_network
 from fxprune.progress import Display
-
-if TYPE_CHECKING:
-    from torch import nn
 
 RUNTIMES = ("eager", "compile", "onnxruntime", "openvino")
 
@@ -41,28 +38,23 @@ def bench(
         if Path(model).is_dir():
             networks, inputs, _ = read_folder(Path(model))
         else:
-            networks, inputs = _pruned(model, seed, method, sparsity, granularity)
-    with display.step("compact"):
-        if "compact" not in networks:
-            networks["compact"] = fxprune.compact(networks["masked"])
-    with display.step("measure"):
-        found = fxprune.bench(
-            networks,
-            inputs,
-            batch=batch or [1],
-            runtimes=runtime or ["eager"],
-            threads=threads,
-            seconds=seconds,
+            dense, inputs = load_network(model, seed)
+            networks = {"dense": dense}
+    if "masked" not in networks:
+        networks["masked"] = fxprune.apply(
+            dense, method, sparsity, example_inputs=inputs, granularity=granularity, seed=seed
         )
+    if "compact" not in networks:
+        networks["compact"] = fxprune.compact(networks["masked"])
+    found = fxprune.bench(
+        networks,
+        inputs,
+        batch=batch or [1],
+        runtimes=runtime or ["eager"],
+        threads=threads,
+        seconds=seconds,
+    )
     typer.echo(found.to_json() if json_ else found)
-
-
-def _pruned(
-    model: str, seed: int, method: str, sparsity: float, granularity: str
-) -> tuple[dict[str, nn.Module], Any]:
-    dense, inputs = load_network(model, seed)
-    masked = fxprune.apply(dense, method, sparsity, example_inputs=inputs, granularity=granularity, seed=seed)
-    return {"dense": dense, "masked": masked}, inputs
 
 
 def spread(words: list[str]) -> list[str]:

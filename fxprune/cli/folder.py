@@ -18,6 +18,7 @@ __all__ = [
     "check_export",
     "check_folder",
     "dense_bytes",
+    "read_file",
     "read_folder",
     "write_networks",
 ]
@@ -26,10 +27,10 @@ MASKED, COMPACT, REPORT = "model.safetensors", "compact.safetensors", "report.js
 _OLD_MASKS = "masks.safetensors"
 
 
-def check_export(path: Path) -> None:
+def check_export(path: Path, flag: str = "--export") -> None:
     """Refuse a file that could not be exported to, before any work is done."""
     fxprune.rewrite.check_path(path)
-    check_folder("--export", path)
+    check_folder(flag, path)
 
 
 def check_folder(flag: str, path: Path | None) -> None:
@@ -58,6 +59,27 @@ def read_folder(folder: Path) -> tuple[dict[str, nn.Module], Any, dict[str, Any]
     The dense one has the weights that the model begins with under the seed of the folder.
     """
     file = folder / (_OLD_MASKS if (folder / _OLD_MASKS).is_file() else MASKED)
+    dense, inputs, facts = _dense(file)
+    networks = {"dense": dense}
+    if file.name == _OLD_MASKS:
+        networks["masked"] = fxprune.capture(dense, inputs)
+        fxprune.set_masks(networks["masked"], fxprune.load_masks(file))
+    else:
+        networks["masked"] = fxprune.load(file, dense)
+    if (folder / COMPACT).is_file():
+        networks["compact"] = fxprune.load(folder / COMPACT, dense)
+    return networks, inputs, {key: facts[key] for key in ("model", "method", "seed")}
+
+
+def read_file(file: Path) -> tuple[nn.Module, Any]:
+    """Return the network of one file of a folder, and its inputs."""
+    dense, inputs, _ = _dense(file)
+    return fxprune.load(file, dense), inputs
+
+
+def _dense(file: Path) -> tuple[nn.Module, Any, dict[str, str]]:
+    """Return the network that a file was made of, its inputs, and what the file says of it."""
+    folder = file.parent
     facts = fxprune.rewrite.read_header(file)
     if "model" not in facts:
         own = (folder / "config.json").is_file()
@@ -70,15 +92,7 @@ def read_folder(folder: Path) -> tuple[dict[str, nn.Module], Any, dict[str, Any]
         num_classes=int(facts["num_classes"]) if "num_classes" in facts else None,
         weights=facts.get("weights"),
     )
-    networks = {"dense": dense}
-    if file.name == _OLD_MASKS:
-        networks["masked"] = fxprune.capture(dense, inputs)
-        fxprune.set_masks(networks["masked"], fxprune.load_masks(file))
-    else:
-        networks["masked"] = fxprune.load(file, dense)
-    if (folder / COMPACT).is_file():
-        networks["compact"] = fxprune.load(folder / COMPACT, dense)
-    return networks, inputs, {key: facts[key] for key in ("model", "method", "seed")}
+    return dense, inputs, facts
 
 
 def dense_bytes(network: nn.Module) -> int:

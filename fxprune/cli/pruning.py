@@ -190,8 +190,7 @@ def _results(
         found["latency"] = asdict(time)
         lines.append(str(time))
     if compact:
-        with display.step("compact"):
-            small = fxprune.compact(pruned, example_inputs=None if own is None else inputs)
+        small = fxprune.compact(pruned, example_inputs=None if own is None else inputs)
         with display.step("measure"):
             timings = fxprune.latency.measure({"dense": network, "compact": small}, inputs)
         found["milliseconds"] = {one.network: one.median for one in timings}
@@ -210,8 +209,7 @@ def _results(
         lines += notes
         lines += [f"file: {size(whole)} dense -> {size(n)}, {out / name}" for name, n in files.items()]
     for path in export:
-        with display.step(f"export {path}"):
-            fxprune.export(pruned if small is None else small, path)
+        fxprune.export(pruned if small is None else small, path)
         lines.append(f"file: {fxprune.latency.size(path.stat().st_size)}, {path}")
     return found, lines
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -17,10 +17,12 @@ from fxprune.capture import capture
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.module import CapturedModule
 from fxprune.channels.counts import dense_macs
+from fxprune.keywords import refuse_unknown
 from fxprune.latency.memory import peak_bytes
 from fxprune.latency.results import Bench, Measured, Timing
 from fxprune.latency.runtimes import RUNTIMES, missing_package, prepare
 from fxprune.lowering import lower
+from fxprune.progress import Display
 from fxprune.rewrite.files.archive import save
 from fxprune.rewrite.files.export import drawn_arguments
 from fxprune.rewrite.masking.finalize import plain
@@ -42,6 +44,8 @@ def bench(
     runtimes: str | Sequence[str] = ("eager",),
     threads: int | None = None,
     seconds: float = 1.0,
+    progress: bool = True,
+    **others: NoReturn,
 ) -> Bench:
     """Measure the latency of networks, in turn, with their sizes and the memory that they take.
 
@@ -56,18 +60,22 @@ def bench(
             said to be.
         threads: of each runtime; by default as many as PyTorch has now.
         seconds: how long each network is measured in each runtime, at least; 7 to 300 runs.
+        progress: say on stderr what goes on, once it takes over a second.
 
     Returns:
         A :class:`fxprune.latency.Bench`: times in milliseconds; ``print`` shows medians and quartiles.
 
     Raises:
-        TypeError, ValueError: there is no network, or a batch size, a runtime or a number that is none.
+        TypeError, ValueError: there is no network, or a batch size, a runtime or a number that is none,
+            or there is no such argument.
 
     >>> small, large = nn.Linear(4, 4), nn.Linear(4, 400)
     >>> found = bench({"large": large, "small": small}, torch.ones(2, 4), seconds=0.01)
     >>> found.networks["small"].parameters, found.timing("small").batch
     (20, 1)
     """
+    refuse_unknown(bench, others)
+    display = Display(enabled=progress)
     batch = (batch,) if isinstance(batch, int) else batch
     runtimes = (runtimes,) if isinstance(runtimes, str) else runtimes
     _check(models, batch, runtimes, threads, seconds)
@@ -82,9 +90,11 @@ def bench(
             skipped[runtime] = f"not measured, as {package} is not installed; pip install {package}"
     calls = {size: drawn_arguments(given, first, size) for size in batch}
     with evaluating(models.values(), threads), tempfile.TemporaryDirectory() as folder:
-        networks = {name: _described(model, given, calls, Path(folder)) for name, model in models.items()}
+        shown = display(models.items(), "bench: sizes and memory", len(models))
+        networks = {name: _described(model, given, calls, Path(folder)) for name, model in shown}
     present = [runtime for runtime in runtimes if runtime not in skipped]
-    timings = measure(models, example_inputs, batch=batch, runtimes=present, threads=threads, seconds=seconds)
+    timings = measure(models, example_inputs, batch=batch, runtimes=present, threads=threads, seconds=seconds,
+                      progress=progress)  # fmt: skip
     device = next((p.device for p in first.parameters()), torch.device("cpu"))
     return Bench(networks, timings, str(device), threads, skipped)
 
@@ -97,6 +107,7 @@ def measure(
     runtimes: Sequence[str] = ("eager",),
     threads: int | None = None,
     seconds: float = 1.0,
+    progress: bool = False,
 ) -> list[Timing]:
     """Measure times alone, in milliseconds; arguments as for :func:`bench`."""
     _check(models, batch, runtimes, threads, seconds)
@@ -107,15 +118,15 @@ def measure(
     device = next((p.device for p in first.parameters()), torch.device("cpu"))
     timings: list[Timing] = []
     with evaluating(models.values(), threads), tempfile.TemporaryDirectory() as folder:
-        for runtime in runtimes:
-            for size in batch:
-                call = drawn_arguments(given, first, size)
-                runs = {
-                    name: prepare(runtime, model, example_inputs, call, threads, Path(folder))
-                    for name, model in models.items()
-                }
-                times = run_in_turn(runs, seconds, device)
-                timings += [Timing(name, runtime, size, found) for name, found in times.items()]
+        wanted = [(runtime, size) for runtime in runtimes for size in batch]
+        for runtime, size in Display(enabled=progress)(wanted, "bench: times", len(wanted)):
+            call = drawn_arguments(given, first, size)
+            runs = {
+                name: prepare(runtime, model, example_inputs, call, threads, Path(folder))
+                for name, model in models.items()
+            }
+            times = run_in_turn(runs, seconds, device)
+            timings += [Timing(name, runtime, size, found) for name, found in times.items()]
     return timings
 
 

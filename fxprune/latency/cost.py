@@ -157,7 +157,7 @@ def _whole_and_half(
     known = table.networks.get(digest)
     if known is None or (runtime == "eager" and known[0][2] > SLOW * _least(gm, groups, threads)):
         half = _half(groups)
-        small = compact(_without(gm, groups, half), exact=False, verify=False)
+        small = compact(_without(gm, groups, half), exact=False, verify=False, progress=False)
         times = measure(
             {"whole": gm, "half": small}, batch=(groups.graph.samples,), runtimes=(runtime,),
             threads=threads, seconds=SECONDS,

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
+from fxprune.keywords import counted
+
 __all__ = ["Bench", "Measured", "Timing", "sentence", "size"]
 
 
@@ -110,10 +112,8 @@ class Bench:
             )
         if self.timings:
             runs = min(len(one.milliseconds) for one in self.timings)
-            lines += [
-                "",
-                f"measured on {self.device}, {self.threads} threads, medians of {runs} or more runs in turn",
-            ]
+            where = f"{self.device}, {counted(self.threads, 'thread')}"
+            lines += ["", f"measured on {where}, medians of {runs} or more runs in turn"]
         lines += [f"{runtime}: {reason}" for runtime, reason in self.skipped.items()]
         return "\n".join(lines)
 
@@ -122,11 +122,12 @@ def sentence(timings: Sequence[Timing]) -> str:
     """Write times of one runtime and batch size in one line.
 
     >>> sentence([Timing("dense", "eager", 1, [4.0]), Timing("compact", "eager", 1, [2.0])])
-    'time: 4.00 ms dense, 2.00 ms compact (eager, batch 1, medians of 1 runs in turn)'
+    'time: 4.00 ms dense, 2.00 ms compact (eager, batch 1, medians of 1 run in turn)'
     """
     parts = ", ".join(f"{one.median:.2f} ms {one.network}" for one in timings)
     runs = min(len(one.milliseconds) for one in timings)
-    return f"time: {parts} ({timings[0].runtime}, batch {timings[0].batch}, medians of {runs} runs in turn)"
+    where = f"{timings[0].runtime}, batch {timings[0].batch}"
+    return f"time: {parts} ({where}, medians of {counted(runs, 'run')} in turn)"
 
 
 def size(number: int) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fxprune.capture.inputs import example_inputs_for
+from fxprune.keywords import counted
 from fxprune.latency.bench import evaluating, run_in_turn
 from fxprune.latency.runtimes import prepare
 from fxprune.rewrite.files.export import drawn_arguments
@@ -48,7 +49,7 @@ class LatencyTarget:
     rounds: int
 
     def __str__(self) -> str:
-        where = f"{self.runtime}, {self.threads} threads, batch {self.batch}, {self.device}"
+        where = f"{self.runtime}, {counted(self.threads, 'thread')}, batch {self.batch}, {self.device}"
         return (
             f"latency: {self.dense:.3g} ms dense, target {self.target:.3g} ms, predicted {self.predicted:.3g}"
             f" ms, measured {self.measured:.3g} ms ({where})"

@@ -18,6 +18,7 @@ from torch import nn
 
 from fxprune.api import analyze, apply
 from fxprune.capture.errors import check_module
+from fxprune.keywords import TRAINING_METHODS
 from fxprune.latency import measure
 from fxprune.methods import Method
 from fxprune.methods import get as get_method
@@ -148,7 +149,8 @@ def sweep(
     >>> [row["kept"] for row in found.rows]
     [24, 12]
     """
-    check_functions(model_fn, train_fn)
+    display = Display(enabled=progress)
+    check_functions(model_fn, train_fn, data)
     entries, folder = _entries(methods), Path(folder)
     check_folder(folder)
     cells = _cells(entries, sparsities_of(sparsities), seeds_of(seeds), train_fn is not None)
@@ -156,15 +158,16 @@ def sweep(
     claims = Claims(folder / CELLS)
     work = _Work(model_fn, entries, train_fn, data, latency, options)
     failed: dict[str, str] = {}
-    for cell in Display(enabled=progress)(cells, "sweep", len(cells)):
+    for cell in display(cells, "sweep", len(cells)):
         if claims.read(cell.name) is None:
             _do(cell, work, claims, failed)
             _write_table(folder, cells, claims, failed)
     # Others are at work on what is left; take over what they give up.
-    while open_cells := [c for c in cells if c.name not in failed and claims.read(c.name) is None]:
-        for cell in open_cells:
-            _do(cell, work, claims, failed)
-        time.sleep(WAIT)
+    with display.step("sweep: wait for the cells that other processes are at work on"):
+        while open_cells := [c for c in cells if c.name not in failed and claims.read(c.name) is None]:
+            for cell in open_cells:
+                _do(cell, work, claims, failed)
+            time.sleep(WAIT)
     for name, error in failed.items():
         warnings.warn(f"sweep: {name} failed: {error}", stacklevel=2)
     return _write_table(folder, cells, claims, failed)
@@ -235,7 +238,7 @@ class _Work:
     def _latency(self, dense: nn.Module, pruned: nn.Module) -> dict[str, Any]:
         """Measure the dense and the compact network in turn."""
         given = self.options.get("example_inputs")
-        small = compact(pruned, given)
+        small = compact(pruned, given, progress=False)
         timings = measure({"dense": dense, "compact": small}, given)
         found: dict[str, Any] = {f"milliseconds {one.network}": one.median for one in timings}
         return found | {"parameters compact": sum(one.numel() for one in small.parameters())}
@@ -253,6 +256,11 @@ def _entries(methods: Iterable[str | Method] | Mapping[str, Any]) -> Entries:
     )
     for label, entry in named.items():
         method, own = entry if isinstance(entry, tuple) else (entry, {})
+        if isinstance(method, str) and method in TRAINING_METHODS:
+            raise ValueError(
+                f"methods: {method!r} prunes while a network trains, and a sweep before it does; take a "
+                "fxprune.Pruner in a loop of your own"
+            )
         if isinstance(method, str):
             get_method(method)
         elif not isinstance(method, Method):
@@ -345,4 +353,9 @@ def _cell(line: Mapping[str, Any], key: str) -> str:
     spread = line.get(f"{key} ±", 0.0)
     if not isinstance(value, float) or key == "sparsity":
         return str(value)
-    return f"{value:.4g} ± {spread:.2g}" if spread else f"{value:.4g}"
+    return f"{_short(value, 4)} ± {_short(spread, 2)}" if spread else _short(value, 4)
+
+
+def _short(value: float, digits: int) -> str:
+    """Write a number with so many digits, and no exponent where it is large."""
+    return f"{value:.0f}" if 10**digits <= abs(value) < 1e15 else f"{value:.{digits}g}"

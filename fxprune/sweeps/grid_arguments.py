@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 __all__ = ["check_folder", "check_functions", "numbers_of", "seeds_of", "sparsities_of"]
 
 
-def check_functions(model_fn: Any, train_fn: Any) -> None:
+def check_functions(model_fn: Any, train_fn: Any, data: Any = None) -> None:
     """``TypeError`` for a network instead of the function that makes it, and what is no function."""
     for argument, value, meant in (
         ("model_fn", model_fn, "a function that makes the network"),
@@ -22,6 +23,27 @@ def check_functions(model_fn: Any, train_fn: Any) -> None:
             callable(value) or (value is None and argument != "model_fn")
         ):
             raise TypeError(f"{argument}: expected {meant}, got a {type(value).__name__}")
+        given = () if argument == "model_fn" else ("model", 0)
+        if value is not None and not _takes(value, given):
+            raise TypeError(f"{argument}: expected {meant}, got one of {inspect.signature(value)}")
+
+    if callable(data) and not _takes(data, (0,)):
+        raise TypeError(
+            f"data: a function is called with the seed of a cell, got one of {inspect.signature(data)}"
+        )
+
+
+def _takes(function: Any, given: tuple[Any, ...]) -> bool:
+    """Return whether a function can be called with ``given``; true of one that does not say what it takes."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of functions in C
+        return True
+    try:
+        signature.bind(*given)
+    except TypeError:
+        return False
+    return True
 
 
 def check_folder(folder: Path) -> None:

@@ -53,7 +53,7 @@ def compacted(model: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, Sl
     Returns the network, and by parameter that got smaller what is left of it.
     """
     masks = read(model)
-    small = compact(model, example_inputs)
+    small = compact(model, example_inputs, progress=False)
     kept: Slices = small.meta["fxprune"]["compaction"].kept
     values = dict(small.named_parameters())
     left = {}

@@ -141,6 +141,10 @@ BAD = [
     (["bench", "FILE:small", "--runtime", "tpu"], "runtimes: 'tpu' is unknown"),
     (["bench", "FILE:small", "--batch", "0"], "batch: 0 is no batch size"),
     (["bench", "FOLDER"], "no such fxprune file"),
+    (["export", "FILE:small", "net.bin"], "expected a name that ends in .onnx or .pt2"),
+    (["export", "FILE:small", "nowhere/net.pt2"], "OUT nowhere/net.pt2: there is no folder nowhere"),
+    (["export", "FILE:small", "net.pt2", "--form", "dense"], "is no folder that prune wrote"),
+    (["export", "FOLDER", "net.pt2"], "no such fxprune file"),
     (["graph", "timm:nothing_like_it"], "timm has no model of that name"),
 ]
 

@@ -38,7 +38,7 @@ def test_numbers_are_those_of_the_networks() -> None:
     assert all(len(t.milliseconds) >= 7 and min(t.milliseconds) > 0 for t in found.timings)
     assert found.networks["compact"].peak_bytes[1] < found.networks["dense"].peak_bytes[1]
     text = str(found)
-    assert "1 threads, medians of" in text
+    assert "1 thread, medians of" in text
     assert text.count("x as fast as dense") == 4
     rows = json.loads(found.to_json())
     assert rows["networks"]["dense"]["macs"] == 160
@@ -172,3 +172,8 @@ def test_all_networks_are_counted_at_one_size() -> None:
     # Somebody chose the size that the graph has; the usual one was nobody's choice.
     assert macs() == {27 * 4 * 64 + 8}
     assert macs(torch.ones(1, 3, 16, 16)) == {27 * 4 * 256 + 8}
+
+
+def test_the_argument_that_was_meant_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^bench has no argument 'runtime'; did you mean 'runtimes'\?$"):
+        fxprune.bench({"net": net()}, torch.ones(1, 6), runtime="eager")  # type: ignore[arg-type]

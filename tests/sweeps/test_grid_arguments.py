@@ -23,6 +23,15 @@ def net() -> nn.Module:
         ({"seeds": 0.5}, TypeError, r"^seeds=0\.5: expected a list of integers"),
         ({"seeds": [-1]}, TypeError, "^seeds: -1: expected an integer of at least 0"),
         ({"model_fn": net()}, TypeError, "^model_fn: expected a function that makes the network, got a Seq"),
+        (
+            {"train_fn": lambda model: 0.5},
+            TypeError,
+            r"^train_fn: .*, seed\) .* one of \(model\)$",
+        ),
+        ({"model_fn": lambda width: net()}, TypeError, r"^model_fn: expected .*, got one of \(width\)$"),
+        ({"data": lambda: None}, TypeError, r"^data: a function is called with the seed of .* one of \(\)$"),
+        ({"progress": "no"}, TypeError, r"^progress='no': expected True or False$"),
+        ({"methods": ["gmp"]}, ValueError, "^methods: 'gmp' prunes while a network trains.*fxprune.Pruner"),
         ({"train_fn": 3}, TypeError, "^train_fn: expected a function of .*, got a int"),
     ],
 )

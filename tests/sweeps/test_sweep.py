@@ -13,7 +13,7 @@ from torch import nn
 
 import fxprune
 from fxprune.cli import run
-from fxprune.sweeps import read_results
+from fxprune.sweeps import Results, read_results
 
 X, Y = torch.randn(16, 6), torch.arange(16) % 3
 
@@ -225,3 +225,11 @@ def test_the_commands(tmp_path: Path, capsys: Any) -> None:
         assert words in capsys.readouterr().err
     assert run(["plot", str(tmp_path)]) == 2
     assert "not a folder of a sweep" in capsys.readouterr().err
+
+
+def test_large_numbers_of_a_table_are_written_without_an_exponent() -> None:
+    rows = [
+        {"method": "a", "sparsity": 0.5, "seed": seed, "weights": weights}
+        for seed, weights in enumerate((61700.0, 64300.0))
+    ]
+    assert "| 63000 ± 1838 |" in str(Results(rows))

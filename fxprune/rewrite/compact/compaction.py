@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,8 +15,10 @@ from fxprune.capture.errors import InputError, check_module, first_line
 from fxprune.channels.follow import follow
 from fxprune.finite import warn_of_strange_parameters
 from fxprune.graph import ChannelGraph, ir
+from fxprune.keywords import refuse_unknown
 from fxprune.lowering import lower
 from fxprune.paths.used import used_channels
+from fxprune.progress import Display
 from fxprune.rewrite.compact.closed import check_calls
 from fxprune.rewrite.compact.computed import computed_weights, give_back_computed
 from fxprune.rewrite.compact.constant_branches import remove_constant_branches
@@ -78,6 +80,8 @@ def compact(
     exact: bool = True,
     verify: bool = True,
     fold_constants: bool = True,
+    progress: bool = True,
+    **others: NoReturn,
 ) -> fx.GraphModule:
     """Return a smaller network with the same outputs: channels that no path uses are gone.
 
@@ -88,6 +92,7 @@ def compact(
             norms over what is left, as retraining wants it; outputs then differ.
         verify: compare outputs in evaluation mode, and raise if they differ.
         fold_constants: move constants of removed channels into the biases of the layers that read them.
+        progress: say on stderr what goes on, once it takes over a second.
 
     Constants are those of evaluation: in training, a batch norm gives others for a channel without weights.
 
@@ -96,7 +101,7 @@ def compact(
         by layer; what could not be removed stands there with the reason.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or there is no such argument.
         ValueError: no path leads from the inputs to the outputs any more, or the network takes only certain
             whole numbers, and ``example_inputs`` is not given.
         RuntimeError: the outputs differ; the message names the first node that does.
@@ -110,9 +115,11 @@ def compact(
         >>> small.get_submodule("0").weight.shape
         torch.Size([3, 4])
     """
+    refuse_unknown(compact, others)
     check_module(model)
     warn_of_strange_parameters(model, "outputs that are no numbers are not compared", stacklevel=2)
-    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    step = Display(enabled=progress).step("compact")
+    with step, torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         return _compact(model, example_inputs, exact, verify, fold_constants)
 
 

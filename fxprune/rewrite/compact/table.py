@@ -172,4 +172,4 @@ def _count(model: nn.Module) -> int:
 
 
 def _pair(numbers: tuple[int, int]) -> str:
-    return f"{numbers[0]} -> {numbers[1]}" if numbers[0] != numbers[1] else str(numbers[0])
+    return f"{numbers[0]:,} -> {numbers[1]:,}" if numbers[0] != numbers[1] else f"{numbers[0]:,}"

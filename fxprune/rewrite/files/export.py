@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +20,8 @@ from torch import Tensor, fx, nn
 from fxprune.capture.errors import check_module
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.finite import warn_of_strange_parameters
+from fxprune.keywords import refuse_unknown
+from fxprune.progress import Display
 from fxprune.rewrite.compact.trial import RUN_ERRORS, difference
 from fxprune.rewrite.masking.finalize import finalize
 from fxprune.rewrite.masking.parameters import unwrap
@@ -35,7 +37,14 @@ TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = None) -> None:
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    progress: bool = True,
+    **others: NoReturn,
+) -> None:
     """Write a network for deployment, in evaluation mode, with its zeros baked in.
 
     ``.onnx`` is for onnxruntime, OpenVINO, TensorRT and others; ``.pt2`` is a ``torch.export`` program. The
@@ -47,9 +56,10 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
         path: the file to write; its ending, ``.onnx`` or ``.pt2``, says the format.
         example_inputs: as in :func:`fxprune.apply`; not needed for what ``apply``, ``compact`` or ``load``
             returned as a graph. A graph's inputs become positional.
+        progress: say on stderr what goes on, once it takes over a second.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or there is no such argument.
         ValueError: ``path`` has another ending, or the inputs are not known.
         ModuleNotFoundError: a package that writes ``.onnx`` is not installed.
         RuntimeError: the outputs of what was written differ; no file is left then.
@@ -63,9 +73,14 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
     ...     torch.export.load(f"{folder}/net.pt2").module()(torch.ones(3, 4)).shape
     torch.Size([3, 2])
     """
+    refuse_unknown(export, others)
     check_module(model)
     check_path(path)
-    ending = Path(path).suffix
+    with Display(enabled=progress).step(f"export {os.fspath(path)}"):
+        _export(model, path, example_inputs)
+
+
+def _export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any) -> None:
     given = example_inputs_for(unwrap(model), example_inputs)
     if isinstance(unwrap(model), fx.GraphModule):
         given = _in_order(unwrap(model), given)
@@ -76,18 +91,18 @@ def export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any =
         raise ValueError(
             f"model: {hollow!r} has no values (it is on the meta device); load the weights first"
         )
-    warn_of_strange_parameters(network, "they are written as they are", stacklevel=2)
+    warn_of_strange_parameters(network, "they are written as they are", stacklevel=3)
     calls = [drawn_arguments(given, network, batch) for batch in (2, 3)]
     with torch.inference_mode(False), torch.no_grad(), named(path), _folder_beside(path) as folder:
         part = folder / Path(path).name
         free = _runs(network, calls[1])
         program = _program(network, calls[0], free=free)
-        if ending == ".onnx":
+        if Path(path).suffix == ".onnx":
             write_onnx(program, part)
         else:
             _write_program(program, part)
         if not free or not _has_free_batch(program):
-            warnings.warn(f"export: the batch size is fixed at 2 in {part.name}", stacklevel=2)
+            warnings.warn(f"export: the batch size is fixed at 2 in {part.name}", stacklevel=3)
             calls = calls[:1]
         _check(network, part, calls)
         for written in folder.iterdir():  # large networks have their weights in a file of their own

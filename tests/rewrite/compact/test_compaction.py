@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 import fxprune
 from fxprune.graph import ir
 from fxprune.paths.count import reach
+from fxprune.rewrite.compact import CompactedLayer, Compaction
 
 KINDS = sorted(NETS)
 
@@ -437,3 +438,9 @@ def test_inputs_that_the_network_does_not_take_are_named() -> None:
     ) as caught:
         fxprune.compact(gm, torch.ones(1, 1, 8, 8))
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_the_table_have_thousands_separators() -> None:
+    table = Compaction((CompactedLayer("a", (1200, 600), (3, 3), (3600, 1800), (7200, 3600), 0, ""),), (1, 1))
+    assert "1,200 -> 600" in str(table)
+    assert "3,600 -> 1,800" in str(table)
