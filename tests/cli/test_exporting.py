@@ -1,7 +1,6 @@
 """The command ``export``: folders and files of prune, and models, are written for other runtimes."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
