@@ -159,7 +159,7 @@ def compare(rows: Sequence[Mapping[str, Any]] | Results, y: str = "accuracy", x:
     >>> [line.get_label() for line in compare(rows).axes[0].lines]
     ['snip']
     """
-    listed: Sequence[Mapping[str, Any]] = getattr(rows, "rows", rows)
+    listed = rows if isinstance(rows, Sequence) else rows.rows
     found = [row for row in listed if row.get(y) is not None and row.get(x) is not None]
     if not found:
         known = ", ".join(dict.fromkeys(key for row in listed for key in row))
