@@ -200,19 +200,28 @@ class ChannelGroups:
         }
 
     def check_reach(self, scores: Mapping[str, Tensor], budget: Budget, within: Mapping[str, Tensor]) -> None:
-        """``ValueError`` if by these scores even the fewest groups that can stay cost more than a budget."""
+        """``ValueError`` if by any scores even the fewest groups that can stay cost more than a budget."""
+        # Training changes scores: so groups that are cheap, or shared by many layers, are tried too.
         limit, cost = self.limit(budget) * (1 + ROUNDING), self.cost(within)
-        least = (1 - self.most(scores, within)) * cost.whole
+        pooled, alive = self.pool(scores, within)
+        cheap = -cost.towards(alive, limit)
+        shared = torch.zeros_like(cheap)
+        for numbers in (*self.groups.rows.values(), *self.groups.columns.values(), *multiplied(self.groups)):
+            shared[torch.unique(numbers[numbers >= 0])] += 1
+        some = (pooled, cheap, shared + cheap / (1 - cheap.sum()))
+        least = min(self._least(one, alive, cost) for one in some)
         if least * (1 - ROUNDING) > limit:
             raise self._out_of_reach(limit, least, cost.whole)
 
     def most(self, scores: Mapping[str, Tensor], within: Mapping[str, Tensor]) -> float:
         """Return the highest sparsity that can be met by these scores."""
-        pooled, alive = self.pool(scores, within)
-        rounded = round_up(self.groups, self.options.round_to) if self.options.round_to > 1 else None
-        open_ = alive & ~self._protected(pooled, alive)
         cost = self.cost(within)
-        return 1 - cost.left(self._staying(alive, open_, pooled, rounded)) / cost.whole
+        return 1 - self._least(*self.pool(scores, within), cost) / cost.whole
+
+    def _least(self, pooled: Tensor, alive: Tensor, cost: CostModel) -> float:
+        """The cost of the fewest groups that can stay, the best by their scores."""
+        rounded = round_up(self.groups, self.options.round_to) if self.options.round_to > 1 else None
+        return cost.left(self._staying(alive, alive & ~self._protected(pooled, alive), pooled, rounded))
 
     def cost(self, within: Mapping[str, Tensor]) -> CostModel:
         """Count what the network costs, in the unit that ``options.of`` names."""

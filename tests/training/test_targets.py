@@ -130,6 +130,35 @@ def test_a_target_out_of_reach_is_refused_before_any_training() -> None:
     pruner.step(1)
 
 
+class TwoTables(nn.Module):
+    """Two tables beside each other, the longer one with the larger entries of the layer that reads both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.long, self.short = nn.Embedding(90, 4), nn.Embedding(5, 4)
+        self.wide, self.head = nn.Linear(8, 6), nn.Linear(6, 3)
+        with torch.no_grad():
+            self.wide.weight[:, :4] *= 10
+
+    def forward(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self.head(self.wide(torch.cat([self.long(one), self.short(other)], -1)).relu())
+
+
+def test_a_target_that_other_scores_than_those_of_the_first_weights_reach_is_not_refused() -> None:
+    model, index = TwoTables(), torch.zeros(3, dtype=torch.int64)
+    given = {"granularity": "channel", "of": "params", "example_inputs": (index, index)}
+    # One channel of the short table, one hidden one: 5 + 2 + 6; of the long one it is 90 + 2 + 6.
+    target = 1 - 40 / sum(parameter.numel() for parameter in model.parameters())
+    pruner = fxprune.Pruner(model, "gmp", target, total=1, **given)  # type: ignore[arg-type]
+    with torch.no_grad():
+        pruner.model.get_parameter("wide.weight")[:, 4:] *= 1000
+    pruner.step(1)
+    assert sum(parameter.numel() for parameter in fxprune.compact(pruner.model).parameters()) <= 40
+    with pytest.raises(ValueError, match="must stay"):
+        fxprune.Pruner(model, "gmp", 1 - (1 - target) / 4, total=1, **given)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
