@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["check_folder", "check_functions", "numbers_of", "seeds_of", "sparsities_of"]
 
@@ -58,7 +58,8 @@ def sparsities_of(sparsities: Any) -> list[float]:
     >>> sparsities_of(0.5)
     [0.5]
     """
-    some = [sparsities] if isinstance(sparsities, Real) else sparsities
+    some = sparsities.tolist() if isinstance(sparsities, Tensor) else sparsities
+    some = [some] if isinstance(some, Real) else some
     if not isinstance(some, Iterable) or isinstance(some, (str, Mapping)):
         raise TypeError(f"sparsities={sparsities!r}: expected a list of fractions, as in [0.5, 0.9]")
     found = list(some)
@@ -78,14 +79,15 @@ def seeds_of(seeds: Any) -> list[int]:
     >>> seeds_of(range(2))
     [0, 1]
     """
-    some = [seeds] if isinstance(seeds, int) else seeds
+    some = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    some = [some] if isinstance(some, Integral) else some
     if not isinstance(some, Iterable) or isinstance(some, (str, Mapping)):
         raise TypeError(f"seeds={seeds!r}: expected a list of integers, as in [0, 1, 2]")
     found = list(some)
     for seed in found:
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
             raise TypeError(f"seeds: {seed!r}: expected an integer of at least 0")
-    return found
+    return [int(seed) for seed in found]  # those of NumPy cannot be written to a file
 
 
 def numbers_of(trained: Any) -> dict[str, Any]:

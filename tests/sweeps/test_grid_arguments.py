@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -65,3 +66,13 @@ def test_a_result_that_is_no_number_is_shown(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="train_fn returned 'good': expected an accuracy, or a dict"):
         found = fxprune.sweep(net, ["magnitude"], [0.5], train_fn=lambda m, s: "good", **given)  # type: ignore
     assert str(found).startswith("no cell is done\nfailed: dense-0.0-0: train_fn returned")
+
+
+@pytest.mark.parametrize("seeds", [np.arange(2), torch.arange(2)])
+def test_sides_may_be_arrays_and_tensors(seeds: Any, tmp_path: Path) -> None:
+    sparsities = torch.tensor([0.25, 0.5])
+    found = fxprune.sweep(
+        net, ["magnitude"], sparsities, seeds=seeds, folder=tmp_path, example_inputs=torch.ones(1, 6)
+    )
+    cells = {(row["sparsity"], row["seed"]) for row in found.rows}
+    assert cells == {(0.25, 0), (0.25, 1), (0.5, 0), (0.5, 1)}
