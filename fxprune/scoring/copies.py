@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Copies", "Layout", "Step", "places_in"]
+__all__ = ["Copies", "Layout", "Step", "is_repeated", "places_in"]
 
 aten = torch.ops.aten
 COPYING = (aten.clone.default, aten._to_copy.default)
@@ -61,6 +61,25 @@ def places_in(weight: Tensor, steps: Sequence[Step], layout: Layout) -> Tensor:
     """
     places = torch.full((weight.untyped_storage().nbytes() // weight.element_size(),), -1)
     Layout.of(weight).within(places).copy_(torch.arange(weight.numel()).view(weight.shape))
+    return _followed(places, steps, layout)
+
+
+def is_repeated(steps: Sequence[Step], layout: Layout) -> bool:
+    """Return whether a tensor in a copy has the same entries of the weight all along its first axis.
+
+    >>> weight = torch.zeros(2, 3)
+    >>> spread = weight.expand(4, 2, 3)
+    >>> is_repeated([(Layout.of(spread), Layout.of(spread.contiguous()))], Layout.of(spread.contiguous()))
+    True
+    """
+    if not any(step == 0 for source, _ in steps for step in source.stride):
+        return False
+    found = _followed(torch.arange(steps[0][0].span), steps, layout)
+    return bool((found == found[:1]).all())
+
+
+def _followed(places: Tensor, steps: Sequence[Step], layout: Layout) -> Tensor:
+    """What lies at the entries of a tensor, if ``places`` lie where the first copy was made of."""
     for source, result in steps:
         copied = torch.full((result.span,), -1)
         result.within(copied).copy_(source.within(places))
@@ -87,7 +106,9 @@ class Copies:
         return (name, steps) if alive is not None and not _is_gone(alive) else None
 
     def note(self, func: Any, args: Sequence[Any], result: Any) -> None:
-        """Remember what an operation has made, if it is a copy of a weight."""
+        """Remember what an operation has made, if it is a copy of a weight; forget one that it writes to."""
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor):
+            self.copies.pop(args[0].untyped_storage().data_ptr(), None)
         origin = self.origin(args[0]) if func in COPYING else None
         if origin is not None:
             name, steps = origin

@@ -254,7 +254,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if origin is not None and origin[1]:  # what lies in a copy is laid where the weight has it
             entries = places_in(self.weights[name], origin[1], Layout.of(operand)).to(squares.device)
             spread = squares.new_zeros(self.weights[name].numel())
-            spread[entries.flatten()] = squares.expand(operand.shape).flatten()
+            spread.index_add_(0, entries.flatten(), squares.expand(operand.shape).flatten())
             operand, squares, stacked = self.weights[name], spread.view(self.weights[name].shape), 1
         place = (int(operand.storage_offset()), tuple(operand.shape), operand.stride(), stacked)
         places = self.squares.setdefault(name, {})

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from fxprune.scoring.copies import Copies, Layout, Step, places_in
+from fxprune.scoring.copies import Copies, Layout, Step, is_repeated, places_in
 from fxprune.scoring.inputs import GROUPED, PRODUCTS
 from fxprune.torch_private import TorchDispatchMode
 
@@ -47,7 +47,7 @@ class Geometry:
 
     def positions(self, weight: Tensor) -> Tensor:
         """The places in the flattened parameter, as (parts, inputs, outputs)."""
-        found = places_in(weight, self.steps, Layout(self.offset, self.shape, self.stride))
+        found = places_in(weight, self.steps, self._layout)
         if not self.groups:
             matrices = found if found.dim() == 3 else found[None]
             if self.is_shared:
@@ -60,8 +60,14 @@ class Geometry:
 
     @property
     def is_shared(self) -> bool:
-        """Whether a stack of matrices is one and the same."""
-        return not self.groups and len(self.shape) == 3 and self.stride[0] == 0
+        """Whether a stack of matrices is one and the same, or copies of one."""
+        if self.groups or len(self.shape) != 3:
+            return False
+        return self.stride[0] == 0 or is_repeated(self.steps, self._layout)
+
+    @property
+    def _layout(self) -> Layout:
+        return Layout(self.offset, self.shape, self.stride)
 
     @property
     def taps(self) -> int:

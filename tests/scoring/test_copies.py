@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.scoring.copies import Copies, Layout, places_in
+from fxprune.scoring.moments import Products
 
 EXPERTS, INPUTS, HIDDEN, OUTPUTS = 3, 6, 5, 4
 
@@ -104,3 +105,53 @@ def test_memory_that_is_used_again_is_no_copy() -> None:
     other = torch.zeros(4, 3)
     copies.copies[other.untyped_storage().data_ptr()] = copies.copies.popitem()[1]  # as if it lay there
     assert copies.origin(other) is None
+
+
+class Spread(nn.Module):
+    """Multiplies every sample by a copy of its own of one matrix."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight, self.way = nn.Parameter(torch.randn(INPUTS, 4)), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "plain":
+            return x @ self.weight
+        each = self.weight.expand(len(x), INPUTS, 4).contiguous()
+        if self.way == "right":
+            return torch.bmm(x[:, None], each)[:, 0]
+        return torch.bmm(each.mT, x[:, :, None])[:, :, 0]
+
+
+@pytest.mark.parametrize("way", ["right", "left"])
+@pytest.mark.filterwarnings("error:.*seen.*")
+def test_a_copy_for_every_sample_has_the_inputs_of_all(way: str) -> None:
+    x = torch.cat([rows(), rows()[:1].flip(1) * 3])
+    found, expected = (
+        fxprune.apply(Spread(one), "wanda", 0.5, data=x, progress=False) for one in (way, "plain")
+    )
+    assert torch.equal(fxprune.masks(found)["weight"], fxprune.masks(expected)["weight"])
+
+
+@pytest.mark.parametrize("way", ["right", "left"])
+def test_copies_for_every_sample_are_one_matrix(way: str) -> None:
+    model, x, seen = Spread(way), rows(), []
+    weight = model.weight.detach()
+    with torch.no_grad(), Products({"weight": model.weight}, lambda *found: seen.append(found)):
+        model(x)
+    ((name, geometry, inputs),) = seen
+    assert name == "weight"
+    assert torch.equal(weight.flatten()[geometry.positions(weight)], weight[None])
+    assert torch.equal(inputs()[0], x[None])
+
+
+def test_a_copy_that_is_written_to_is_none() -> None:
+    weight = torch.randn(3, 4)
+    copies = Copies({"weight": weight})
+    copied = weight.clone()
+    copies.note(torch.ops.aten.clone.default, [weight], copied)
+    copies.note(torch.ops.aten.add_.Tensor, [torch.zeros(3, 4), copied], None)
+    assert copies.origin(copied) is not None
+    copies.note(torch.ops.aten.mul_.Tensor, [copied.view(-1), weight], copied)
+    assert copies.origin(copied) is None
