@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from fxprune.capture.errors import CaptureError, Overwritten
@@ -45,7 +46,7 @@ def record_assignment(tape: Tape, tensor: Tensor, value: Tensor) -> None:
     """
     own, new = tape.arg(tensor), tape.arg(value)
     same = value.shape == tensor.shape and value.dtype == tensor.dtype
-    if same and _is_unchanged(own, new):
+    if same and _is_unchanged(own, new, tensor.dtype):
         return
     name = tape.names.get(id(tensor))
     if name is None or not same or not isinstance(own, fx.Node) or own.op != "get_attr":
@@ -60,11 +61,14 @@ def record_assignment(tape: Tape, tensor: Tensor, value: Tensor) -> None:
         raise Overwritten((name,))
 
 
-def _is_unchanged(own: Any, new: Any) -> bool:
+def _is_unchanged(own: Any, new: Any, dtype: torch.dtype) -> bool:
     """Whether a tensor's own memory is assigned to it: ``weight.data *= mask``, ``layer.to(type)``."""
     while isinstance(new, fx.Node) and new is not own:
         name = new.args[1] if called(new) == "getattr" else called(new)
         if not (changes_input(new) or name in UNCHANGED):
+            return False
+        val = new.meta.get("val")
+        if isinstance(val, Tensor) and val.dtype != dtype:  # rounded on the way
             return False
         new = new.args[0]
     return new is own

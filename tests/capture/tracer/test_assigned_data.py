@@ -106,3 +106,27 @@ def test_data_of_a_parameter_made_of_itself_is_assigned_in_the_graph(
         for got, wanted in zip(trained(ours, x, {}), trained(own, x, held), strict=True):
             assert torch.equal(got, wanted)
     fxprune.verify(pruned)
+
+
+class Rounded(nn.Module):
+    """Keeps a weight in numbers of another type, which it converts back."""
+
+    def __init__(self, kind: torch.dtype) -> None:
+        super().__init__()
+        self.layer, self.kind = nn.Linear(4, 3), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight
+        weight.data = weight.data.to(self.kind).to(torch.float32)
+        y: Tensor = self.layer(x)
+        return y
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.int8])
+def test_numbers_that_another_type_rounds_are_rounded_in_the_graph(kind: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Rounded(kind), torch.randn(2, 4)
+    with torch.no_grad():
+        model.layer.weight.mul_(6)
+    gm = fxprune.capture(copy.deepcopy(model), x)
+    assert torch.equal(gm(x), model(x))
