@@ -13,6 +13,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 from torch import fx
 
 __all__ = ["NumberRecorder", "TracedFloat", "TracedInt", "plain_number"]
@@ -111,7 +112,7 @@ def _plain(kind: type) -> Callable[[Any], Any]:
 def _by_numpy(self: Any, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
     """Compute what a function of NumPy gives, in recorded arithmetic where there is one for it.
 
-    Rounded numbers are fractions here, as in NumPy.
+    Rounded fractions stay fractions here, as in NumPy.
     """
     name = ufunc.__name__
     function = OF_NUMPY.get(name) if method == "__call__" and not options else None
@@ -120,7 +121,9 @@ def _by_numpy(self: Any, ufunc: Any, method: str, *inputs: Any, **options: Any) 
         if name in ROUNDED:
             self.recorder.made_plain(self)  # the number of one size more may be the same
         result = self.recorder.number(function, tuple(args), function(*map(plain_number, args)))
-        return result * 1.0 if name in ROUNDED else result
+        # NumPy rounds whole numbers to fractions up to version 2.0, and leaves them whole from then on.
+        fraction = name in ROUNDED and isinstance(ufunc(*map(plain_number, inputs)), np.floating)
+        return result * 1.0 if fraction else result
     for number in inputs:
         if isinstance(number, TracedInt | TracedFloat):
             number.recorder.made_plain(number)
@@ -135,12 +138,20 @@ def _rounded(self: Any, decimals: int = 0, out: Any = None) -> Any:
 
 def _of_type(self: Any, kind: Any) -> Any:
     """Convert what has come of a function of NumPy, as its numbers are converted."""
-    if kind is float:
-        return self * 1.0
-    if issubclass(kind, int):
+    # A class that stands for ``int`` in a trace is no type to NumPy.
+    whole = isinstance(kind, type) and issubclass(kind, int) and kind is not bool
+    asked = np.dtype(int if whole else kind)
+    if asked == np.dtype(int):
         return math.trunc(self)
+    if asked == np.dtype(float):
+        return self * 1.0
     self.recorder.made_plain(self)
-    return kind(plain_number(self))
+    return asked.type(plain_number(self))
+
+
+def _item(self: Any) -> Any:
+    """Give the number itself, as what comes of functions of NumPy gives a number of Python."""
+    return self
 
 
 def _truth(self: Any) -> bool:
@@ -186,7 +197,7 @@ for _class, _base in ((TracedInt, int), (TracedFloat, float)):
     for _name, _method in {"bool": _truth, "hash": _base.__hash__}.items():
         setattr(_class, f"__{_name}__", _method)
     _for_numpy: dict[str, Callable[..., Any]]
-    _for_numpy = {"__array_ufunc__": _by_numpy, "round": _rounded, "astype": _of_type}
+    _for_numpy = {"__array_ufunc__": _by_numpy, "round": _rounded, "astype": _of_type, "item": _item}
     for _name in _for_numpy:
         setattr(_class, _name, _for_numpy[_name])
     for _kind in (int, float):

@@ -163,6 +163,14 @@ class ByNumpy(nn.Module):
             count = int(np.floor(size * 0.5))
         elif self.way == "ceil":
             count = np.ceil(size / 2).astype(int)
+        elif self.way == "name of a type":
+            count = np.ceil(size / 2).astype("int64")
+        elif self.way == "type of NumPy":
+            count = np.ceil(size / 2).astype(np.int64)
+        elif self.way == "whole":
+            count = int(np.floor(size)) - 1 if isinstance(np.floor(2), float) else np.floor(size) - 1
+        elif self.way == "item":
+            count = int(np.ceil(size / 2).item())
         elif self.way == "round":
             count = int(np.round(size * 0.4))
         elif self.way == "sqrt":
@@ -173,7 +181,9 @@ class ByNumpy(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("way", ["floor", "ceil", "round", "sqrt", "several"])
+@pytest.mark.parametrize(
+    "way", ["floor", "ceil", "name of a type", "type of NumPy", "whole", "item", "round", "sqrt", "several"]
+)
 def test_functions_of_numpy_follow_the_batch(way: str) -> None:
     torch.manual_seed(0)
     model = ByNumpy(way)
