@@ -59,3 +59,35 @@ def test_the_reason_names_what_is_overwritten() -> None:
         gm = fxprune.capture(model, torch.randn(2, 6, 6, 6))
     (opaque,) = fxprune.lower(gm).opaque
     assert "overwrites 'weight', 'bias' in each call" in opaque.reason
+
+
+class Centred(nn.Module):
+    """Assigns a weight what it makes of it, with zeros that stay, or not."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.layer, self.last = way, nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight.data
+        if self.way == "norm":
+            weight = weight / weight.norm(dim=1, keepdim=True).clamp(min=1)
+        elif self.way == "bound":
+            weight = weight.clamp(-0.1, 0.1)
+        elif self.way == "mean":
+            weight = weight - weight.mean(1, keepdim=True)
+        else:
+            weight = weight.flip(1)
+        self.layer.weight.data = weight
+        y: Tensor = self.last(self.layer(x).relu())
+        return y
+
+
+@pytest.mark.parametrize("way", ["norm", "bound", "mean", "flip"])
+@pytest.mark.filterwarnings("ignore:.*cannot be pruned")
+def test_assigned_weights_are_pruned_where_zeros_stay(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = Centred(way).eval(), torch.randn(5, 6)
+    pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, progress=False).eval()
+    assert ("layer.weight" in fxprune.masks(pruned)) == (way in ("norm", "bound"))
+    assert torch.equal(fxprune.finalize(pruned)(x), pruned(x))
