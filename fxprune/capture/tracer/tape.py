@@ -83,8 +83,7 @@ class Tape:
         node = self.node(op, target, args, kwargs)
         writes = changes_input(node) if writes is None else writes
         longs = [n.meta["val"] for n in node.all_input_nodes if n in self.unsized]
-        counts = isinstance(out, int) and bool(longs)
-        if unsized or counts or any(length(val) == length(out) for val in longs):
+        if unsized or (isinstance(out, int) and longs) or any(length(val) == length(out) for val in longs):
             self.unsized.add(node)
         result = self.wrap(out, node, writes)
         node.meta["val"] = map_structure(plain_number, result)
