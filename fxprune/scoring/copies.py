@@ -79,7 +79,7 @@ def is_repeated(steps: Sequence[Step], layout: Layout) -> bool:
 
 
 def _followed(places: Tensor, steps: Sequence[Step], layout: Layout) -> Tensor:
-    """What lies at the entries of a tensor, if ``places`` lie where the first copy was made of."""
+    """Follow ``places``, from where the first copy was made of, to the entries of a tensor."""
     for source, result in steps:
         copied = torch.full((result.span,), -1)
         result.within(copied).copy_(source.within(places))
