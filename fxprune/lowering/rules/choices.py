@@ -17,7 +17,10 @@ from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 from fxprune.torch_private import unique2
 
-__all__ = ["any_along", "any_of", "numbers", "table"]
+__all__ = ["any_along", "any_of", "numbers", "shut_out", "table"]
+
+SHUT = 1e4
+"""Numbers that are so large leave nothing of what they are added to, behind a softmax."""
 
 table = RuleTable()
 
@@ -207,3 +210,14 @@ def written_anywhere(context: Context, x: Any, index: Any, new: Any) -> ir.Value
     if gone:
         added = build.reduce(added, "max", tuple(gone), False, kept)
     return build.sum([value, build.affine(added, value.shape)], value.shape)
+
+
+def shut_out(*sides: Any) -> bool:
+    """Whether a choice between constants is a mask of attention: one shuts out what it is added to.
+
+    >>> shut_out(0.0, -math.inf), shut_out(1, -1)
+    (True, False)
+    """
+    own = [side for side in sides if not isinstance(side, ir.Value)]
+    known = [side.numbers() if isinstance(side, Constant) else torch.as_tensor(side) for side in own]
+    return any(number.is_floating_point() and bool((number.abs() >= SHUT).any()) for number in known)

@@ -19,7 +19,7 @@ from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.literals import literals_of
-from fxprune.lowering.rules.choices import any_along, any_of, numbers, written_anywhere
+from fxprune.lowering.rules.choices import any_along, any_of, numbers, shut_out, written_anywhere
 from fxprune.lowering.rules.live_sizes import plain_slices
 from fxprune.lowering.rules.pointwise import present
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
@@ -394,6 +394,7 @@ def where(context: Context, condition: Any, a: Any = None, b: Any = None) -> Any
         if chosen is not None:
             value = build.select(value, chosen.bool() == pick, shape)
         sides.append(value)
-    if isinstance(condition, ir.Value) and condition.live and not any(value.live for value in sides):
+    live = any(isinstance(x, ir.Value) and x.live for x in (a, b))
+    if isinstance(condition, ir.Value) and condition.live and not live and not shut_out(a, b):
         sides.append(build.map_anew(build.affine(condition, shape), floor=bool(sides)))
     return build.sum(sides, shape)

@@ -257,6 +257,33 @@ def test_a_step_between_constants_is_a_path(quantised: Callable[[Tensor], Tensor
     torch.testing.assert_close(small(x), pruned(x))
 
 
+class Attends(nn.Module):
+    """Attention under a mask that comes with the input."""
+
+    def __init__(self, shut: float) -> None:
+        super().__init__()
+        self.qkv, self.last, self.shut = nn.Linear(4, 12), nn.Linear(4, 2), shut
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        bias = torch.where(mask > 0, 0.0, self.shut)
+        y: Tensor = self.last(((q @ k.transpose(-2, -1)) + bias[:, None]).softmax(-1) @ v)
+        return y
+
+
+@pytest.mark.parametrize("shut", [-math.inf, -1e9, float(torch.finfo(torch.float32).min)])
+def test_a_mask_of_attention_is_no_path(shut: float) -> None:
+    torch.manual_seed(0)
+    model, x, mask = Attends(shut), torch.randn(2, 5, 4), torch.ones(2, 5)
+    found = fxprune.apply(model, "synflow", 0.5, example_inputs=(x, mask), progress=False)
+    plain = Attends(shut)
+    plain.load_state_dict(model.state_dict())
+    plain.forward = lambda x, mask: Attends.forward(plain, x, torch.ones(2, 5))  # type: ignore[method-assign]
+    constant = fxprune.apply(plain, "synflow", 0.5, example_inputs=(x, mask), progress=False)
+    masks = fxprune.masks(constant)
+    assert all(torch.equal(mask, masks[name]) for name, mask in fxprune.masks(found).items())
+
+
 @pytest.mark.parametrize(
     "function",
     [
