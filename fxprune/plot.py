@@ -16,9 +16,13 @@ from torch import nn
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fxprune.sweeps import Results
-
 __all__ = ["compare", "density", "history", "layer_densities", "masks", "plot_history"]
+
+
+class Swept(Protocol):
+    """The rows of a sweep, as :class:`fxprune.sweeps.Results` has them."""
+
+    rows: list[dict[str, Any]]
 
 
 class Layer(Protocol):
@@ -146,7 +150,7 @@ def masks(masks: Mapping[str, torch.Tensor], names: Sequence[str] | None = None)
     return figure
 
 
-def compare(rows: Sequence[Mapping[str, Any]] | Results, y: str = "accuracy", x: str = "sparsity") -> Figure:
+def compare(rows: Sequence[Mapping[str, Any]] | Swept, y: str = "accuracy", x: str = "sparsity") -> Figure:
     """Draw one number of a sweep against another, a line for each method, with bands of one deviation.
 
     Args:

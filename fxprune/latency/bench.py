@@ -75,7 +75,6 @@ def bench(
     (20, 1)
     """
     refuse_unknown(bench, others)
-    display = Display(enabled=progress)
     batch = (batch,) if isinstance(batch, int) else batch
     runtimes = (runtimes,) if isinstance(runtimes, str) else runtimes
     _check(models, batch, runtimes, threads, seconds)
@@ -90,7 +89,7 @@ def bench(
             skipped[runtime] = f"not measured, as {package} is not installed; pip install {package}"
     calls = {size: drawn_arguments(given, first, size) for size in batch}
     with evaluating(models.values(), threads), tempfile.TemporaryDirectory() as folder:
-        shown = display(models.items(), "bench: sizes and memory", len(models))
+        shown = Display(enabled=progress)(models.items(), "bench: sizes and memory", len(models))
         networks = {name: _described(model, given, calls, Path(folder)) for name, model in shown}
     present = [runtime for runtime in runtimes if runtime not in skipped]
     timings = measure(models, example_inputs, batch=batch, runtimes=present, threads=threads, seconds=seconds,

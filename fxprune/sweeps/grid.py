@@ -156,13 +156,11 @@ def sweep(
     cells = _cells(entries, sparsities_of(sparsities), seeds_of(seeds), train_fn is not None)
     _describe(folder, entries, options)
     claims = Claims(folder / CELLS)
-    work = _Work(model_fn, entries, train_fn, data, latency, options)
-    failed: dict[str, str] = {}
+    work, failed = _Work(model_fn, entries, train_fn, data, latency, options), dict[str, str]()
     for cell in display(cells, "sweep", len(cells)):
         if claims.read(cell.name) is None:
             _do(cell, work, claims, failed)
             _write_table(folder, cells, claims, failed)
-    # Others are at work on what is left; take over what they give up.
     with display.step("sweep: wait for the cells that other processes are at work on"):
         while open_cells := [c for c in cells if c.name not in failed and claims.read(c.name) is None]:
             for cell in open_cells:

@@ -220,4 +220,5 @@ def shut_out(*sides: Any) -> bool:
     """
     own = [side for side in sides if not isinstance(side, ir.Value)]
     known = [side.numbers() if isinstance(side, Constant) else torch.as_tensor(side) for side in own]
-    return any(number.is_floating_point() and bool((number.abs() >= SHUT).any()) for number in known)
+    floats = [number for number in known if number is not None and number.is_floating_point()]
+    return any(bool((number.abs() >= SHUT).any()) for number in floats)
