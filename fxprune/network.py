@@ -111,8 +111,10 @@ def graph_without_capture(
         raise CaptureError(f"{error}; channels need the graph, granularity='weight' does not") from error
     args, kwargs = example_inputs_for(model, example_inputs)
     graph = graph_of_run(duplicate(model), args, kwargs, str(error))
+    names = ", ".join(map(repr, graph.overwritten))
+    dense = f"; {names} not pruned, as each call overwrites it" if names else ""
     warnings.warn(
-        f"{error}; pruned without a graph: no paths, no channels, no look for collapsed layers",
+        f"{error}; pruned without a graph: no paths, no channels, no look for collapsed layers{dense}",
         stacklevel=users_level(),
     )
     return graph

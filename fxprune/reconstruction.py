@@ -28,6 +28,7 @@ from fxprune.rewrite.masking.computed import computed_weights, settled
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.parameters import unwrap
 from fxprune.scoring.distributed import agree, average, everybody
+from fxprune.scoring.forms import warn_of_two_inputs
 from fxprune.scoring.least_squares import fit_kept
 from fxprune.scoring.sequential import Layer, Matrix, solve_layers
 from fxprune.scoring.shapes import inputs_of
@@ -91,7 +92,7 @@ def reconstruct(
     >>> bool((fitted(x) - net(x)).square().sum() < (pruned(x) - net(x)).square().sum())
     True
     """
-    _check(model, reference, damp, iterations)
+    _check(model, reference, data, damp, iterations)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         masks, source = _masks(model), plain(settled(inside(model)))
         if example_inputs is None and not isinstance(source, fx.GraphModule):
@@ -143,7 +144,7 @@ def _solve(
     return found
 
 
-def _check(model: nn.Module, reference: nn.Module, damp: float | None, iterations: int) -> None:
+def _check(model: nn.Module, reference: nn.Module, data: Any, damp: float | None, iterations: int) -> None:
     for argument, value in (("model", model), ("reference", reference)):
         if not isinstance(value, nn.Module):
             raise TypeError(f"{argument}: expected a torch.nn.Module, got a {type(value).__name__}")
@@ -151,6 +152,7 @@ def _check(model: nn.Module, reference: nn.Module, damp: float | None, iteration
         raise ValueError(f"damp={damp!r}: expected a share of the mean square input, at least 0")
     if type(iterations) is not int or iterations < 1:
         raise ValueError(f"iterations={iterations!r}: expected a number of steps, at least 1")
+    warn_of_two_inputs(data)
 
 
 def _masks(model: nn.Module) -> Masks:

@@ -26,7 +26,13 @@ from fxprune.methods import Method, common_options
 from fxprune.methods import names as known_methods
 from fxprune.methods import options as options_of
 from fxprune.methods import resolve as resolve_method
-from fxprune.scoring.forms import check_data, check_labels, inputs_and_labels, is_batch
+from fxprune.scoring.forms import (
+    check_data,
+    check_labels,
+    inputs_and_labels,
+    is_batch,
+    warn_of_two_inputs,
+)
 from fxprune.scoring.shapes import explain_misfit, inputs_of
 from fxprune.sparsity.budget import Allocation, plan
 from fxprune.sparsity.granularity import CHANNEL_OPTIONS, NM, Granularity
@@ -105,6 +111,8 @@ class Request:
         resolve(self.schedule, OneShot())
         if self.method.labels and self.loss_fn is None:
             check_labels(self.data)
+        if "data" in self.method.needs and not self.method.labels:
+            warn_of_two_inputs(self.data)
         if self.data is not None and not is_batch(self.data):
             check_data(self.data)
         self.method.check(data=self.data)

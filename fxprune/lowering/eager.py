@@ -6,7 +6,7 @@ one opaque op for all that happens between input and output.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -76,10 +76,12 @@ def _storage(tensor: Tensor) -> int:
 
 
 def graph_of_run(model: nn.Module, args: Any, kwargs: Any, reason: str) -> ir.ChannelGraph:
-    """Run ``model`` once in evaluation mode, without gradients, and list the weights that it multiplies with.
+    """Run ``model`` in evaluation mode, without gradients, and list the weights that it multiplies with.
+
+    Those that it overwrites in each call, whatever they held, are no kernels, but are named as such.
 
     Args:
-        model: a private copy, for buffers may change.
+        model: a private copy, for buffers and parameters may change.
         args, kwargs: of its ``forward``. Tensors on the meta device are replaced by random numbers, or by
             zeros where they are whole.
         reason: why there is no graph, for the opaque op.
@@ -104,7 +106,10 @@ def graph_of_run(model: nn.Module, args: Any, kwargs: Any, reason: str) -> ir.Ch
     try:
         with torch.no_grad(), meeting:
             numbers = pytree.tree_map_only(Tensor, _Numbers(model), (args, kwargs))
+            before = {name: parameters.tensors[name].clone() for name in parameters.prunable}
             model(*numbers[0], **numbers[1])
+            changed = [name for name in meeting.met if _differ(name, before, parameters)]
+            overwritten = _overwritten(changed, parameters, lambda: model(*numbers[0], **numbers[1]))
     finally:
         for hook in hooks:
             hook.remove()
@@ -113,8 +118,26 @@ def graph_of_run(model: nn.Module, args: Any, kwargs: Any, reason: str) -> ir.Ch
     source = ir.Source(ir.Value(0, (), True), (), "input", "")
     opaque = ir.Opaque(ir.Value(1, (), True), (source.output,), "model", "", reason=reason)
     sink = ir.Sink(ir.Value(2, (), True), (opaque.output,), "output", "")
-    kernels = {kernel.name: kernel for kernel in _kernels(parameters, meeting.met)}
-    return ir.ChannelGraph((source, opaque, sink), kernels, 1, type(model).__name__)
+    met = {name: direct for name, direct in meeting.met.items() if name not in overwritten}
+    kernels = {kernel.name: kernel for kernel in _kernels(parameters, met)}
+    return ir.ChannelGraph(
+        (source, opaque, sink), kernels, 1, type(model).__name__, overwritten=dict.fromkeys(overwritten, ())
+    )
+
+
+def _differ(name: str, values: Mapping[str, Tensor], parameters: Parameters) -> bool:
+    return not torch.equal(values[name], parameters.tensors[name])
+
+
+def _overwritten(names: Iterable[str], parameters: Parameters, run: Callable[[], Any]) -> list[str]:
+    """Of parameters that a run has changed, those that another run makes the same from zeros."""
+    after = {name: parameters.tensors[name].clone() for name in names}
+    if not after:
+        return []
+    for name in after:  # in memory of its own: what was assigned may be that of another parameter
+        parameters.tensors[name].data = torch.zeros_like(after[name])
+    run()
+    return [name for name in after if bool(after[name].any()) and not _differ(name, after, parameters)]
 
 
 def _kernels(parameters: Parameters, met: dict[str, bool]) -> Iterator[ir.KernelSet]:

@@ -66,11 +66,12 @@ def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple
     # What ops read may be buffers.
     read = {use.name for op in graph.opaque for use in op.params} & parameters.tensors.keys()
     layers = {name for name in read if isinstance(parameters.owners[name][1], LAYERS)}
+    scaled = _scaled(graph)
     multiplied = {
         name
         for name in _met(graph, products=True)
         if name in parameters.tensors
-        and (name in _scaled(graph) or _is_moved_alone(gm, name))
+        and (name in scaled or _is_moved_alone(gm, name))
         and not isinstance(parameters.owners[name][1], (*TABLES, *NORMS))
         if sum(size > 1 for size in parameters.tensors[name].shape) > 1
     }

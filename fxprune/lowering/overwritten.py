@@ -85,4 +85,6 @@ def _keeps_zeros(new: Any, own: fx.Node) -> bool:
 
 
 def _is_itself(node: fx.Node) -> bool:
+    if not node.op.startswith("call"):
+        return False
     return (node.args[1] if called(node) == "getattr" else called(node)) in ITSELF

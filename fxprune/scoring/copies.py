@@ -1,6 +1,7 @@
 """Follow the copies that code makes of weights on their way to a product.
 
-``einsum`` lays weights of three axes out anew, and ``weight.to(x.dtype)`` makes another type of them.
+``einsum`` lays weights of three axes out anew, and ``weight.to(x.dtype)`` makes another type of them. Copies
+are followed for as long as one mode watches: where a graph runs node by node, within a node.
 """
 
 from __future__ import annotations

@@ -9,11 +9,14 @@ one of it.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+from fxprune.capture.errors import users_level
 
 __all__ = [
     "check_batch",
@@ -23,6 +26,7 @@ __all__ = [
     "is_batch",
     "iterate",
     "tensors_in",
+    "warn_of_two_inputs",
 ]
 
 EXPECTED = "expected a pair (x, y), a mapping, or an iterable of such batches"
@@ -54,7 +58,7 @@ def check_data(data: Any, who: str = "") -> None:
         raise TypeError(
             f"{who}data holds numpy arrays, expected tensors: (torch.from_numpy(x), torch.from_numpy(y))"
         )
-    if isinstance(data, tuple) and len(data) != 2 and all(isinstance(part, torch.Tensor) for part in data):
+    if isinstance(data, tuple) and len(data) > 2 and all(isinstance(part, torch.Tensor) for part in data):
         raise TypeError(f"{who}data is {_several(data)}")
     if hasattr(type(data), "__getitem__") and not hasattr(type(data), "__iter__"):
         raise TypeError(
@@ -64,6 +68,18 @@ def check_data(data: Any, who: str = "") -> None:
     if isinstance(data, str) or not hasattr(type(data), "__iter__"):
         hint = "; call it, if it returns them" if inspect.isroutine(data) else ""
         raise TypeError(f"{who}data is a {type(data).__name__}, {EXPECTED}{hint}")
+
+
+def warn_of_two_inputs(data: Any) -> None:
+    """Warn where a list holds two tensors of one form: it is taken for a pair, and may be two batches."""
+    if not isinstance(data, list) or not is_batch(data) or not isinstance(data[0], torch.Tensor):
+        return
+    first, second = data
+    if first.dtype == second.dtype and first.dim() > 1 and first.shape[1:] == second.shape[1:]:
+        warnings.warn(
+            "data: a list of two tensors is taken for a pair (x, y); two batches of inputs are [[x1], [x2]]",
+            stacklevel=users_level(),
+        )
 
 
 def check_labels(data: Any) -> None:
@@ -98,7 +114,9 @@ def check_batch(batch: Any, where: str) -> None:
         if isinstance(batch, (tuple, list)) and len(batch) != 2 and not alone:
             raise ValueError(f"{where} is {_several(batch)}")
         if not isinstance(batch, Sequence) or (len(batch) != 2 and not alone):
-            raise ValueError(f"{where} is a {type(batch).__name__}, expected a pair (x, y) or a mapping")
+            raise ValueError(
+                f"{where} is a {type(batch).__name__}, expected a pair (x, y), a mapping or inputs"
+            )
     for part in batch.values() if isinstance(batch, Mapping) else inputs_and_labels(batch):
         if isinstance(part, np.ndarray):
             raise ValueError(f"{where} holds numpy arrays, expected tensors: torch.from_numpy(x)")

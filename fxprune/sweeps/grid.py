@@ -100,9 +100,7 @@ class Results:
     def __str__(self) -> str:
         lines, failed = self.summary(), [f"failed: {name}: {error}" for name, error in self.failed.items()]
         if not lines:
-            return "\n".join(
-                ["no cell is done", *(f"failed: {name}: {e}" for name, e in self.failed.items())]
-            )
+            return "\n".join(["no cell is done", *failed])
         keys = list(dict.fromkeys(key for line in lines for key in line if not key.endswith(" ±")))
         rows = ["| " + " | ".join(keys) + " |", "| " + " | ".join(["---"] * len(keys)) + " |"]
         rows += ["| " + " | ".join(_cell(line, key) for key in keys) + " |" for line in lines]

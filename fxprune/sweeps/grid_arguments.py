@@ -15,22 +15,21 @@ __all__ = ["check_folder", "check_functions", "numbers_of", "seeds_of", "sparsit
 
 def check_functions(model_fn: Any, train_fn: Any, data: Any = None) -> None:
     """``TypeError`` for a network instead of the function that makes it, and what is no function."""
-    for argument, value, meant in (
-        ("model_fn", model_fn, "a function that makes the network"),
-        ("train_fn", train_fn, "a function of (model, seed) that returns an accuracy, or numbers by name"),
-    ):
-        if isinstance(value, nn.Module) or not (
-            callable(value) or (value is None and argument != "model_fn")
-        ):
-            raise TypeError(f"{argument}: expected {meant}, got a {type(value).__name__}")
-        given = () if argument == "model_fn" else ("model", 0)
-        if value is not None and not _takes(value, given):
-            raise TypeError(f"{argument}: expected {meant}, got one of {inspect.signature(value)}")
-
+    _check_function("model_fn", model_fn, (), "a function that makes the network")
+    if train_fn is not None:
+        meant = "a function of (model, seed) that returns an accuracy, or numbers by name"
+        _check_function("train_fn", train_fn, ("model", 0), meant)
     if callable(data) and not _takes(data, (0,)):
         raise TypeError(
             f"data: a function is called with the seed of a cell, got one of {inspect.signature(data)}"
         )
+
+
+def _check_function(argument: str, value: Any, given: tuple[Any, ...], meant: str) -> None:
+    if isinstance(value, nn.Module) or not callable(value):
+        raise TypeError(f"{argument}: expected {meant}, got a {type(value).__name__}")
+    if not _takes(value, given):
+        raise TypeError(f"{argument}: expected {meant}, got one of {inspect.signature(value)}")
 
 
 def _takes(function: Any, given: tuple[Any, ...]) -> bool:
@@ -58,11 +57,7 @@ def sparsities_of(sparsities: Any) -> list[float]:
     >>> sparsities_of(0.5)
     [0.5]
     """
-    some = sparsities.tolist() if isinstance(sparsities, Tensor) else sparsities
-    some = [some] if isinstance(some, Real) else some
-    if not isinstance(some, Iterable) or isinstance(some, (str, Mapping)):
-        raise TypeError(f"sparsities={sparsities!r}: expected a list of fractions, as in [0.5, 0.9]")
-    found = list(some)
+    found = _side("sparsities", sparsities, Real, "fractions, as in [0.5, 0.9]")
     for sparsity in found:
         if isinstance(sparsity, bool) or not isinstance(sparsity, Real):
             raise TypeError(f"sparsities: {sparsity!r}: expected a fraction in [0, 1), as in 0.9")
@@ -79,15 +74,20 @@ def seeds_of(seeds: Any) -> list[int]:
     >>> seeds_of(range(2))
     [0, 1]
     """
-    some = seeds.tolist() if isinstance(seeds, Tensor) else seeds
-    some = [some] if isinstance(some, Integral) else some
-    if not isinstance(some, Iterable) or isinstance(some, (str, Mapping)):
-        raise TypeError(f"seeds={seeds!r}: expected a list of integers, as in [0, 1, 2]")
-    found = list(some)
+    found = _side("seeds", seeds, Integral, "integers, as in [0, 1, 2]")
     for seed in found:
         if isinstance(seed, bool) or not isinstance(seed, Integral) or int(seed) < 0:
             raise TypeError(f"seeds: {seed!r}: expected an integer of at least 0")
     return [int(seed) for seed in found]  # those of NumPy cannot be written to a file
+
+
+def _side(argument: str, given: Any, number: type, meant: str) -> list[Any]:
+    """Return a side of a grid as a list; one number is a list of one."""
+    some = given.tolist() if isinstance(given, Tensor) else given
+    some = [some] if isinstance(some, number) else some
+    if not isinstance(some, Iterable) or isinstance(some, (str, Mapping)):
+        raise TypeError(f"{argument}={given!r}: expected a list of {meant}")
+    return list(some)
 
 
 def numbers_of(trained: Any) -> dict[str, Any]:

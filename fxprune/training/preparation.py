@@ -119,10 +119,10 @@ def named_as_given(sparsity: float | None, options: dict[str, Any]) -> Iterator[
     try:
         yield sparsity if target is None else target
     except (TypeError, ValueError) as error:
-        given = f"sparsity={target!r}"
-        if target is None or given not in str(error):
+        given, kind = f"sparsity={target!r}", type(error)
+        if target is None or given not in str(error) or kind not in (TypeError, ValueError):
             raise
-        raise type(error)(str(error).replace(given, f"target={target!r}")) from error
+        raise kind(str(error).replace(given, f"target={target!r}")) from error
 
 
 def _prepared(

@@ -99,8 +99,8 @@ def test_a_loaders_generator_is_where_it_was() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [X, [X], [X, X, X], [[X], [X]], DataLoader(TensorDataset(X), 8)],
-    ids=["tensor", "in a list", "batches", "rows of lists", "loader"],
+    [X, [X], (X,), [X, X, X], [[X], [X]], DataLoader(TensorDataset(X), 8)],
+    ids=["tensor", "in a list", "in a tuple", "batches", "rows of lists", "loader"],
 )
 @pytest.mark.parametrize(("method", "options"), [("wanda", {}), ("sparsegpt", {}), ("px", {"rounds": 3})])
 def test_inputs_need_no_labels_where_no_loss_is_asked_for(
@@ -113,6 +113,21 @@ def test_inputs_need_no_labels_where_no_loss_is_asked_for(
     assert fxprune.evaluate(found, X, reference=model) == replace(
         fxprune.evaluate(found, (X, Y), reference=model), loss=None
     )
+
+
+def test_two_batches_in_a_list_look_like_a_pair() -> None:
+    """One of them would be left out in silence."""
+    model, other = net(), torch.randn(6, 4)
+    with pytest.warns(UserWarning, match=r"data: a list of two tensors.*\[\[x1\], \[x2\]\]") as said:
+        pruned = fxprune.apply(model, "wanda", 0.5, data=[X, other])
+    assert [one.filename for one in said] == [__file__]
+    with pytest.warns(UserWarning, match="data: a list of two tensors") as said:
+        fxprune.reconstruct(pruned, [X, other], model, progress=False)
+    assert [one.filename for one in said] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for data in ([X, Y], (X, other), [[X], [other]]):
+            fxprune.apply(model, "wanda", 0.5, data=data)
 
 
 def test_a_loss_needs_labels_or_is_the_caller_s_own() -> None:

@@ -63,7 +63,7 @@ def record_assignment(tape: Tape, tensor: Tensor, value: Tensor) -> None:
 
 def _is_unchanged(own: Any, new: Any, dtype: torch.dtype) -> bool:
     """Whether a tensor's own memory is assigned to it: ``weight.data *= mask``, ``layer.to(type)``."""
-    while isinstance(new, fx.Node) and new is not own:
+    while isinstance(new, fx.Node) and new is not own and new.op.startswith("call"):
         name = new.args[1] if called(new) == "getattr" else called(new)
         if not (changes_input(new) or name in UNCHANGED):
             return False

@@ -130,3 +130,32 @@ def test_numbers_that_another_type_rounds_are_rounded_in_the_graph(kind: torch.d
         model.layer.weight.mul_(6)
     gm = fxprune.capture(copy.deepcopy(model), x)
     assert torch.equal(gm(x), model(x))
+
+
+class NamedLikeOperations(nn.Module):
+    """Assigns, and writes into, parameters that are called as operations are."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(4, 4)
+        self.data, self.detach = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.zeros(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.kind == "assigned":
+                self.layer.weight.data = self.data
+            else:
+                self.detach.copy_(self.data)
+        return self.layer(x) @ self.detach
+
+
+@pytest.mark.parametrize("kind", ["assigned", "written"])
+def test_parameters_may_be_called_as_operations_are(kind: str) -> None:
+    model, x = NamedLikeOperations(kind), torch.randn(3, 4)
+    overwritten = "layer.weight" if kind == "assigned" else "detach"
+    # One has no graph, the other one has.
+    text = "'layer.weight' not pruned" if kind == "assigned" else r"cannot be pruned.*detach \(16\)"
+    with pytest.warns(UserWarning, match=text):
+        pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, returns="module", progress=False)
+    assert overwritten not in fxprune.masks(pruned)
+    assert "data" in fxprune.masks(pruned) or kind == "written"
