@@ -15,17 +15,18 @@ from torch import fx, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
-from fxprune.capture import CaptureError
+from fxprune.capture import CaptureError, capture
 from fxprune.capture.errors import users_level
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.graph import ChannelGraph
 from fxprune.latency.cost import latency_cost
-from fxprune.lowering import graph_of_run, hidden_layers, matrices_outside
+from fxprune.lowering import graph_of_run, hidden_layers, lower, matrices_outside
 from fxprune.methods import Method, Problem, Weights, redraw
 from fxprune.metrics import listed as listed_sizes
+from fxprune.progress import Display
 from fxprune.request import Request, excluded_parameters, resolve_device
 from fxprune.rewrite import direct_reads, finalize, put_masks, read
-from fxprune.rewrite.masking.computed import computed_weights
+from fxprune.rewrite.masking.computed import computed_weights, settled
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.parameters import check, unwrap
 from fxprune.rewrite.masking.torch_pruning import masks_of_torch
@@ -42,6 +43,15 @@ OUTSIDE = 0.1
 
 
 @dataclass(frozen=True)
+class Asker:
+    """Say of what will find masks its ``name``, what it ``needs``, and whether it prunes computed weights."""
+
+    name: str
+    needs: Collection[str]
+    prunes_computed: bool = True
+
+
+@dataclass(frozen=True)
 class Network:
     """Hold a model in the forms that pruning needs.
 
@@ -49,8 +59,8 @@ class Network:
     captured, and lowered. ``before``: the masks that ``given`` has. ``settled``: ``source`` with computed
     weights (``weight_norm``) as plain parameters, where it was captured so; then ``form`` is the graph of
     ``source`` as it is, if a graph is asked for. ``hidden``: weights that may be pruned although the graph
-    has no kernels of them, with their other names. Where the model cannot be captured, ``captured`` is the
-    model, and ``graph`` has kernels alone.
+    has no kernels of them, with their other names. Where the model cannot be captured, it is not
+    ``is_lowered``: ``captured`` is the model, and ``graph`` has kernels alone.
     """
 
     given: nn.Module
@@ -61,11 +71,13 @@ class Network:
     settled: nn.Module | None = None
     form: fx.GraphModule | None = None
     hidden: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    is_lowered: bool = True
 
     @property
     def direct(self) -> list[str]:
         """The parameters that are read without a call of their owner."""
-        if isinstance(self.captured, fx.GraphModule):
+        if self.is_lowered:
+            assert isinstance(self.captured, fx.GraphModule)
             return [*direct_reads(self.captured), *self.hidden]  # who reads the hidden ones is not known
         return [name for name, kernels in self.graph.kernels.items() if kernels.direct]
 
@@ -83,7 +95,35 @@ def inside(model: nn.Module) -> nn.Module:
     return wrapped
 
 
-def layers_without_paths(
+def captured(
+    given: nn.Module, source: nn.Module, example_inputs: Any, wish: Request, asker: Asker, display: Display
+) -> Network:
+    """Capture and lower ``source``, which is ``given`` without masks, and warn of weights out of reach.
+
+    ``asker``: what will find masks. If it prunes computed weights, they are plain ones in the graph. A model
+    that cannot be captured is looked at in a run.
+    """
+    flat = settled(source) if asker.prunes_computed else source
+    root = None if flat is source else next((n for n in computed_weights(source) if "." not in n), None)
+    if root is not None and wish.returns == "graph":
+        raise ValueError(f"model: its own {root!r} is computed by a parametrization; take returns='module'")
+    before = read(inside(given))
+    with display.step("capture"):
+        try:
+            gm = capture(flat, example_inputs)
+            again = flat is not source and wish.returns == "graph"
+            form = duplicate(capture(source, example_inputs)) if again else None
+        except CaptureError as error:
+            graph = _graph_without_capture(flat, example_inputs, wish, asker, error)
+            return Network(given, source, duplicate(flat), graph, before, flat, is_lowered=False)
+    with display.step("lower"):
+        graph = lower(gm, rules=wish.rules)
+    hidden = _layers_without_paths(gm, graph, wish, asker.needs)
+    _warn_of_rest(gm, graph, hidden)
+    return Network(given, source, gm, graph, before, flat, form, hidden)
+
+
+def _layers_without_paths(
     gm: fx.GraphModule, graph: ChannelGraph, wish: Request, needs: Collection[str]
 ) -> dict[str, tuple[str, ...]]:
     """Name the layers inside of what has no paths, with their other names; none where ``needs`` say paths."""
@@ -91,20 +131,15 @@ def layers_without_paths(
     return hidden_layers(gm, graph) if alone and wish.on_collapse != "repair" else {}
 
 
-def graph_without_capture(
-    model: nn.Module,
-    example_inputs: Any,
-    wish: Request,
-    name: str,
-    needs: Collection[str],
-    error: CaptureError,
+def _graph_without_capture(
+    model: nn.Module, example_inputs: Any, wish: Request, asker: Asker, error: CaptureError
 ) -> ChannelGraph:
-    """Find the weights of a model that has no graph, or say why they are of no use to method ``name``."""
+    """Find the weights of a model that has no graph, or say why they are of no use to ``asker``."""
     if wish.returns == "graph":
         raise CaptureError(f"{error}; or returns='module', which prunes without a graph") from error
-    if "graph" in needs:
+    if "graph" in asker.needs:
         raise CaptureError(
-            f"{error}; method {name!r} asks about paths, which need the graph; magnitude, random, snip,"
+            f"{error}; method {asker.name!r} asks about paths, which need the graph; magnitude, random, snip,"
             " force, grasp and ntk-sap do without"
         ) from error
     if isinstance(wish.granularity, Channel):
@@ -227,11 +262,10 @@ def adopted(model: nn.Module, returns: str) -> nn.Module:
     return copy
 
 
-def warn_of_rest(gm: fx.GraphModule, graph: ChannelGraph, hidden: Collection[str], stacklevel: int) -> None:
+def _warn_of_rest(gm: fx.GraphModule, graph: ChannelGraph, hidden: Collection[str]) -> None:
     """Name the matrix weights of a captured model that cannot be pruned, if they are many.
 
-    ``hidden``: those that are pruned although the graph has no kernels of them. ``stacklevel``: as in
-    `warnings.warn`, seen from the caller of this function.
+    ``hidden``: those that are pruned although the graph has no kernels of them.
     """
     every = matrices_outside(gm, graph)
     outside = {name: size for name, size in every.items() if name not in hidden}
@@ -240,7 +274,7 @@ def warn_of_rest(gm: fx.GraphModule, graph: ChannelGraph, hidden: Collection[str
         warnings.warn(
             f"{rest / whole:.0%} of the {whole:,} matrix weights cannot be pruned, sparsity is of the"
             f" others: {listed_sizes(outside)}; fxprune.lower(graph).opaque lists ops to write rules for",
-            stacklevel=stacklevel,
+            stacklevel=users_level(),
         )
 
 

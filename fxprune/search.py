@@ -11,24 +11,22 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxprune import sharding
-from fxprune.capture import CaptureError, capture
 from fxprune.finite import warn_of_strange_parameters
 from fxprune.graph import ChannelGraph
 from fxprune.latency import LatencyTarget, check_runtime
-from fxprune.lowering import Rules, lower
+from fxprune.lowering import Rules
 from fxprune.methods import Method, Problem, Weights, new_weights, separate
 from fxprune.network import (
+    Asker,
     Network,
     adopted,
     build_problem,
+    captured,
     checked,
-    graph_without_capture,
     inside,
-    layers_without_paths,
-    warn_of_rest,
 )
 from fxprune.paths.used import used_layers
 from fxprune.progress import Display
@@ -42,9 +40,7 @@ from fxprune.request import (
     method_of,
     with_shapes,
 )
-from fxprune.rewrite import plain, read
-from fxprune.rewrite.masking.computed import computed_weights, settled
-from fxprune.rewrite.masking.copying import duplicate
+from fxprune.rewrite import plain
 from fxprune.scoring.distributed import everybody
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.collapse import dead_layers, repair
@@ -111,7 +107,8 @@ def search(
     model = inside(given)
     inputs, wish = with_shapes(model, example_inputs, wish)
     with blamed_on_data(model, example_inputs, wish):
-        network = _network(given, inputs, wish, display)
+        asker = Asker(wish.method.name, wish.method.needs)
+        network = captured(given, plain(model), inputs, wish, asker, display)
     warn_of_strange_parameters(model, "look for what made them so, before anything is pruned", stacklevel=3)
     before = network.before
     asked = build_problem(network, wish, display, everybody())
@@ -123,7 +120,7 @@ def search(
         question.masks, weights, time = _masks(network, problem, wish)
     with display.step(f"look for layers without a path (on_collapse={wish.on_collapse!r})"):
         masks = question.masks
-        if isinstance(network.captured, fx.GraphModule):
+        if network.is_lowered:
             masks = _without_collapse(problem, masks, before, wish)
     return network, problem, masks, weights, time
 
@@ -141,30 +138,6 @@ def _masks(network: Network, problem: Problem, wish: Request) -> tuple[Masks, We
     masks, time = find_in_time(network, problem, wish, find) if is_timed(problem) else (find(problem), None)
     # The masks of the best round come with the weights of that round, which need not be the last.
     return masks, next(weights for of_round, weights in rounds if of_round is masks), time
-
-
-def _network(given: nn.Module, example_inputs: Any, wish: Request, display: Display) -> Network:
-    """Capture and lower a model; one that cannot be captured is looked at in a run."""
-    model = inside(given)
-    before, source = read(model), plain(model)
-    flat = settled(source)  # computed weights are scored as they are, like any other
-    root = next((name for name in computed_weights(source) if "." not in name), None)
-    if root is not None and wish.returns == "graph":
-        raise ValueError(f"model: its own {root!r} is computed by a parametrization; take returns='module'")
-    with display.step("capture"):
-        try:
-            gm = capture(flat, example_inputs)
-            again = flat is not source and wish.returns == "graph"
-            form = duplicate(capture(source, example_inputs)) if again else None
-        except CaptureError as error:
-            method = wish.method
-            graph = graph_without_capture(flat, example_inputs, wish, method.name, method.needs, error)
-            return Network(given, source, duplicate(flat), graph, before, flat)
-    with display.step("lower"):
-        graph = lower(gm, rules=wish.rules)
-    hidden = layers_without_paths(gm, graph, wish, wish.method.needs)
-    warn_of_rest(gm, graph, hidden, stacklevel=5)
-    return Network(given, source, gm, graph, before, flat, form, hidden)
 
 
 def _without_collapse(problem: Problem, masks: Masks, before: Masks, wish: Request) -> Masks:

@@ -88,8 +88,8 @@ def list_groups(
     members: list[list[ChannelSlice]] = [[] for _ in range(every.count)]
     everything = torch.ones(every.count, dtype=torch.bool)
     own_shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    sizes = count_parameters(every, own_shapes).saved(everything)
-    macs = count_macs(every).saved(everything)
+    sizes = count_parameters(every, own_shapes).saved(everything).tolist()
+    macs = count_macs(every).saved(everything).tolist()
     for axis, by_name in (("out", every.rows), ("in", every.columns)):
         for name, numbers in by_name.items():
             _append(members, name, axis, numbers)
@@ -99,7 +99,7 @@ def list_groups(
             _append(members, name, dimension, numbers)
     return GroupTable(
         tuple(
-            ChannelGroup(number, tuple(own), round(float(count)), round(float(cost)), reasons.get(number, ""))
+            ChannelGroup(number, tuple(own), round(count), round(cost), reasons.get(number, ""))
             for number, (own, count, cost) in enumerate(zip(members, sizes, macs, strict=True))
         )
     )
@@ -109,9 +109,11 @@ def _append(members: list[list[ChannelSlice]], name: str, axis: str | int, numbe
     """Add one slice of a parameter to every group that has indices of it."""
     order = numbers.argsort(stable=True)
     found, counts = torch.unique_consecutive(numbers[order], return_counts=True)
-    for group, indices in zip(found.tolist(), torch.split(order, counts.tolist()), strict=True):
+    places, end = order.tolist(), 0
+    for group, count in zip(found.tolist(), counts.tolist(), strict=True):
+        begin, end = end, end + count
         if group >= 0:
-            members[group].append(ChannelSlice(name, axis, tuple(indices.tolist())))
+            members[group].append(ChannelSlice(name, axis, tuple(places[begin:end])))
 
 
 def _words(member: ChannelSlice) -> str:

@@ -65,7 +65,7 @@ def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple
     parameters = Parameters.of(gm)
     # What ops read may be buffers.
     read = {use.name for op in graph.opaque for use in op.params} & parameters.tensors.keys()
-    layers = {name for name in read if isinstance(parameters.owners[name][1], LAYERS)}
+    layers = {name for name in read if _is_of_layer(name, parameters.owners[name][1])}
     scaled = _scaled(graph)
     multiplied = {
         name
@@ -82,6 +82,16 @@ def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple
         if name not in graph.overwritten
         if parameters.tensors[name].numel()
     }
+
+
+def _is_of_layer(name: str, owner: nn.Module) -> bool:
+    """Whether ``owner`` is a layer that multiplies with the parameter itself.
+
+    From others a hook computes the weight (torch's older weight norm).
+    """
+    made = {str(getattr(hook, "name", "")) for hook in owner._forward_pre_hooks.values()}
+    parts = {weight + end for weight in made for end in ("_g", "_v", "_orig")}
+    return isinstance(owner, LAYERS) and name.rpartition(".")[2] not in parts
 
 
 def _scaled(graph: ir.ChannelGraph) -> set[str]:

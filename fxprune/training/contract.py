@@ -79,6 +79,11 @@ class TrainingMethod:
     summary: str = ""
     paper: str = ""
 
+    @property
+    def regrows(self) -> bool:
+        """Whether weights that are gone may come back."""
+        return self.begin is not None or self.grown == "dense"
+
 
 def resolve_criterion(criterion: str | Method) -> Method:
     """Return the method that says which weights go; ``ValueError`` for one that returns new weights."""

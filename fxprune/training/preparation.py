@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,23 +11,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import fx, nn
 
-from fxprune.capture import CaptureError, capture
 from fxprune.finite import warn_of_strange_parameters
 from fxprune.latency import check_runtime
-from fxprune.lowering import lower
-from fxprune.methods import Method, Problem
-from fxprune.network import (
-    Network,
-    adopted,
-    build_problem,
-    graph_without_capture,
-    layers_without_paths,
-    rewrite,
-    warn_of_rest,
-)
+from fxprune.methods import Problem
+from fxprune.network import Asker, adopted, build_problem, captured, rewrite
+from fxprune.progress import Display
 from fxprune.request import Request, blamed_on_data, tables, with_shapes
 from fxprune.rewrite import bare, read
-from fxprune.rewrite.masking.copying import duplicate
+from fxprune.rewrite.masking.computed import present_weight
 from fxprune.scoring.contract import silent
 from fxprune.scoring.distributed import everybody
 from fxprune.sparsity.granularity import CHANNEL_OPTIONS, Channel, Granularity, in_unit, resolve
@@ -39,14 +31,16 @@ Returns = Literal["graph", "module", "inplace"]
 def prepare(model: nn.Module, example_inputs: Any, wish: Request, method: TrainingMethod) -> Problem:
     """Capture and lower ``model`` and mask the form of it that ``wish.returns`` names; prune nothing yet.
 
-    Where ``method`` does not ask for paths, layers without any are pruned too.
+    Where ``method`` does not ask for paths, layers without any are pruned too; where its weights do not come
+    back, so are those that are computed by a parametrization.
 
     Returns the problem as it is before training; its ``model`` is the masked one.
     Raises what :func:`fxprune.apply` raises for models and arguments that do not fit, and ``ValueError`` for
     a target that channels cannot meet.
     """
     wish.check(model)
-    problem = _prepared(model, example_inputs, wish, method, warn=True)
+    asker = Asker(method.name, method.needs, prunes_computed=not method.regrows)
+    problem = _prepared(model, example_inputs, wish, asker)
     if isinstance(problem.granularity, ChannelGroups):
         # Now, and not in the epoch in which the target would be met.
         sizes = {name: weight.abs() for name, weight in problem.weights.items()}
@@ -66,7 +60,9 @@ def prepare_smaller(model: fx.GraphModule, before: Problem, wish: Request) -> Pr
         for name, parameter in model.named_parameters()
         if id(parameter) not in free and name not in open_tables
     )
-    problem = _prepared(model, None, replace(wish, budget="global", returns="graph", exclude=rest))
+    again = replace(wish, budget="global", returns="graph", exclude=rest)
+    with _quiet():
+        problem = _prepared(model, None, again, Asker(wish.method.name, wish.method.needs))
     sizes, old = problem.budget.sizes, before.budget
     layers = None
     if old.layers is not None:
@@ -94,7 +90,9 @@ def without_limit(model: nn.Module, example_inputs: Any, wish: Request) -> tuple
     grain = wish.granularity
     assert isinstance(grain, Channel)
     wish.check(model)
-    problem = _prepared(model, example_inputs, replace(wish, returns="graph"))
+    with _quiet():
+        asker = Asker(wish.method.name, wish.method.needs)
+        problem = _prepared(model, example_inputs, replace(wish, returns="graph"), asker)
     asked = problem.budget.asked
     if asked is None or asked >= 1:
         whole = in_unit(whole_cost(problem), grain.of)
@@ -125,42 +123,25 @@ def named_as_given(sparsity: float | None, options: dict[str, Any]) -> Iterator[
         raise kind(str(error).replace(given, f"target={target!r}")) from error
 
 
-def _prepared(
-    model: nn.Module,
-    example_inputs: Any,
-    wish: Request,
-    method: TrainingMethod | None = None,
-    *,
-    warn: bool = False,
-) -> Problem:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Do not warn again of what is said once for a network."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _prepared(model: nn.Module, example_inputs: Any, wish: Request, asker: Asker) -> Problem:
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         model = adopted(model, wish.returns)
         inputs, wish = with_shapes(model, example_inputs, wish)
         with blamed_on_data(model, example_inputs, wish):
-            network = _network(model, inputs, wish, method or wish.method, warn)
-        if warn:
-            warn_of_strange_parameters(model, "look for what made them so, before it trains on", stacklevel=4)
+            # Not `plain`: capture refuses a model that fully_shard has split, as it should here.
+            source = bare(model) if read(model) else model
+            network = captured(model, source, inputs, wish, asker, Display(enabled=False))
+        warn_of_strange_parameters(model, "look for what made them so, before it trains on", stacklevel=4)
         # Processes score data of their own together; without data they have nothing to tell each other.
         problem = build_problem(network, wish, silent, None if wish.data is None else everybody())
         masked = rewrite(network, problem, problem.masks, wish)
-        weights = {name: masked.get_parameter(name).detach() for name in problem.weights}
+        weights = {name: present_weight(masked, name).detach() for name in problem.weights}
     return replace(problem, model=masked, weights=weights)
-
-
-def _network(
-    model: nn.Module, inputs: Any, wish: Request, method: Method | TrainingMethod, warn: bool
-) -> Network:
-    """Capture and lower a model; one that cannot be captured is looked at in a run."""
-    before = read(model)
-    # Not `plain`: capture refuses a model that fully_shard has split, as it should here.
-    source = bare(model) if before else model
-    try:
-        gm = capture(source, inputs)
-    except CaptureError as error:
-        graph = graph_without_capture(source, inputs, wish, method.name, method.needs, error)
-        return Network(model, source, duplicate(source), graph, before)
-    graph = lower(gm, rules=wish.rules)
-    hidden = layers_without_paths(gm, graph, wish, method.needs)
-    if warn:
-        warn_of_rest(gm, graph, hidden, stacklevel=6)  # the line that made the Pruner
-    return Network(model, source, gm, graph, before, hidden=hidden)

@@ -16,7 +16,8 @@ from fxprune.lowering import Rules
 from fxprune.methods import Problem, agree, get
 from fxprune.request import Exclusion, Request, exclusions
 from fxprune.rewrite import bare, put_masks, read, stamp
-from fxprune.rewrite.files.tickets import centroids, negative_signs, neutralise, set_centroids, whole
+from fxprune.rewrite.files.tickets import centroids, whole
+from fxprune.rewrite.masking.computed import present_weight, settled
 from fxprune.sharded_types import is_dtensor
 from fxprune.sparsity.budget import Allocation
 from fxprune.sparsity.granularity import WEIGHT, Granularity
@@ -37,7 +38,7 @@ from fxprune.training.preparation import (
 )  # fmt: skip
 from fxprune.training.saving import Saving, own_rank, world_size
 from fxprune.training.smaller import check_shrinks, compacted, followed, move
-from fxprune.training.values import Values, put_back, values_of
+from fxprune.training.values import Values, put_back, to_centroids, values_of
 
 Loss = Callable[[], torch.Tensor]
 
@@ -122,7 +123,7 @@ class Pruner:
             raise ValueError(f"granularity={granularity!r}: method {self.method.name!r} moves single weights")
         if "data" in self.method.needs and data is None:
             raise ValueError(f"method {self.method.name!r}: its criterion needs data=...")
-        steps = (rewind,) if isinstance(rewind, int) else tuple(rewind)
+        steps = (rewind,) if isinstance(rewind, int) else rewind
         self._rewind_steps = {integer("rewind", step, 0) for step in steps}
         allocation = self.method.budget if budget is None else budget
         self._inputs, self._recipes = example_inputs, list[dict[str, Any]]()
@@ -270,13 +271,12 @@ class Pruner:
                 parameters and statistics as the model came. "rewind:k": as they were at step k, see
                 ``rewind``.
 
-        Raises ``ValueError`` for any other word, and for a k whose weights were not kept. Give the training
-        that follows an optimiser of its own: the old one's momenta belong to the old weights.
+        Raises ``ValueError`` for any other word, for a k whose weights were not kept, and for centroids of
+        computed weights. Give the training that follows an optimiser of its own.
         """
         word, _, number = str(start).partition(":")
         if start == "centroids":
-            set_centroids(self.model, centroids(self.model), negative_signs(self.model))
-            neutralise(self.model)
+            to_centroids(self.model)
             return self.model
         if start != "original" and (word != "rewind" or not number.isdecimal()):
             raise ValueError(f"start={start!r}: expected 'centroids', 'original' or 'rewind:k'")
@@ -347,12 +347,12 @@ class Pruner:
         return True
 
     def _weights(self) -> dict[str, torch.Tensor]:
-        return {name: whole(self.model.get_parameter(name)) for name in self._final.sizes}
+        return {name: whole(present_weight(self.model, name)) for name in self._final.sizes}
 
     def _twin(self) -> nn.Module:
         """The model without masks, for criteria that run it; sharded models cannot be copied."""
         if not any(is_dtensor(parameter) for parameter in self.model.parameters()):
-            return bare(self.model)
+            return settled(bare(self.model))
         if "data" in self.method.needs:
             raise ValueError(f"method {self.method.name!r}: its criterion runs the model, which is sharded")
         return self.model

@@ -15,6 +15,7 @@ from fxprune.rewrite.compact.kept import Kept, Slices
 from fxprune.rewrite.compact.optimizer import move_optimizer
 from fxprune.rewrite.compact.recipe import Recipe
 from fxprune.rewrite.files.network import follow_recipes
+from fxprune.rewrite.masking.computed import settled
 from fxprune.sharded_types import is_dtensor
 from fxprune.training.contract import TrainingMethod
 
@@ -36,7 +37,7 @@ def check_shrinks(
                 f"optimizers: a {type(optimizer).__name__} has parameters that are not pruner.model's; make"
                 " it of pruner.model.parameters()"
             )
-    if method.begin is not None or method.grown == "dense":
+    if method.regrows:
         raise ValueError(
             f"method {method.name!r}: its weights come back; compact when it is done, with"
             " fxprune.compact(pruner.model)"
@@ -71,7 +72,7 @@ def followed(model: nn.Module, example_inputs: Any, recipes: Iterable[Mapping[st
     Raises ``ValueError`` where a recipe is of another network.
     """
     modes = {name: module.training for name, module in model.named_modules()}
-    original = bare(model)
+    original = settled(bare(model))
     given = original if isinstance(original, fx.GraphModule) else capture(original, example_inputs)
     small = follow_recipes(given, [Recipe(**recipe) for recipe in recipes], original)
     for name, module in small.named_modules():

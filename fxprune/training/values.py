@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fxprune.rewrite.files.tickets import whole
-from fxprune.rewrite.masking.parameters import join, mask_at, masked_places, parameter_at, unwrap
-from fxprune.rewrite.masking.storage import SUFFIX, zero
+from fxprune.rewrite.files.tickets import centroids, negative_signs, neutralise, set_centroids, whole
+from fxprune.rewrite.masking.computed import computed_weights, mask_of_computed, masks_of_computed
+from fxprune.rewrite.masking.parameters import mask_at, masked_places, parameter_at, unwrap
+from fxprune.rewrite.masking.storage import zero
 from fxprune.sharded_types import is_dtensor
 
 Values = dict[str, torch.Tensor]
@@ -18,11 +19,12 @@ def values_of(model: nn.Module) -> Values:
     """Copies of all parameters and buffers of a model except its masks, on the host."""
     inside = unwrap(model)
     found = {name: whole(parameter).to("cpu", copy=True) for name, parameter in inside.named_parameters()}
-    masks = {join(path, attribute + SUFFIX) for path, _, attribute in masked_places(inside)}
+    masks = {id(mask_at(place)) for place in masked_places(inside)}
+    masks |= {id(mask_of_computed(*place)) for place in computed_weights(inside).values()}
     found |= {
         name: buffer.detach().to("cpu", copy=True)
         for name, buffer in inside.named_buffers()
-        if name not in masks
+        if id(buffer) not in masks
     }
     return found
 
@@ -43,3 +45,15 @@ def put_back(model: nn.Module, values: Values) -> None:
             tensor.copy_(value)
     for place in masked_places(inside):
         zero(parameter_at(place), mask_at(place))
+
+
+def to_centroids(model: nn.Module) -> None:
+    """Sets every masked weight to the mean of its layer's weights of its sign, biases to 0, norms to 1.
+
+    Raises ``ValueError`` for a masked weight that is computed from other parameters.
+    """
+    name = next(iter(masks_of_computed(unwrap(model))), None)
+    if name is not None:
+        raise ValueError(f"start='centroids': {name!r} is computed from other parameters, and cannot be set")
+    set_centroids(model, centroids(model), negative_signs(model))
+    neutralise(model)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxprune.rewrite.compact.constant_branches import is_constant
 from fxprune.rewrite.compact.kept import Kept
 from fxprune.rewrite.compact.table import Compaction
+from fxprune.rewrite.masking.computed import computed_from, computed_weights
 
 __all__ = ["move_optimizer", "remap_optimizer"]
 
@@ -29,7 +30,8 @@ def remap_optimizer(
     Returns:
         An optimizer of the same class, with the same groups and options. State of a parameter's shape
         (momenta) is sliced as the parameter was; biases that are new join the group of their weight, and
-        constants that took the place of branches the first group.
+        constants that took the place of branches the first group. A weight that was computed (weight
+        norm) is a parameter now, without state, in the group of what it was computed from.
 
     Raises:
         ValueError: ``after`` was not made by ``compact``, or the optimizer has a parameter that ``before``
@@ -77,6 +79,8 @@ def _carried(
     """The groups and the state of an optimizer, of the parameters of ``after`` instead of ``before``."""
     names = {id(parameter): name for name, parameter in before.named_parameters()}
     new = dict(after.named_parameters(remove_duplicate=False))
+    # Compaction makes a computed weight a plain one, which the first of its parameters stands for.
+    computed = {id(computed_from(*place)[0]): name for name, place in computed_weights(before).items()}
     groups, state = [], defaultdict[Tensor, Any](dict)
     for number, group in enumerate(optimizer.param_groups):
         parameters = []
@@ -87,6 +91,8 @@ def _carried(
                     " the optimizer trains"
                 )
             name = names[id(parameter)]
+            if computed.get(id(parameter)) in new and name not in new:
+                parameters.append(new[computed[id(parameter)]])
             if name not in new:
                 continue
             parameters.append(new[name])

@@ -98,6 +98,22 @@ def value_of(module: nn.Module, name: str) -> Tensor:
     return value.detach()
 
 
+def computed_from(module: nn.Module, name: str) -> list[nn.Parameter]:
+    """The parameters that a computed weight is computed from."""
+    if parametrize.is_parametrized(module, name):
+        return list(module.parametrizations[name].parameters())  # type: ignore[index,union-attr]
+    parts = (module._parameters.get(name + end) for end in ("_g", "_v", "_orig"))
+    return [part for part in parts if part is not None]
+
+
+def present_weight(model: nn.Module, name: str) -> Tensor:
+    """The parameter called ``name``, or the computed weight of that name as it is now."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    own = module._parameters.get(attribute)
+    return value_of(module, attribute) if own is None else own
+
+
 def mask_of_computed(module: nn.Module, name: str) -> Tensor | None:
     """The mask of a computed weight, if it has one."""
     if parametrize.is_parametrized(module, name):

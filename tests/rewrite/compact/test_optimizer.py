@@ -1,5 +1,6 @@
 """An optimizer goes on in the compact network as it would have in the masked one."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -42,6 +43,25 @@ def test_steps_after_compaction_are_those_of_the_masked_network(kind: Any, optio
         step(pruned, optimizer)
         step(small, smaller)
     assert torch.allclose(pruned.eval()(x), small.eval()(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_weights_that_were_computed_join_the_group_of_what_they_were_computed_from(older: bool) -> None:
+    torch.manual_seed(0)
+    norm = nn.utils.weight_norm if older else nn.utils.parametrizations.weight_norm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of the older form
+        net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 2))
+    x = torch.randn(6, 4)
+    pruned = fxprune.apply(net, "magnitude", 0.5, granularity="channel", example_inputs=x, progress=False)
+    groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in zip(
+        (pruned.get_submodule("0"), pruned.get_submodule("2"), pruned.get_submodule("4")), (0.1, 0.2, 0.3),
+        strict=True)]  # fmt: skip
+    small = fxprune.compact(pruned)
+    made = fxprune.remap_optimizer(torch.optim.SGD(groups), pruned, small)
+    names = {id(parameter): name for name, parameter in small.named_parameters()}
+    found = {group["lr"]: {names[id(p)] for p in group["params"]} for group in made.param_groups}
+    assert found == {rate: {f"{i}.weight", f"{i}.bias"} for rate, i in ((0.1, 0), (0.2, 2), (0.3, 4))}
 
 
 def test_bad_input() -> None:
