@@ -18,10 +18,18 @@ __all__ = ["KernelPaths", "PathModel", "Skeleton", "WeightPaths"]
 
 CHOSEN = 128.0
 """The factor by which a chosen entry is better than others of its layer; exact to multiply by and divide."""
-BOOSTS = (1.0, 1e10, 1e10)
-"""Factors by which the edges of a layer are made heavier, one after the other."""
+PULL = 1e10
+"""The factor by which the edges of a layer are made heavier, at most."""
 MOST = 0.9
 """The share of all paths that is to go through that layer then."""
+NOISE = 0.01
+"""By how much edges differ at random, where one of several is to be taken."""
+ROUNDS = 40
+"""The number of times that a path is looked for by shares, at most."""
+UNSURE = 0.02
+"""The share from which an entry may lie on that path, and from which on it does for sure, seen from 1."""
+LEAST = 1e-9
+"""What is left of an edge that has no share, seen from the largest of its layer."""
 TRIES = 16
 """The number of entries that are tried one by one before all are chosen."""
 
@@ -41,11 +49,11 @@ class PathModel(Protocol):
     def weights(self, entries: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Mark the best weight of each marked entry, by ``values``: bool, shaped as these."""
 
-    def slope(self, edges: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        """Return d ln R / d edge for the entries of ``name``; zero everywhere without a path."""
+    def slopes(self, edges: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        """Return d ln R / d edge for the entries of every layer; zero everywhere without a path."""
 
-    def has_path(self, edges: Mapping[str, torch.Tensor], name: str) -> bool:
-        """Return whether any entry of ``name`` lies on a path."""
+    def living(self, edges: Mapping[str, torch.Tensor]) -> set[str]:
+        """Return the layers with an entry that lies on a path."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,13 @@ class WeightPaths:
     def weights(self, entries: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return entries
 
-    def slope(self, edges: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        return flow(self.graph, edges, resolution=self.resolution).gradients[name]
+    def slopes(self, edges: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return flow(self.graph, edges, resolution=self.resolution).gradients
 
-    def has_path(self, edges: Mapping[str, torch.Tensor], name: str) -> bool:
+    def living(self, edges: Mapping[str, torch.Tensor]) -> set[str]:
         masks = {key: edge > 0 for key, edge in edges.items()}
-        return bool(reach(self.graph, masks, resolution=self.resolution)[name].any())
+        found = reach(self.graph, masks, resolution=self.resolution)
+        return {name for name, effective in found.items() if bool(effective.any())}
 
 
 @dataclass(frozen=True)
@@ -91,20 +100,19 @@ class KernelPaths:
     def dtype(self) -> torch.dtype:
         return self.circuit.dtype
 
-    def slope(self, edges: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
-        return self._sum_over_uses(self.circuit.run(edges), edges[name], name)
+    def slopes(self, edges: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        return self._sums_over_uses(self.circuit.run(edges), edges)
 
-    def has_path(self, edges: Mapping[str, torch.Tensor], name: str) -> bool:
-        on_paths = self._sum_over_uses(self.circuit.on_paths(edges), edges[name], name)
-        return bool((on_paths * edges[name] > 0).any())
+    def living(self, edges: Mapping[str, torch.Tensor]) -> set[str]:
+        on_paths = self._sums_over_uses(self.circuit.on_paths(edges), edges)
+        return {name for name, number in on_paths.items() if bool((number * edges[name] > 0).any())}
 
-    def _sum_over_uses(self, found: Pass, like: torch.Tensor, name: str) -> torch.Tensor:
-        """Add up, over the uses of ``name``, the products of output slopes and path counts of inputs."""
-        slope = torch.zeros_like(like)
+    def _sums_over_uses(self, found: Pass, edges: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Add up, over the uses of each layer, the products of output slopes and path counts of inputs."""
+        slopes = {name: torch.zeros_like(edge) for name, edge in edges.items()}
         for place, op in enumerate(self.circuit.contractions):
-            if op.name == name:
-                op.spread(found.slope[place], found.x[place], slope, add=True)
-        return slope
+            op.spread(found.slope[place], found.x[place], slopes[op.name], add=True)
+        return slopes
 
 
 @dataclass
@@ -163,10 +171,11 @@ class Skeleton:
             for name, soft in self.soft.items()
         }
         edges = self.fixed_edges | kept
-        dead = [name for name in layers if name in self.masks and not self.paths.has_path(edges, name)]
+        living = self.paths.living(edges)
+        dead = [name for name in layers if name in self.masks and name not in living]
         edges |= {name: self.soft[name] for name in dead}
         for name in dead:
-            share = self.paths.slope(edges, name).cpu() * edges[name]
+            share = self.paths.slopes(edges)[name].cpu() * edges[name]
             if not float(share.max()) > 0:
                 return None
             self._set_chosen(name, share.flatten().argmax(), True)
@@ -176,8 +185,14 @@ class Skeleton:
     def build(self, layers: list[str]) -> Masks:
         """Choose weights that put each of ``layers`` on a path when nothing else is kept."""
         everything = set(self.masks)
+        living: set[str] = set()
         for name in layers:
-            if not self._has_path(name, everything):
+            # More chosen entries cut no path, so that what lived once is not looked for again.
+            living = living if name in living else self.paths.living(self._edges(everything))
+            if name not in living:
+                self._choose_whole_path(name)
+                living = self.paths.living(self._edges(everything))
+            if name not in living:
                 self._choose_path_through(name)
         return self._chosen_weights()
 
@@ -186,6 +201,40 @@ class Skeleton:
             name: self.paths.weights((chosen > 0).to(self.masks[name].device), self._values(name))
             for name, chosen in self.hard.items()
         }
+
+    def _choose_whole_path(self, through: str) -> None:
+        """Choose the entries of one good path through a layer, all at once.
+
+        Every edge is multiplied by its share of all paths, again and again. Paths of large shares gain by it,
+        until one has nearly all. It may need more, which `_choose_path_through` finds: the other factor of a
+        product, say.
+        """
+        edges = self._edges(set())
+        generator = torch.Generator().manual_seed(0)
+        for name in self.masks:  # of equal ones, one is to win
+            noise = torch.rand(edges[name].shape, generator=generator, dtype=edges[name].dtype)
+            edges[name] = edges[name] * (1 + NOISE * noise)
+        for _ in range(ROUNDS):
+            slopes = self.paths.slopes(edges)
+            shares = {name: slopes[name].cpu() * edges[name] for name in self.masks}
+            there = float(shares[through].sum())
+            if not there > 0:
+                return
+            if there < MOST:
+                edges[through] = edges[through] * min(PULL, 100 * (1 - there) / there)
+                continue
+            if not any(bool(((share > UNSURE) & (share < 1 - UNSURE)).any()) for share in shares.values()):
+                break
+            for name, share in shares.items():
+                grown = edges[name] * share
+                # The largest is smaller by the share of the layer, so that branches lose what they have less.
+                largest = edges[name].max() * share.sum().clamp(max=1)
+                shrunk = grown * (largest / grown.max().clamp(min=torch.finfo(grown.dtype).tiny))
+                # None goes to zero: the other factor of a product has to be there.
+                edges[name] = shrunk.clamp(min=float(largest) * LEAST) * (edges[name] > 0)
+        for name, share in shares.items():
+            is_new = (share.flatten() > 0.5) & (self.hard[name].view(-1) == 0)
+            self._set_chosen(name, is_new.nonzero().flatten(), True)
 
     def _choose_path_through(self, name: str) -> None:
         """Make all layers hard, and choose entries where that would leave the layer ``name`` no path.
@@ -217,7 +266,7 @@ class Skeleton:
         }
 
     def _has_path(self, name: str, hard: set[str]) -> bool:
-        return self.paths.has_path(self._edges(hard), name)
+        return name in self.paths.living(self._edges(hard))
 
     def _set_chosen(self, layer: str, entries: torch.Tensor, chosen: bool) -> None:
         """Choose entries of ``layer`` (flat indices), or take the choice back."""
@@ -242,14 +291,15 @@ class Skeleton:
         self._set_chosen(layer, rest.nonzero().flatten(), True)
 
     def _share_of_paths(self, layer: str, through: str, hard: set[str]) -> torch.Tensor:
-        """Return the share that each entry of ``layer`` has in the paths through the layer ``through``.
+        """Return the share that each entry of ``layer`` has in the paths through the layer ``through``."""
+        edges = self._pulled(through, hard)
+        return (self.paths.slopes(edges)[layer].cpu() * edges[layer]).flatten()
 
-        Paths beside ``through`` must not count: its edges are made heavier until nearly all paths, by weight,
-        go through it.
-        """
+    def _pulled(self, through: str, hard: set[str]) -> dict[str, torch.Tensor]:
+        """Return the edges with those of ``through`` heavier, until nearly all paths, by weight, go there."""
         edges = self._edges(hard)
-        for boost in BOOSTS:
-            edges[through] = edges[through] * boost
-            if float((self.paths.slope(edges, through).cpu() * edges[through]).sum()) > MOST:
+        for pull in (1.0, PULL, PULL):
+            edges[through] = edges[through] * pull
+            if float((self.paths.slopes(edges)[through].cpu() * edges[through]).sum()) > MOST:
                 break
-        return (self.paths.slope(edges, layer).cpu() * edges[layer]).flatten()
+        return edges

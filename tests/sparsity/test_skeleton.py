@@ -77,3 +77,44 @@ def test_kernels_are_as_good_as_their_best_weight() -> None:
     assert marked.tolist() == [[[False, True, False]], [[True, False, False]]]
     matrix = torch.rand(2, 3)
     assert torch.equal(paths.entries(matrix), matrix)
+
+
+class Gated(nn.Module):
+    """Two residual blocks in which one layer multiplies another: no path through one without the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.gates = nn.ModuleList(nn.Linear(6, 8, bias=False) for _ in range(2))
+        self.values = nn.ModuleList(nn.Linear(6, 8, bias=False) for _ in range(2))
+        self.backs = nn.ModuleList(nn.Linear(8, 6, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for gate, value, back in zip(self.gates, self.values, self.backs, strict=True):
+            x = x + back(gate(x) * value(x))
+        out: Tensor = self.last(x)
+        return out
+
+
+NETS["gated"] = (Gated, torch.ones(1, 6))
+
+
+@pytest.mark.parametrize("kind", ["weights", "kernels"])
+def test_a_skeleton_is_small(kind: str) -> None:
+    """A path through each block takes a weight of each of its layers, and the ends are shared."""
+    _, chosen = searched("gated", kind)
+    numbers = {name: int(mask.sum()) for name, mask in chosen.items()}
+    assert all(
+        number == 1 for name, number in numbers.items() if name.startswith(("gates", "values", "backs"))
+    )
+    assert sum(numbers.values()) <= 10
+
+
+@pytest.mark.parametrize("kind", ["weights", "kernels"])
+def test_equal_weights_leave_one_path_not_all(kind: str) -> None:
+    sizes = {
+        name: torch.full(shape, 0.5) for name, shape in (("0.weight", (4, 2, 3)), ("2.weight", (2, 4, 1)))
+    }
+    _, chosen = searched("one-dimensional", kind, sizes)
+    assert [int(mask.sum()) for mask in chosen.values()] == [1, 1]
