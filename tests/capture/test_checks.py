@@ -333,3 +333,38 @@ def test_a_counter_is_no_constant() -> None:
     for steps in (0, 3):
         steps_of(warm).fill_(steps)
         assert torch.equal(gm(x), net(x))
+
+
+class Skipping(nn.Module):
+    """Skips a mask that hides nothing, unless it is compiled: the same numbers either way."""
+
+    def __init__(self, *, asks_always: bool = False) -> None:
+        super().__init__()
+        self.first, self.last, self.asks_always = nn.Linear(4, 6), nn.Linear(6, 3), asks_always
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        scores = self.first(x)
+        if (torch.compiler.is_compiling() and not self.asks_always) or not mask.all():
+            scores = scores.masked_fill(~mask.bool()[:, None], 0.0)
+        result: Tensor = self.last(scores)
+        return result
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_code_that_has_another_way_for_compilers_goes_that_way(hidden: bool) -> None:
+    """Padded batches and full ones follow each other, whichever of them was the example."""
+    x, full = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, dtype=torch.long)
+    padded = torch.tensor([1, 0])
+    net = Skipping().eval()
+    graph = capture(net, (x, padded if hidden else full))
+    for mask in (full, padded):
+        assert torch.equal(graph(x, mask), net(x, mask))
+
+
+def test_code_that_asks_all_the_same_holds_for_the_example() -> None:
+    x, full = torch.ones(2, 4), torch.ones(2, dtype=torch.long)
+    net = Skipping(asks_always=True).eval()
+    graph = capture(net, (x, full))
+    assert torch.equal(graph(x, full), net(x, full))
+    with pytest.raises(AssertionError, match="decides by numbers in the inputs"):
+        graph(x, torch.tensor([1, 0]))

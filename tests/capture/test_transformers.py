@@ -102,3 +102,18 @@ def test_pruned(build: Callable[[], nn.Module], example: Tensor) -> None:
     pruned = fxprune.apply(build(), "synflow", 0.5, rounds=5, example_inputs=example, progress=False)
     fxprune.verify(pruned)
     assert fxprune.analyze(pruned).density == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_batches_with_padding_and_without_follow_each_other(hidden: bool) -> None:
+    """The encoder by itself leaves out a mask that hides nothing."""
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=50, max_position_embeddings=16, **SMALL)
+    model = transformers.BertModel(config).eval()
+    full = torch.ones_like(WORDS)
+    padded = full.clone()
+    padded[0, 4:] = 0
+    graph = capture(model, {"input_ids": WORDS, "attention_mask": padded if hidden else full})
+    for mask in (full, padded):
+        found = graph(input_ids=WORDS, attention_mask=mask).last_hidden_state
+        assert_close(found, model(input_ids=WORDS, attention_mask=mask).last_hidden_state)

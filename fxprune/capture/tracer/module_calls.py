@@ -117,6 +117,8 @@ class Caller:
             # Code that looks at its data often has another way for compilers, which does not.
             with suppress(*TRACE_ERRORS):
                 return self.as_compiler(path, module, args, kwargs)
+        if module is self.root and self.answers.take_example():
+            return self.enter(path, module, args, kwargs)
         if module is self.root:
             return self.without_methods(path, module, args, kwargs, reason)
         try:
@@ -136,7 +138,7 @@ class Caller:
             errors = {
                 answer: self.tried(asked, answer, path, module, args, kwargs) for answer in (True, False)
             }
-            self.answers.settle(asked, errors, by_example=module is self.root)
+            self.answers.settle(asked, errors, by_example=module is self.root and self.answers.by_example)
 
     def tried(
         self, question: Question, answer: bool, path: str, module: nn.Module, args: Any, kwargs: Any

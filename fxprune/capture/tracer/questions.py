@@ -7,7 +7,8 @@ where it does not hold. A condition is answered in this order of rules:
    are finite (asked by ``isfinite``, ``isnan``, ``isinf`` or ``x != x``).
 2. The code is run on from there with either answer. Where one of them makes it raise before it calls a
    module, asks again or returns, as an argument check does, the other one holds.
-3. In the model's own ``forward``, which cannot stay whole: the answer that the example's integers give.
+3. In the model's own ``forward``, which cannot stay whole and has no other way for compilers: the answer that
+   the example's integers give.
 
 Anything else differs from one ordinary input to the next: the module that asks stays whole.
 """
@@ -72,9 +73,11 @@ class Answers:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.by_example = False
         self._errors: dict[Place, tuple[bool, str]] = {}
         self._by_example: set[Place] = set()
         self._open: set[Place] = set()
+        self._told = False
         self._trial: tuple[Place, bool] | None = None
         self._answered: Any = None
         self._made_up = False
@@ -164,6 +167,15 @@ class Answers:
             self._by_example.add(question.place)
         else:
             self._open.add(question.place)
+            self._told |= question.example is not None
+
+    def take_example(self) -> bool:
+        """Let the example answer from now on what is open; whether that is new and may help."""
+        if self.by_example or not self._told:
+            return False
+        self.by_example = True
+        self._open.clear()
+        return True
 
     def frozen(self, found: Any) -> str:
         """Say that the graph holds for these numbers only, which the code that called reads."""
