@@ -46,6 +46,8 @@ def contraction(
             if wholes is not None and _waits(factor, out, sizes[1 - side], lettered[1 - side], place, wholes):
                 continue
             reason = _partner(labels, factor, out, sizes[1 - side], lettered[1 - side], whole_heads)
+            if reason and (apart := _without(labels, factor, sizes[1 - side])) is not None:
+                factor, reason = apart, ""
             if reason:
                 labels.fix(factor.labels, f"{place}: {reason}" if place else reason)
                 continue
@@ -175,6 +177,21 @@ def _partner(
         order = list(dict.fromkeys((*factor.letters, *other.letters)))
         labels.tie(factor.along(order), other.along(order))
     return ""
+
+
+def _without(labels: Labels, factor: _Lettered, sizes: dict[str, int]) -> _Lettered | None:
+    """Let entries go with all along the letters that the other operand has, where its own cannot go.
+
+    ``None`` if there are no other letters, as then nothing can go. Such are the outputs of a layer that makes
+    a matrix, which reads what cannot go.
+    """
+    apart = [letter for letter in factor.letters if sizes.get(letter, 1) == 1]
+    if not apart or len(apart) == len(factor.letters):
+        return None
+    first = factor.lines([letter for letter in factor.letters if letter not in apart])
+    labels.tie(first, first[..., :1])
+    own = [place for place, letter in enumerate(factor.own) if letter in factor.letters and letter not in apart]
+    return _Lettered(tuple(apart), factor.labels.amax(own, keepdim=True), factor.own)
 
 
 def _waits(

@@ -15,6 +15,7 @@ from torch import Tensor
 from fxprune.channels.constants import POINTWISE, Constants, sums_up
 from fxprune.channels.contractions import contraction
 from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, Lines, Sides, aligned, along_axis, thin
+from fxprune.channels.merging import merged
 from fxprune.channels.pooling import pooled
 from fxprune.channels.shared import tie_shared
 from fxprune.channels.sides import keep_read_tables, sides_of, table_factors
@@ -257,12 +258,9 @@ class _Follower:
                 continue
             if bool((factor.labels <= FIXED).all()) or any(factor == other for other in found):
                 continue
-            own = set(factor.axes)
-            if any(own <= set(other.axes) or own >= set(other.axes) for other in found):
-                self.labels.fix(factor.labels, self._because("channels along two axes become one axis"))
-                continue
-            found.append(factor)
-            if len(factor.axes) > 1:
+            reason = self._because("channels along two axes become one axis")
+            found = merged(self.labels, found, factor, reason)
+            if len(factor.axes) > 1 and factor in found:
                 self._record_lines(op.output, factor)
         self._label_moved_constants(op, found)
         return found
@@ -306,7 +304,7 @@ class _Follower:
         for factor in self._of(value):
             if axis in factor.axes:
                 along.append(self._column(factor, axis))
-            elif spatial & set(factor.axes):
+            elif spatial & set(factor.axes) and not (op.window is not None and op.window.keeps_positions):
                 self.labels.fix(factor.labels, self._because("positions of a convolution"))
             else:
                 passed.append(factor)

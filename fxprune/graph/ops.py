@@ -194,6 +194,11 @@ class Window:
         """No position mixes with another: taps of size one and no padding."""
         return all(k == 1 for k in self.kernel) and all(p == (0, 0) for p in self.padding)
 
+    @property
+    def keeps_positions(self) -> bool:
+        """Every position goes to the one at the same place."""
+        return self.is_pointwise and all(s == 1 for s in self.stride) and not any(self.output_padding)
+
 
 @dataclass(frozen=True)
 class WindowPool:

@@ -23,7 +23,7 @@ from fxprune.rewrite.compact.closed import check_calls
 from fxprune.rewrite.compact.computed import computed_weights, give_back_computed
 from fxprune.rewrite.compact.constant_branches import remove_constant_branches
 from fxprune.rewrite.compact.constant_operands import cut_constants
-from fxprune.rewrite.compact.constants import Dense, Recorded, fold, record
+from fxprune.rewrite.compact.constants import Dense, Recorded, fold, read_node, record
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.giving_back import give_back_before, give_back_node, give_back_users
 from fxprune.rewrite.compact.kept import Slices
@@ -355,7 +355,7 @@ def _sources(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> set[st
     wanted = operand_nodes(graph, cut, nodes)
     for op in graph.ops:
         if isinstance(op, (ir.Kernel, ir.Norm)) and op.node in nodes and cut.touches(op.inputs[0]):
-            source = nodes[op.node].args[0] if nodes[op.node].args else None
+            source = read_node(graph, nodes[op.node], op.inputs[0])
             if isinstance(source, fx.Node):
                 wanted.add(source.name)
             if isinstance(op, ir.Norm) and kind_of(nodes[op.node]) == "":

@@ -20,7 +20,7 @@ from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.unchecked import Unchecked
 from fxprune.torch_private import ConvNd
 
-__all__ = ["Dense", "Recorded", "constant_entries", "fold", "is_recorded", "record"]
+__all__ = ["Dense", "Recorded", "constant_entries", "fold", "is_recorded", "read_node", "record"]
 
 Recorded = dict[str, tuple[Tensor, Tensor]]
 """By the name of a node: its output in two runs."""
@@ -70,9 +70,17 @@ def constant_entries(values: tuple[Tensor, Tensor], axis: int, gone: Tensor) -> 
 
 def is_recorded(graph: ChannelGraph, source: Any, value: ir.Value, recorded: Recorded) -> bool:
     """Whether the numbers of ``value`` are those recorded of the node ``source``."""
-    if not isinstance(source, fx.Node) or source.name not in recorded:
-        return False
-    found = graph.results.get(source.name)
+    return isinstance(source, fx.Node) and source.name in recorded and _yields(graph, source, value)
+
+
+def read_node(graph: ChannelGraph, node: fx.Node, value: ir.Value) -> Any:
+    """Return the argument of a node that yields ``value``, wherever it stands: behind an equation, say."""
+    given = next((each for each in node.all_input_nodes if _yields(graph, each, value)), None)
+    return given if given is not None or not node.args else node.args[0]
+
+
+def _yields(graph: ChannelGraph, node: fx.Node, value: ir.Value) -> bool:
+    found = graph.results.get(node.name)
     return isinstance(found, ir.Value) and found.index == value.index
 
 
@@ -115,7 +123,7 @@ def _contribution(
     weight = getattr(module, "weight", None)
     plain = isinstance(module, (nn.Linear, ConvNd)) and op.groups == 1 and isinstance(weight, Tensor)
     transposed = op.window is not None and op.window.transposed
-    source = node.args[0] if node.args else None
+    source = read_node(cut.graph, node, value)
     known = is_recorded(cut.graph, source, value, recorded)
     if not plain or transposed or op.weight.computed or op.weight.view is not None or not known:
         if known:

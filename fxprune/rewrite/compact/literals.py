@@ -218,9 +218,10 @@ class Rewriter:
     def _index(self, node: fx.Node, source: ir.Value | None) -> None:
         """Move the bounds of an index into a value that is read, or into a constant that gets smaller."""
         kept = self._left_of_constant(node.args[0])
-        if node.target is operator.getitem and self.cut.shrinks(source):
-            assert source is not None
-            kept = [self.cut.kept_along(source, axis) for axis in range(len(source.shape))]
+        # What is written into has other channels than before, which the graph notes at the node that writes.
+        whole = source if node.target is operator.getitem else self._value(node) or source
+        if whole is not None and self.cut.shrinks(whole):
+            kept = [self.cut.kept_along(whole, axis) for axis in range(len(whole.shape))]
         if kept is None:
             self._places(node)
             return

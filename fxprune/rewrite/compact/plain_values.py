@@ -15,6 +15,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch.split": torch.split,
     "operator.getitem": operator.getitem,
     "operator.mul": operator.mul,
+    "operator.floordiv": operator.floordiv,
     "torch.clamp": torch.clamp,
 }
 METHODS = {"split"}

@@ -118,7 +118,7 @@ def tabulate(
 ) -> Compaction:
     """Return the table of what was cut."""
     sizes: Mapping[str, torch.Tensor] = dict(new.named_parameters(remove_duplicate=False))
-    layers = []
+    layers, macs = [], _macs_of_positions(graph, cut)
     for name, kernels in graph.kernels.items():
         rows = cut.labels.rows[name] + torch.arange(kernels.outputs)
         columns = cut.labels.columns[name] + torch.arange(kernels.inputs)
@@ -135,7 +135,7 @@ def tabulate(
                 (len(rows), int((~cut.is_gone(rows)).sum()) if weights else 0),
                 (len(columns), int((~cut.is_gone(columns)).sum()) if weights else 0),
                 (kernels.shape.numel(), weights),
-                (kernels.macs, round(kernels.macs * weights / kernels.shape.numel())),
+                (kernels.macs, round(macs[name] * weights / kernels.shape.numel())),
                 int(back.sum()),
                 next((reason for reason in reasons if reason), "meets entries that cannot be removed"),
                 int((stayed & ~back).sum()),
@@ -143,6 +143,21 @@ def tabulate(
         )
     sizes_of_all = (_count(old), _count(new))
     return Compaction(tuple(layers), sizes_of_all, difference, _products(graph, cut), kept)
+
+
+def _macs_of_positions(graph: ChannelGraph, cut: Cut) -> dict[str, float]:
+    """Return the multiply-adds of every parameter, with all its weights, at the positions that are left.
+
+    Positions of one layer may be the channels of another, as those of a layer that mixes tokens are.
+    """
+    found = dict.fromkeys(graph.kernels, 0.0)
+    for op in graph.ops:
+        if isinstance(op, ir.Kernel) and op.weight.name in found:
+            axis = len(op.output.shape) - 1 - (0 if op.window is None else len(op.window.kernel))
+            sizes = zip(op.output.shape, cut.shape(op.output), strict=True)
+            share = prod(new / old for place, (old, new) in enumerate(sizes) if place != axis and old)
+            found[op.weight.name] += op.macs * share
+    return found
 
 
 def _products(graph: ChannelGraph, cut: Cut) -> tuple[int, int]:
