@@ -190,7 +190,9 @@ def _without(labels: Labels, factor: _Lettered, sizes: dict[str, int]) -> _Lette
         return None
     first = factor.lines([letter for letter in factor.letters if letter not in apart])
     labels.tie(first, first[..., :1])
-    own = [place for place, letter in enumerate(factor.own) if letter in factor.letters and letter not in apart]
+    own = [
+        place for place, letter in enumerate(factor.own) if letter in factor.letters and letter not in apart
+    ]
     return _Lettered(tuple(apart), factor.labels.amax(own, keepdim=True), factor.own)
 
 

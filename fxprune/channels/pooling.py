@@ -24,8 +24,7 @@ def pooled(
             found.append(factor)
             continue
         rest = tuple(axis for axis in factor.axes if axis not in op.dims)
-        centres = op.how == "mean" and not is_read  # a norm written by hand
-        if op.window is not None or (op.how == "max" and not rest and not op.extreme) or centres:
+        if op.window is not None or (op.how == "max" and not rest and not op.extreme):
             reason = f"{'a window' if op.window is not None else op.how} over channels"
             labels.fix(factor.labels, because(reason))
             continue

@@ -48,7 +48,7 @@ from fxprune.rewrite.compact.norms import kind_of
 from fxprune.rewrite.compact.parameter_views import parameters_of_constant
 from fxprune.rewrite.compact.products import keep_what_counts, operand_nodes
 from fxprune.rewrite.compact.recipe import record_recipe
-from fxprune.rewrite.compact.statistics import reductions
+from fxprune.rewrite.compact.statistics import counted_node, reductions
 from fxprune.rewrite.compact.strides import multiples
 from fxprune.rewrite.compact.table import tabulate
 from fxprune.rewrite.compact.trial import (
@@ -361,7 +361,8 @@ def _sources(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> set[st
             if isinstance(op, ir.Norm) and kind_of(nodes[op.node]) == "":
                 for axis in op.axes:
                     added = reductions(graph, op, nodes, axis) or ()
-                    wanted |= {node.all_input_nodes[0].name for node in added}
+                    counted = [counted_node(node, axis) for node in added]
+                    wanted |= {node.name for node in counted if node is not None}
     return wanted
 
 

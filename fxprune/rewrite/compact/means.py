@@ -12,6 +12,7 @@ from torch import fx
 
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
+from fxprune.rewrite.compact.narrow_statistics import narrow_statistic
 from fxprune.rewrite.compact.norms import kind_of
 from fxprune.rewrite.compact.statistics import reductions
 
@@ -21,9 +22,15 @@ __all__ = ["scale_means"]
 def scale_means(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut) -> None:
     """Multiply means over fewer entries by the share that is left, and let extremes see a zero, in place."""
     nodes = {node.name: node for node in gm.graph.nodes}
+    found: dict[fx.Node, tuple[float, int, int]] = {}  # all are looked for before the first is rewritten
     for op in graph.ops:
         if isinstance(op, ir.Norm) and op.node in nodes and kind_of(nodes[op.node]) == "":
-            _scale_statistics(graph, op, nodes, cut)
+            found |= _statistics(graph, op, nodes, cut)
+    means = {nodes[op.node] for op in graph.ops if isinstance(op, ir.Pool) and op.output.live}
+    for node, (share, axis, size) in found.items():
+        if node not in means:
+            narrow_statistic(node, share, axis, size)
+    for op in graph.ops:
         if not isinstance(op, ir.Pool) or op.window is not None or not op.output.live:
             continue
         if op.how != "mean" and not op.extreme:
@@ -58,16 +65,17 @@ def _bound(node: fx.Node, extreme: str) -> bool:
     return True
 
 
-def _scale_statistics(graph: ChannelGraph, op: ir.Norm, nodes: dict[str, fx.Node], cut: Cut) -> None:
-    """Scale the means in a norm that is written by hand."""
-    value = op.inputs[0]
+def _statistics(
+    graph: ChannelGraph, op: ir.Norm, nodes: dict[str, fx.Node], cut: Cut
+) -> dict[fx.Node, tuple[float, int, int]]:
+    """The statistics in a norm that is written by hand: what share is left of which axis, and its size."""
+    value, found = op.inputs[0], {}
     for axis in op.axes:
         share = _share(cut, value, (axis,))
-        if share == 1.0:
-            continue
-        for node in reductions(graph, op, nodes, axis) or ():
-            if getattr(node.target, "__name__", node.target) == "mean":
-                _scale(node, share)
+        if share != 1.0:
+            for node in reductions(graph, op, nodes, axis) or ():
+                found[node] = share, axis, value.shape[axis]
+    return found
 
 
 def _share(cut: Cut, value: ir.Value, dims: Sequence[int]) -> float:

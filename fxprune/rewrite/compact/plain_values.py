@@ -16,7 +16,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "operator.getitem": operator.getitem,
     "operator.mul": operator.mul,
     "operator.floordiv": operator.floordiv,
+    "operator.add": operator.add,
     "torch.clamp": torch.clamp,
+    "torch.sqrt": torch.sqrt,
+    "torch.var_mean": torch.var_mean,
 }
 METHODS = {"split"}
 """The functions and methods that a rewritten node may call; a file can name no others."""

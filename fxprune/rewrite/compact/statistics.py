@@ -14,9 +14,14 @@ from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.constants import Recorded
 from fxprune.rewrite.compact.cut import Cut
 
-__all__ = ["keep_what_statistics_count", "node_of", "reductions"]
+__all__ = [
+    "PAIRS", "SPREADS", "centre_of", "correction_of", "counted_node", "keep_what_statistics_count", "node_of",
+    "reductions",
+]  # fmt: skip
 
-REDUCTIONS = frozenset(("mean", "sum", "norm", "vector_norm"))
+PAIRS = frozenset(("var_mean", "std_mean"))
+SPREADS = PAIRS | {"var", "std"}
+REDUCTIONS = SPREADS | {"mean", "sum", "norm", "vector_norm"}
 POINTWISE = frozenset(
     (
         "add", "sub", "rsub", "mul", "truediv", "div", "pow", "square", "sqrt", "rsqrt", "reciprocal", "neg",
@@ -36,11 +41,29 @@ def reductions(
 ) -> list[fx.Node] | None:
     """Return the nodes between what ``op`` reads and its own that add up entries along ``axis``.
 
-    ``None`` if a node between the two is of a kind that is not known here, or has other axes.
+    Where it reads what was already divided or scaled, statistics may be of what was there before: these
+    are looked for step by step. ``None`` if a node between the two is of a kind that is not known here, or
+    has other axes.
     """
+    value = op.inputs[0]
+    while True:
+        found = _reductions_of(graph, op, value, nodes, axis)
+        maker = graph.op_of(value)
+        if found != [] or not isinstance(maker, (ir.Affine, ir.Norm)) or not maker.inputs:
+            return found
+        before = maker.inputs[0]
+        if len(before.shape) != len(value.shape) or before.shape[axis] != value.shape[axis]:
+            return found
+        value = before
+
+
+def _reductions_of(
+    graph: ChannelGraph, op: ir.Norm, value: ir.Value, nodes: Mapping[str, fx.Node], axis: int
+) -> list[fx.Node] | None:
+    """The nodes between what yields ``value`` and the node of ``op`` that add up entries along ``axis``."""
     node = nodes[op.node]
     order = {each: place for place, each in enumerate(node.graph.nodes)}
-    names = [output.node for output in graph.nodes_of(op.inputs[0]) if not output.path]
+    names = [output.node for output in graph.nodes_of(value) if not output.path]
     before = [nodes[name] for name in names if name in nodes and order[nodes[name]] < order[node]]
     if not before:
         return None
@@ -60,14 +83,72 @@ def reductions(
         if not depends & set(each.all_input_nodes):
             continue
         depends.add(each)
-        name, first = getattr(each.target, "__name__", each.target), each.args[0] if each.args else None
-        known = name in REDUCTIONS or name in POINTWISE
-        if each.op == "call_module" or not known or _rank(each) != _rank(source):
+        name = _name(each)
+        part = name == "getitem" and _name(each.all_input_nodes[0]) in PAIRS
+        if each.op == "call_module" or not (name in REDUCTIONS | POINTWISE or part):
             return None
-        if name in REDUCTIONS and isinstance(first, fx.Node):
-            if first.meta["val"].shape[axis] != each.meta["val"].shape[axis]:
+        if _rank(each) != _rank(source):
+            return None
+        if name in REDUCTIONS:
+            summed = counted_node(each, axis)
+            if summed is None:
+                return None
+            if _tensor(each.all_input_nodes[0]).shape[axis] != _tensor(each).shape[axis]:
                 found.append(each)
     return found
+
+
+def counted_node(node: fx.Node, axis: int) -> fx.Node | None:
+    """Return the node whose entries must be zero for what goes to be known to the reduction ``node``.
+
+    That is what the reduction reads; of a square of what is left of a mean, that before the mean is
+    subtracted. ``None`` where the reduction cannot make up for what goes.
+    """
+    if _name(node) in SPREADS:
+        return node.all_input_nodes[0] if _is_plain_spread(node, axis) else None
+    centre = centre_of(node, axis)
+    return centre[0] if centre is not None else node.all_input_nodes[0]
+
+
+def centre_of(node: fx.Node, axis: int) -> tuple[fx.Node, fx.Node] | None:
+    """Return what a mean of squares is the spread of, and the number that is subtracted from it.
+
+    The second has one entry for all that the reduction adds up. ``None`` for means of other things.
+    """
+    square = node.all_input_nodes[0]
+    name, sources = _name(square), square.all_input_nodes
+    squares = (name == "pow" and square.args[1:] in ((2,), (2.0,))) or name == "square"
+    squares |= name in ("mul", "multiply") and square.args[0] is square.args[1]
+    if _name(node) != "mean" or not squares or len(sources) != 1 or _name(sources[0]) != "sub":
+        return None
+    wide, one = (sources[0].args[:2]) if len(sources[0].args) > 1 else (None, None)
+    if not isinstance(wide, fx.Node) or not isinstance(one, fx.Node) or sources[0].kwargs:
+        return None
+    shapes = [_tensor(each).shape for each in (square, node, one)]
+    if any(len(shape) != len(shapes[0]) for shape in shapes) or shapes[2][axis] != 1:
+        return None
+    summed = [place for place, (a, b) in enumerate(zip(*shapes[:2], strict=True)) if a != b]
+    return (wide, one) if all(shapes[2][place] == 1 for place in summed) else None
+
+
+def _is_plain_spread(node: fx.Node, axis: int) -> bool:
+    """Whether a variance or the like is along ``axis`` alone, or counts its entries as they are."""
+    shape, result = _tensor(node.all_input_nodes[0]).shape, _tensor(node).shape
+    if len(shape) != len(result):
+        return False
+    others = [
+        place for place, (a, b) in enumerate(zip(shape, result, strict=True)) if a != b and place != axis
+    ]
+    return not others or correction_of(node) == 0
+
+
+def correction_of(node: fx.Node) -> float:
+    """Return what a variance subtracts from the number of its entries."""
+    given = [x for x in node.args[1:] if isinstance(x, bool)]
+    if "correction" in node.kwargs:
+        number = node.kwargs["correction"]
+        return 1.0 if number is None else float(number)  # type: ignore[arg-type]
+    return float(bool(node.kwargs.get("unbiased", given[0] if given else True)))
 
 
 def keep_what_statistics_count(
@@ -84,7 +165,8 @@ def keep_what_statistics_count(
     counted = torch.zeros_like(gone)
     others = [place for place in range(gone.dim()) if place not in along[0].axes]
     for node in found:
-        for run in recorded.get(node.all_input_nodes[0].name, ()) or (None,):
+        counted_in = counted_node(node, axis)
+        for run in (recorded.get(counted_in.name, ()) if counted_in is not None else ()) or (None,):
             if run is None or run.dim() != gone.dim():
                 return False
             hot = (run != 0) & gone
@@ -94,6 +176,18 @@ def keep_what_statistics_count(
     return True
 
 
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _tensor(node: fx.Node) -> Tensor:
+    """The tensor that a node yields, on the meta device; the first of a pair."""
+    val = node.meta["val"]
+    found: Tensor = val[0] if isinstance(val, (tuple, list)) else val
+    return found
+
+
 def _rank(node: fx.Node) -> int:
     val = node.meta.get("val")
+    val = val[0] if isinstance(val, (tuple, list)) and val else val
     return val.dim() if isinstance(val, Tensor) else -1

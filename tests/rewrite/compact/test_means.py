@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.rewrite.compact.replay import replay
+from rewrite.compact.masked import assert_compacts
 
 
 class Net(nn.Module):
@@ -76,7 +79,7 @@ def test_channels_that_are_pruned_all_go(kind: str) -> None:
     assert small.meta["fxprune"]["compaction"].given_back == 0
 
 
-def test_a_norm_written_by_hand_keeps_its_channels() -> None:
+def test_a_norm_written_by_hand_loses_channels() -> None:
     """It subtracts a mean over all of them, and its variance counts those that are zero."""
 
     class Centred(nn.Module):
@@ -96,7 +99,75 @@ def test_a_norm_written_by_hand_keeps_its_channels() -> None:
         net.first.weight[:3], net.first.bias[:3], net.last.weight[:, :3] = 0.0, 0.0, 0.0
     small = fxprune.compact(net, x)
     torch.testing.assert_close(small(x), net(x))
-    assert len(small.get_parameter("first.weight")) == 10
+    assert len(small.get_parameter("first.weight")) == 7
+
+
+def centred_by_spread(y: Tensor) -> Tensor:
+    u = y.mean(1, keepdim=True)
+    return (y - u) / (y.std(1, keepdim=True) + 1e-3)
+
+
+def centred_by_moments(y: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(y, 1, keepdim=True, unbiased=False)
+    return (y - mean) * torch.rsqrt(variance + 1e-5)
+
+
+def centred_by_squares(y: Tensor) -> Tensor:
+    u = y.mean(1, keepdim=True)
+    return (y - u) / torch.sqrt((y - u).pow(2).mean(1, keepdim=True) + 1e-5)
+
+
+def centred_late(y: Tensor) -> Tensor:
+    u = y.mean(1, keepdim=True)
+    s = ((y - u) ** 2).mean(1, keepdim=True)
+    return 2.0 * (y - u) / torch.sqrt(s + 1e-5)
+
+
+def scaled_alone(y: Tensor) -> Tensor:
+    return y / torch.sqrt(y.var(1, keepdim=True, unbiased=False) + 1e-5)
+
+
+CENTRED = [centred_by_spread, centred_by_moments, centred_by_squares, centred_late, scaled_alone]
+
+
+class Centred(nn.Module):
+    """A norm over channels that is written by hand, with a scale and a shift, before a layer."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm = norm
+        self.first, self.last = nn.Conv2d(3, 10, 3), nn.Conv2d(10, 2, 1)
+        self.gain, self.shift = nn.Parameter(torch.rand(10)), nn.Parameter(torch.rand(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.first(x))
+        out: Tensor = self.last(self.gain[:, None, None] * y + self.shift[:, None, None])
+        return out
+
+
+@pytest.mark.parametrize("norm", CENTRED, ids=lambda norm: norm.__name__)
+def test_centred_norms_by_hand_lose_channels(norm: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    net, x = Centred(norm).eval(), torch.randn(2, 3, 6, 6)
+    small = assert_compacts(net, x, 0.5)
+    assert len(small.get_parameter("first.weight")) < 7
+    larger = torch.randn(1, 3, 9, 9)
+    again = replay(fxprune.capture(net, x), small.meta["fxprune"]["recipes"][0])
+    again.load_state_dict(small.state_dict())
+    torch.testing.assert_close(again(larger), small(larger))
+
+
+@pytest.mark.parametrize("norm", CENTRED, ids=lambda norm: norm.__name__)
+def test_centred_norms_by_hand_keep_what_counts(norm: Callable[[Tensor], Tensor]) -> None:
+    """A constant is no zero, and counts in a mean."""
+    torch.manual_seed(0)
+    net, x = Centred(norm).eval(), torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        net.first.weight[[0, 3, 4]], net.first.bias[[0, 3]], net.first.bias[4] = 0.0, 0.5, 0.0
+        net.last.weight[:, [0, 3, 4]] = 0.0
+    small = fxprune.compact(net, x, verify=False)
+    torch.testing.assert_close(small(x), net(x))
+    assert len(small.get_parameter("first.weight")) == 9
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
