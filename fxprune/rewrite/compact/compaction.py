@@ -138,7 +138,7 @@ def _compact(
     while True:
         graph = lower(source)
         masks = _masks(graph, source, known)
-        cut = _first_cut(graph, source, masks)
+        cut = _first_cut(graph, source, masks, masked=bool(known))
         _keep_written(cut, written)
         way = _Way(graph, masks, cut, whole, closed, exact, fold_constants)
         try:
@@ -244,8 +244,8 @@ def _masks(graph: ChannelGraph, gm: fx.GraphModule, known: Masks) -> Masks:
     }
 
 
-def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks) -> Cut:
-    """Return what could go by the masks alone."""
+def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks, *, masked: bool) -> Cut:
+    """Return what could go by the masks alone; ``masked``: they are the model's own."""
     computed = computed_weights(graph, gm)
 
     def nonzero(name: str) -> Tensor:
@@ -261,7 +261,8 @@ def _first_cut(graph: ChannelGraph, gm: fx.GraphModule, masks: Masks) -> Cut:
         )
     followed = follow(graph)
     cut = Cut(graph, followed, used, nonzero, multiples(graph, gm, followed))
-    give_back_computed(graph, gm, cut, computed)
+    # Without masks, all of a weight that is computed otherwise counts: what goes is not read.
+    give_back_computed(graph, gm, cut, computed if masked else ())
     return cut
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut
+from fxprune.rewrite.compact.inside import weight_inside
 from fxprune.rewrite.compact.parameter_views import constant_nodes
 from fxprune.rewrite.compact.trial import RUN_ERRORS, difference
 
@@ -38,7 +39,7 @@ def computed_weights(graph: ChannelGraph, gm: fx.GraphModule) -> set[str]:
 def give_back_computed(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, opaque: Collection[str]) -> None:
     """Give back channels of parameters of which what is left would make another weight.
 
-    ``opaque``: those that `computed_weights` returned.
+    ``opaque``: those that `computed_weights` returned, if masks of the parameters say what counts.
     """
     computed = {str(op.weight.name) for op in _computed(graph) if not op.weight.scaled}
     for sides in cut.labels.sides:
@@ -80,6 +81,9 @@ def _is_cut_alike(gm: fx.GraphModule, op: ir.Kernel, name: str, rows: Tensor, co
 
 def _weight(gm: fx.GraphModule, op: ir.Kernel, name: str, parameter: Tensor) -> Tensor | None:
     """Compute the weight that a layer reads with these numbers in its parameter; None if no node gives it."""
+    calls = [node for node in gm.graph.nodes if node.name == op.node and node.op == "call_module"]
+    if calls:
+        return weight_inside(gm, calls[0], name, parameter)
     constant = set(constant_nodes(gm))
     read = [node for reader in gm.graph.nodes if reader.name == op.node for node in reader.all_input_nodes]
     known = {node: _made_of(node, name) for node in read if node in constant}

@@ -17,6 +17,7 @@ from fxprune.torch_private import ConvNd, NormBase
 __all__ = [
     "holders",
     "own_parameters",
+    "set_sizes",
     "share_parameters",
     "slice_parameters",
     "slices_of",
@@ -112,7 +113,7 @@ def slice_parameters(
             old = getattr(gm.get_submodule(path), leaf)
             _replace(homes, old, kept.take(old.detach()))
     for path, module in gm.named_modules():
-        _set_sizes(module, groups.get(path))
+        set_sizes(module, groups.get(path))
 
 
 def share_parameters(gm: fx.GraphModule) -> fx.GraphModule:
@@ -175,7 +176,7 @@ def unsizeable(gm: fx.GraphModule, names: Iterable[str], closed: Collection[str]
     return found
 
 
-def _set_sizes(module: nn.Module, groups: int | None) -> None:
+def set_sizes(module: nn.Module, groups: int | None) -> None:
     """Set the attributes that say sizes, of the classes that have them."""
     m: Any = module
     if isinstance(module, nn.Linear):

@@ -6,7 +6,7 @@ channel on no path may hold numbers all the same: a norm before it makes of a co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -28,7 +28,7 @@ def operand_nodes(graph: ChannelGraph, cut: Cut, nodes: Mapping[str, fx.Node]) -
     for op in graph.ops:
         for value, _ in _summed(op, nodes):
             if cut.touches(value):
-                found.add(node_of(graph, value))
+                found |= {node_of(graph, part) for part in _parts(graph, value)}
     return found - {""}
 
 
@@ -118,11 +118,25 @@ def _along(op: ir.AnyOp, softmax: frozenset[int]) -> list[tuple[int, ...] | None
     return [tuple(axis for axis, letter in enumerate(own) if letter in letters) for own in inputs.split(",")]
 
 
+def _parts(graph: ChannelGraph, value: ir.Value) -> list[ir.Value]:
+    """Return a value that a node yields; of one inside a function, such as a distance, all that it adds up.
+
+    The list is empty if no node yields them either.
+    """
+    if node_of(graph, value):
+        return [value]
+    maker = graph.op_of(value)
+    if not isinstance(maker, (ir.Sum, ir.Gather)):
+        return []
+    found = [_parts(graph, each) for each in maker.inputs]
+    return [part for some in found for part in some] if all(found) else []
+
+
 def _numbers(
     graph: ChannelGraph,
     cut: Cut,
     value: ir.Value,
-    axes: tuple[int, ...],
+    axes: Sequence[int],
     recorded: Recorded,
     along: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
@@ -131,7 +145,12 @@ def _numbers(
     ``along``: the axes that are asked for changes, if not all, and both runs.
     """
     zero = torch.zeros(cut.labels.count, dtype=torch.bool)
-    runs = recorded.get(node_of(graph, value))
+    parts = _parts(graph, value)
+    if len(parts) > 1:  # what is zero in all that a function adds up by itself
+        marks = [_numbers(graph, cut, part, range(len(part.shape)), recorded, along)[0] for part in parts]
+        return torch.stack(marks).all(0), zero
+    runs = recorded.get(node_of(graph, parts[0])) if parts else None
+    value = parts[0] if parts else value
     if runs is None or runs[0].shape != torch.Size(value.shape):
         return zero, zero.clone()
     even = zero.clone()

@@ -145,6 +145,20 @@ class BehindEquation(nn.Module):
         return out
 
 
+@case(lambda: torch.randn(3, 6))
+class Distances(nn.Module):
+    """Distances to centres: the function makes a difference of its own, which no node yields."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(7, 4)
+        self.centres = nn.Parameter(torch.rand(7, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.exp(-(torch.cdist(self.first(x).tanh(), self.centres) ** 2) / 12))
+        return out
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6])
 @pytest.mark.parametrize("kind", sorted(CASES))
 def test_channels_go_with_all_that_belongs_to_them(kind: str, share: float) -> None:
@@ -177,3 +191,26 @@ def test_one_group_of_each_kind_is_all_that_goes(kind: str) -> None:
         assert table.parameters[0] - table.parameters[1] == group.parameters
         assert table.macs[0] - table.macs[1] == group.macs
         assert_same(outputs(zeroed, x), outputs(small, x))
+
+
+def test_a_centre_that_is_not_zero_counts_in_a_distance() -> None:
+    torch.manual_seed(0)
+    net, x = redrawn(Distances()), torch.randn(3, 6)
+    with torch.no_grad():
+        net.get_parameter("first.weight")[[1, 4]], net.get_parameter("first.bias")[[1, 4]] = 0.0, 0.0
+        net.get_parameter("centres")[:, 4] = 0.0
+    small = fxprune.compact(net, x, verify=False)
+    torch.testing.assert_close(small(x), net(x))
+    assert len(small.get_parameter("first.weight")) == 11
+
+
+def test_rows_of_a_matrix_and_features_along_places_may_go() -> None:
+    """What they meet cannot: entries of the input, and the layer's positions."""
+    for kind, parameter, axis, count in (
+        ("MadeMatrix", "matrix.weight", "out", 8),
+        ("GatedPlaces", "down.weight", "in", 10),
+    ):
+        build, inputs = CASES[kind]
+        groups = fxprune.channel_groups(build(), inputs())
+        free = [member for group in groups if group.removable for member in group.members]
+        assert sum(member.parameter == parameter and member.axis == axis for member in free) == count
