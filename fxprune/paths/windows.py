@@ -85,7 +85,9 @@ def conv(op: ir.Kernel, window: ir.Window, x: Layout, borders: Borders) -> Compi
     positions, axes = {}, []
     for d, (axis, out) in enumerate(zip(x[-rank:], sizes, strict=True)):
         kept, map_out = torch.arange(axis.size), explicit(out)
-        if may_shorten:
+        if window.keeps_positions:
+            kept, map_out = axis.representatives(), axis
+        elif may_shorten:
             span = window.dilation[d] * (window.kernel[d] - 1) + 1
             kept, map_out = shortened(axis, out, span, window.stride[d], window.padding[d][0])
         positions[len(x) + d - rank] = kept

@@ -54,6 +54,20 @@ class Tokens(nn.Module):
         return y
 
 
+class MadeKernel(nn.Module):
+    """A constant image under a kernel that a layer makes: first and last rows are alike, and so are others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.last = nn.Linear(3, 6, bias=False), nn.Conv2d(6, 2, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.kernel(x)[:, :, None, None, None].expand(-1, -1, -1, 3, 3).flatten(0, 1)
+        image = F.conv2d(torch.ones(1, len(x), 4, 4), kernel, padding=1, groups=len(x))
+        y: Tensor = self.last(image.view(len(x), 6, 4, 4))
+        return y
+
+
 def wide() -> nn.Module:
     """So many paths that values are rescaled several times."""
     layers = [layer for _ in range(9) for layer in (nn.Linear(40, 40, bias=False), nn.ReLU())]
@@ -70,6 +84,7 @@ OWN_NETS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "products": (Products, torch.ones(2, 3)),
     "a product of a gate": (GatedProduct, torch.ones(2, 3)),
     "tokens": (Tokens, torch.ones(2, 3, 4)),
+    "a made kernel": (MadeKernel, torch.ones(2, 3)),
     "wide": (wide, torch.ones(1, 40)),
     "grouped": (grouped, torch.ones(1, 4, 6, 6)),
 }
