@@ -46,6 +46,7 @@ from fxprune.rewrite.compact.modules import (
 from fxprune.rewrite.compact.norm_sums import removed_sums
 from fxprune.rewrite.compact.norms import kind_of
 from fxprune.rewrite.compact.parameter_views import parameters_of_constant
+from fxprune.rewrite.compact.parts import node_of, parts_of
 from fxprune.rewrite.compact.products import keep_what_counts, operand_nodes
 from fxprune.rewrite.compact.recipe import record_recipe
 from fxprune.rewrite.compact.statistics import counted_node, reductions
@@ -359,6 +360,7 @@ def _sources(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> set[st
             source = read_node(graph, nodes[op.node], op.inputs[0])
             if isinstance(source, fx.Node):
                 wanted.add(source.name)
+            wanted |= {node_of(graph, part) for part in parts_of(graph, op.inputs[0])}
             if isinstance(op, ir.Norm) and kind_of(nodes[op.node]) == "":
                 for axis in op.axes:
                     added = reductions(graph, op, nodes, axis) or ()

@@ -65,8 +65,21 @@ def cut_constants(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Sli
         for source in node.all_input_nodes:
             own = graph.results.get(source.name)
             if source not in changed and not (isinstance(own, ir.Value) and own.live):
-                node.replace_input_with(source, _picked(node, source, value, cut))
+                _read_picked(node, source, _picked(node, source, value, cut), changed)
     gm.recompile()
+
+
+def _read_picked(node: fx.Node, source: fx.Node, picked: fx.Node, changed: set[fx.Node]) -> None:
+    """Let a node read what was picked of a constant; where it writes into that, all after it read it, too."""
+    name = called(node)
+    writes = node.target is operator.setitem or (name.endswith("_") and not name.endswith("__"))
+    if picked is not source and writes and node.args[0] is source:
+        order = {each: place for place, each in enumerate(node.graph.nodes)}
+        first = order[node]
+        source.replace_all_uses_with(picked, delete_user_cb=lambda user: order[user] >= first)
+        changed.add(picked)
+    else:
+        node.replace_input_with(source, picked)
 
 
 def _followed_operand(graph: ChannelGraph, node: fx.Node) -> ir.Value | None:
@@ -87,7 +100,7 @@ def _cut_states(
     for source in node.all_input_nodes:
         own = None if source in changed else _read_constant(graph, reads, source)
         if own is not None and cut.touches(own):
-            node.replace_input_with(source, _picked(node, source, own, cut))
+            _read_picked(node, source, _picked(node, source, own, cut), changed)
 
 
 def _read_constant(graph: ChannelGraph, reads: Sequence[ir.Value], source: fx.Node) -> ir.Value | None:

@@ -17,6 +17,7 @@ from fxprune.channels.labels import Sides
 from fxprune.channels.orientation import swap_orientation
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut
+from fxprune.rewrite.compact.parts import zero_in_parts
 from fxprune.rewrite.compact.unchecked import Unchecked
 from fxprune.torch_private import ConvNd
 
@@ -131,7 +132,8 @@ def _contribution(
             entries, same = constant_entries(recorded[source.name], axis, gone)
             harmless = same & ~entries.any(1)
         else:
-            harmless = torch.zeros(int(gone.sum()), dtype=torch.bool)
+            zero = zero_in_parts(cut.graph, cut, value, recorded)
+            harmless = zero[cut.labels.root[sides.columns[gone]]]
         harmless |= ~_is_read(op, sides, cut, gone)
         cut.give_back(sides.columns[gone][~harmless], f"{place}: reads it, and cannot take it into a bias")
         return None

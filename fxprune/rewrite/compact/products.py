@@ -6,7 +6,7 @@ channel on no path may hold numbers all the same: a norm before it makes of a co
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx
@@ -17,7 +17,7 @@ from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.constants import Recorded
 from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.norms import kind_of
-from fxprune.rewrite.compact.statistics import node_of
+from fxprune.rewrite.compact.parts import node_of, parts_of, zero_in_parts
 
 __all__ = ["keep_what_counts", "operand_nodes"]
 
@@ -28,7 +28,7 @@ def operand_nodes(graph: ChannelGraph, cut: Cut, nodes: Mapping[str, fx.Node]) -
     for op in graph.ops:
         for value, _ in _summed(op, nodes):
             if cut.touches(value):
-                found |= {node_of(graph, part) for part in _parts(graph, value)}
+                found |= {node_of(graph, part) for part in parts_of(graph, value)}
     return found - {""}
 
 
@@ -118,25 +118,11 @@ def _along(op: ir.AnyOp, softmax: frozenset[int]) -> list[tuple[int, ...] | None
     return [tuple(axis for axis, letter in enumerate(own) if letter in letters) for own in inputs.split(",")]
 
 
-def _parts(graph: ChannelGraph, value: ir.Value) -> list[ir.Value]:
-    """Return a value that a node yields; of one inside a function, such as a distance, all that it adds up.
-
-    The list is empty if no node yields them either.
-    """
-    if node_of(graph, value):
-        return [value]
-    maker = graph.op_of(value)
-    if not isinstance(maker, (ir.Sum, ir.Gather)):
-        return []
-    found = [_parts(graph, each) for each in maker.inputs]
-    return [part for some in found for part in some] if all(found) else []
-
-
 def _numbers(
     graph: ChannelGraph,
     cut: Cut,
     value: ir.Value,
-    axes: Sequence[int],
+    axes: tuple[int, ...],
     recorded: Recorded,
     along: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor]:
@@ -145,10 +131,9 @@ def _numbers(
     ``along``: the axes that are asked for changes, if not all, and both runs.
     """
     zero = torch.zeros(cut.labels.count, dtype=torch.bool)
-    parts = _parts(graph, value)
+    parts = parts_of(graph, value)
     if len(parts) > 1:  # what is zero in all that a function adds up by itself
-        marks = [_numbers(graph, cut, part, range(len(part.shape)), recorded, along)[0] for part in parts]
-        return torch.stack(marks).all(0), zero
+        return zero_in_parts(graph, cut, value, recorded), zero
     runs = recorded.get(node_of(graph, parts[0])) if parts else None
     value = parts[0] if parts else value
     if runs is None or runs[0].shape != torch.Size(value.shape):

@@ -15,7 +15,7 @@ from fxprune.rewrite.compact.constants import Recorded
 from fxprune.rewrite.compact.cut import Cut
 
 __all__ = [
-    "PAIRS", "SPREADS", "centre_of", "correction_of", "counted_node", "keep_what_statistics_count", "node_of",
+    "PAIRS", "SPREADS", "centre_of", "correction_of", "counted_node", "keep_what_statistics_count",
     "reductions",
 ]  # fmt: skip
 
@@ -29,11 +29,6 @@ POINTWISE = frozenset(
         "multiply",
     )
 )  # fmt: skip
-
-
-def node_of(graph: ChannelGraph, value: ir.Value) -> str:
-    """Return the name of the first node that yields a value; "" if it is only a part of what nodes yield."""
-    return next((output.node for output in graph.nodes_of(value) if not output.path), "")
 
 
 def reductions(

@@ -55,7 +55,7 @@ class Tokens(nn.Module):
 
 
 class MadeKernel(nn.Module):
-    """A constant image under a kernel that a layer makes: first and last rows are alike, and so are others."""
+    """A constant image under a kernel that a layer makes: its first and last rows are alike."""
 
     def __init__(self) -> None:
         super().__init__()

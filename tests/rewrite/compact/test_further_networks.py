@@ -205,7 +205,7 @@ def test_a_centre_that_is_not_zero_counts_in_a_distance() -> None:
 
 
 def test_rows_of_a_matrix_and_features_along_places_may_go() -> None:
-    """What they meet cannot: entries of the input, and the layer's positions."""
+    """Entries of the input, and the positions of the layer, cannot."""
     for kind, parameter, axis, count in (
         ("MadeMatrix", "matrix.weight", "out", 8),
         ("GatedPlaces", "down.weight", "in", 10),
@@ -214,3 +214,52 @@ def test_rows_of_a_matrix_and_features_along_places_may_go() -> None:
         groups = fxprune.channel_groups(build(), inputs())
         free = [member for group in groups if group.removable for member in group.members]
         assert sum(member.parameter == parameter and member.axis == axis for member in free) == count
+
+
+class Fourier(nn.Module):
+    """A layer on the low frequencies, by einsum with a complex weight, written into zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.beside, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 7, 1), nn.Conv2d(7, 4, 1)
+        self.weight = nn.Parameter(torch.rand(8, 7, 3, 3, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        waves = torch.fft.rfft2(x)
+        low = torch.zeros(len(x), 7, x.size(-2), x.size(-1) // 2 + 1, dtype=torch.cfloat)
+        low[:, :, :3, :3] = torch.einsum("bixy,ioxy->boxy", waves[:, :, :3, :3], self.weight)
+        out: Tensor = self.last((torch.fft.irfft2(low, s=x.shape[-2:]) + self.beside(x)).relu())
+        return out
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_what_a_fourier_layer_reads_and_writes_goes(side: str) -> None:
+    torch.manual_seed(0)
+    net, x = Fourier().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        if side == "in":
+            net.first.weight[:3], net.get_parameter("first.bias")[:3] = 0.0, 0.0
+        else:
+            net.last.weight[:, :3] = 0.0
+    small = fxprune.compact(net, x, verify=False)
+    for one in (x, torch.randn(3, 3, 10, 12)):
+        torch.testing.assert_close(small(one), net(one), rtol=1e-4, atol=1e-5)
+    assert small.get_parameter("weight").shape == ((5, 7, 3, 3) if side == "in" else (8, 4, 3, 3))
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_channels_of_a_fourier_layer_go(share: float) -> None:
+    torch.manual_seed(0)
+    net, x = Fourier().eval(), torch.randn(2, 3, 8, 8)
+    pruned = fxprune.apply(
+        net, "random", share, granularity="channel", example_inputs=x, progress=False, seed=1
+    )
+    small = fxprune.compact(pruned, x)
+    torch.testing.assert_close(small(x), pruned(x), rtol=1e-4, atol=1e-5)
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+    masks, parameters = fxprune.masks(pruned), dict(small.named_parameters())
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {
+        name: parameters[name].numel() for name in masks
+    }
