@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -80,9 +81,33 @@ def table_factors(
         if one.axes is None and not one.transposed and len(one.shape) == 2:
             _hold(labels, one, because, inputs=False)
             return [along_axis(axis, labels.columns[use.name] + torch.arange(one.inputs), rank)]
+    if len(op.params) == 1 and (stack := _stack(labels, kernels, op)):
+        return stack
     for name in {use.name for use in op.params} & kernels.keys():
         _hold(labels, kernels[name], because)
     return ()
+
+
+def _stack(labels: Labels, kernels: Mapping[str, KernelSet], op: ir.Source) -> Sequence[Factor]:
+    """The factors of matrices side by side, of which others pick some: those of their rows and columns."""
+    (use,), rank = op.params, len(op.output.shape)
+    one = kernels.get(use.name)
+    if one is None or one.axes is None or op.output.live:
+        return ()
+    sides = []
+    for own, first, size in zip(
+        one.axes, (labels.rows, labels.columns), (one.outputs, one.inputs), strict=True
+    ):
+        along = [use.axes[axis] for axis in own]
+        places = [x.axes[0] for x in along if x is not None and x.index is None and len(x.axes) == 1]
+        sizes = [one.shape[axis] for axis in own]
+        if len(places) < len(own) or math.prod(sizes) != size or sorted(places) != places:
+            return ()
+        shape = [1] * rank
+        for place, length in zip(places, sizes, strict=True):
+            shape[place] = length
+        sides.append(Factor(tuple(places), (first[use.name] + torch.arange(size)).reshape(shape)))
+    return sides
 
 
 def _multiplied(labels: Labels, kernels: Mapping[str, KernelSet], op: ir.Affine) -> Sequence[Factor]:

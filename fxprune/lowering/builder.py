@@ -37,9 +37,7 @@ class Builder:
         self.kernels: dict[str, ir.KernelSet] = {}
         self.units: dict[Units, None] = {}
         self.in_training: dict[int, ir.Value] = {}  # see `ChannelGraph`
-        self.node = ""
-        self.inner = ""
-        self.layer = ""
+        self.node = self.inner = self.layer = ""
         self.samples, self.strict = 1, False
         self.leaves: dict[Any, Any] = {}  # traces of leaves by form, see `capture_leaf`
         # Per value: the part of each axis that is data, where an op before has padded it with zeros.
@@ -48,6 +46,7 @@ class Builder:
         self.squares: set[int] = set()
         self.mean_of: dict[int, tuple[int, tuple[int, ...]]] = {}
         self.blocked: dict[int, Tensor] = {}
+        self.picked: dict[int, Any] = {}  # see `rules.picked`
         # By id of a constant that a node of the captured graph yields: that node; its value as an operand.
         self.constant_nodes: dict[int, str] = {}
         self.sources: dict[int, ir.Value] = {}

@@ -46,6 +46,7 @@ ACTIVATIONS = frozenset((
     F.celu, F.mish, F.softplus, F.sigmoid, F.tanh, F.logsigmoid, torch.relu, torch.sigmoid, torch.tanh,
     Tensor.relu, Tensor.sigmoid, Tensor.tanh,
 ))  # fmt: skip
+WHOLE = frozenset((torch.int64, torch.int32, torch.int16, torch.int8))
 FILLS = frozenset(("fill", "full", "full_like", "new_full"))
 MOVERS = frozenset(("cpu", "cuda", "xpu", "ipu", "hpu", "mtia", "pin_memory"))
 
@@ -221,6 +222,7 @@ class Shadows:
                 return self.of(item)
             return torch.ones((), dtype=item.dtype) if fills else self.numbers(item)
 
+        given = _with_any_index(function, *given)
         args, kwargs = (map_structure(number, part) for part in given)
         if kwargs.get("device") is not None or function in CONSTRUCTORS:
             kwargs["device"] = META
@@ -235,6 +237,19 @@ class Shadows:
                 # that.
                 with META:
                     return function(*args, **kwargs)
+
+
+def _with_any_index(function: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Replace single numbers that pick an entry, which decide no shape, by zeros; those of slices stay."""
+    if getattr(function, "__name__", "") != "__getitem__" or len(args) != 2:
+        return args, kwargs
+
+    def picked(part: Any) -> Any:
+        is_number = isinstance(part, Tensor) and not part.dim() and part.dtype in WHOLE
+        return torch.zeros((), dtype=part.dtype) if is_number else part
+
+    index = args[1]
+    return (args[0], tuple(map(picked, index)) if type(index) is tuple else picked(index)), kwargs
 
 
 def _recurrent(name: str, args: tuple[Any, ...]) -> Any:

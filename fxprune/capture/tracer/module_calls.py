@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -139,6 +140,28 @@ class Caller:
                 answer: self.tried(asked, answer, path, module, args, kwargs) for answer in (True, False)
             }
             self.answers.settle(asked, errors, by_example=module is self.root and self.answers.by_example)
+            if self.recorder.tape.values.reached and self.answers.is_open(asked):
+                self.reach_more(asked, path, module, args, kwargs)
+
+    def reach_more(
+        self, question: Question, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Assume the answer after which the code does all that it does after the other one, and more.
+
+        Raises ``CaptureError`` where the answers lead to different things: neither is all that may happen.
+        """
+        tape, done = self.recorder.tape, []
+        for answer in (False, True):
+            self.answers.assume(question, answer)
+            start, before = tape.checkpoint(), len(tape.graph.nodes)
+            self.inside(path, module, args, kwargs)
+            nodes = list(tape.graph.nodes)[before:]
+            done.append(Counter((node.op, str(node.target)) for node in nodes))
+            tape.rollback(start)
+        less, more = sorted(done, key=Counter.total)
+        if not less < more:
+            raise CaptureError(question.text)
+        self.answers.assume(question, more is done[1])
 
     def tried(
         self, question: Question, answer: bool, path: str, module: nn.Module, args: Any, kwargs: Any

@@ -78,6 +78,7 @@ class Answers:
         self._by_example: set[Place] = set()
         self._open: set[Place] = set()
         self._told = False
+        self._assumed: dict[Place, bool] = {}
         self._trial: tuple[Place, bool] | None = None
         self._answered: Any = None
         self._made_up = False
@@ -118,6 +119,8 @@ class Answers:
             return self._answer(place, finite, "asks whether numbers are finite, and some are not")
         if sizes is not None:
             return self._answer(place, sizes, "decides by the sizes of the inputs; capture it for these")
+        if place in self._assumed:
+            return Answer(self._assumed[place], "")
         if place in self._errors:
             answer, told = self._errors[place]
             return self._answer(place, answer, told)
@@ -176,6 +179,14 @@ class Answers:
         self.by_example = True
         self._open.clear()
         return True
+
+    def is_open(self, question: Question) -> bool:
+        """Whether ``question`` was settled without an answer."""
+        return question.place in self._open
+
+    def assume(self, question: Question, answer: bool) -> None:
+        """Answer ``question`` so from now on, without a check: in a graph that is looked at and not run."""
+        self._assumed[question.place] = answer
 
     def frozen(self, found: Any) -> str:
         """Say that the graph holds for these numbers only, which the code that called reads."""

@@ -79,7 +79,7 @@ class Recorder(TorchFunctionMode):
             return self._apart(func, args, kwargs)
         if not self.recording:
             return self._unrecorded(func, args, kwargs)
-        if name == "unbind" and 0 in (*args[1:2], kwargs.get("dim")):
+        if name == "unbind" and 0 in (*args[1:2], kwargs.get("dim")) and not self.tape.values.reached:
             self._check_length(args[0], name)
         if name == "__len__":
             return plain_number(self.length(args[0]))

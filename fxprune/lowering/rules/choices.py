@@ -14,10 +14,11 @@ from torch import Tensor
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.constant import Constant
+from fxprune.lowering.rules.picked import note_picked
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 from fxprune.torch_private import unique2
 
-__all__ = ["any_along", "any_of", "numbers", "shut_out", "table"]
+__all__ = ["any_along", "any_of", "any_row", "numbers", "shut_out", "table"]
 
 SHUT = 1e4
 """Numbers that are so large leave nothing of what they are added to, behind a softmax."""
@@ -59,6 +60,12 @@ def any_along(context: Context, x: Any, dims: Sequence[int], shape: Sequence[int
     value = build.materialise(x)
     own = [1 if d in {dim % len(value.shape) for dim in dims} else size for d, size in enumerate(value.shape)]
     return build.affine(build.reduce(value, "max", dims, True, own), shape)
+
+
+def any_row(context: Context, x: Any, dim: int, shape: Sequence[int]) -> ir.Value:
+    """``x.index_select(dim, index)``, where the index depends on the input."""
+    found = any_along(context, x, (dim,), shape)
+    return note_picked(context.build, found, x, dim % len(shape), 1)
 
 
 @table.rule(torch.argmax, "argmax", torch.argmin, "argmin", torch.argsort, "argsort", torch.histc, "histc")
@@ -113,7 +120,11 @@ def any_of(context: Context, x: Any, index: Any) -> ir.Value:
     own = [1 if d in loose else size for d, size in enumerate(value.shape)]
     value = build.reduce(value, "max", loose, True, own)
     pick = TensorFunction.of(operator.getitem, PREVIOUS, tuple(plain))
-    return build.gather(pick, [value], context.shape)
+    found = build.gather(pick, [value], context.shape)
+    others = [part for part in parts if not isinstance(part, ir.Value) and part is not Ellipsis]
+    if len(loose) == 1 and all(part == slice(None) for part in others):
+        return note_picked(build, found, x, loose[0], len(found.shape) - len(value.shape) + 1)
+    return found
 
 
 def _where_mask_holds(context: Context, value: ir.Value, parts: Sequence[Any]) -> ir.Value:

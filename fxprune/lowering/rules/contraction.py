@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from operator import getitem
 from typing import Any
@@ -17,8 +17,9 @@ from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.graph.tensor_function import Operand as Place
 from fxprune.lowering.constant import Constant
+from fxprune.lowering.rules.picked import one_of_many
 from fxprune.lowering.rules.pointwise import plus_constant
-from fxprune.lowering.rules.table import Context, RuleTable, Unknown, describe
+from fxprune.lowering.rules.table import Context, RuleTable, Unknown
 
 __all__ = ["contract", "table"]
 
@@ -41,6 +42,10 @@ def contract(context: Context, equation: str, a: Operand, b: Operand, shape: Seq
             narrow = _without_broadcasts(context, x, w, (x_letters, w_letters, out))
             if narrow is not None:
                 return _with_weight(context, *narrow, shape)
+    many = one_of_many(build, equation, (a, b))
+    if many is not None:
+        each = contract(context, many.equation, *many.factors, many.shape)
+        return many.any_of(build, each, shape)
     return build.mix(equation, build.materialise(a, exact=True), build.materialise(b, exact=True), shape)
 
 
@@ -320,72 +325,3 @@ def tensordot(context: Context, a: Operand, b: Operand, dims: Any = 2, **_: Any)
         right[j % rank_b] = left[i % rank_a]
     out = [c for c in left if c not in right] + [c for c in right if c not in left]
     return contract(context, f"{''.join(left)},{''.join(right)}->{''.join(out)}", a, b, context.shape)
-
-
-# -- Fourier transforms --------------------------------------------------------------------------
-def _transform(axes: int | None) -> Callable[..., ir.Value]:
-    def transform(
-        context: Context, x: Any, s: Any = None, dim: Any = None, norm: Any = None, n: Any = None
-    ) -> ir.Value:
-        """Every position along the axes reaches every position."""
-        build = context.build
-        value = build.materialise(x)
-        rank = len(value.shape)
-        dims = range(-axes, 0) if dim is None and axes else range(rank) if dim is None else dim
-        dims = [dims % rank] if isinstance(dims, int) else [d % rank for d in dims]
-        shape = [1 if d in dims else size for d, size in enumerate(value.shape)]
-        return build.affine(build.reduce(value, "sum", dims, True, shape), context.shape)
-
-    return transform
-
-
-for _name in ("rfft", "irfft", "fft", "ifft", "hfft", "ihfft"):
-    for _suffix, _axes in (("", 1), ("2", 2), ("n", None)):
-        table.rule(getattr(torch.fft, _name + _suffix))(_transform(_axes))
-
-
-@table.rule(torch.stft, "stft", torch.istft, "istft")
-def frames(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
-    """Every sample of a signal reaches every frame and frequency, and the other way; a zero has its place."""
-    build, value, shape = context.build, context.build.materialise(x), context.shape
-    back = describe(context.target) == "istft"
-    axes = 1
-    if back:
-        axes = 3 if len(value.shape) - len(shape) == 2 else 2
-    kept = [*value.shape[: len(value.shape) - axes], *[1] * axes]
-    dims = range(len(kept) - axes, len(kept))
-    value = build.reduce(build.map(value, floor=True, axes=dims), "sum", dims, True, kept)
-    one = [*kept[: len(kept) - axes], *[1] * (len(shape) - len(kept) + axes)]
-    return build.affine(build.gather(TensorFunction.of("reshape", PREVIOUS, one), [value], one), shape)
-
-
-@table.rule(torch.polar)
-def polar(context: Context, length: Any, angle: Any) -> ir.Value | Constant:
-    """``y = length * exp(i angle)``: an angle of Zero turns nothing away."""
-    build, shape = context.build, context.shape
-    if not isinstance(length, ir.Value):
-        return build.map(build.affine(angle, shape), floor=True)
-    if not isinstance(angle, ir.Value):
-        return build.affine(length, shape)
-    return build.gate(length, build.map(angle, floor=True), shape)
-
-
-@table.rule(torch.complex)
-def complex_of(context: Context, real: Any, imaginary: Any) -> ir.Value:
-    """Both parts make the number."""
-    return context.build.sum([context.build.materialise(x) for x in (real, imaginary)], context.shape)
-
-
-@table.rule(torch.view_as_complex, "view_as_complex")
-def view_as_complex(context: Context, x: Any) -> ir.Value:
-    """Both parts make the number."""
-    value = context.build.materialise(x)
-    return context.build.reduce(value, "sum", (len(value.shape) - 1,), False, context.shape)
-
-
-@table.rule(torch.view_as_real, "view_as_real")
-def view_as_real(context: Context, x: Any) -> ir.Value:
-    """The number makes both parts."""
-    value, shape = context.build.materialise(x), context.shape
-    both = TensorFunction.of("unsqueeze", PREVIOUS, -1).then("expand", PREVIOUS, shape)
-    return context.build.gather(both, [value], shape)

@@ -19,7 +19,14 @@ from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, Operand, TensorFunction
 from fxprune.lowering.constant import Constant
 from fxprune.lowering.literals import literals_of
-from fxprune.lowering.rules.choices import any_along, any_of, numbers, shut_out, written_anywhere
+from fxprune.lowering.rules.choices import (
+    any_along,
+    any_of,
+    any_row,
+    numbers,
+    shut_out,
+    written_anywhere,
+)  # fmt: skip
 from fxprune.lowering.rules.live_sizes import plain_slices
 from fxprune.lowering.rules.pointwise import present
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
@@ -123,8 +130,8 @@ def _numbers(x: Constant) -> Tensor:
 
 
 def _has_unknown_index(args: Any, kwargs: Any) -> bool:
-    indices = [x for x in tensors_in((args, kwargs)) if isinstance(x, Constant) and not is_data(x)]
-    return any(x.numbers() is None for x in indices)
+    constants = (x for x in tensors_in((args, kwargs)) if isinstance(x, Constant))
+    return any(x.numbers() is None for x in constants if not is_data(x))
 
 
 def set_item(x: Tensor, index: Any, new: Any) -> Tensor:
@@ -233,8 +240,9 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
         args = (args[0], plain_slices(args[1], args[0].shape, context.shape))
     if context.target in _PADS:
         args = (args[0], *substitute(args[1:], lambda x: int(_numbers(x)) if isinstance(x, Constant) else x))
-    strided = context.target in ("as_strided", torch.as_strided)
-    order = _memory_order(context.node.args[0]) if strided else None
+    order = (
+        _memory_order(context.node.args[0]) if context.target in ("as_strided", torch.as_strided) else None
+    )
     if any(isinstance(x, torch.dtype) for x in (*args, *kwargs.values())):  # x.view(torch.int32)
         raise Unknown("memory seen as another type")
     if context.target is getattr and args[1] in ("real", "imag", "data"):
@@ -280,8 +288,9 @@ def _chosen(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     dim = kwargs.get("dim", kwargs.get("axis", rest[0] if rest else None))
     if dim is None:
         raise Unknown("an index tensor depends on the input")
-    x = context.build.materialise(args[0])
-    shape = list(context.shape)
+    if context.target in ("index_select", torch.index_select):
+        return any_row(context, args[0], dim, context.shape)
+    x, shape = context.build.materialise(args[0]), list(context.shape)
     cut = [slice(None) if d == dim % len(shape) else slice(size) for d, size in enumerate(shape)]
     own = [x.shape[d] if d == dim % len(shape) else size for d, size in enumerate(shape)]
     if own != list(x.shape):
@@ -344,34 +353,6 @@ def unfold(context: Context, x: Any, *args: Any, **kwargs: Any) -> ir.Value:
         pad = TensorFunction.of(F.pad, PREVIOUS, amounts)
         value = context.build.gather(pad, [value], shape, pads)
     return context.build.gather(TensorFunction.of(F.unfold, PREVIOUS, **given), [value], context.shape)
-
-
-@table.rule("copy_")
-def copy(context: Context, x: Any, source: Any, *args: Any) -> ir.Value:
-    """Overwrite what was there."""
-    return context.build.affine(context.build.materialise(source), context.shape)
-
-
-@table.rule("new_empty", torch.empty_like)
-def empty(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
-    """Memory without numbers: present nowhere until something is written into it."""
-    blank: Constant = zeros(context, x)
-    return replace(blank, is_empty=torch.Size(context.shape).numel() > 0)
-
-
-@table.rule("new_zeros", "zero_", torch.zeros_like)
-def zeros(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
-    """A tensor of zeros: present nowhere until something is written into it."""
-    shape, dtype = context.shape, context.result.dtype
-    return Constant(shape, dtype, lambda: torch.zeros(shape, dtype=dtype), zero=True)
-
-
-@table.rule("new_ones", "new_full", "new_tensor", torch.ones_like, torch.full_like)
-@table.rule(torch.rand_like, torch.randn_like, "fill_")
-def constants(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
-    """Present everywhere, on no path."""
-    shape, dtype = context.shape, context.result.dtype
-    return Constant(shape, dtype, lambda: torch.ones(shape, dtype=dtype))
 
 
 @table.rule(torch.where, "where")

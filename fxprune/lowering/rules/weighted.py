@@ -78,13 +78,9 @@ def _biased(context: Context, result: ir.Value, bias: Any, axis: int) -> ir.Valu
 def linear(context: Context, x: Any, weight: Any, bias: Any = None) -> ir.Value:
     build = context.build
     value = build.materialise(x)
-    if isinstance(weight, ir.Value):
-        if len(weight.shape) != 2:
-            raise Unknown("linear with a vector as weight")
-        letters = "abcdefgh"[: len(value.shape) - 1]
-        result = build.mix(f"{letters}i,oi->{letters}o", value, weight, context.shape)
-        return _biased(context, result, bias, len(result.shape) - 1)
-    if isinstance(weight, Constant) and weight.joined is not None:
+    if isinstance(weight, ir.Value) and len(weight.shape) != 2:
+        raise Unknown("linear with a vector as weight")
+    if isinstance(weight, ir.Value) or (isinstance(weight, Constant) and weight.joined is not None):
         letters = "abcdefgh"[: len(value.shape) - 1]
         result = contract(context, f"{letters}i,oi->{letters}o", value, weight, context.shape)
         return _biased(context, result, bias, len(result.shape) - 1)

@@ -18,7 +18,13 @@ from fxprune.rewrite.masking.graph_reads import (
     mask_of,
 )
 from fxprune.rewrite.masking.masked_module import Form, form_of, owner_and_attribute
-from fxprune.rewrite.masking.operand_probe import FAILURES, OperandRecorder, example_input, private_twin
+from fxprune.rewrite.masking.operand_probe import (
+    FAILURES,
+    SAMPLE,
+    OperandRecorder,
+    example_input,
+    private_twin,
+)
 from fxprune.rewrite.masking.optimizer_hook import living
 from fxprune.rewrite.masking.parameters import Place, join, mask_at, masked_places, parameter_at, tied, unwrap
 from fxprune.rewrite.masking.sharded import home, reshard
@@ -154,7 +160,9 @@ def _check_module(path: str, module: nn.Module, form: Form) -> None:
         name = join(path, target)
         for operand in [*recorder.seen, *recorder.factors]:
             if _is_computed_from(operand, weight, inputs):
-                _check_operand(name, operand, mask, masks, may_move=form.kind == "reads")
+                may_move = form.kind == "reads"
+                if not (may_move and operand.shape != mask.shape and _picks_entries(operand, weights)):
+                    _check_operand(name, operand, mask, masks, may_move=may_move)
         if grad is not None:
             _demand_zeros(name, "in the gradient", grad, mask)
 
@@ -165,6 +173,19 @@ def _is_computed_from(operand: torch.Tensor, weight: torch.Tensor, inputs: tuple
         return False
     slopes = torch.autograd.grad(operand.sum(), [weight, *inputs], allow_unused=True, retain_graph=True)
     return slopes[0] is not None and all(slope is None for slope in slopes[1:])
+
+
+def _picks_entries(operand: torch.Tensor, weights: list[torch.Tensor]) -> bool:
+    """Whether entries of an operand are single weights, scaled at most, and therefore zero where these are.
+
+    How many there are of each does not matter then: the input may pick the matrix of one expert for all rows.
+    """
+    places = operand.detach().flatten().nonzero().flatten()
+    for place in places[:: max(1, len(places) // SAMPLE)].tolist():
+        slopes = torch.autograd.grad(operand.flatten()[place], weights, allow_unused=True, retain_graph=True)
+        if sum(int(slope.count_nonzero()) for slope in slopes if slope is not None) != 1:
+            return False
+    return True
 
 
 def _check_operand(
