@@ -24,6 +24,17 @@ class Constants:
         self.graph = graph
         self.made: set[int] = set()
         self.zeros: set[int] = set()
+        used: set[int] = set()
+        for op in reversed(graph.ops):
+            if isinstance(op, ir.Sink) or op.output.index in used:
+                used |= {value.index for value in op.inputs}
+        self._used = used
+
+    def are_followed(self, value: ir.Value) -> bool:
+        """Whether a constant has the channels of what it is made of: one of layers, or one that no path
+        meets, as the matrices of all experts of which the input picks some.
+        """
+        return value.index in self.made or value.index not in self._used
 
     def note(self, op: ir.AnyOp) -> None:
         """Note what an op gives, if that is no value on a path."""

@@ -67,7 +67,7 @@ class _Follower:
             self.number = number
             factors = self._step(op)
             self.constants.note(op)
-            if op.output.live or (factors and op.output.index in self.constants.made):
+            if op.output.live or (factors and self.constants.are_followed(op.output)):
                 self.labels.values[op.output.index] = tuple(factors)
         for value in self.graph.training_outputs:
             for factor in self._of(value):
