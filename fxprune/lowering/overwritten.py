@@ -19,16 +19,18 @@ ITSELF = frozenset(("data", "detach"))
 KEEPS_ZEROS = frozenset(
     """
     abs bfloat16 clone contiguous data detach div double float half hardshrink itruediv mul neg normalize
-    renorm round sign softshrink tanh to truediv type type_as
+    relu renorm round sign softshrink sqrt tanh to tril triu truediv type type_as
     """.split()
 )
 PRODUCTS = frozenset(("mul", "imul", "mul_"))
+PARTS = frozenset("chunk diagonal getitem narrow select split unbind".split())
+VIEWS = PARTS | frozenset("T mT flatten movedim permute reshape squeeze t transpose unsqueeze view".split())
+FILLS = frozenset("fill fill_diagonal index_fill masked_fill setitem".split())
 
 
 def overwritten_tensors(gm: OpenGraph) -> list[tuple[Tensor, list[Tensor]]]:
-    """Find the attributes that a node writes in full, with numbers that do not depend on them.
+    """Find the attributes that a node writes to, in full or in part, so that zeros do not stay zeros.
 
-    Those that are assigned what code makes of themselves are among them, unless zeros stay zeros.
     Beside each are the attributes that its numbers are computed from.
 
     Example:
@@ -44,20 +46,16 @@ def overwritten_tensors(gm: OpenGraph) -> list[tuple[Tensor, list[Tensor]]]:
     """
     found = []
     for node in gm.graph.nodes:
-        if node.target is assign_data_ and not _keeps_zeros(node.args[1], node.args[0]):
-            reads = attributes_behind(node)
-            found.append((attribute_at(gm, str(node.args[0].target)), [attribute_at(gm, n) for n in reads]))
-        if called(node) not in OVERWRITES or written(node, gm) is None:
-            continue
-        place = node.args[0]
-        while isinstance(place, fx.Node) and _is_itself(place):
-            place = place.args[0]
-        if isinstance(place, fx.Node) and place.op == "get_attr":
-            reads = attributes_behind(*(item for item in node.args[1:2] if isinstance(item, fx.Node)))
-            if place.target not in reads:
-                found.append(
-                    (attribute_at(gm, str(place.target)), [attribute_at(gm, name) for name in reads])
-                )
+        if node.target is assign_data_:
+            own: Any = node.args[0]
+            sources, harmless = [node], _keeps_zeros(node.args[1], own)
+        else:
+            own, whole = _attribute_under(written(node, gm))
+            sources = list(node.all_input_nodes)[1:]
+            harmless = own is None or _leaves_zeros(node, own, whole)
+        if not harmless:
+            reads = [attribute_at(gm, name) for name in attributes_behind(*sources)]
+            found.append((attribute_at(gm, str(own.target)), reads))
     return found
 
 
@@ -74,17 +72,41 @@ def _keeps_zeros(new: Any, own: fx.Node) -> bool:
     if name in PRODUCTS:
         return any(_keeps_zeros(factor, own) for factor in new.args[:2])
     if name in ("clamp", "clip"):
-        low, high = (
-            new.args[place] if len(new.args) > place else new.kwargs.get(bound)
-            for place, bound in ((1, "min"), (2, "max"))
-        )
-        below = low is None or (isinstance(low, int | float) and low <= 0)
-        above = high is None or (isinstance(high, int | float) and high >= 0)
-        return below and above and _keeps_zeros(new.args[0], own)
+        return _includes_zero(new) and _keeps_zeros(new.args[0], own)
     return name in KEEPS_ZEROS and bool(new.args) and _keeps_zeros(new.args[0], own)
 
 
-def _is_itself(node: fx.Node) -> bool:
-    if not node.op.startswith("call"):
+def _attribute_under(place: fx.Node | None) -> tuple[fx.Node | None, bool]:
+    """The attribute that a node is, or is a view of, and whether it is all of it."""
+    whole = True
+    while isinstance(place, fx.Node) and place.op.startswith("call") and place.args:
+        name = place.args[1] if called(place) == "getattr" else called(place)
+        if name not in ITSELF and name not in VIEWS:
+            return None, whole
+        whole = whole and name not in PARTS
+        place = place.args[0] if isinstance(place.args[0], fx.Node) else None
+    return (place if isinstance(place, fx.Node) and place.op == "get_attr" else None), whole
+
+
+def _leaves_zeros(node: fx.Node, own: fx.Node, whole: bool) -> bool:
+    """Whether what a node writes into a parameter is zero where the parameter is, or zero throughout."""
+    name, value = called(node).removesuffix("_"), node.args[-1]
+    if name in ("copy", "set"):
+        return whole and _keeps_zeros(value, own)
+    if called(node) in OVERWRITES and whole:
         return False
-    return (node.args[1] if called(node) == "getattr" else called(node)) in ITSELF
+    if name in FILLS:
+        return isinstance(value, int | float) and value == 0
+    if name in ("clamp", "clip"):
+        return _includes_zero(node)
+    return name in KEEPS_ZEROS or name in PRODUCTS or name == "zero"
+
+
+def _includes_zero(clamp: fx.Node) -> bool:
+    """Whether the bounds between which a node keeps numbers leave zeros as they are."""
+    low, high = (
+        clamp.args[place] if len(clamp.args) > place else clamp.kwargs.get(bound)
+        for place, bound in ((1, "min"), (2, "max"))
+    )
+    below = low is None or (isinstance(low, int | float) and low <= 0)
+    return below and (high is None or (isinstance(high, int | float) and high >= 0))

@@ -1,5 +1,7 @@
 """Parameters that a forward overwrites: a mask of them would have no effect, and they are named."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -91,3 +93,78 @@ def test_assigned_weights_are_pruned_where_zeros_stay(way: str) -> None:
     pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, progress=False).eval()
     assert ("layer.weight" in fxprune.masks(pruned)) == (way in ("norm", "bound"))
     assert torch.equal(fxprune.finalize(pruned)(x), pruned(x))
+
+
+class PartWritten(nn.Module):
+    """Writes in place into a part of a weight, or all of it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.layer, self.last = way, nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.layer.weight
+        with torch.no_grad():
+            if self.way == "diagonal of ones":
+                weight.data.fill_diagonal_(1.0)
+            elif self.way == "a row of another":
+                weight[0] = weight[1] * 2
+            elif self.way == "a part":
+                weight.data[2:4].copy_(torch.ones(2, 8))
+            elif self.way == "bounds without zero":
+                weight.clamp_(0.01)
+            elif self.way == "centred":
+                weight.copy_(weight - weight.mean(1, keepdim=True))
+            elif self.way == "diagonal of zeros":
+                weight.data.fill_diagonal_(0.0)
+            elif self.way == "a row of zeros":
+                weight[0] = 0
+            elif self.way == "bounds":
+                weight.clamp_(-0.2, 0.2)
+            elif self.way == "halved":
+                weight.copy_(weight * 0.5)
+        y: Tensor = self.last(self.layer(x).relu())
+        return y
+
+
+HARMLESS = ("diagonal of zeros", "a row of zeros", "bounds", "halved")
+HARMFUL = ("diagonal of ones", "a row of another", "a part", "bounds without zero", "centred")
+
+
+@pytest.mark.parametrize("returns", ["graph", "module"])
+@pytest.mark.parametrize("way", [*HARMFUL, *HARMLESS])
+@pytest.mark.filterwarnings("ignore:.*matrix weights cannot be pruned")
+def test_weights_written_in_part_are_pruned_where_zeros_stay(way: str, returns: str) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 8), PartWritten(way).eval()
+    zeroed = copy.deepcopy(model)
+    pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, returns=returns, progress=False)
+    masks = fxprune.masks(pruned)
+    assert ("layer.weight" in masks) == (way in HARMLESS)
+    for name, mask in masks.items():
+        zeroed.get_parameter(name).data.mul_(mask)
+    torch.testing.assert_close(pruned(x), zeroed(x))
+
+
+class CountsItself(PartWritten):
+    """Cannot be captured: its code reads numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(int(x.sum().abs() > 0) + 1):
+            x = x * 1.0
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("way", ["diagonal of ones", "bounds"])
+def test_weights_written_in_part_without_a_graph(way: str) -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="pruned without a graph"):
+        pruned = fxprune.apply(
+            CountsItself(way),
+            "magnitude",
+            0.5,
+            example_inputs=torch.randn(4, 8),
+            returns="module",
+            progress=False,
+        )
+    assert ("layer.weight" in fxprune.masks(pruned)) == (way == "bounds")

@@ -69,16 +69,8 @@ def any_row(context: Context, x: Any, dim: int, shape: Sequence[int]) -> ir.Valu
 
 
 @table.rule(torch.argmax, "argmax", torch.argmin, "argmin", torch.argsort, "argsort", torch.histc, "histc")
-@table.rule(
-    torch.bincount,
-    "bincount",
-    torch.nonzero,
-    "nonzero",
-    torch.argwhere,
-    "argwhere",
-    torch.searchsorted,
-    torch.bucketize,
-)
+@table.rule(torch.bincount, "bincount", torch.nonzero, "nonzero", torch.searchsorted, torch.bucketize)
+@table.rule(torch.argwhere, "argwhere")
 @table.rule(F.one_hot, torch.multinomial, "multinomial", torch.count_nonzero, "count_nonzero")
 def selection(context: Context, *args: Any, **kwargs: Any) -> ir.Value:
     """Select entries, or count them: the numbers say which, and carry no path of their own."""

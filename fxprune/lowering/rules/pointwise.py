@@ -30,7 +30,8 @@ _NAMES = """
     leaky_relu_ hardtanh_ elu_ gelu_ silu_ hardswish_ hardsigmoid_ round_ floor_ dropout_ reciprocal_
     contiguous clone detach to float double half bfloat16 type type_as cpu cuda requires_grad_
     conj real imag alias
-    eq ne lt le gt ge greater greater_equal less less_equal not_equal logical_not isnan isfinite isinf bool int long byte char short
+    eq ne lt le gt ge greater greater_equal less less_equal not_equal
+    logical_not isnan isfinite isinf bool int long byte char short
 """.split()
 _MODULES = [
     nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardtanh, nn.LeakyReLU, nn.ELU, nn.SELU,
