@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxprune.capture.errors import (
     TRACE_ERRORS,
@@ -151,16 +151,19 @@ class Caller:
         Raises ``CaptureError`` where the answers lead to different things: neither is all that may happen.
         """
         tape, done = self.recorder.tape, []
-        for answer in (False, True):
-            self.answers.assume(question, answer)
-            start, before = tape.checkpoint(), len(tape.graph.nodes)
-            self.inside(path, module, args, kwargs)
-            nodes = list(tape.graph.nodes)[before:]
-            done.append(Counter((node.op, str(node.target)) for node in nodes))
-            tape.rollback(start)
-        less, more = sorted(done, key=Counter.total)
-        if not less < more:
-            raise CaptureError(question.text)
+        try:
+            for answer in (False, True):
+                self.answers.assume(question, answer)
+                start, before = tape.checkpoint(), set(tape.graph.nodes)
+                self.inside(path, module, args, kwargs)
+                done.append(Counter(_work(node) for node in tape.graph.nodes if node not in before))
+                tape.rollback(start)
+            less, more = sorted(done, key=Counter.total)
+            if not less < more:
+                raise CaptureError(question.text)
+        except BaseException:
+            self.answers.assume(question, None)
+            raise
         self.answers.assume(question, more is done[1])
 
     def tried(
@@ -256,3 +259,9 @@ class Caller:
                 return self.inside(path, module, args, kwargs)
         finally:
             self.compiling = False
+
+
+def _work(node: fx.Node) -> tuple[Any, ...]:
+    """What a node does, and with which parameters: these have their nodes where they were read first."""
+    read = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+    return (node.op, str(node.target), *read) if node.op != "get_attr" else ()

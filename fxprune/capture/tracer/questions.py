@@ -184,9 +184,14 @@ class Answers:
         """Whether ``question`` was settled without an answer."""
         return question.place in self._open
 
-    def assume(self, question: Question, answer: bool) -> None:
-        """Answer ``question`` so from now on, without a check: in a graph that is looked at and not run."""
-        self._assumed[question.place] = answer
+    def assume(self, question: Question, answer: bool | None) -> None:
+        """Answer ``question`` so from now on, without a check: in a graph that is looked at and not run.
+
+        With None there is no answer again.
+        """
+        self._assumed.pop(question.place, None)
+        if answer is not None:
+            self._assumed[question.place] = answer
 
     def frozen(self, found: Any) -> str:
         """Say that the graph holds for these numbers only, which the code that called reads."""

@@ -31,6 +31,7 @@ _NAMES = """
     contiguous clone detach to float double half bfloat16 type type_as cpu cuda requires_grad_
     conj real imag alias
     eq ne lt le gt ge greater greater_equal less less_equal not_equal
+    fake_quantize_per_tensor_affine fake_quantize_per_channel_affine
     logical_not isnan isfinite isinf bool int long byte char short
 """.split()
 _MODULES = [

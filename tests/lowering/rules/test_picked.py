@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
+from fxprune.lowering import hidden_layers
 from lowering.agreement import assert_flow, assert_reach, lowered
 
 Forward = Callable[["Experts", Tensor], Tensor]
@@ -182,3 +183,31 @@ def test_picked_of_joined_layers() -> None:
     assert set(lowered(model, x).kernels) == {f"layers.{i}.weight" for i in range(3)}
     pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, returns="module", progress=False)
     fxprune.verify(pruned)  # how dense what is picked is, depends on what is picked
+
+
+class Either(nn.Module):
+    """Goes one of two ways, or does more in one case than in the other, as the numbers say."""
+
+    def __init__(self, more: bool) -> None:
+        super().__init__()
+        self.more = more
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.more:
+            y = self.one(x)
+            if x.mean() > 0:
+                y = y + self.other(x).relu()
+            return y
+        y = self.one(x) if x.mean() > 0 else self.other(x)
+        return y
+
+
+@pytest.mark.parametrize("more", [False, True])
+@pytest.mark.filterwarnings("ignore:.*kept whole")
+def test_no_weight_of_a_branch_is_lost(more: bool) -> None:
+    torch.manual_seed(0)
+    gm = fxprune.capture(nn.Sequential(nn.Linear(6, 6), Either(more), nn.Linear(6, 2)), torch.randn(3, 6))
+    graph = fxprune.lower(gm)
+    inside = {"1.one.weight", "1.other.weight"}
+    assert inside <= (graph.kernels.keys() if more else hidden_layers(gm, graph).keys())
