@@ -150,10 +150,10 @@ class Caller:
 
         Raises ``CaptureError`` where the answers lead to different things: neither is all that may happen.
         """
-        tape, done = self.recorder.tape, []
+        tape, done, answer = self.recorder.tape, [], None
         try:
-            for answer in (False, True):
-                self.answers.assume(question, answer)
+            for assumed in (False, True):
+                self.answers.assume(question, assumed)
                 start, before = tape.checkpoint(), set(tape.graph.nodes)
                 self.inside(path, module, args, kwargs)
                 done.append(Counter(_work(node) for node in tape.graph.nodes if node not in before))
@@ -161,10 +161,9 @@ class Caller:
             less, more = sorted(done, key=Counter.total)
             if not less < more:
                 raise CaptureError(question.text)
-        except BaseException:
-            self.answers.assume(question, None)
-            raise
-        self.answers.assume(question, more is done[1])
+            answer = more is done[1]
+        finally:
+            self.answers.assume(question, answer)
 
     def tried(
         self, question: Question, answer: bool, path: str, module: nn.Module, args: Any, kwargs: Any
