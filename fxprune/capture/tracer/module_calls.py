@@ -148,7 +148,8 @@ class Caller:
     ) -> None:
         """Assume the answer after which the code does all that it does after the other one, and more.
 
-        Raises ``CaptureError`` where the answers lead to different things: neither is all that may happen.
+        Raises ``CaptureError`` where the answers lead to different things: neither is all that may be,
+        or where no parameter is in what is more: it may cut off what was there, as zeros would.
         """
         tape, done, answer = self.recorder.tape, [], None
         try:
@@ -159,7 +160,8 @@ class Caller:
                 done.append(Counter(_work(node) for node in tape.graph.nodes if node not in before))
                 tape.rollback(start)
             less, more = sorted(done, key=Counter.total)
-            if not less < more:
+            reads = any(work[:1] == ("call_module",) or work[2:] for work in more - less)
+            if not (less < more and reads):
                 raise CaptureError(question.text)
             answer = more is done[1]
         finally:
@@ -261,6 +263,6 @@ class Caller:
 
 
 def _work(node: fx.Node) -> tuple[Any, ...]:
-    """What a node does, and with which parameters: these have their nodes where they were read first."""
+    """Describe a node by its call and its parameters: these have nodes where they were read first."""
     read = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
     return (node.op, str(node.target), *read) if node.op != "get_attr" else ()

@@ -104,7 +104,7 @@ def one_of_many(build: Builder, equation: str, factors: tuple[Factor, Factor]) -
 
 
 def _whole_behind(build: Builder, value: ir.Value) -> tuple[Constant, list[int]] | None:
-    """What a value was picked from, moved as the value was, and the axes that it shares with the value.
+    """Find what a value was picked from, moved as the value was, and the axes that the two share.
 
     Its first axis is that along which one is picked.
     """

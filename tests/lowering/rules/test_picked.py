@@ -211,3 +211,24 @@ def test_no_weight_of_a_branch_is_lost(more: bool) -> None:
     graph = fxprune.lower(gm)
     inside = {"1.one.weight", "1.other.weight"}
     assert inside <= (graph.kernels.keys() if more else hidden_layers(gm, graph).keys())
+
+
+class Emptied(nn.Module):
+    """Sets all to zero where the numbers say so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return torch.zeros_like(y) if y.mean() > 9 else y
+
+
+@pytest.mark.filterwarnings("ignore:.*kept whole")
+def test_a_branch_of_zeros_is_not_taken_for_all_there_is() -> None:
+    torch.manual_seed(0)
+    gm = fxprune.capture(nn.Sequential(nn.Linear(6, 6), Emptied(), nn.Linear(6, 2)), torch.randn(3, 6))
+    graph = fxprune.lower(gm)
+    assert "1.layer.weight" in hidden_layers(gm, graph)
+    assert len(graph.opaque) == 1
