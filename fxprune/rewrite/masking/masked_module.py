@@ -225,6 +225,10 @@ def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: boo
     # In place: a state dict shares its tensors with the module, and averages are written through it.
     clean(self)
     self.dense_class._save_to_state_dict(self, destination, prefix, keep_vars)
+    # A layer that writes its state by itself knows nothing of masks.
+    for name, buffer in self._buffers.items():
+        if name.endswith(SUFFIX) and buffer is not None and name not in self._non_persistent_buffers_set:
+            destination.setdefault(prefix + name, buffer if keep_vars else buffer.detach())
 
 
 def _refuse_script(self: Any) -> Any:

@@ -9,6 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize, prune
 
+import fxprune
 from fxprune.rewrite import finalize, read, set_masks, verify
 from rewrite import nets
 
@@ -168,3 +169,22 @@ def test_errors_are_torchs_own(model):
     del state["0.weight"], state["0.weight_mask"]
     with pytest.raises(RuntimeError, match=r"Missing key.*0\.weight"):
         fresh().load_state_dict(state)
+
+
+class OwnState(nn.Linear):
+    """Writes its weight and bias into the state by itself."""
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+        destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+
+def test_masks_are_in_the_state_of_layers_that_write_their_own() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(OwnState(6, 8), nn.Linear(8, 3)), torch.randn(4, 6)
+    ways = {"example_inputs": x, "returns": "module", "progress": False}
+    first, second = (fxprune.apply(model, "random", 0.5, seed=seed, **ways) for seed in (0, 1))
+    state = first.state_dict()
+    assert state["0.weight_mask"].dtype == torch.bool
+    second.load_state_dict(state)
+    torch.testing.assert_close(second(x), first(x))
