@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import fx, nn
 
+from fxprune.capture.tracer.isolation import restore_rng, rng_state
 from fxprune.capture.tracer.spelling import called
 from fxprune.graph import ir
+from fxprune.lowering.eager import graph_of_run
 from fxprune.lowering.parameters import Parameters
 from fxprune.torch_private import ConvNd, NormBase
 
 __all__ = ["hidden_layers", "matrices_outside"]
 
+FAILURES = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+"""What code raises that runs on numbers which mean nothing."""
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 MOVES = frozenset(
     """
@@ -66,6 +72,7 @@ def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple
     # What ops read may be buffers.
     read = {use.name for op in graph.opaque for use in op.params} & parameters.tensors.keys()
     layers = {name for name in read if _is_of_layer(name, parameters.owners[name][1])}
+    layers |= _multiplied_inside(gm, graph, parameters)
     scaled = _scaled(graph)
     multiplied = {
         name
@@ -92,6 +99,32 @@ def _is_of_layer(name: str, owner: nn.Module) -> bool:
     made = {str(getattr(hook, "name", "")) for hook in owner._forward_pre_hooks.values()}
     parts = {weight + end for weight in made for end in ("_g", "_v", "_orig")}
     return isinstance(owner, LAYERS) and name.rpartition(".")[2] not in parts
+
+
+def _multiplied_inside(gm: fx.GraphModule, graph: ir.ChannelGraph, parameters: Parameters) -> set[str]:
+    """Parameters of modules that stay whole and have weights of their own, which a run on made-up numbers
+    multiplies with data. What cannot be run has none.
+    """
+    unknown = {op.node for op in graph.opaque}
+    found: set[str] = set()
+    for node in gm.graph.nodes:
+        if node.op != "call_module" or node.name not in unknown:
+            continue
+        module = gm.get_submodule(str(node.target))
+        if not any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+            continue
+        args, kwargs = (fx.node.map_arg(x, lambda n: n.meta["val"]) for x in (node.args, node.kwargs))
+        before = rng_state()
+        try:
+            inside = graph_of_run(copy.deepcopy(module), args, kwargs, "")
+        except FAILURES:
+            continue
+        finally:
+            restore_rng(before)
+        tensors = dict(module.named_parameters())
+        met = (parameters.names.get(id(tensors[name])) for name in inside.kernels)
+        found |= {name for name in met if name is not None}
+    return found
 
 
 def _scaled(graph: ir.ChannelGraph) -> set[str]:

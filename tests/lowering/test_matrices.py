@@ -211,3 +211,36 @@ def test_layers_of_no_channels_have_no_weights(kind: str, budget: Any) -> None:
         pruned = fxprune.apply(model, "magnitude", 0.5, granularity="channel", example_inputs=x).eval()
         small = fxprune.compact(pruned, example_inputs=x)
         torch.testing.assert_close(small(x), pruned(x))
+
+
+class OfRelations(nn.Module):
+    """Has matrices of its own, one for each relation, and asks numbers how many rows there are of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 6, 6) * 0.3)
+        self.scale = nn.Parameter(torch.ones(2, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kinds, y = (x[:, 0] * 0).long(), torch.zeros_like(x)
+        for kind in range(int(kinds.max()) + 1):
+            y = y + torch.where((kinds == kind)[:, None], x @ self.weight[kind], 0.0)
+        return y * self.scale[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*kept whole")
+def test_own_weights_of_a_module_that_stays_whole_are_pruned() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), OfRelations(), nn.Linear(6, 2)), torch.randn(4, 6)
+    gm = fxprune.capture(model, x)
+    graph, state = fxprune.lower(gm), torch.get_rng_state()
+    assert list(hidden_layers(gm, graph)) == ["1.weight"]
+    assert torch.equal(torch.get_rng_state(), state)
+    pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, progress=False)
+    masks = fxprune.masks(pruned)
+    zeroed = copy.deepcopy(model)
+    for name, mask in masks.items():
+        zeroed.get_parameter(name).data.mul_(mask)
+        pruned.get_parameter(name).data += 3.0 * ~mask
+    assert "1.weight" in masks
+    torch.testing.assert_close(pruned(x), zeroed(x))
