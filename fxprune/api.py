@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NoReturn, cast
 
 import torch
 from torch import fx, nn
 
 from fxprune.capture import capture
 from fxprune.capture.errors import check_module
+from fxprune.keywords import refuse_unknown
 from fxprune.latency import LatencyTarget
 from fxprune.lowering import Rules, lower, matrices_outside
 from fxprune.methods import Method, Problem, Weights
@@ -102,6 +103,7 @@ def analyze(
     *,
     example_inputs: Any = None,
     rules: Rules | None = None,
+    **others: NoReturn,
 ) -> Report:
     """Count the weights left of a network under its masks, and those of them that have any effect.
 
@@ -126,6 +128,7 @@ def analyze(
     >>> report.effective_nodes, round(torch.tensor(report.log_paths).exp().item())
     (5, 24)
     """
+    refuse_unknown(analyze, others)
     if resolution not in ("spatial", "channel"):
         if not isinstance(resolution, str):
             raise TypeError(

@@ -126,6 +126,7 @@ def digits(*, size: int = 8, channels: int = 1, held_out: int = 360) -> tuple[Te
 # Means and standard deviations of the training images, by channel.
 _CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 _CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+_GREY = ((0.449,), (0.226,))  # the means of those of ImageNet
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -300,14 +301,19 @@ def image_folder(root: str | os.PathLike[str], *, size: int = 224, augment: bool
     return train, test
 
 
-def labelled_images(root: str | os.PathLike[str], *, size: int = 224) -> Dataset[Any]:
+def labelled_images(root: str | os.PathLike[str], *, size: int = 224, channels: int = 3) -> Dataset[Any]:
     """Images in ``root/<class>/``, for scoring: scaled to 8/7 of ``size``, cropped in the middle, normalised.
 
-    Raises ``FileNotFoundError`` where there is no such folder, or no image in it.
+    Three channels are red, green and blue; one is grey. Raises ``FileNotFoundError`` where there is no such
+    folder, or no image in it, and ``ValueError`` for another number of channels.
     """
+    if channels not in (1, 3):
+        raise ValueError(f"channels={channels!r}: images of files have 1 (grey) or 3")
     from torchvision import transforms
 
-    middle = [transforms.Resize(size * 8 // 7), transforms.CenterCrop(size), _to_tensor(*_IMAGENET)]
+    grey = [transforms.Grayscale()] if channels == 1 else []
+    last = _to_tensor(*(_IMAGENET if channels == 3 else _GREY))
+    middle = [*grey, transforms.Resize(size * 8 // 7), transforms.CenterCrop(size), last]
     found: Dataset[Any] = _folder(os.fspath(root), transforms.Compose(middle))
     return found
 

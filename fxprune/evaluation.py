@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from fxprune.capture.errors import check_module
+from fxprune.keywords import refuse_unknown
 from fxprune.network import inside
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.scoring.data import Batch, stream
@@ -52,6 +53,7 @@ def evaluate(
     data: Any,
     reference: nn.Module | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
+    **others: NoReturn,
 ) -> Evaluation:
     """Measure the loss of a network, and how far its outputs are from those of a reference.
 
@@ -78,6 +80,7 @@ def evaluate(
     >>> found.agreement, round(found.kl, 6), found.positions
     (1.0, 0.0, 4)
     """
+    refuse_unknown(evaluate, others)
     check_module(model)
     if reference is not None:
         check_module(reference, "reference")
@@ -264,7 +267,9 @@ def _counted(batch: Batch, target: Any, shape: torch.Size) -> Tensor:
     return counted.flatten()
 
 
-def recalibrate(model: nn.Module, data: Any, loss_fn: Callable[..., Tensor] | None = None) -> nn.Module:
+def recalibrate(
+    model: nn.Module, data: Any, loss_fn: Callable[..., Tensor] | None = None, **others: NoReturn
+) -> nn.Module:
     """Compute the running statistics of all batch norms anew, as means over the batches of ``data``.
 
     Every batch norm sees its batches as in training, everything else runs as in evaluation; the means and
@@ -287,6 +292,7 @@ def recalibrate(model: nn.Module, data: Any, loss_fn: Callable[..., Tensor] | No
     >>> recalibrate(net, [(x, x), (x + 2, x)])[0].running_mean
     tensor([3.])
     """
+    refuse_unknown(recalibrate, others)
     check_module(model)
     result = duplicate(model)
     inner = inside(result)

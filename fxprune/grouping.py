@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
@@ -12,6 +12,7 @@ from fxprune.capture import capture
 from fxprune.capture.errors import check_module
 from fxprune.channels.groups import group_channels
 from fxprune.channels.listing import GroupTable, list_groups
+from fxprune.keywords import refuse_unknown
 from fxprune.lowering import Rules, lower
 from fxprune.request import Exclusion, check_exclude, excluded_parameters, exclusions
 from fxprune.rewrite import plain
@@ -27,6 +28,7 @@ def channel_groups(
     whole_heads: bool = False,
     exclude: Exclusion | Iterable[Exclusion] = (),
     rules: Rules | None = None,
+    **others: NoReturn,
 ) -> GroupTable:
     """List the channel groups of a model: the smallest sets of channels that can be removed together.
 
@@ -58,6 +60,7 @@ an output of the network
         >>> groups[3].members[1]
         ChannelSlice(parameter='2.weight', axis='in', indices=(3,))
     """
+    refuse_unknown(channel_groups, others)
     check_module(model)
     entries = exclusions(exclude)
     check_exclude(entries, model)

@@ -62,8 +62,10 @@ def counted(number: int, word: str) -> str:
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
-def refuse_unknown(function: Callable[..., Any], others: Mapping[str, Any]) -> None:
+def refuse_unknown(function: Callable[..., Any], others: Mapping[str, Any], public: str = "") -> None:
     """``TypeError`` for arguments that ``function`` does not have, with the nearest that it has.
+
+    ``public``: the name by which callers know the function, where that is not its own.
 
     >>> refuse_unknown(nearest, {"names": "x"})
     Traceback (most recent call last):
@@ -78,8 +80,9 @@ def refuse_unknown(function: Callable[..., Any], others: Mapping[str, Any]) -> N
         if meant in accepted:
             hint = f"did you mean {meant!r}, {word}?"
         else:
-            hint = f"did you mean {near[0]!r}?" if near else f"its arguments: {', '.join(accepted)}"
-        raise TypeError(f"{function.__name__} has no argument {name!r}; {hint}")
+            listed = f"its arguments: {', '.join(accepted)}" if accepted else "it takes none"
+            hint = f"did you mean {near[0]!r}?" if near else listed
+        raise TypeError(f"{public or function.__name__} has no argument {name!r}; {hint}")
 
 
 def unknown_argument(

@@ -15,7 +15,7 @@ from fxprune.methods import Method, Problem
 from fxprune.sparsity.granularity import UNITS, Channel
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.sparsity.masks import Masks
-from fxprune.whole_files import write_text
+from fxprune.whole_files import check_file_name, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,6 +86,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan that :meth:`save` wrote; ``ValueError`` where the file holds none."""
+        check_file_name(path, example="plan.json")
         if not Path(path).is_file():
             raise FileNotFoundError(f"{os.fspath(path)!r}: no such plan; make one with fxprune.plan")
         try:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import torch
 from torch import nn
+
+from fxprune.keywords import refuse_unknown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,7 +52,7 @@ LABELS = {
 }
 
 
-def plot_history(source: nn.Module | Mapping[str, Sequence[float]]) -> Figure:
+def plot_history(source: nn.Module | Mapping[str, Sequence[float]], **others: NoReturn) -> Figure:
     """The objectives of a method over its steps, one panel each.
 
     Args:
@@ -70,6 +72,7 @@ def plot_history(source: nn.Module | Mapping[str, Sequence[float]]) -> Figure:
     >>> figure.axes[0].get_ylabel()
     'effective nodes'
     """
+    refuse_unknown(plot_history, others)
     history = _history_of(source)
     steps = history[STEP]
     columns = [name for name in history if name != STEP]
@@ -242,8 +245,12 @@ def _history_of(source: nn.Module | Mapping[str, Sequence[float]]) -> Mapping[st
                 "source: this model has no history; only what apply(..., returns='graph') returns has one, "
                 "for a method that keeps it, such as 'dpai'"
             )
-    else:
+    elif isinstance(source, Mapping):
         history = source
+    else:
+        raise TypeError(
+            f"source: got a {type(source).__name__}, expected what apply returned, or a history of columns"
+        )
     if STEP not in history or len(history) < 2:
         raise ValueError(
             f"source: a history has a column 'step' and others, got {', '.join(history) or 'none'}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from fxprune.capture import CaptureError, capture
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.graph import ChannelGraph
+from fxprune.keywords import refuse_unknown
 from fxprune.lowering import graph_of_run, lower
 from fxprune.methods import Problem
 from fxprune.network import inside
@@ -59,6 +60,7 @@ def reconstruct(
     device: str | torch.device | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    **others: NoReturn,
 ) -> nn.Module:
     """Fit the kept weights of every layer to the outputs of the dense layer, by least squares.
 
@@ -67,8 +69,7 @@ def reconstruct(
 
     Args:
         model: a pruned network, of any method; masked, or plain with zeros.
-        data: inputs, (x, y), a mapping, or an iterable of batches, all of which are used; labels are not
-            looked at.
+        data: inputs, (x, y), a mapping, or an iterable of batches; all are used, and no labels.
         reference: the network before it was pruned, with the same parameters by name.
         example_inputs: as for :func:`fxprune.apply`, for a model not captured yet; else as in ``data``.
         loss_fn: ``loss_fn(model, batch)``, where batches are mappings that do not name the model's inputs.
@@ -81,9 +82,8 @@ def reconstruct(
         checkpoint_dir: a folder that keeps fitted layers; after a kill the same call goes on at the next one.
         micro_batch, device, progress: as for :func:`fxprune.apply`.
 
-    Returns a copy of ``model`` with the same masks. Several processes with data of their own all get what one
-    would find on all data. Raises ``TypeError``, ``ValueError``: an argument does not fit, nothing is pruned,
-    inputs of a layer are not finite; ``RuntimeError``: processes have different models.
+    Returns a copy of ``model`` with the same masks, in every process what one would find on all data. Raises
+    ``TypeError``, ``ValueError``: an argument does not fit, nothing is pruned, inputs are not finite.
 
     >>> import fxprune
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.rand(64, 4)
@@ -92,13 +92,14 @@ def reconstruct(
     >>> bool((fitted(x) - net(x)).square().sum() < (pruned(x) - net(x)).square().sum())
     True
     """
+    refuse_unknown(reconstruct, others)
     _check(model, reference, data, damp, iterations)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         masks, source = _masks(model), plain(settled(inside(model)))
         if example_inputs is None and not isinstance(source, fx.GraphModule):
             example_inputs, data = inputs_of(data, source)
-        given: dict[str, Any] = {"data": data, "loss_fn": loss_fn, "micro_batch": micro_batch}
-        problem = _problem(source, masks, example_inputs, device, Display(enabled=progress), **given)
+        problem = _problem(source, masks, example_inputs, device, Display(enabled=progress),
+                           data=data, loss_fn=loss_fn, micro_batch=micro_batch)  # fmt: skip
         twin = _with_values(duplicate(problem.model), reference).eval()
         fit = _Fit(problem, twin, damp, bias, iterations, read(inside(model)))
         found = _solve(problem, fit, norms, propagate, checkpoint_dir) | fit.biases

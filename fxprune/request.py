@@ -5,6 +5,7 @@ Everything that can be said of an argument without looking into the network is s
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -92,6 +93,7 @@ class Request:
             raise TypeError(
                 f"loss_fn: expected a function of (output, target), got the class {name}; {name}()"
             )
+        _check_takes_two(self.loss_fn)
         if getattr(self.granularity, "at_most", None) is not None:
             self._check_limit()
         if self.budget == "owl" and self.data is None:
@@ -247,6 +249,23 @@ def exclusions(exclude: Exclusion | Iterable[Exclusion]) -> tuple[Exclusion, ...
         if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
             raise TypeError(f"exclude: {entry!r}: expected a module's name, a pattern or a module type")
     return cast(tuple[Exclusion, ...], entries)
+
+
+def _check_takes_two(loss_fn: Callable[..., Any] | None) -> None:
+    """``TypeError`` for a loss that cannot be called with two arguments."""
+    if loss_fn is None:
+        return
+    try:
+        signature = inspect.signature(loss_fn)
+    except (TypeError, ValueError):  # of functions in C
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise TypeError(
+            f"loss_fn: it is called with (output, target), or (model, batch) where batches are mappings, got"
+            f" one of {signature}"
+        ) from error
 
 
 def _check_seed(seed: object) -> None:

@@ -9,7 +9,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["named", "put_in_place", "whole_file", "write_text"]
+__all__ = ["check_file_name", "named", "put_in_place", "whole_file", "write_text"]
+
+
+def check_file_name(
+    path: object, argument: str = "path", example: str = "net.safetensors", kind: str = "a file"
+) -> None:
+    """``TypeError`` for what is no name of a file.
+
+    >>> check_file_name(3)
+    Traceback (most recent call last):
+    TypeError: path: got a int, expected the name of a file, as in 'net.safetensors'
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        got = f"got a {type(path).__name__}, expected the name of {kind}"
+        raise TypeError(f"{argument}: {got}, as in {example!r}")
 
 
 @contextmanager
@@ -27,6 +41,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     ...     print(os.listdir(folder))
     ['a.txt']
     """
+    check_file_name(path)
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"{os.fspath(path)}: this is a folder; expected the name of a file")

@@ -19,6 +19,7 @@ from fxprune.data import (
     digits,
     fashion_mnist,
     image_folder,
+    labelled_images,
     load,
     tiny_imagenet,
 )
@@ -234,3 +235,14 @@ def test_known_labels_spare_the_reading() -> None:
 def test_errors(dataset: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         balanced(dataset, **options)
+
+
+def test_images_in_grey(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (30, 30), (255, 0, 0)).save(tmp_path / "cat" / "a.png")
+    x, label = labelled_images(tmp_path, size=8, channels=1)[0]
+    assert x.shape == (1, 8, 8)
+    assert label == 0
+    assert x.flatten().tolist() == pytest.approx([(76 / 255 - 0.449) / 0.226] * 64, abs=1e-5)
+    with pytest.raises(ValueError, match=r"^channels=4: images of files have 1 \(grey\) or 3$"):
+        labelled_images(tmp_path, channels=4)

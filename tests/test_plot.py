@@ -17,6 +17,11 @@ from fxprune.sweeps import Results
 pytest.importorskip("matplotlib")
 
 
+def test_a_history_that_is_none_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^source: got a NoneType, expected what apply returned, or"):
+        fxprune.plot_history(None)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_the_history_of_a_result(tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import functools
 import warnings
 from collections.abc import Hashable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -47,6 +47,7 @@ from fxprune.capture.tracer.sample_values import needs_numbers
 from fxprune.capture.tracer.spelling import called
 from fxprune.capture.tracer.trace import Trace, remove_dead_code, shapes_only, trace
 from fxprune.capture.tracer.values import Values
+from fxprune.keywords import refuse_unknown
 from fxprune.sharded_types import is_dtensor
 from fxprune.torch_private import check_number
 
@@ -56,7 +57,7 @@ TRIALS = 6
 """Traces with other random numbers, of a part that draws some: all of them have to be the same."""
 
 
-def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
+def capture(model: nn.Module, example_inputs: Any = None, **others: NoReturn) -> fx.GraphModule:
     """Capture a model as a graph that trains and evaluates as the model does.
 
     Args:
@@ -94,6 +95,7 @@ def capture(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
         >>> [str(node.target) for node in gm.graph.nodes]
         ['input', '0', '1', '2', 'output']
     """
+    refuse_unknown(capture, others)
     _check(model)
     args, kwargs = example_inputs_for(model, example_inputs)
     examples: dict[int, Tensor] = {}

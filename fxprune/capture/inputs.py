@@ -45,6 +45,11 @@ def example_inputs_for(
         torch.Size([2, 4])
     """
     if isinstance(example_inputs, Tensor):
+        if not example_inputs.numel():
+            raise ValueError(
+                f"example_inputs: a tensor of shape {tuple(example_inputs.shape)} is empty, and no layer has"
+                " anything to do; pass at least one sample"
+            )
         return (example_inputs,), {}
     if isinstance(example_inputs, tuple):
         if len(example_inputs) > 1 and all(type(size) is int for size in example_inputs):
@@ -57,6 +62,7 @@ def example_inputs_for(
         return (), dict(example_inputs)
     if example_inputs is not None:
         hint = "; pass torch.from_numpy(x)" if isinstance(example_inputs, np.ndarray) else ""
+        hint = "; pass tuple(...) of it" if isinstance(example_inputs, list) else hint
         raise TypeError(
             f"example_inputs: expected a tensor, a tuple or a dict, got {type(example_inputs).__name__}{hint}"
         )

@@ -64,7 +64,12 @@ def load_samples(source: str, root: str, channels: int, size: int) -> Any:
     path = Path(source)
     if not path.is_dir():
         raise ValueError(f"--data {source}: expected {EXPECTED}")
-    return fxprune.data.labelled_images(path / "train" if (path / "train").is_dir() else path, size=size)
+    if channels not in (1, 3):
+        raise ValueError(
+            f"--data {source}: the network takes {channels} channels, and images have 1 or 3; use a factory"
+        )
+    inner = path / "train" if (path / "train").is_dir() else path
+    return fxprune.data.labelled_images(inner, size=size, channels=channels)
 
 
 def _image(network: nn.Module, inputs: Any, source: str) -> tuple[int, int]:

@@ -40,26 +40,40 @@ def export(
     for path in files:
         check_export(path, "OUT")
     with Display().step(f"load {model}"):
-        network, inputs = _network(model, form, origin)
+        network, inputs, written = _network(model, form, origin)
     for path in files:
         fxprune.export(network, path, inputs)
-        typer.echo(f"file: {fxprune.latency.size(path.stat().st_size)}, {path}")
+        typer.echo(f"file: {fxprune.latency.size(path.stat().st_size)}, {path} ({written})")
 
 
-def _network(model: str, form: str | None, origin: dict[str, Any]) -> tuple[nn.Module, Any]:
-    """Return the network to write, and its inputs."""
+def _network(model: str, form: str | None, origin: dict[str, Any]) -> tuple[nn.Module, Any, str]:
+    """Return the network to write, its inputs, and in words which form of it this is."""
     source = Path(model)
     if form is not None and not source.is_dir():
         raise ValueError(f"--form {form}: {model} is no folder that prune wrote; leave it out")
     if source.suffix == ".safetensors":
-        return read_file(source)
+        network, inputs = read_file(source)
+        return network, inputs, _word(_form_of(network))
     if not source.is_dir():
-        return load_network(model, 0, **origin)
+        network, inputs = load_network(model, 0, **origin)
+        return network, inputs, _word(_form_of(network))
     networks, inputs, _ = read_folder(source)
     there = [name for name in FORMS if name in networks]
     if form is not None and form not in there:
         raise ValueError(f"--form {form}: in {model} there is {', '.join(there)}")
-    return networks[form or there[0]], inputs
+    form = form or there[0]
+    return networks[form], inputs, _word(form)
+
+
+def _form_of(network: nn.Module) -> str:
+    """Return the form of a network that was built from a name or read from a file."""
+    if "compaction" in getattr(network, "meta", {}).get("fxprune", {}):
+        return "compact"
+    return "masked" if fxprune.masks(network) else "dense"
+
+
+def _word(form: str) -> str:
+    return "masked: dense shapes, with zeros" if form == "masked" else form
 
 
 def show_flags(words: Sequence[str], settings: Mapping[str, Any]) -> None:

@@ -263,11 +263,11 @@ def _no_source(source: str) -> str:
             f"{source!r}: a file of weights, which holds no network; expected {EXPECTED} with --weights"
             f" {source}, or {folder}"
         )
-    if source.endswith(("/", "\\")):
-        return f"{source!r}: there is no such folder; expected {folder}, or {EXPECTED}"
     if path.suffix == ".py":
         return f"{source!r}: expected {source}:factory, a function in it that returns the network"
-    return f"{source!r}: expected {EXPECTED}"
+    if source.endswith(("/", "\\")) or len(path.parts) > 1:
+        return f"{source!r}: there is no such folder; expected {folder}, or {EXPECTED}"
+    return f"{source!r}: no folder of that name, and no model; expected {EXPECTED}, or {folder}"
 
 
 def _unknown(source: str, name: str, known: list[str]) -> str:

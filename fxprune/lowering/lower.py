@@ -11,7 +11,7 @@ import copy
 import functools
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from fxprune.capture.tracer.contents import is_record
 from fxprune.capture.tracer.meta_values import map_structure
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import TensorFunction
+from fxprune.keywords import refuse_unknown
 from fxprune.lowering.aliases import Memory, written
 from fxprune.lowering.builder import Builder
 from fxprune.lowering.constant import Constant
@@ -63,7 +64,9 @@ ZERO = {torch.zeros, torch.zeros_like, "new_zeros", "zero_", torch.zero_}
 EMPTY = {torch.empty, torch.empty_like, torch.empty_strided, "new_empty", "new_empty_strided"}
 
 
-def lower(gm: fx.GraphModule, *, rules: Rules | None = None, strict: bool = False) -> ir.ChannelGraph:
+def lower(
+    gm: fx.GraphModule, *, rules: Rules | None = None, strict: bool = False, **others: NoReturn
+) -> ir.ChannelGraph:
     """Lower a captured network to its channel/kernel dataflow graph.
 
     Args:
@@ -88,6 +91,7 @@ def lower(gm: fx.GraphModule, *, rules: Rules | None = None, strict: bool = Fals
         >>> [kernels.name for kernels in graph.kernels.values()]
         ['0.weight', '2.weight']
     """
+    refuse_unknown(lower, others)
     if not isinstance(gm, fx.GraphModule):
         raise TypeError(f"gm: expected a torch.fx.GraphModule from fxprune.capture, got {type(gm).__name__}")
     for node in gm.graph.nodes:
@@ -101,14 +105,12 @@ def lower(gm: fx.GraphModule, *, rules: Rules | None = None, strict: bool = Fals
     with collector_paused(), replaced_calls():  # for the traces of leaves
         _Walk(gm, build, results).run(None)
     values, constants = results.values()
-    name, units = type(gm).__name__, tuple(build.units)
-    ops = tuple(build.ops)
-    more = training_outputs(gm, values, ops)
+    name, units, ops = type(gm).__name__, tuple(build.units), tuple(build.ops)
     known = {op.output.index for op in ops}
-    others = {index: x for index, x in build.in_training.items() if index in known and x.index in known}
+    twins = {index: x for index, x in build.in_training.items() if index in known and x.index in known}
     return ir.ChannelGraph(
-        ops, build.kernels, build.samples, name, values, constants, units, more, others,
-        build.parameters.overwritten,
+        ops, build.kernels, build.samples, name, values, constants, units,
+        training_outputs(gm, values, ops), twins, build.parameters.overwritten,
     )  # fmt: skip
 
 

@@ -15,8 +15,9 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
+from fxprune.keywords import refuse_unknown
 from fxprune.option_notes import option_notes
 from fxprune.scoring.ablations import ablated, redraw
 from fxprune.scoring.contract import Found, Method, Problem, Scores, Weights, from_scores, prune_in_rounds
@@ -71,12 +72,13 @@ class Option:
             raise TypeError(f"method {method!r}: {self.name}={value!r}, expected {accepted}")
 
 
-def names() -> list[str]:
+def names(**others: NoReturn) -> list[str]:
     """Public names of all methods, sorted.
 
     >>> {"magnitude", "random", "snip", "synflow"} <= set(names())
     True
     """
+    refuse_unknown(names, others, "list_methods")
     files = (module.name for module in pkgutil.iter_modules(__path__))
     return sorted(name.replace("_", "-") for name in files if not name.startswith("_"))
 

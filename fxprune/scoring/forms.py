@@ -121,6 +121,8 @@ def check_batch(batch: Any, where: str) -> None:
         if isinstance(part, np.ndarray):
             raise ValueError(f"{where} holds numpy arrays, expected tensors: torch.from_numpy(x)")
     for tensor in tensors_in(batch):
+        if tensor.is_meta:
+            raise ValueError(f"{where} stands on the meta device, where tensors have no numbers")
         if not tensor.numel():
             raise ValueError(f"{where} is empty: it has a tensor of shape {tuple(tensor.shape)}")
 

@@ -26,6 +26,7 @@ from fxprune.progress import Display
 from fxprune.rewrite.compact import compact
 from fxprune.sweeps.claims import Claims
 from fxprune.sweeps.grid_arguments import (
+    check_entries,
     check_folder,
     check_functions,
     numbers_of,
@@ -126,8 +127,7 @@ def sweep(
         model_fn: returns the network; it is called under the seed of each cell.
         methods: names or :class:`fxprune.Method` objects; or label -> (method, options of ``apply``).
         sparsities, seeds: lists, or one number. With a ``train_fn`` each seed is trained dense too.
-        train_fn: ``train_fn(model, seed)`` trains a network in place and returns its accuracy, or numbers by
-            name. Without it networks are pruned and counted.
+        train_fn: ``train_fn(model, seed)`` trains in place and returns an accuracy, or numbers by name.
         folder: where results are kept. A cell that is there is not done again, so that a sweep that was
             killed goes on; processes on any machines that share the folder divide the cells among them.
         data: for methods that look at data, as for :func:`fxprune.apply`; a function is called with the seed.
@@ -137,8 +137,8 @@ def sweep(
     Returns:
         The :class:`Results` of all cells; ``folder/table.md`` is up to date after each.
 
-    Raises ``TypeError`` or ``ValueError`` for arguments that do not fit, and a folder of another sweep.
-    Cells that end in a ``RuntimeError`` or ``ValueError`` are named in ``failed``, and in a warning.
+    Raises ``TypeError`` or ``ValueError`` before the first cell: arguments that do not fit, those of a method
+    included; a folder of another sweep. Later errors of cells are named in ``failed``, and in a warning.
 
     >>> import tempfile
     >>> def net(): return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -149,9 +149,10 @@ def sweep(
     """
     display = Display(enabled=progress)
     check_functions(model_fn, train_fn, data)
-    entries, folder = _entries(methods), Path(folder)
-    check_folder(folder)
+    entries, folder = _entries(methods), check_folder(folder)
     cells = _cells(entries, sparsities_of(sparsities), seeds_of(seeds), train_fn is not None)
+    if open_cells := [c for c in cells if not (folder / CELLS / f"{c.name}.json").is_file()]:
+        check_entries(model_fn, entries, open_cells, data, options)
     _describe(folder, entries, options)
     claims = Claims(folder / CELLS)
     work, failed = _Work(model_fn, entries, train_fn, data, latency, options), dict[str, str]()
@@ -160,8 +161,8 @@ def sweep(
             _do(cell, work, claims, failed)
             _write_table(folder, cells, claims, failed)
     with display.step("sweep: wait for the cells that other processes are at work on"):
-        while open_cells := [c for c in cells if c.name not in failed and claims.read(c.name) is None]:
-            for cell in open_cells:
+        while left := [c for c in cells if c.name not in failed and claims.read(c.name) is None]:
+            for cell in left:
                 _do(cell, work, claims, failed)
             time.sleep(WAIT)
     for name, error in failed.items():

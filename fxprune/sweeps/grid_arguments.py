@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-__all__ = ["check_folder", "check_functions", "numbers_of", "seeds_of", "sparsities_of"]
+from fxprune.capture.errors import check_module
+from fxprune.methods import Method
+from fxprune.search import ask
+from fxprune.whole_files import check_file_name
+
+__all__ = ["check_entries", "check_folder", "check_functions", "numbers_of", "seeds_of", "sparsities_of"]
 
 
 def check_functions(model_fn: Any, train_fn: Any, data: Any = None) -> None:
@@ -45,10 +52,67 @@ def _takes(function: Any, given: tuple[Any, ...]) -> bool:
     return True
 
 
-def check_folder(folder: Path) -> None:
-    """``ValueError`` where the folder of a sweep is a file."""
+NOT_ASKED = ("example_inputs", "progress")
+"""Arguments of ``apply`` that say nothing about what is to be done."""
+
+
+class Cell(Protocol):
+    """One network to prune, by the label of its method."""
+
+    @property
+    def method(self) -> str:
+        """The label of its method."""
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction to remove."""
+
+    @property
+    def seed(self) -> int:
+        """The seed that it is built under."""
+
+
+def check_entries(
+    model_fn: Any,
+    entries: Mapping[str, tuple[str | Method, Mapping[str, Any]]],
+    cells: Iterable[Cell],
+    data: Any,
+    options: Mapping[str, Any],
+) -> None:
+    """Raise what :func:`fxprune.apply` says of the arguments of a method that is still to run.
+
+    A network is built for that, under the first seed that is left.
+    """
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.method in entries:
+            first.setdefault(cell.method, cell)
+    if not first:
+        return
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        seed = next(iter(first.values())).seed
+        torch.manual_seed(seed)
+        model = model_fn()
+        check_module(model, "model_fn()")
+        given = data(seed) if callable(data) else data
+        for label, cell in first.items():
+            method, own = entries[label]
+            known = {name: x for name, x in {**options, **own}.items() if name not in NOT_ASKED}
+            try:
+                ask(model, method, cell.sparsity, data=given, seed=cell.seed, **known)
+            except (TypeError, ValueError) as error:
+                name = method if isinstance(method, str) else method.name
+                raise type(error)(f"{error}" if label == name else f"{label!r}: {error}") from error
+
+
+def check_folder(given: Any) -> Path:
+    """Return the folder of a sweep; ``TypeError`` or ``ValueError`` where it is none, or a file."""
+    check_file_name(given, "folder", "results", "a folder")
+    folder = Path(given)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r}: there is a file of that name; expected a folder")
+    return folder
 
 
 def sparsities_of(sparsities: Any) -> list[float]:

@@ -6,10 +6,11 @@ import inspect
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
+from fxprune.keywords import refuse_unknown
 from fxprune.progress import Display
 from fxprune.request import Exclusion
 from fxprune.sparsity.budget import Allocation
@@ -143,6 +144,7 @@ def lottery(
     checkpoint_dir: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1,
     progress: bool = True,
+    **others: NoReturn,
 ) -> Lottery:
     """Prune by magnitude with rewinding: train, prune and rewind, ``rounds`` times; then train.
 
@@ -167,13 +169,12 @@ def lottery(
 
     >>> import torch
     >>> def train(model, run):
-    ...     for step in range(run.attach(), 2):
-    ...         run.step(step + 1)
+    ...     for step in range(run.attach(), 2): run.step(step + 1)
     >>> make = lambda: nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4))
-    >>> found = lottery(make, train, 2, 0.5, rewind_to=1, example_inputs=torch.ones(1, 4))
-    >>> found.sparsities
+    >>> lottery(make, train, 2, 0.5, rewind_to=1, example_inputs=torch.ones(1, 4)).sparsities
     [0.0, 0.5, 0.75]
     """
+    refuse_unknown(lottery, others)
     alone = _takes_model_only(train_fn)
     _check_makes_networks(model_fn)
     if integer("rewind_to", rewind_to, 0) and alone:

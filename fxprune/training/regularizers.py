@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.capture import capture
+from fxprune.capture.errors import check_module
 from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import Groups, group_channels
+from fxprune.keywords import nearest
 from fxprune.lowering import lower
 from fxprune.network import inside
 from fxprune.request import Exclusion, check_exclude, excluded_parameters, exclusions
@@ -152,8 +154,7 @@ def regularizer(
     if kind not in KINDS:
         given = f"kind={kind!r}" if isinstance(kind, str) else f"kind: got a {type(kind).__name__}"
         raise ValueError(f"{given}: expected one of {', '.join(map(repr, KINDS))}")
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got a {type(model).__name__}")
+    check_module(model)
     power, renew = _kind(kind, options)
     groups = _groups(inside(model), example_inputs, exclusions(exclude), whole_heads)
     return Regularizer(inside(model), groups, positive("strength", strength), power, renew)
@@ -186,8 +187,10 @@ def _kind(kind: str, options: dict[str, Any]) -> tuple[int, Callable[[Regularize
     }
     odd = next((name for name in options if name not in known[kind]), None)
     if odd is not None:
-        accepted = ", ".join([*known[kind], "strength", "exclude", "whole_heads"])
-        raise TypeError(f"{odd}={options[odd]!r}: {kind!r} has no such option, expected {accepted}")
+        accepted = [*known[kind], "example_inputs", "strength", "exclude", "whole_heads"]
+        near = nearest(odd, accepted, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(accepted)}"
+        raise TypeError(f"{kind!r} has no option {odd!r}; {hint}")
     values: dict[str, Any] = {**known[kind], **options}
     if kind == "group-lasso":
         return 1, lambda one: one.sizes().detach().double().sqrt()

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import fx, nn
 
 from fxprune.capture import capture
+from fxprune.capture.errors import check_module
+from fxprune.keywords import refuse_unknown
 from fxprune.rewrite import bare, install, read, read_ticket
 from fxprune.rewrite.files.tickets import neutralise, set_centroids
 from fxprune.rewrite.masking.copying import duplicate
 
 
 def load_ticket(
-    path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any = None
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    example_inputs: Any = None,
+    **others: NoReturn,
 ) -> fx.GraphModule:
     """The network of a ticket: masked, every kept weight at its layer's centroid, biases 0 and norms 1.
 
@@ -39,6 +45,8 @@ def load_ticket(
     >>> sum(int(p.count_nonzero()) for p in again.parameters())
     6
     """
+    refuse_unknown(load_ticket, others)
+    check_module(model)
     masks, values, signs = read_ticket(path)
     source = bare(model) if read(model) else model
     network = duplicate(capture(source, example_inputs))

@@ -125,7 +125,7 @@ def test_models_that_are_no_models_or_have_no_values() -> None:
             lambda: fxprune.analyze(net(), torch.ones(2, 4)),
             "resolution: got a Tensor, expected 'spatial' or 'channel'; inputs are example_inputs",
         ),
-        (lambda: fxprune.save(net(), None), "path=None: expected the name of a file"),
+        (lambda: fxprune.save(net(), None), "path: got a NoneType, expected the name of a file"),
         (lambda: fxprune.analyze(net()), "example_inputs"),
         (lambda: fxprune.capture(net()), "example_inputs"),
         (lambda: fxprune.lower(net()), "gm: expected a torch.fx.GraphModule"),
@@ -149,3 +149,35 @@ def test_models_that_are_no_models_or_have_no_values() -> None:
 def test_the_other_doors(call: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         call()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (
+            {"loss_fn": lambda output: output.sum()},
+            TypeError,
+            r"^loss_fn: it is called with \(output, target\), or",
+        ),
+        (
+            {"data": (torch.ones(4, 6, device="meta"), torch.arange(4) % 3)},
+            ValueError,
+            "stands on the meta device",
+        ),
+        (
+            {"example_inputs": torch.ones(0, 6)},
+            ValueError,
+            r"^example_inputs: a tensor of shape \(0, 6\) is empty",
+        ),
+        (
+            {"example_inputs": [torch.ones(1, 6)]},
+            TypeError,
+            r"^example_inputs: .*got list; pass tuple\(\.\.\.\) of it$",
+        ),
+    ],
+)
+def test_what_cannot_be_computed_with_is_named(given: Any, error: type[Exception], words: str) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    data = torch.ones(4, 6), torch.arange(4) % 3
+    with pytest.raises(error, match=words):
+        fxprune.apply(net, "snip", 0.5, **{"data": data, "example_inputs": data[0], **given})

@@ -72,6 +72,8 @@ BAD = [
     (["prune", "timm:resnet5O"], "did you mean resnet50"),
     (["prune", "torchvision:resnet17"], "did you mean resnet18"),
     (["prune", "resnet18"], "expected timm:NAME, torchvision:NAME, zoo:NAME, hf:FOLDER or path"),
+    (["analyze", "nowhere"], "no folder of that name, and no model; expected timm:NAME"),
+    (["bench", "no/where"], "there is no such folder; expected a folder that prune --out wrote"),
     (["prune", "zoo:alexnet"], "the zoo has conv2"),
     (["prune", "FILE"], "factories.py:factory, a function in it"),
     (["prune", "FILE:small", "-m", "relative"], "is unknown; there are alps,"),

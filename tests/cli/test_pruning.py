@@ -116,3 +116,10 @@ def test_any_data_method_runs_on_images_by_name_or_from_a_folder(images: Path, c
 def test_a_pattern_by_its_numbers(file: str, capsys: Any) -> None:
     assert run(["prune", f"{file}:small", "-m", "magnitude", "--granularity", "2:4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["sparsity"] == pytest.approx(0.5)
+
+
+@pytest.mark.slow
+def test_a_network_of_grey_images_gets_grey_images(images: Path, capsys: Any) -> None:
+    words = ["prune", "zoo:conv2", "-m", "snip", "-s", "0.5", "--data", str(images), "--batch-size", "4"]
+    assert run([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sparsity"] == pytest.approx(0.5, abs=1e-5)

@@ -76,3 +76,33 @@ def test_sides_may_be_arrays_and_tensors(seeds: Any, tmp_path: Path) -> None:
     )
     cells = {(row["sparsity"], row["seed"]) for row in found.rows}
     assert cells == {(0.25, 0), (0.25, 1), (0.5, 0), (0.5, 1)}
+
+
+@pytest.mark.parametrize(
+    ("methods", "error", "words"),
+    [
+        (["magnitude", "snip"], ValueError, r"^method 'snip' needs data=\.\.\., a pair"),
+        ({"ours": ("snip", {})}, ValueError, r"^'ours': method 'snip' needs data=\.\.\., a pair"),
+        ({"ours": ("magnitude", {"buget": "erk"})}, TypeError, r"^'ours': .* did you mean 'budget'\?$"),
+        ({"ours": ("magnitude", {"exclude": "head"})}, ValueError, "^'ours': exclude: 'head' fits nothing"),
+    ],
+)
+def test_a_method_that_cannot_run_is_refused_before_the_first_cell(
+    methods: Any, error: type[Exception], words: str, tmp_path: Path
+) -> None:
+    def train(model: nn.Module, seed: int) -> float:
+        raise AssertionError("trained")
+
+    state = torch.get_rng_state()
+    with pytest.raises(error, match=words):
+        fxprune.sweep(net, methods, [0.5, 0.9], train_fn=train, folder=tmp_path / "new",
+                      example_inputs=torch.ones(1, 6))  # fmt: skip
+    assert not (tmp_path / "new").exists()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_folder_that_is_none_is_named() -> None:
+    with pytest.raises(
+        TypeError, match=r"^folder: got a int, expected the name of a folder, as in 'results'$"
+    ):
+        fxprune.sweep(net, ["magnitude"], [0.5], folder=3)  # type: ignore[arg-type]

@@ -128,7 +128,12 @@ def test_training_with_it_makes_groups_small() -> None:
         (
             {"alpha": 1.0},
             TypeError,
-            "alpha=1.0: 'greg' has no such option, expected sparsity, every, ceiling, strength",
+            "'greg' has no option 'alpha'; expected sparsity, every, ceiling, example_inputs, strength",
+        ),
+        (
+            {"example_input": X},
+            TypeError,
+            r"'greg' has no option 'example_input'; did you mean 'example_inputs'\?$",
         ),
         ({"every": 0}, ValueError, "every=0"),
         ({"exclude": "nothing"}, ValueError, "exclude: 'nothing' fits nothing"),

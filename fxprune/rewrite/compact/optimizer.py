@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from fxprune.keywords import refuse_unknown
 from fxprune.rewrite.compact.constant_branches import is_constant
 from fxprune.rewrite.compact.kept import Kept
 from fxprune.rewrite.compact.table import Compaction
@@ -18,7 +19,10 @@ __all__ = ["move_optimizer", "remap_optimizer"]
 
 
 def remap_optimizer(
-    optimizer: torch.optim.Optimizer, before: nn.Module, after: nn.Module
+    optimizer: torch.optim.Optimizer,
+    before: nn.Module,
+    after: nn.Module,
+    **others: NoReturn,
 ) -> torch.optim.Optimizer:
     """Return an optimizer of the parameters of ``after`` with what is left of the state of ``optimizer``.
 
@@ -52,6 +56,7 @@ def remap_optimizer(
         >>> smaller.state[small.get_parameter("0.weight")]["exp_avg"].shape
         torch.Size([3, 4])
     """
+    refuse_unknown(remap_optimizer, others)
     table = getattr(after, "meta", {}).get("fxprune", {}).get("compaction")
     if not isinstance(table, Compaction):
         raise ValueError("after: expected what fxprune.compact returned; it has no table of a compaction")

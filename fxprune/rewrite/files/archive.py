@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 import torch
 from torch import nn
 
 from fxprune.capture.errors import check_module
+from fxprune.keywords import nearest, refuse_unknown
 from fxprune.rewrite.files.container import FORMAT, read_container, write_container
 from fxprune.rewrite.files.network import NETWORK_VERSION, is_network, network_file
 from fxprune.rewrite.files.packing import pack, unpack
@@ -17,6 +18,7 @@ from fxprune.rewrite.files.tensors import decode_tensors
 from fxprune.rewrite.files.tickets import CENTROIDS, SIGNS, ticket_tensors, unpack_ticket
 from fxprune.rewrite.masking.parameters import masked_places, read, unwrap
 from fxprune.sparsity.masks import Masks, total
+from fxprune.whole_files import check_file_name
 
 Form = Literal["dense", "sparse", "masks", "ticket"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -61,10 +63,11 @@ def save(
             besides; the default for masked networks, others are dense. "masks": one bit per weight, for
             :func:`fxprune.load_masks`. "ticket": masks, the means of each layer's negative and positive
             weights, and signs, for :func:`fxprune.load_ticket`.
-        facts: entries for the header, over those that the network remembers (method, sparsity, seed).
+        facts: entries for the header, over those that the network remembers (method, sparsity, seed). None
+            may be called nearly like ``form``.
 
     Raises:
-        TypeError: there is no network.
+        TypeError: there is no network, or a fact that may be a misspelt ``form``.
         ValueError: there is no such form, no mask to write, or the network could not be loaded again; the
             message says why.
 
@@ -80,8 +83,8 @@ def save(
     if isinstance(path, nn.Module) and not isinstance(network, nn.Module):
         network, path = path, network
     check_module(network, "network")
-    if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(f"path={path!r}: expected the name of a file, as in 'net.safetensors'")
+    check_file_name(path)
+    refuse_unknown(save, {name: 0 for name in facts if nearest(name, ["form"])})
     if form not in (None, *FORMS):
         raise ValueError(f"form={form!r}: expected one of {', '.join(map(repr, FORMS))}")
     masks = read(network)
@@ -110,7 +113,7 @@ def _numbers(masks: Masks) -> dict[str, str]:
     return {**known, "sparsity": repr(1 - alive / size), "kept": str(alive), "total": str(size)}
 
 
-def load_masks(path: str | os.PathLike[str]) -> Masks:
+def load_masks(path: str | os.PathLike[str], **others: NoReturn) -> Masks:
     """The masks in a file that :func:`save` wrote, in either form, on the CPU.
 
     Args:
@@ -123,6 +126,7 @@ def load_masks(path: str | os.PathLike[str]) -> Masks:
         FileNotFoundError: there is no such file.
         ValueError: the file is not one of ours, of a newer format, or damaged; the message names it.
     """
+    refuse_unknown(load_masks, others)
     return _masks(path, *read_container(path, "mask"))
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fxprune.tensor_files import save_tensors
-from fxprune.whole_files import whole_file
+from fxprune.whole_files import check_file_name, whole_file
 
 __all__ = ["CHECKSUM", "FORMAT", "own_version", "read_container", "write_container"]
 
@@ -42,6 +42,7 @@ def read_container(path: str | os.PathLike[str], what: str) -> tuple[dict[str, s
         FileNotFoundError: there is none; ``what`` says of which kind.
         ValueError: it is not readable, or its contents are not those that were written.
     """
+    check_file_name(path)
     name = os.fspath(path)
     if os.path.isdir(path):
         raise IsADirectoryError(f"{name}: this is a folder; expected a {what} file in it")

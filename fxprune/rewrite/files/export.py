@@ -26,7 +26,7 @@ from fxprune.rewrite.compact.trial import RUN_ERRORS, difference
 from fxprune.rewrite.masking.finalize import finalize
 from fxprune.rewrite.masking.parameters import unwrap
 from fxprune.torch_private import check_entry, check_number, pytree
-from fxprune.whole_files import named, put_in_place
+from fxprune.whole_files import check_file_name, named, put_in_place
 
 __all__ = ["ONNX_PACKAGES", "check_path", "drawn_arguments", "export", "require", "run_onnx", "write_onnx"]
 
@@ -125,6 +125,7 @@ def _make_checks_operations(network: nn.Module) -> None:
 
 def check_path(path: str | os.PathLike[str]) -> None:
     """Raise as :func:`export` does where the ending of ``path`` is unknown, or a package is missing."""
+    check_file_name(path, example="net.onnx")
     ending = Path(path).suffix
     if ending not in (".onnx", ".pt2"):
         raise ValueError(f"path={os.fspath(path)!r}: expected a name that ends in .onnx or .pt2")

@@ -6,13 +6,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxprune.capture import capture
 from fxprune.capture.errors import CaptureError, check_module
+from fxprune.keywords import refuse_unknown
 from fxprune.rewrite.compact.plain_values import Unwritable, decode_tree, encode_tree
 from fxprune.rewrite.compact.recipe import Recipe
 from fxprune.rewrite.compact.replay import first_difference, replay
@@ -94,7 +95,9 @@ def network_file(network: nn.Module, *, sparse: bool) -> tuple[dict[str, Tensor]
     return tensors, {"manifest": json.dumps(manifest)}
 
 
-def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any = None) -> nn.Module:
+def load(
+    path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any = None, **others: NoReturn
+) -> nn.Module:
     """Build the network that :func:`fxprune.save` wrote, from a fresh copy of its original.
 
     Args:
@@ -124,6 +127,7 @@ def load(path: str | os.PathLike[str], model: nn.Module, *, example_inputs: Any 
     >>> torch.equal(again.weight, layer.weight), again.weight_mask
     (True, tensor([[ True, False]]))
     """
+    refuse_unknown(load, others)
     check_module(model)
     header, tensors = read_container(path, "network")
     _demand_network(path, header)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from fxprune.capture.errors import check_module
+from fxprune.keywords import refuse_unknown
 from fxprune.rewrite.masking.averages import IDENTITY
 from fxprune.rewrite.masking.computed import computed_weights, masks_of_computed, settle, unmask_computed
 from fxprune.rewrite.masking.copying import duplicate
@@ -40,7 +41,7 @@ BAKED = "has_baked_kernel"
 """Stands in a module whose computed kernel became its weight: the class it had reads that otherwise."""
 
 
-def finalize(model: Model) -> Model:
+def finalize(model: Model, **others: NoReturn) -> Model:
     """A copy of a masked model with its zeros baked in: plain modules, no masks, the same outputs to the bit.
 
     Every module gets back the class it had; weights that were computed and masked become plain parameters,
@@ -65,6 +66,7 @@ def finalize(model: Model) -> Model:
     >>> type(finalize(layer)).__name__
     'Linear'
     """
+    refuse_unknown(finalize, others)
     check_module(model)
     _refuse_sharded(model)
     final = duplicate(unwrap(model))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from fxprune.capture.errors import check_module
+from fxprune.keywords import refuse_unknown
 from fxprune.rewrite.masking.averages import identify, mask_averages, note
 from fxprune.rewrite.masking.computed import (
     check_computed,
@@ -108,7 +110,9 @@ def install(module: nn.Module, masks: Mapping[str, torch.Tensor], direct: Iterab
         put_computed(*computed[name], mask)
 
 
-def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, direct: Iterable[str] = ()) -> None:
+def set_masks(
+    model: nn.Module, masks: Mapping[str, torch.Tensor], *, direct: Iterable[str] = (), **others: NoReturn
+) -> None:
     """Set the masks of a model, in place; names that ``masks`` lacks keep the mask they have, or none.
 
     Warns (``UserWarning``), with what was set and what was not, where over a tenth of the weights of
@@ -129,6 +133,8 @@ def set_masks(model: nn.Module, masks: Mapping[str, torch.Tensor], *, direct: It
     >>> layer.weight_mask
     tensor([[ True, False]])
     """
+    refuse_unknown(set_masks, others)
+    check_module(model)
     put_masks(model, masks, direct=direct)
     _warn_of_gaps(unwrap(model), masks)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -12,7 +12,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
+from fxprune.capture.errors import check_module
 from fxprune.capture.leaves import is_compiled
+from fxprune.keywords import refuse_unknown
 from fxprune.rewrite.masking.computed import masks_of_computed
 from fxprune.rewrite.masking.masked_module import form_of
 from fxprune.rewrite.masking.storage import SUFFIX
@@ -147,7 +149,7 @@ def _explain_missing(model: nn.Module, name: Any) -> None:
         )
 
 
-def read(model: nn.Module) -> Masks:
+def read(model: nn.Module, **others: NoReturn) -> Masks:
     """The masks of a model, keyed by parameter name: only of parameters that have one, tied ones once.
 
     Args:
@@ -161,6 +163,8 @@ def read(model: nn.Module) -> Masks:
     >>> read(layer)
     {}
     """
+    refuse_unknown(read, others, "masks")
+    check_module(model)
     found: Masks = {}
     seen: set[int] = set()
     for place in masked_places(unwrap(model)):

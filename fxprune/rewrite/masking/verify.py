@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
 from fxprune.capture.errors import check_module
 from fxprune.capture.tracer.assigned_data import assign_data_
+from fxprune.keywords import refuse_unknown
 from fxprune.rewrite.masking.averages import foreign_masks
 from fxprune.rewrite.masking.computed import mask_of_computed, masks_of_computed, settled
 from fxprune.rewrite.masking.graph_reads import (
@@ -33,7 +36,7 @@ from fxprune.rewrite.masking.weight_functions import KERNELS, weight_operand
 from fxprune.sharded_types import is_dtensor
 
 
-def verify(model: nn.Module) -> None:
+def verify(model: nn.Module, **others: NoReturn) -> None:
     """Prove, for every masked parameter, mask == storage == the kernel that data meets.
 
     Mask and storage are compared. Then each layer runs, as a copy on a small random input: the weight that
@@ -54,6 +57,7 @@ def verify(model: nn.Module) -> None:
     >>> install(layer, {"weight": torch.tensor([[True, False]])})
     >>> verify(layer)
     """
+    refuse_unknown(verify, others)
     check_module(model)
     model = unwrap(model)
     reshard(model)

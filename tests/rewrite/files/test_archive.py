@@ -136,3 +136,10 @@ def test_files_that_are_not_ours(gm, tmp_path):
     with pytest.raises(ValueError, match="no masks"):
         save(nn.Linear(2, 2), tmp_path / "none", form="masks")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", ["fomr", "from_", "forms"])
+def test_a_misspelt_form_is_no_fact(gm, tmp_path, name):
+    with pytest.raises(TypeError, match=f"^save has no argument '{name}'; did you mean 'form'\\?$"):
+        save(gm, tmp_path / "a", **{name: "dense"})
+    assert not list(tmp_path.iterdir())
