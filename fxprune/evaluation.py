@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
+from fxprune.arguments import check_loss
 from fxprune.capture.errors import check_module
 from fxprune.keywords import refuse_unknown
 from fxprune.network import inside
@@ -82,6 +83,7 @@ def evaluate(
     """
     refuse_unknown(evaluate, others)
     check_module(model)
+    check_loss(loss_fn)
     if reference is not None:
         check_module(reference, "reference")
     sums = _Sums()
@@ -294,6 +296,7 @@ def recalibrate(
     """
     refuse_unknown(recalibrate, others)
     check_module(model)
+    check_loss(loss_fn)
     result = duplicate(model)
     inner = inside(result)
     norms = [
@@ -302,7 +305,9 @@ def recalibrate(
         if isinstance(module, BatchNorm) and module.running_mean is not None
     ]
     if not norms:
-        raise ValueError("model: it has no batch norm with running statistics")
+        raise ValueError(
+            "model: it has no batch norm with running statistics, so that there is nothing to do"
+        )
     device = norms[0].running_mean.device  # type: ignore[union-attr]
     momenta = [norm.momentum for norm in norms]
     seen = 0

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx, nn
 
+from fxprune.arguments import check_flags
 from fxprune.capture import capture
 from fxprune.capture.errors import check_module
 from fxprune.channels.groups import group_channels
@@ -61,6 +62,7 @@ an output of the network
         ChannelSlice(parameter='2.weight', axis='in', indices=(3,))
     """
     refuse_unknown(channel_groups, others)
+    check_flags(whole_heads=whole_heads)
     check_module(model)
     entries = exclusions(exclude)
     check_exclude(entries, model)

@@ -129,7 +129,7 @@ class Plan:
             )
         staying = torch.ones(groups.count, dtype=torch.bool)
         for layer in self.layers:
-            channels = channels_of_words(layer.removed)
+            channels = _channels_of(layer)
             if any(not 0 <= channel < widths[layer.name] for channel in channels):
                 raise ValueError(
                     f"plan: removed={layer.removed!r} of {layer.name!r}, whose channels are numbered from 0"
@@ -222,6 +222,15 @@ def channels_of_words(text: str) -> list[int]:
         low, _, high = word.partition("-")
         found += range(int(low), int(high or low) + 1)
     return found
+
+
+def _channels_of(layer: PlannedLayer) -> list[int]:
+    try:
+        return channels_of_words(layer.removed)
+    except (AttributeError, ValueError) as error:
+        raise ValueError(
+            f"plan: removed={layer.removed!r} of {layer.name!r}: expected numbers and ranges, as in '0-2 7'"
+        ) from error
 
 
 def _pairs(layer: Mapping[str, Any]) -> dict[str, Any]:

@@ -136,6 +136,8 @@ def masks(masks: Mapping[str, torch.Tensor], names: Sequence[str] | None = None)
     if not isinstance(masks, Mapping):
         raise TypeError(f"masks: expected what fxprune.masks returns, got a {type(masks).__name__}")
     chosen = list(masks) if names is None else list(names)
+    if not chosen:
+        raise ValueError("masks: there are none to draw")
     for name in chosen:
         if name not in masks:
             raise ValueError(f"names: {name!r} has no mask; there are {', '.join(list(masks)[:4])}")

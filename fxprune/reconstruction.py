@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 
+from fxprune.arguments import check_flags, check_loss
 from fxprune.capture import CaptureError, capture
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.graph import ChannelGraph
@@ -81,7 +82,6 @@ def reconstruct(
         iterations: steps of conjugate gradients at most.
         checkpoint_dir: a folder that keeps fitted layers; after a kill the same call goes on at the next one.
         micro_batch, device, progress: as for :func:`fxprune.apply`.
-
     Returns a copy of ``model`` with the same masks, in every process what one would find on all data. Raises
     ``TypeError``, ``ValueError``: an argument does not fit, nothing is pruned, inputs are not finite.
 
@@ -93,7 +93,8 @@ def reconstruct(
     True
     """
     refuse_unknown(reconstruct, others)
-    _check(model, reference, data, damp, iterations)
+    _check(model, reference, data, damp, iterations, loss_fn)
+    check_flags(bias=bias, norms=norms, propagate=propagate)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         masks, source = _masks(model), plain(settled(inside(model)))
         if example_inputs is None and not isinstance(source, fx.GraphModule):
@@ -145,7 +146,9 @@ def _solve(
     return found
 
 
-def _check(model: nn.Module, reference: nn.Module, data: Any, damp: float | None, iterations: int) -> None:
+def _check(
+    model: nn.Module, reference: nn.Module, data: Any, damp: float | None, iterations: int, loss_fn: Any
+) -> None:
     for argument, value in (("model", model), ("reference", reference)):
         if not isinstance(value, nn.Module):
             raise TypeError(f"{argument}: expected a torch.nn.Module, got a {type(value).__name__}")
@@ -153,6 +156,7 @@ def _check(model: nn.Module, reference: nn.Module, data: Any, damp: float | None
         raise ValueError(f"damp={damp!r}: expected a share of the mean square input, at least 0")
     if type(iterations) is not int or iterations < 1:
         raise ValueError(f"iterations={iterations!r}: expected a number of steps, at least 1")
+    check_loss(loss_fn)
     warn_of_two_inputs(data)
 
 

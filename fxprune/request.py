@@ -5,7 +5,6 @@ Everything that can be said of an argument without looking into the network is s
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fxprune.arguments import check_flags, check_loss
 from fxprune.capture.errors import InputError, check_module
 from fxprune.capture.module import CapturedModule
 from fxprune.graph import ChannelGraph, ir
@@ -86,14 +86,12 @@ class Request:
             raise ValueError(f"returns={self.returns!r}: expected 'graph', 'module' or 'inplace'")
         if self.on_collapse not in ("warn", "raise", "repair"):
             raise ValueError(f"on_collapse={self.on_collapse!r}: expected 'warn', 'raise' or 'repair'")
-        if self.loss_fn is not None and not callable(self.loss_fn):
-            raise TypeError(f"loss_fn={self.loss_fn!r}: expected a function of (output, target)")
         if isinstance(self.loss_fn, type) and issubclass(self.loss_fn, nn.Module):
             name = self.loss_fn.__name__
             raise TypeError(
                 f"loss_fn: expected a function of (output, target), got the class {name}; {name}()"
             )
-        _check_takes_two(self.loss_fn)
+        check_loss(self.loss_fn)
         if getattr(self.granularity, "at_most", None) is not None:
             self._check_limit()
         if self.budget == "owl" and self.data is None:
@@ -102,8 +100,7 @@ class Request:
             _check_pattern(self.granularity, self.sparsity)
         _check_seed(self.seed)
         own_rules(self.rules)
-        if not isinstance(self.reinit, bool):
-            raise TypeError(f"reinit={self.reinit!r}: expected True or False")
+        check_flags(reinit=self.reinit)
         if self.reinit and self.method.updates:
             raise ValueError(
                 f"reinit=True draws the weights anew that method {self.method.name!r} has found; leave it out"
@@ -249,23 +246,6 @@ def exclusions(exclude: Exclusion | Iterable[Exclusion]) -> tuple[Exclusion, ...
         if not isinstance(entry, str) and not (isinstance(entry, type) and issubclass(entry, nn.Module)):
             raise TypeError(f"exclude: {entry!r}: expected a module's name, a pattern or a module type")
     return cast(tuple[Exclusion, ...], entries)
-
-
-def _check_takes_two(loss_fn: Callable[..., Any] | None) -> None:
-    """``TypeError`` for a loss that cannot be called with two arguments."""
-    if loss_fn is None:
-        return
-    try:
-        signature = inspect.signature(loss_fn)
-    except (TypeError, ValueError):  # of functions in C
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        raise TypeError(
-            f"loss_fn: it is called with (output, target), or (model, batch) where batches are mappings, got"
-            f" one of {signature}"
-        ) from error
 
 
 def _check_seed(seed: object) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_file_name", "named", "put_in_place", "whole_file", "write_text"]
+__all__ = ["check_file_name", "check_folder_of", "named", "put_in_place", "whole_file", "write_text"]
 
 
 def check_file_name(
@@ -24,6 +24,13 @@ def check_file_name(
     if not isinstance(path, (str, os.PathLike)):
         got = f"got a {type(path).__name__}, expected the name of {kind}"
         raise TypeError(f"{argument}: {got}, as in {example!r}")
+
+
+def check_folder_of(path: str | os.PathLike[str]) -> None:
+    """``FileNotFoundError`` where the folder of a file that is to be written is not there."""
+    folder = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{os.fspath(path)}: there is no folder {folder}; make it first")
 
 
 @contextmanager
@@ -45,10 +52,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(f"{os.fspath(path)}: this is a folder; expected the name of a file")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(
-            f"{os.fspath(path)}: there is no folder {os.path.dirname(os.path.abspath(path))}; make it first"
-        )
+    check_folder_of(path)
     if target.exists() and not stat.S_ISREG(target.stat().st_mode):
         yield target
         return

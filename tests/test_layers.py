@@ -15,7 +15,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fxprune"
 RANKS = {
-    "finite": -0.5, "keywords": -1, "option_notes": -1, "papers": -1, "sharded_types": -1,
+    "finite": -0.5, "arguments": -1, "keywords": -1, "option_notes": -1, "papers": -1, "sharded_types": -1,
     "torch_private": -1, "tensor_files": -1, "whole_files": -1,
     "capture": 0, "graph": 0, "progress": 0, "data": 0, "zoo": 0, "plot": 0, "lowering": 1, "paths": 2,
     "channels": 3, "sparsity": 4, "scoring": 5, "methods": 6, "rewrite": 6, "metrics": 6, "request": 7,

@@ -92,3 +92,8 @@ def test_a_comparison_has_means_and_bands_of_one_deviation() -> None:
     rows[0]["nodes"] = 3.0
     with pytest.raises(ValueError, match=r"none has 'f1' and 'sparsity'; there are .*accuracy, nodes$"):
         fxprune.plot.compare(rows[::-1], "f1")
+
+
+def test_no_masks_are_no_picture() -> None:
+    with pytest.raises(ValueError, match=r"^masks: there are none to draw$"):
+        plot.masks({})

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from fxprune.arguments import takes
 from fxprune.graph.ir import ChannelGraph
 from fxprune.scoring.distributed import agree
 from fxprune.sparsity.budget import Budget
@@ -140,6 +141,9 @@ class Method:
             raise ValueError(f"method {self.name!r}: needs={unknown[0]!r}, expected 'data' or 'graph'")
         if not callable(self.find):
             raise TypeError(f"method {self.name!r}: find={self.find!r}, expected a function of a Problem")
+        if not takes(self.find, 1):
+            signature = inspect.signature(self.find)
+            raise TypeError(f"method {self.name!r}: find is called with a Problem, got one of {signature}")
         object.__setattr__(self, "needs", frozenset(self.needs))
 
     def check(self, *, data: object) -> None:

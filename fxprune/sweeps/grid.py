@@ -148,7 +148,7 @@ def sweep(
     [24, 12]
     """
     display = Display(enabled=progress)
-    check_functions(model_fn, train_fn, data)
+    check_functions(model_fn, train_fn, data, latency=latency)
     entries, folder = _entries(methods), check_folder(folder)
     cells = _cells(entries, sparsities_of(sparsities), seeds_of(seeds), train_fn is not None)
     if open_cells := [c for c in cells if not (folder / CELLS / f"{c.name}.json").is_file()]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fxprune.arguments import check_flags, takes
 from fxprune.capture.errors import check_module
 from fxprune.methods import Method
 from fxprune.search import ask
@@ -20,36 +21,24 @@ from fxprune.whole_files import check_file_name
 __all__ = ["check_entries", "check_folder", "check_functions", "numbers_of", "seeds_of", "sparsities_of"]
 
 
-def check_functions(model_fn: Any, train_fn: Any, data: Any = None) -> None:
+def check_functions(model_fn: Any, train_fn: Any, data: Any = None, **flags: object) -> None:
     """``TypeError`` for a network instead of the function that makes it, and what is no function."""
-    _check_function("model_fn", model_fn, (), "a function that makes the network")
+    check_flags(**flags)
+    _check_function("model_fn", model_fn, 0, "a function that makes the network")
     if train_fn is not None:
         meant = "a function of (model, seed) that returns an accuracy, or numbers by name"
-        _check_function("train_fn", train_fn, ("model", 0), meant)
-    if callable(data) and not _takes(data, (0,)):
+        _check_function("train_fn", train_fn, 2, meant)
+    if callable(data) and not takes(data, 1):
         raise TypeError(
             f"data: a function is called with the seed of a cell, got one of {inspect.signature(data)}"
         )
 
 
-def _check_function(argument: str, value: Any, given: tuple[Any, ...], meant: str) -> None:
+def _check_function(argument: str, value: Any, given: int, meant: str) -> None:
     if isinstance(value, nn.Module) or not callable(value):
         raise TypeError(f"{argument}: expected {meant}, got a {type(value).__name__}")
-    if not _takes(value, given):
+    if not takes(value, given):
         raise TypeError(f"{argument}: expected {meant}, got one of {inspect.signature(value)}")
-
-
-def _takes(function: Any, given: tuple[Any, ...]) -> bool:
-    """Return whether a function can be called with ``given``; true of one that does not say what it takes."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # of functions in C
-        return True
-    try:
-        signature.bind(*given)
-    except TypeError:
-        return False
-    return True
 
 
 NOT_ASKED = ("example_inputs", "progress")

@@ -20,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from fxprune.whole_files import whole_file
+from fxprune.whole_files import check_file_name, whole_file
 
 MAGIC = b"fxprune checkpoint 1\n"
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.Size, torch.dtype, torch.device)
@@ -90,6 +90,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2, rank: int = 0) -> None:
+        check_file_name(folder, "checkpoint_dir", "checkpoints", "a folder")
         self.folder = Path(folder)
         self.keep = max(2, keep)
         self.suffix = f".rank{rank}" if rank else ""

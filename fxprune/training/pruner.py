@@ -313,7 +313,7 @@ class Pruner:
 
         Raises ``ValueError`` where ``state`` is of another method, model, length of training or seed.
         """
-        if "facts" not in state:
+        if not isinstance(state, Mapping) or "facts" not in state:
             raise ValueError("state: not the state of a Pruner")
         self._saving.check_facts(state["facts"], "state")
         self._follow(state)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.arguments import check_flags
 from fxprune.capture import capture
 from fxprune.capture.errors import check_module
 from fxprune.channels.entries import entry_groups
@@ -155,6 +156,7 @@ def regularizer(
         given = f"kind={kind!r}" if isinstance(kind, str) else f"kind: got a {type(kind).__name__}"
         raise ValueError(f"{given}: expected one of {', '.join(map(repr, KINDS))}")
     check_module(model)
+    check_flags(whole_heads=whole_heads)
     power, renew = _kind(kind, options)
     groups = _groups(inside(model), example_inputs, exclusions(exclude), whole_heads)
     return Regularizer(inside(model), groups, positive("strength", strength), power, renew)

@@ -167,6 +167,12 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"plan: removed='0 90-92' of '.*', whose channels are numbered from 0 to"
     ):
         fxprune.apply(model, plan, example_inputs=X)
+    for removed in ("0-b", 3):
+        object.__setattr__(plan.layers[-1], "removed", removed)
+        with pytest.raises(
+            ValueError, match=f"plan: removed={removed!r} of '.*': expected numbers and ranges"
+        ):
+            fxprune.apply(model, plan, example_inputs=X)
     (tmp_path / "a.json").write_text("[]")
     with pytest.raises(ValueError, match="no plan of version 1"):
         fxprune.Plan.load(tmp_path / "a.json")

@@ -322,6 +322,7 @@ def test_processes_come_to_the_same_masks(tmp_path: Path) -> None:
         ({"method": "rigl", "sparsity": None}, ValueError, "needs the sparsity"),
         ({"method": "imp", "rate": 0.3}, ValueError, "give one of them"),
         ({"model": 3}, TypeError, "model: expected"),
+        ({"checkpoint_dir": 3}, TypeError, "checkpoint_dir: got a int, expected the name of a folder"),
     ],
 )
 def test_refusals(change: dict[str, Any], kind: type[Exception], words: str) -> None:

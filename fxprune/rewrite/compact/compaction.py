@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.arguments import check_flags
 from fxprune.capture import capture
 from fxprune.capture.errors import InputError, check_module, first_line
 from fxprune.channels.follow import follow
@@ -117,6 +118,7 @@ def compact(
         torch.Size([3, 4])
     """
     refuse_unknown(compact, others)
+    check_flags(exact=exact, verify=verify, fold_constants=fold_constants)
     check_module(model)
     warn_of_strange_parameters(model, "outputs that are no numbers are not compared", stacklevel=2)
     step = Display(enabled=progress).step("compact")

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from fxprune.capture.errors import check_module
 from fxprune.keywords import refuse_unknown
 from fxprune.rewrite.compact.constant_branches import is_constant
 from fxprune.rewrite.compact.kept import Kept
@@ -57,6 +58,7 @@ def remap_optimizer(
         torch.Size([3, 4])
     """
     refuse_unknown(remap_optimizer, others)
+    check_module(before, "before")
     table = getattr(after, "meta", {}).get("fxprune", {}).get("compaction")
     if not isinstance(table, Compaction):
         raise ValueError("after: expected what fxprune.compact returned; it has no table of a compaction")

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.capture.errors import check_module
+from fxprune.capture.errors import check_module, first_line
 from fxprune.capture.inputs import example_inputs_for
+from fxprune.capture.tracer.meta_values import map_structure
 from fxprune.finite import warn_of_strange_parameters
 from fxprune.keywords import refuse_unknown
 from fxprune.progress import Display
@@ -26,7 +27,7 @@ from fxprune.rewrite.compact.trial import RUN_ERRORS, difference
 from fxprune.rewrite.masking.finalize import finalize
 from fxprune.rewrite.masking.parameters import unwrap
 from fxprune.torch_private import check_entry, check_number, pytree
-from fxprune.whole_files import check_file_name, named, put_in_place
+from fxprune.whole_files import check_file_name, check_folder_of, named, put_in_place
 
 __all__ = ["ONNX_PACKAGES", "check_path", "drawn_arguments", "export", "require", "run_onnx", "write_onnx"]
 
@@ -76,6 +77,7 @@ def export(
     refuse_unknown(export, others)
     check_module(model)
     check_path(path)
+    check_folder_of(path)
     with Display(enabled=progress).step(f"export {os.fspath(path)}"):
         _export(model, path, example_inputs)
 
@@ -96,6 +98,8 @@ def _export(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any)
     with torch.inference_mode(False), torch.no_grad(), named(path), _folder_beside(path) as folder:
         part = folder / Path(path).name
         free = _runs(network, calls[1])
+        if not free:
+            _check_inputs(network, calls[0])
         program = _program(network, calls[0], free=free)
         if Path(path).suffix == ".onnx":
             write_onnx(program, part)
@@ -188,6 +192,18 @@ def _runs(network: nn.Module, call: _Call) -> bool:
     except RUN_ERRORS:
         return False
     return True
+
+
+def _check_inputs(network: nn.Module, call: _Call) -> None:
+    """``ValueError`` for arguments that a network does not accept."""
+    try:
+        network(*call[0], **call[1])
+    except RUN_ERRORS as error:
+        shapes = map_structure(lambda x: list(x.shape) if isinstance(x, Tensor) else x, call[1] or call[0])
+        raise ValueError(
+            f"example_inputs: {type(network).__name__} does not accept {shapes}: {first_line(error)}; pass"
+            " inputs that it runs on"
+        ) from error
 
 
 def _program(network: nn.Module, call: _Call, *, free: bool) -> torch.export.ExportedProgram:

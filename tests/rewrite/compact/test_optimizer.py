@@ -69,5 +69,7 @@ def test_bad_input() -> None:
     optimizer = torch.optim.SGD(pruned.parameters(), 0.1)
     with pytest.raises(ValueError, match=r"after: expected what fxprune.compact returned"):
         fxprune.remap_optimizer(optimizer, pruned, pruned)
+    with pytest.raises(TypeError, match=r"^before: expected a torch\.nn\.Module, got a NoneType"):
+        fxprune.remap_optimizer(optimizer, None, fxprune.compact(pruned))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"before: it lacks a parameter of the optimizer's group 0"):
         fxprune.remap_optimizer(optimizer, nn.Linear(2, 2), fxprune.compact(pruned))

@@ -156,6 +156,14 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fxprune.export(3, "net.pt2")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="example_inputs: the input size of Linear is not known"):
         fxprune.export(net, tmp_path / "net.pt2")
+    with pytest.raises(
+        ValueError, match=r"example_inputs: Linear does not accept \(\[2, 5\],\): .*; pass inputs"
+    ):
+        fxprune.export(net, tmp_path / "net.pt2", torch.ones(1, 5))
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere/net\.pt2: there is no folder .*nowhere; make it first$"
+    ):
+        fxprune.export(net, tmp_path / "nowhere" / "net.pt2", torch.ones(1, 4))
     real = importlib.util.find_spec
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda n: None if n == "onnxscript" else real(n))
     if importlib.util.find_spec("onnx"):
