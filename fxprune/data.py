@@ -323,7 +323,12 @@ def _folder(path: str, transform: Any) -> Any:
         raise FileNotFoundError(f"{path}: no such folder; expected one folder of images for each class in it")
     from torchvision import datasets
 
-    return datasets.ImageFolder(path, transform)
+    try:
+        return datasets.ImageFolder(path, transform)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: expected a folder of images for each class in it ({error})"
+        ) from error
 
 
 def _to_tensor(mean: tuple[float, ...], deviation: tuple[float, ...]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ __all__ = [
     "COMPACT",
     "MASKED",
     "REPORT",
+    "check_can_be_made",
     "check_export",
     "check_folder",
     "dense_bytes",
@@ -39,6 +41,21 @@ def check_folder(flag: str, path: Path | None) -> None:
         raise ValueError(f"{flag} {path}: there is no folder {path.parent}; make it first")
     if path is not None and path.is_dir():
         raise ValueError(f"{flag} {path}: this is a folder; expected the name of a file")
+
+
+def check_can_be_made(folder: Path) -> None:
+    """``OSError`` that names a folder that cannot be made; one that is not there yet is not there after."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(None, "it is read-only")
+    except OSError as error:
+        raise type(error)(f"--out {folder}: nothing can be written there ({error.strerror})") from error
+    finally:
+        for one in missing:
+            if one.is_dir():
+                one.rmdir()
 
 
 def write_networks(

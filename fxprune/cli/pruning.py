@@ -27,7 +27,15 @@ from fxprune.cli.flags import (
     take,
     with_flags,
 )
-from fxprune.cli.folder import COMPACT, MASKED, REPORT, check_export, dense_bytes, write_networks
+from fxprune.cli.folder import (
+    COMPACT,
+    MASKED,
+    REPORT,
+    check_can_be_made,
+    check_export,
+    dense_bytes,
+    write_networks,
+)
 from fxprune.cli.hugging_face import check_compact, folder_of, token_loss, write_folder
 from fxprune.cli.methods import FOLDER, read_entries
 from fxprune.cli.reports import AsJson, Model, as_json, set_threads
@@ -150,6 +158,8 @@ def _check_files(
         check_compact(granularity)
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: there is a file of that name; expected a folder, or a new name")
+    if out is not None:
+        check_can_be_made(out)
     for path in export:
         check_export(path)
 

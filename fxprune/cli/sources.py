@@ -168,7 +168,9 @@ def _read_state(path: Path) -> Any:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, ValueError, KeyError, EOFError, UnpicklingError) as error:
-        raise ValueError(f"--weights {path}: not a file of weights ({str(error).splitlines()[0]})") from error
+        raise ValueError(
+            f"--weights {path}: not a file of weights ({str(error).splitlines()[0].split('. ')[0]})"
+        ) from error
     if not isinstance(state, Mapping):
         raise ValueError(f"--weights {path}: holds a {type(state).__name__}, expected a state dict")
     return dict(state)

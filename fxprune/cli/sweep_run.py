@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def run_sweep(wish: dict[str, Any], path: Path, out: Path | None) -> Results:
     for key in ("model", "methods", "sparsities"):
         if key not in wish:
             raise ValueError(f"{path}: {key!r} is missing; docs/sweeps.md has a file in full")
+    _check_tables(wish, path)
     recipe = TrainingRecipe(**wish.get("train", {}))
     task = Task(
         wish["model"], wish.get("data", "digits"), wish.get("root", "data"), wish.get("size", 8), "", None,
@@ -53,7 +55,7 @@ def run_sweep(wish: dict[str, Any], path: Path, out: Path | None) -> Results:
         return balanced(train, wish.get("per_class", 10), batch_size=wish.get("batch_size"), seed=seed)
 
     methods = {}
-    for label in wish["methods"]:
+    for label in labels_of(wish):
         own = dict(wish.get("options", {}).get(label, {}))
         methods[label] = (own.pop("method", label), own)
     return run_cells(
@@ -68,3 +70,25 @@ def run_sweep(wish: dict[str, Any], path: Path, out: Path | None) -> Results:
         latency=bool(wish.get("latency", False)),
         granularity=wish.get("granularity", "weight"),
     )
+
+
+def labels_of(wish: dict[str, Any]) -> list[str]:
+    """Return the labels of a file's methods, one or several."""
+    methods = wish["methods"]
+    return [methods] if isinstance(methods, str) else list(methods)
+
+
+def _check_tables(wish: dict[str, Any], path: Path) -> None:
+    """``ValueError`` for what is no table, and for a key or a label in one that nothing is known of."""
+    known = {"train": [one.name for one in fields(TrainingRecipe)], "options": labels_of(wish)}
+    for table, names in known.items():
+        given = wish.get(table, {})
+        if not isinstance(given, dict):
+            raise ValueError(f"{path}: {table}={given!r}: expected a table, [{table}]")
+        for name, value in given.items():
+            if name not in names:
+                near = nearest(name, names, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(names)}"
+                raise ValueError(f"{path}: [{table}] has no {name!r}; {hint}")
+            if table == "options" and not isinstance(value, dict):
+                raise ValueError(f"{path}: options.{name}={value!r}: expected a table of options")

@@ -160,6 +160,17 @@ def load_pair(task: Task) -> tuple[Any, Any]:
     return sources.digits(size=size, channels=channels)
 
 
+def _check_outputs(source: str, network: nn.Module, sample: torch.Tensor, classes: int) -> None:
+    """``ValueError`` for a network with fewer outputs than the data have classes."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        found = network.eval()(sample[None].expand(2, *sample.shape))
+    if isinstance(found, torch.Tensor) and found.dim() == 2 and found.shape[1] < classes:
+        raise ValueError(
+            f"{source!r}: it has {found.shape[1]} outputs, and the data {classes} classes; let its factory"
+            f" return one with {classes}"
+        )
+
+
 def network_maker(source: str, train_set: Any, seed: int | None) -> Callable[[], nn.Module]:
     """Make networks for the shape and the classes of the data, with the weights of ``seed`` each time.
 
@@ -181,6 +192,7 @@ def network_maker(source: str, train_set: Any, seed: int | None) -> Callable[[],
     if kind == "zoo" and name not in builders:
         raise ValueError(f"{source!r}: the zoo has {', '.join(builders)}")
     if kind not in ("zoo", *LIBRARIES):
+        _check_outputs(source, load_network(source, _seed(seed))[0], train_set[0][0], classes)
         return lambda: load_network(source, _seed(seed))[0]
     if kind != "zoo" and name not in list_models(kind):
         load_network(source, _seed(seed))  # says what is wrong, and what was meant

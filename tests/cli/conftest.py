@@ -18,6 +18,9 @@ def small():
 def bare():
     return small()[0]
 
+def few():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), torch.ones(2, 1, 8, 8)
+
 def wrong():
     return 3
 

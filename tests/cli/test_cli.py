@@ -100,7 +100,7 @@ BAD = [
     (["prune", "no/such/file.py:net"], "there is no file"),
     (["prune", "FILE:nothing"], "defines no function 'nothing'"),
     (["prune", "FILE:wrong"], "returned an object of type int"),
-    (["prune", "FILE:failing"], "factories.py, line 16: KeyError: 'weights'; mend the file"),
+    (["prune", "FILE:failing"], "factories.py, line 19: KeyError: 'weights'; mend the file"),
     (
         ["prune", "FILE:asking"],
         "factories.py: TypeError: asking() missing 1 required positional argument: 'width'",
@@ -110,7 +110,7 @@ BAD = [
         ["prune", "FOLDER/lacking.py:net"],
         "lacking.py, line 1: ModuleNotFoundError: No module named 'nowhere'",
     ),
-    (["prune", "FILE:small", "-m", "snip", "--data", "FILE:failing"], "line 16: KeyError: 'weights'"),
+    (["prune", "FILE:small", "-m", "snip", "--data", "FILE:failing"], "line 19: KeyError: 'weights'"),
     (["prune", "FILE:small", "--plan", "none.json"], "--plan none.json: there is no such file"),
     (
         ["plan", "FILE:small", "--out", "nowhere/plan.json"],
@@ -147,6 +147,25 @@ BAD = [
     (["export", "FILE:small", "nowhere/net.pt2"], "OUT nowhere/net.pt2: there is no folder nowhere"),
     (["export", "FILE:small", "net.pt2", "--form", "dense"], "is no folder that prune wrote"),
     (["export", "FOLDER", "net.pt2"], "no such fxprune file"),
+    (
+        ["prune", "FILE:small", "-m", "magnitude", "--out", "/proc/new"],
+        "--out /proc/new: nothing can be written",
+    ),
+    (
+        ["prune", "zoo:conv2", "-m", "snip", "--data", "FOLDER/none"],
+        "expected a folder of images for each class",
+    ),
+    (
+        ["prune", "FILE:small", "--weights", "FOLDER/broken.py"],
+        "not a file of weights (Weights only load failed)",
+    ),
+    (["sweep", "FOLDER/a.toml"], "[train] has no 'epoch'; did you mean 'epochs'?"),
+    (["sweep", "FOLDER/b.toml"], "[options] has no 'magnitud'; did you mean 'magnitude'?"),
+    (["sweep", "FOLDER/c.toml"], "train=3: expected a table, [train]"),
+    (
+        ["sweep", "FOLDER/d.toml"],
+        "it has 2 outputs, and the data 10 classes; let its factory return one with 10",
+    ),
     (["graph", "timm:nothing_like_it"], "timm has no model of that name"),
 ]
 
@@ -157,6 +176,12 @@ def test_a_bad_argument_is_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "broken.py").write_text("import torch\ndef net(:")
     (tmp_path / "lacking.py").write_text("import nowhere")
+    (tmp_path / "none").mkdir()
+    grid = f"model='{file}:few'\nmethods='magnitude'\nsparsities=0.5\n"
+    (tmp_path / "a.toml").write_text(grid + "[train]\nepoch=1")
+    (tmp_path / "b.toml").write_text(grid + "[options.magnitud]\nbudget='erk'")
+    (tmp_path / "c.toml").write_text(grid + "train=3")
+    (tmp_path / "d.toml").write_text(grid)
     words = [word.replace("FILE", file).replace("FOLDER", str(tmp_path)) for word in words]
     assert run(words) == 2
     printed = capsys.readouterr()
