@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +22,8 @@ from fxprune.graph import ChannelGraph, KernelSet
 __all__ = ["ChannelSlice", "Groups", "group_channels", "held_groups"]
 
 
-class ChannelSlice(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ChannelSlice:
     """Slices of one parameter or buffer: the given ``indices`` along ``axis``.
 
     ``axis`` is "out" or "in" for the output and input channels of a layer's weight, and the number of the

@@ -106,10 +106,18 @@ class Choosing(LayerDrop):
 
 
 @pytest.mark.filterwarnings("ignore:capture")
-@pytest.mark.parametrize("draw", [random.random, lambda: torch.rand(1).item()])
-def test_a_part_that_a_random_number_decides_is_opaque(draw: Any) -> None:
-    graph = fxprune.lower(fxprune.capture(Net(Choosing(draw)), torch.randn(16, 8)))
+def test_a_part_that_a_random_number_of_python_decides_is_opaque() -> None:
+    graph = fxprune.lower(fxprune.capture(Net(Choosing(random.random)), torch.randn(16, 8)))
     assert len(graph.opaque) == 1
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+def test_layers_that_a_tensor_lets_pass_or_not_have_paths() -> None:
+    """What happens with them is all that happens without, and more."""
+    net = Net(Choosing(lambda: torch.rand(1).item()))
+    graph = fxprune.lower(fxprune.capture(net, torch.randn(16, 8)))
+    assert not graph.opaque
+    assert len(graph.kernels) == 5
 
 
 class Mixed(nn.Module):
