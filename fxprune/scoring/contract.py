@@ -245,7 +245,15 @@ def prune_in_rounds(
     masks = dict(problem.masks)
     for budget in round_budgets(problem, schedule=schedule, regrow=regrow, name=name):
         within = problem.masks if regrow else masks
+        before = _versions(problem.weights)
         scores = criterion(problem, masks)
+        if problem.data is None and before != (after := _versions(problem.weights)):
+            # A network that runs on data may write to its own weights.
+            changed = next(label for label in before if before[label] != after[label])
+            raise ValueError(
+                f"method {name!r}: its criterion wrote to problem.weights[{changed!r}], which the result"
+                " would have; work on copies: w.abs(), not w.abs_()"
+            )
         if not isinstance(scores, Mapping):
             raise TypeError(
                 f"method {name!r}: its criterion returned a {type(scores).__name__}, expected a dict of"
@@ -257,6 +265,11 @@ def prune_in_rounds(
     if problem.group is not None and problem.shards is None:
         agree(masks, problem.group)
     return masks
+
+
+def _versions(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """How often each weight was written to; tensors of inference mode do not count that."""
+    return {name: 0 if weight.is_inference() else weight._version for name, weight in weights.items()}
 
 
 def round_budgets(problem: Problem, *, schedule: Schedule, regrow: bool, name: str) -> Iterator[Budget]:

@@ -8,6 +8,7 @@ import torch
 from methods.problems import problem, toy_a
 from torch import nn
 
+import fxprune
 from fxprune.capture import capture
 from fxprune.lowering import lower
 from fxprune.methods import Method, Problem, Scores, from_scores, prune_in_rounds
@@ -186,3 +187,14 @@ def test_fixed_magnitudes_have_values_beside_weights_that_have_none() -> None:
     split = replace(asked, weights={"0.weight": asked.weights["0.weight"].to("meta")})
     (found,) = fixed_magnitudes(split).values()
     assert torch.equal(found, asked.weights["2.weight"].abs())
+
+
+def test_a_criterion_that_writes_to_the_weights_is_refused() -> None:
+    def careless(problem: Problem, masks: Masks) -> Scores:
+        return {name: weight.abs_() for name, weight in problem.weights.items()}
+
+    method = Method("careless", from_scores(careless, name="careless"))
+    with pytest.raises(ValueError, match=r"'careless': its criterion wrote to problem.weights\['0.weight'\]"):
+        fxprune.apply(
+            nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), method, 0.5, example_inputs=torch.ones(1, 3)
+        )
