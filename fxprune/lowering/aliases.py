@@ -92,14 +92,23 @@ class Memory:
             found += [user for user in member.users if user < writer and self._parent(user) is member]
         return found
 
+    def views(self, writer: fx.Node) -> list[fx.Node]:
+        """The node that ``writer`` writes to, what that is a view of, and so on up to the whole memory."""
+        first = written(writer, self.gm)
+        return [] if first is None else self._up_from(first)
+
+    def _up_from(self, first: fx.Node) -> list[fx.Node]:
+        found = [first]
+        while (parent := self._parent(found[-1])) is not None:
+            val = parent.meta["val"]
+            if not _shares(self._run(found[-1], {parent: val}), val):
+                break
+            found.append(parent)
+        return found
+
     def _family(self, first: fx.Node, writer: fx.Node) -> dict[fx.Node, Any]:
         """Names made before ``writer`` that share memory with ``first``, and where in it they are."""
-        root = first
-        while (parent := self._parent(root)) is not None:
-            val = parent.meta["val"]
-            if not _shares(self._run(root, {parent: val}), val):
-                break
-            root = parent
+        root = self._up_from(first)[-1]
         family: dict[fx.Node, Any] = {root: _blank(root.meta["val"])}
         pending = [root]
         while pending:

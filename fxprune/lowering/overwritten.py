@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from fxprune.capture.module import OpenGraph
 from fxprune.capture.tracer.assigned_data import assign_data_, attributes_behind
 from fxprune.capture.tracer.spelling import called
-from fxprune.lowering.aliases import written
+from fxprune.lowering.aliases import Memory
 
 __all__ = ["attribute_at", "overwritten_tensors"]
 
@@ -18,13 +18,13 @@ OVERWRITES = frozenset(("copy_", "fill_", "zero_", "normal_", "uniform_"))
 ITSELF = frozenset(("data", "detach"))
 KEEPS_ZEROS = frozenset(
     """
-    abs bfloat16 clone contiguous data detach div double float half hardshrink itruediv mul neg normalize
-    relu renorm round sign softshrink sqrt tanh to tril triu truediv type type_as
+    abs bfloat16 clone contiguous data detach div double float half hardshrink itruediv mul nan_to_num
+    neg normalize relu renorm round sign softshrink sqrt tanh to tril triu truediv type type_as
     """.split()
 )
 PRODUCTS = frozenset(("mul", "imul", "mul_"))
-PARTS = frozenset("chunk diagonal getitem narrow select split unbind".split())
-VIEWS = PARTS | frozenset("T mT flatten movedim permute reshape squeeze t transpose unsqueeze view".split())
+SUMS = frozenset("add iadd isub lerp sub".split())
+CLAMPS = frozenset("clamp clamp_max clamp_min clip".split())
 FILLS = frozenset("fill fill_diagonal index_fill masked_fill setitem".split())
 
 
@@ -44,13 +44,13 @@ def overwritten_tensors(gm: OpenGraph) -> list[tuple[Tensor, list[Tensor]]]:
         ...  in overwritten_tensors(capture(Fused(4, 4), torch.ones(1, 4)))]
         [((4, 4), 1)]
     """
-    found = []
+    found, memory = [], Memory(gm)
     for node in gm.graph.nodes:
         if node.target is assign_data_:
             own: Any = node.args[0]
             sources, harmless = [node], _keeps_zeros(node.args[1], own)
         else:
-            own, whole = _attribute_under(written(node, gm))
+            own, whole = _attribute_under(memory, node)
             sources = list(node.all_input_nodes)[1:]
             harmless = own is None or _leaves_zeros(node, own, whole)
         if not harmless:
@@ -71,42 +71,47 @@ def _keeps_zeros(new: Any, own: fx.Node) -> bool:
     name = new.args[1] if called(new) == "getattr" else called(new)
     if name in PRODUCTS:
         return any(_keeps_zeros(factor, own) for factor in new.args[:2])
-    if name in ("clamp", "clip"):
+    if name in SUMS:
+        return len(new.args) > 1 and all(_keeps_zeros(term, own) for term in new.args[:2])
+    if name in CLAMPS:
         return _includes_zero(new) and _keeps_zeros(new.args[0], own)
     return name in KEEPS_ZEROS and bool(new.args) and _keeps_zeros(new.args[0], own)
 
 
-def _attribute_under(place: fx.Node | None) -> tuple[fx.Node | None, bool]:
-    """The attribute that a node is, or is a view of, and whether it is all of it."""
-    whole = True
-    while isinstance(place, fx.Node) and place.op.startswith("call") and place.args:
-        name = place.args[1] if called(place) == "getattr" else called(place)
-        if name not in ITSELF and name not in VIEWS:
-            return None, whole
-        whole = whole and name not in PARTS
-        place = place.args[0] if isinstance(place.args[0], fx.Node) else None
-    return (place if isinstance(place, fx.Node) and place.op == "get_attr" else None), whole
+def _attribute_under(memory: Memory, node: fx.Node) -> tuple[fx.Node | None, bool]:
+    """The attribute into whose memory a node writes, and whether it sees all of it as it is."""
+    views = memory.views(node)
+    if not views or views[-1].op != "get_attr":
+        return None, False
+    val, whole = views[0].meta["val"], views[-1].meta["val"]
+    is_tensor = isinstance(val, Tensor) and isinstance(whole, Tensor)
+    return views[-1], is_tensor and (val.shape, val.stride()) == (whole.shape, whole.stride())
 
 
 def _leaves_zeros(node: fx.Node, own: fx.Node, whole: bool) -> bool:
     """Whether what a node writes into a parameter is zero where the parameter is, or zero throughout."""
-    name, value = called(node).removesuffix("_"), node.args[-1]
+    if "out" in node.kwargs:
+        return whole and _keeps_zeros(node, own)
+    name, value = called(node).removesuffix("_"), node.args[-1] if len(node.args) > 1 else None
     if name in ("copy", "set"):
         return whole and _keeps_zeros(value, own)
     if called(node) in OVERWRITES and whole:
         return False
     if name in FILLS:
         return isinstance(value, int | float) and value == 0
-    if name in ("clamp", "clip"):
+    if name in SUMS:
+        return whole and _keeps_zeros(value, own)
+    if name in CLAMPS:
         return _includes_zero(node)
     return name in KEEPS_ZEROS or name in PRODUCTS or name == "zero"
 
 
 def _includes_zero(clamp: fx.Node) -> bool:
     """Whether the bounds between which a node keeps numbers leave zeros as they are."""
+    name, own = called(clamp).removesuffix("_"), {"clamp_min": (1, None), "clamp_max": (None, 1)}
     low, high = (
-        clamp.args[place] if len(clamp.args) > place else clamp.kwargs.get(bound)
-        for place, bound in ((1, "min"), (2, "max"))
+        clamp.args[place] if place is not None and len(clamp.args) > place else clamp.kwargs.get(bound)
+        for place, bound in zip(own.get(name, (1, 2)), ("min", "max"), strict=True)
     )
     below = low is None or (isinstance(low, int | float) and low <= 0)
     return below and (high is None or (isinstance(high, int | float) and high >= 0))

@@ -1,6 +1,7 @@
 """Parameters that a forward overwrites: a mask of them would have no effect, and they are named."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -144,6 +145,63 @@ def test_weights_written_in_part_are_pruned_where_zeros_stay(way: str, returns: 
     for name, mask in masks.items():
         zeroed.get_parameter(name).data.mul_(mask)
     torch.testing.assert_close(pruned(x), zeroed(x))
+
+
+WRITES: dict[str, tuple[bool, Callable[[Tensor, Tensor], object]]] = {
+    # By name: whether zeros stay zeros, and what is done to a weight with another tensor of its shape.
+    "view of a shape": (False, lambda weight, x: weight.view_as(x).copy_(x)),
+    "axis made two": (False, lambda weight, x: weight.unflatten(0, (2, 4))[0].fill_(1.0)),
+    "swapped axes": (False, lambda weight, x: weight.swapaxes(0, 1)[0].fill_(1.0)),
+    "flat": (False, lambda weight, x: weight.ravel()[:3].fill_(1.0)),
+    "halves": (False, lambda weight, x: weight.hsplit(2)[0].fill_(1.0)),
+    "strides": (False, lambda weight, x: weight.as_strided((8,), (9,)).fill_(1.0)),
+    "windows": (False, lambda weight, x: weight.unfold(0, 2, 2).add_(1.0)),
+    "float as asked": (False, lambda weight, x: weight.float().add_(1.0)),
+    "contiguous as it is": (False, lambda weight, x: weight.contiguous().add_(1.0)),
+    "transposed into itself": (False, lambda weight, x: weight.t().copy_(weight * 1.0)),
+    "result of another": (False, lambda weight, x: torch.mul(x, x, out=weight.data)),
+    "bound above": (False, lambda weight, x: weight.clamp_max_(-1.0)),
+    "named term": (False, lambda weight, x: weight.sub_(other=x)),
+    "another type": (True, lambda weight, x: weight.double().add_(1.0)),
+    "copy": (True, lambda weight, x: weight.t().contiguous().add_(1.0)),
+    "decay": (True, lambda weight, x: weight.sub_(0.1 * weight)),
+    "bound below": (True, lambda weight, x: weight.clamp_min_(-0.1)),
+    "row of a view": (True, lambda weight, x: weight.t()[0].mul_(0.5)),
+    "result of itself": (True, lambda weight, x: torch.abs(weight.data, out=weight.data)),
+    "division": (True, lambda weight, x: weight.div_(weight.norm(dim=1, keepdim=True).clamp(min=1e-6))),
+}
+
+
+class Writes(nn.Module):
+    """Writes into a weight before it uses it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.write = WRITES[way][1]
+        self.layer, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.register_buffer("other", torch.rand(8, 8) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.write(self.layer.weight, self.other)
+        y: Tensor = self.last(self.layer(x).relu())
+        return y
+
+
+@pytest.mark.parametrize("way", WRITES)
+@pytest.mark.filterwarnings("ignore:.*matrix weights cannot be pruned")
+def test_writes_through_any_view_are_seen_and_harmless_ones_verify(way: str) -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 8), Writes(way).eval()
+    zeroed = copy.deepcopy(model)
+    pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, progress=False)
+    masks = fxprune.masks(pruned)
+    assert ("layer.weight" in masks) == WRITES[way][0]
+    for name, mask in masks.items():
+        zeroed.get_parameter(name).data.mul_(mask)
+    for _ in range(2):
+        torch.testing.assert_close(pruned(x), zeroed(x))
+    fxprune.verify(pruned)
 
 
 class CountsItself(PartWritten):

@@ -34,7 +34,7 @@ def mask_reads(gm: GraphModule) -> None:
     ]
     changed = False
     for node in reads:
-        readers = {user for user in node.users if not _only_writes(user, node)}
+        readers = {user for user in node.users if not only_writes(user, node)}
         if any(not is_mask_product(gm, user) for user in readers):
             product = _mask_after(gm, node, node.target)
             node.replace_all_uses_with(product, delete_user_cb=readers.__contains__)
@@ -46,7 +46,7 @@ def mask_reads(gm: GraphModule) -> None:
         _recompile(gm)
 
 
-def _only_writes(node: Node, operand: Node) -> bool:
+def only_writes(node: Node, operand: Node) -> bool:
     """Whether a node, or what is made of its result, writes into ``operand`` and gives nobody its value.
 
     The product with the mask is another tensor: what is written there would be lost.
@@ -55,7 +55,8 @@ def _only_writes(node: Node, operand: Node) -> bool:
     while open_:
         reader, value = open_.pop()
         if changes_input(reader):
-            if reader.args[:1] != (value,) or reader.users:
+            place = reader.kwargs.get("out") or (reader.args[0] if reader.args else None)
+            if place is not value or reader.users:
                 return False
         elif not reader.users:
             return False

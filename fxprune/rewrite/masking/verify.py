@@ -19,6 +19,7 @@ from fxprune.rewrite.masking.graph_reads import (
     evaluate,
     is_mask_product,
     mask_of,
+    only_writes,
 )
 from fxprune.rewrite.masking.masked_module import Form, form_of, owner_and_attribute
 from fxprune.rewrite.masking.operand_probe import (
@@ -223,7 +224,7 @@ def _check_graph(path: str, gm: GraphModule) -> None:
     for node in gm.graph.nodes:
         if node.op == "get_attr" and mask_of(gm, node.target) is not None:
             for user in node.users:
-                if not is_mask_product(gm, user) and not _reads_storage(user):
+                if not (is_mask_product(gm, user) or _reads_storage(user) or only_writes(user, node)):
                     raise RuntimeError(f"{join(path, node.target)} is read by {user.name} without its mask")
         if node.op == "call_function" and node.target in KERNELS:
             operand = weight_operand(node.args, node.kwargs)
