@@ -35,6 +35,7 @@ from fxprune.capture.tracer.questions import Question, TrialOver
 from fxprune.capture.tracer.recorder import Recorder
 from fxprune.capture.tracer.replacing import replaced
 from fxprune.capture.tracer.sample_values import needs_numbers
+from fxprune.capture.tracer.spelling import changes_input
 
 __all__ = ["CallSettings", "Caller"]
 
@@ -149,15 +150,17 @@ class Caller:
         """Assume the answer after which the code does all that it does after the other one, and more.
 
         Raises ``CaptureError`` where the answers lead to different things: neither is all that may be,
-        or where no parameter is in what is more: it may cut off what was there, as zeros would.
+        or where no parameter is in what is more: it may cut off what was there, as zeros would. What the
+        result is not made of does not count: another layer may have taken its place.
         """
         tape, done, answer = self.recorder.tape, [], None
         try:
             for assumed in (False, True):
                 self.answers.assume(question, assumed)
                 start, before = tape.checkpoint(), set(tape.graph.nodes)
-                self.inside(path, module, args, kwargs)
-                done.append(Counter(_work(node) for node in tape.graph.nodes if node not in before))
+                ends = tape.arg(self.inside(path, module, args, kwargs))
+                new = {node for node in tape.graph.nodes if node not in before}
+                done.append(Counter(_work(node) for node in _read_for(ends, new)))
                 tape.rollback(start)
             less, more = sorted(done, key=Counter.total)
             reads = any(work[:1] == ("call_module",) or work[2:] for work in more - less)
@@ -260,6 +263,19 @@ class Caller:
                 return self.inside(path, module, args, kwargs)
         finally:
             self.compiling = False
+
+
+def _read_for(ends: Any, new: set[fx.Node]) -> set[fx.Node]:
+    """Find the nodes among ``new`` that ``ends`` are made of, or that write into something."""
+    open_ = [node for node in new if changes_input(node)]
+    fx.node.map_arg(ends, open_.append)
+    found: set[fx.Node] = set()
+    while open_:
+        node = open_.pop()
+        if node in new and node not in found:
+            found.add(node)
+            open_ += node.all_input_nodes
+    return found
 
 
 def _work(node: fx.Node) -> tuple[Any, ...]:

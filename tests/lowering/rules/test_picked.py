@@ -232,3 +232,29 @@ def test_a_branch_of_zeros_is_not_taken_for_all_there_is() -> None:
     graph = fxprune.lower(gm)
     assert "1.layer.weight" in hidden_layers(gm, graph)
     assert len(graph.opaque) == 1
+
+
+class Escalates(nn.Module):
+    """Takes the place of one layer's result by another's where the first is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.big = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.small(x)
+        if y.max() > 0.5:
+            y = self.big(x)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:capture. 1 .Escalates. kept whole", "ignore:.*cannot be pruned")
+def test_a_branch_in_which_a_layer_is_for_nothing_is_not_taken_for_all_there_is() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    model = nn.Sequential(nn.Linear(6, 6), Escalates(), nn.Linear(6, 3))
+    pruned = fxprune.apply(model, "synflow", 0.5, example_inputs=x, progress=False)
+    assert fxprune.masks(pruned).keys() == {"0.weight", "2.weight"}
+    pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, progress=False)
+    assert all(bool(mask.any()) for mask in fxprune.masks(pruned).values())
+    assert fxprune.masks(pruned).keys() >= {"1.small.weight", "1.big.weight"}
