@@ -218,6 +218,12 @@ def _load_from_state_dict(
 ) -> None:
     adapt(self, state_dict, prefix, rest[-1])
     self.dense_class._load_from_state_dict(self, state_dict, prefix, local_metadata, *rest)
+    if self.dense_class._load_from_state_dict is not nn.Module._load_from_state_dict:
+        # A layer that reads its state by itself knows nothing of masks.
+        for name, buffer in self._buffers.items():
+            given = state_dict.get(prefix + name) if name.endswith(SUFFIX) else None
+            if buffer is not None and given is not None and given.shape == buffer.shape:
+                buffer.copy_(given)
     note(self)
 
 

@@ -188,3 +188,21 @@ def test_masks_are_in_the_state_of_layers_that_write_their_own() -> None:
     assert state["0.weight_mask"].dtype == torch.bool
     second.load_state_dict(state)
     torch.testing.assert_close(second(x), first(x))
+
+
+class ReadsItself(nn.Linear):
+    """Reads its state by itself."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        for name in ("weight", "bias"):
+            getattr(self, name).data.copy_(state_dict[prefix + name])
+
+
+def test_layers_that_read_their_state_have_its_masks():
+    masks = [{"0.weight": torch.eye(4, dtype=torch.bool)}, {"0.weight": ~torch.eye(4, dtype=torch.bool)}]
+    first, second = nn.Sequential(ReadsItself(4, 4)), nn.Sequential(ReadsItself(4, 4))
+    fxprune.set_masks(first, masks[0])
+    fxprune.set_masks(second, masks[1])
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second[0].weight_mask, masks[0]["0.weight"])
+    fxprune.verify(second)
