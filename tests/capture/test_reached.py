@@ -113,7 +113,7 @@ def test_a_part_that_a_random_number_of_python_decides_is_opaque() -> None:
 
 @pytest.mark.filterwarnings("ignore:capture")
 def test_layers_that_a_tensor_lets_pass_or_not_have_paths() -> None:
-    """What happens with them is all that happens without, and more."""
+    """All that happens without them happens with them, too."""
     net = Net(Choosing(lambda: torch.rand(1).item()))
     graph = fxprune.lower(fxprune.capture(net, torch.randn(16, 8)))
     assert not graph.opaque

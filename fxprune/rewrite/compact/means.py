@@ -12,6 +12,7 @@ from torch import fx
 
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
+from fxprune.rewrite.compact.loose_statistics import loose_statistics
 from fxprune.rewrite.compact.narrow_statistics import narrow_statistic
 from fxprune.rewrite.compact.norms import kind_of
 from fxprune.rewrite.compact.statistics import reductions
@@ -26,6 +27,9 @@ def scale_means(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut) -> None:
     for op in graph.ops:
         if isinstance(op, ir.Norm) and op.node in nodes and kind_of(nodes[op.node]) == "":
             found |= _statistics(graph, op, nodes, cut)
+    for node, (value, axis) in loose_statistics(graph, nodes, cut).items():
+        if axis is not None:
+            found[node] = _share(cut, value, (axis,)), axis, value.shape[axis]
     means = {nodes[op.node] for op in graph.ops if isinstance(op, ir.Pool) and op.output.live}
     for node, (share, axis, size) in found.items():
         if node not in means:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.rewrite.compact.statistics import PAIRS, SPREADS, centre_of, correction_of
+from fxprune.rewrite.compact.statistics import PAIRS, SPREADS, centre_of, correction_of, dims_of
 
 __all__ = ["narrow_statistic"]
 
@@ -36,11 +36,9 @@ def _spread(node: fx.Node, name: str, share: float, size: int) -> None:
     """Rewrite a variance or a deviation, perhaps with the mean: from those of what is left."""
     correction = correction_of(node)
     scale = size / (size - correction) if correction else 1.0
-    given = [x for x in node.args[1:] if not isinstance(x, bool)]
-    dims = node.kwargs.get("dim", given[0] if given else None)
     steps = _Steps(node)
     source = node.kwargs.get("input", node.args[0] if node.args else None)
-    both = steps.call(torch.var_mean, source, dim=dims, correction=0, keepdim=True)
+    both = steps.call(torch.var_mean, source, dim=dims_of(node), correction=0, keepdim=True)
     spread, mean = steps.call(operator.getitem, both, 0), steps.call(operator.getitem, both, 1)
     within = steps.call(operator.mul, spread, share * scale)
     square = steps.call(operator.mul, mean, mean)

@@ -16,8 +16,10 @@ from fxprune.channels.sums import summed_axes
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.constants import Recorded
 from fxprune.rewrite.compact.cut import Cut
+from fxprune.rewrite.compact.loose_statistics import keep_loose_statistics, loose_statistics
 from fxprune.rewrite.compact.norms import kind_of
 from fxprune.rewrite.compact.parts import node_of, parts_of, zero_in_parts
+from fxprune.rewrite.compact.statistics import counted_node
 
 __all__ = ["keep_what_counts", "operand_nodes"]
 
@@ -29,6 +31,9 @@ def operand_nodes(graph: ChannelGraph, cut: Cut, nodes: Mapping[str, fx.Node]) -
         for value, _ in _summed(op, nodes):
             if cut.touches(value):
                 found |= {node_of(graph, part) for part in parts_of(graph, value)}
+    for node, (_, axis) in loose_statistics(graph, nodes, cut).items():
+        counted = None if axis is None else counted_node(node, axis)
+        found |= set() if counted is None else {counted.name}
     return found - {""}
 
 
@@ -58,6 +63,7 @@ def keep_what_counts(graph: ChannelGraph, cut: Cut, recorded: Recorded, nodes: M
         cut.give_back(
             roots[~harmless[roots]], f"{op.layer or op.node}: adds it to others, and it is not zero"
         )
+    keep_loose_statistics(graph, nodes, cut, recorded)
 
 
 def _summed(op: ir.AnyOp, nodes: Mapping[str, fx.Node]) -> list[tuple[ir.Value, tuple[int, ...]]]:

@@ -5,7 +5,8 @@ Where all that is added up is zero in the channels that go, sums stay what they 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,8 +16,8 @@ from fxprune.rewrite.compact.constants import Recorded
 from fxprune.rewrite.compact.cut import Cut
 
 __all__ = [
-    "PAIRS", "SPREADS", "centre_of", "correction_of", "counted_node", "keep_what_statistics_count",
-    "reductions",
+    "PAIRS", "POINTWISE", "REDUCTIONS", "SPREADS", "centre_of", "correction_of", "counted_node", "dims_of",
+    "give_back_counted", "keep_what_statistics_count", "name_of", "reduced_axes", "reductions",
 ]  # fmt: skip
 
 PAIRS = frozenset(("var_mean", "std_mean"))
@@ -78,8 +79,8 @@ def _reductions_of(
         if not depends & set(each.all_input_nodes):
             continue
         depends.add(each)
-        name = _name(each)
-        part = name == "getitem" and _name(each.all_input_nodes[0]) in PAIRS
+        name = name_of(each)
+        part = name == "getitem" and name_of(each.all_input_nodes[0]) in PAIRS
         if each.op == "call_module" or not (name in REDUCTIONS | POINTWISE or part):
             return None
         if _rank(each) != _rank(source):
@@ -99,7 +100,7 @@ def counted_node(node: fx.Node, axis: int) -> fx.Node | None:
     That is what the reduction reads; of a square of what is left of a mean, that before the mean is
     subtracted. ``None`` where the reduction cannot make up for what goes.
     """
-    if _name(node) in SPREADS:
+    if name_of(node) in SPREADS:
         return node.all_input_nodes[0] if _is_plain_spread(node, axis) else None
     centre = centre_of(node, axis)
     return centre[0] if centre is not None else node.all_input_nodes[0]
@@ -111,10 +112,10 @@ def centre_of(node: fx.Node, axis: int) -> tuple[fx.Node, fx.Node] | None:
     The second has one entry for all that the reduction adds up. ``None`` for means of other things.
     """
     square = node.all_input_nodes[0]
-    name, sources = _name(square), square.all_input_nodes
+    name, sources = name_of(square), square.all_input_nodes
     squares = (name == "pow" and square.args[1:] in ((2,), (2.0,))) or name == "square"
     squares |= name in ("mul", "multiply") and square.args[0] is square.args[1]
-    if _name(node) != "mean" or not squares or len(sources) != 1 or _name(sources[0]) != "sub":
+    if name_of(node) != "mean" or not squares or len(sources) != 1 or name_of(sources[0]) != "sub":
         return None
     wide, one = (sources[0].args[:2]) if len(sources[0].args) > 1 else (None, None)
     if not isinstance(wide, fx.Node) or not isinstance(one, fx.Node) or sources[0].kwargs:
@@ -137,6 +138,23 @@ def _is_plain_spread(node: fx.Node, axis: int) -> bool:
     return not others or correction_of(node) == 0
 
 
+def dims_of(node: fx.Node) -> Any:
+    """Return the dimensions that a mean, a variance or the like was called with; None for all."""
+    given = [x for x in node.args[1:] if not isinstance(x, bool)]
+    return node.kwargs.get("dim", node.kwargs.get("axis", given[0] if given else None))
+
+
+def reduced_axes(node: fx.Node) -> set[int]:
+    """Return the axes that a reduction may add up: all, where its arguments do not tell."""
+    shape, result = _tensor(node.all_input_nodes[0]).shape, _tensor(node).shape
+    if len(shape) == len(result):
+        return {axis for axis, (a, b) in enumerate(zip(shape, result, strict=True)) if a != b}
+    dims = dims_of(node) if name_of(node) in SPREADS | {"mean"} else None
+    if dims is None or dims == () or dims == []:
+        return set(range(len(shape)))
+    return {dim % len(shape) for dim in ([dims] if isinstance(dims, int) else dims)}
+
+
 def correction_of(node: fx.Node) -> float:
     """Return what a variance subtracts from the number of its entries."""
     given = [x for x in node.args[1:] if isinstance(x, bool)]
@@ -152,26 +170,40 @@ def keep_what_statistics_count(
     """Give back the channels that a norm counts though they go; False if that cannot be told."""
     value = op.inputs[0]
     found = reductions(graph, op, nodes, axis)
-    along = [factor for factor in cut.labels.values[value.index] if axis in factor.axes]
-    if not found or len(along) != 1:
+    if not found:
+        return False
+    counted = [counted_node(node, axis) for node in found]
+    place = f"{op.layer or op.node}: a statistic over channels"
+    return give_back_counted(cut, value, axis, counted, recorded, place)
+
+
+def give_back_counted(
+    cut: Cut, value: ir.Value, axis: int, nodes: Iterable[fx.Node | None], recorded: Recorded, place: str
+) -> bool:
+    """Give back the channels of ``value`` along ``axis`` that are not zero in one of ``nodes``.
+
+    False, and nothing is given back, where that cannot be told.
+    """
+    along = [factor for factor in cut.labels.values.get(value.index, ()) if axis in factor.axes]
+    if len(along) != 1:
         return False
     labels = along[0].labels  # along heads, too, where the axis is that of the channels of one
     gone = cut.is_gone(labels)
-    counted = torch.zeros_like(gone)
-    others = [place for place in range(gone.dim()) if place not in along[0].axes]
-    for node in found:
-        counted_in = counted_node(node, axis)
-        for run in (recorded.get(counted_in.name, ()) if counted_in is not None else ()) or (None,):
+    hot_ones = torch.zeros_like(gone)
+    others = [dim for dim in range(gone.dim()) if dim not in along[0].axes]
+    for node in nodes:
+        for run in (recorded.get(node.name, ()) if node is not None else ()) or (None,):
             if run is None or run.dim() != gone.dim():
                 return False
             hot = (run != 0) & gone
-            counted |= hot.amax(others, keepdim=True) if others else hot
-    if bool(counted.any()):
-        cut.give_back(labels[counted], f"{op.layer or op.node}: a statistic over channels")
+            hot_ones |= hot.amax(others, keepdim=True) if others else hot
+    if bool(hot_ones.any()):
+        cut.give_back(labels[hot_ones], place)
     return True
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
+    """Return the name of the function or method that a node calls."""
     return str(getattr(node.target, "__name__", node.target))
 
 

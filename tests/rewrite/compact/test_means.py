@@ -127,7 +127,20 @@ def scaled_alone(y: Tensor) -> Tensor:
     return y / torch.sqrt(y.var(1, keepdim=True, unbiased=False) + 1e-5)
 
 
-CENTRED = [centred_by_spread, centred_by_moments, centred_by_squares, centred_late, scaled_alone]
+def centred_along_an_axis(y: Tensor) -> Tensor:
+    """By the names of another library."""
+    variance = y.var(axis=1, keepdim=True)  # type: ignore[call-overload]
+    return (y - y.mean(axis=1, keepdim=True)) / torch.sqrt(variance + 1e-5)  # type: ignore[no-any-return, call-overload]
+
+
+CENTRED = [
+    centred_along_an_axis,
+    centred_by_spread,
+    centred_by_moments,
+    centred_by_squares,
+    centred_late,
+    scaled_alone,
+]
 
 
 class Centred(nn.Module):
