@@ -57,7 +57,6 @@ FRONTS = {
     "paths/windows.py": "paths/test_count.py",
     "plans.py": "api/test_planning.py",
     "request.py": "api/test_arguments.py",
-    "rewrite/compact/constants.py": "rewrite/compact/test_compaction.py",
     "rewrite/compact/cut.py": "rewrite/compact/test_compaction.py",
     "rewrite/compact/norm_nodes.py": "rewrite/compact/test_norms.py",
     "rewrite/compact/plain_values.py": "rewrite/files/test_network.py",

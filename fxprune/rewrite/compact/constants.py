@@ -6,6 +6,7 @@ inputs give the numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,13 +92,47 @@ def fold(
     """Return what to add to the bias of each layer, by the layer's path; give back what cannot be folded."""
     added: dict[str, Tensor] = {}
     nodes = {node.name: node for node in gm.graph.nodes}
+    calls: dict[int, list[ir.Kernel]] = {}
     for op in graph.ops:
-        if isinstance(op, ir.Kernel) and cut.touches(op.inputs[0]):
-            module = _module(gm, nodes.get(op.node))
-            extra = _contribution(op, module, nodes[op.node], cut, recorded, fold_constants)
+        if isinstance(op, ir.Kernel) and nodes.get(op.node) is not None:
+            module = _module(gm, nodes[op.node])
+            shared = (
+                op if module is None else module if getattr(module, "bias", None) is None else module.bias
+            )
+            calls.setdefault(id(shared), []).append(op)
+    for ops in calls.values():
+        found = _contributions(gm, ops, nodes, cut, recorded, fold_constants)
+        if any(not _alike(found[0], each) for each in found[1:]):
+            # One bias cannot take what differs from call to call.
+            found = _contributions(gm, ops, nodes, cut, recorded, False)
+        for op, extra in zip(ops, found, strict=True):
             if extra is not None and bool((extra != 0).any()):
                 added[str(nodes[op.node].target)] = extra
     return added
+
+
+def _contributions(
+    gm: fx.GraphModule,
+    ops: Sequence[ir.Kernel],
+    nodes: Mapping[str, fx.Node],
+    cut: Cut,
+    recorded: Recorded,
+    fold_constants: bool,
+) -> list[Tensor | None]:
+    """What removed inputs add to each of some layers with one bias, see `_contribution`."""
+    return [
+        _contribution(op, _module(gm, nodes[op.node]), nodes[op.node], cut, recorded, fold_constants)
+        if cut.touches(op.inputs[0])
+        else None
+        for op in ops
+    ]
+
+
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two contributions are the same; none is one of zeros."""
+    if one is None or other is None:
+        return all(each is None or not bool((each != 0).any()) for each in (one, other))
+    return torch.equal(one, other)
 
 
 def _module(gm: fx.GraphModule, node: fx.Node | None) -> nn.Module | None:

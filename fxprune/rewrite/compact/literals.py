@@ -220,6 +220,8 @@ class Rewriter:
         kept = self._left_of_constant(node.args[0])
         # What is written into has other channels than before, which the graph notes at the node that writes.
         whole = source if node.target is operator.getitem else self._value(node) or source
+        if node.target is not operator.getitem and self._is_whole(node):
+            whole = source
         if whole is not None and self.cut.shrinks(whole):
             kept = [self.cut.kept_along(whole, axis) for axis in range(len(whole.shape))]
         if kept is None:
@@ -240,6 +242,24 @@ class Rewriter:
             axis += 1
         index: Any = tuple(new) if isinstance(node.args[1], tuple) else new[0]
         node.args = (node.args[0], index, *node.args[2:])
+
+    def _is_whole(self, node: fx.Node) -> bool:
+        """Whether a node writes into a constant that keeps its size, until something reads it."""
+        made = self._value(node)
+        while made is not None:
+            maker = self.graph.op_of(made)
+            if maker is None or isinstance(maker, ir.Source):
+                return (
+                    isinstance(maker, ir.Source)
+                    and not made.live
+                    and not maker.params
+                    and not self.cut.touches(made)
+                )
+            writer = next((each for each in node.graph.nodes if each.name == maker.node), None)
+            if writer is None or writer.target is not operator.setitem or not maker.inputs:
+                return False
+            made = maker.inputs[0]
+        return False
 
     def _places(self, node: fx.Node) -> None:
         """List the places where what is left of a parameter is written, in a constant that stays as long."""

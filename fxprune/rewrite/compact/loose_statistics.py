@@ -76,6 +76,8 @@ def _left(graph: ChannelGraph, node: fx.Node) -> ir.Value | None:
     result = graph.results.get(node.name)
     if node.op not in ("call_function", "call_method") or _is_live(result):
         return None
+    if name_of(node).endswith("_like") or name_of(node).startswith("new_"):
+        return None  # it reads the shape alone
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("val"))):
         return None
     read = [graph.results.get(source.name) for source in node.all_input_nodes]

@@ -190,3 +190,29 @@ def test_parameters_that_are_written_into_zeros(place: Any) -> None:
     small = fxprune.compact(model, x)
     assert small.layer.weight.shape[0] == 6
     torch.testing.assert_close(small(x), model(x))
+
+
+class WritesInto(nn.Module):
+    """Some channels are written into ones, which then meet all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        made = torch.ones(len(x), 12, dtype=y.dtype)
+        made[:, 3:6] = y[:, 3:6]
+        out: Tensor = self.last(made + y)
+        return out
+
+
+def test_places_in_a_constant_that_is_picked_later_stay() -> None:
+    torch.manual_seed(0)
+    net, x = WritesInto().eval(), torch.randn(5, 4)
+    gone = [1, 3, 8]
+    with torch.no_grad():
+        net.first.weight[gone], net.first.bias[gone], net.last.weight[:, gone] = 0.0, 0.0, 0.0
+    small = fxprune.compact(net, x, verify=False)
+    torch.testing.assert_close(small(x), net(x))
+    assert len(small.get_parameter("first.weight")) == 10
