@@ -5,6 +5,7 @@ These were zero. What is left of them when a mean is subtracted is not: its squa
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -41,8 +42,9 @@ def _spread(node: fx.Node, name: str, share: float, size: int) -> None:
     both = steps.call(torch.var_mean, source, dim=dims_of(node), correction=0, keepdim=True)
     spread, mean = steps.call(operator.getitem, both, 0), steps.call(operator.getitem, both, 1)
     within = steps.call(operator.mul, spread, share * scale)
-    square = steps.call(operator.mul, mean, mean)
-    between = steps.call(operator.mul, square, share * (1 - share) * scale)
+    # Scaled before it is squared: a square of the mean alone may be too large for half precision.
+    part = steps.call(operator.mul, mean, math.sqrt(share * (1 - share) * scale))
+    between = steps.call(operator.mul, part, part)
     result = steps.call(operator.add, within, between)
     if name.startswith("std"):
         result = steps.call(torch.sqrt, result)

@@ -36,7 +36,7 @@ def remap_optimizer(
         An optimizer of the same class, with the same groups and options. State of a parameter's shape
         (momenta) is sliced as the parameter was; biases that are new join the group of their weight, and
         constants that took the place of branches the first group. A weight that was computed (weight
-        norm) is a parameter now, without state, in the group of what it was computed from.
+        norm) is a parameter now, without state, in the group of the largest one it was computed from.
 
     Raises:
         ValueError: ``after`` was not made by ``compact``, or the optimizer has a parameter that ``before``
@@ -86,8 +86,14 @@ def _carried(
     """The groups and the state of an optimizer, of the parameters of ``after`` instead of ``before``."""
     names = {id(parameter): name for name, parameter in before.named_parameters()}
     new = dict(after.named_parameters(remove_duplicate=False))
-    # Compaction makes a computed weight a plain one, which the first of its parameters stands for.
-    computed = {id(computed_from(*place)[0]): name for name, place in computed_weights(before).items()}
+    # Compaction makes a computed weight a plain one. It takes the place of the largest of its parameters that
+    # are trained: a direction of its shape, say, whose weights decay, and no length.
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    computed = {}
+    for name, place in computed_weights(before).items():
+        parts = [part for part in computed_from(*place) if id(part) in trained]
+        if parts:
+            computed[id(max(parts, key=Tensor.numel))] = name
     groups, state = [], defaultdict[Tensor, Any](dict)
     for number, group in enumerate(optimizer.param_groups):
         parameters = []

@@ -368,3 +368,15 @@ def test_extremes_of_whole_numbers_stay_whole(kind: str) -> None:
     assert found.dtype == wanted.dtype
     assert torch.equal(found, wanted)
     assert len(small.get_parameter("first.weight")) == (8 if kind == "every" else 6)
+
+
+def test_variances_in_half_precision_are_numbers() -> None:
+    """The square of the mean of what is left is too large for it, and the variance is not."""
+    torch.manual_seed(0)
+    net, x = Centred(scaled_alone).eval(), torch.rand(2, 3, 6, 6)
+    with torch.no_grad():
+        net.first.bias.fill_(300.0)
+        net.first.weight[:3], net.first.bias[:3], net.last.weight[:, :3] = 0.0, 0.0, 0.0
+    small = fxprune.compact(net, x)
+    assert len(small.get_parameter("first.weight")) < 10
+    torch.testing.assert_close(small.half()(x.half()).float(), net(x), rtol=0.05, atol=0.05)

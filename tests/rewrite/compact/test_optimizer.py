@@ -64,6 +64,23 @@ def test_weights_that_were_computed_join_the_group_of_what_they_were_computed_fr
     assert found == {rate: {f"{i}.weight", f"{i}.bias"} for rate, i in ((0.1, 0), (0.2, 2), (0.3, 4))}
 
 
+@pytest.mark.parametrize("lengths", [False, True])
+def test_weights_that_were_computed_decay_as_their_directions(lengths: bool) -> None:
+    """Lengths stand in a group without decay, or are not trained at all."""
+    torch.manual_seed(0)
+    norm = nn.utils.parametrizations.weight_norm
+    net, x = nn.Sequential(norm(nn.Linear(4, 8)), nn.ReLU(), nn.Linear(8, 2)), torch.randn(6, 4)
+    pruned = fxprune.apply(net, "magnitude", 0.5, granularity="channel", example_inputs=x, progress=False)
+    parts = dict(pruned.named_parameters())
+    first = parts.pop("0.parametrizations.weight.original0")
+    groups = [{"params": [first], "weight_decay": 0.0}] if lengths else []
+    optimizer = torch.optim.SGD([*groups, {"params": list(parts.values()), "weight_decay": 0.1}], 0.1)
+    small = fxprune.compact(pruned)
+    made = fxprune.remap_optimizer(optimizer, pruned, small)
+    weight = small.get_parameter("0.weight")
+    assert [g["weight_decay"] for g in made.param_groups for p in g["params"] if p is weight] == [0.1]
+
+
 def test_bad_input() -> None:
     pruned, _ = masked()
     optimizer = torch.optim.SGD(pruned.parameters(), 0.1)
