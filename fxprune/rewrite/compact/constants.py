@@ -119,7 +119,7 @@ def _contributions(
     recorded: Recorded,
     fold_constants: bool,
 ) -> list[Tensor | None]:
-    """What removed inputs add to each of some layers with one bias, see `_contribution`."""
+    """Return what removed inputs add to each of some layers with one bias, see `_contribution`."""
     return [
         _contribution(op, _module(gm, nodes[op.node]), nodes[op.node], cut, recorded, fold_constants)
         if cut.touches(op.inputs[0])
