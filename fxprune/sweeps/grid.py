@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fxprune.api import analyze, apply
@@ -29,7 +28,9 @@ from fxprune.sweeps.grid_arguments import (
     check_entries,
     check_folder,
     check_functions,
+    forked_rng,
     numbers_of,
+    seed_all,
     seeds_of,
     sparsities_of,
 )
@@ -196,8 +197,8 @@ class _Work:
 
     def row(self, cell: Cell) -> dict[str, Any]:
         """Prune, count, measure and train one network."""
-        with torch.random.fork_rng():
-            torch.manual_seed(cell.seed)
+        with forked_rng():
+            seed_all(cell.seed)
             model = self.model_fn()
             check_module(model, "model_fn()")
             found: dict[str, Any] = {"method": cell.method, "sparsity": cell.sparsity, "seed": cell.seed}
@@ -205,7 +206,7 @@ class _Work:
                 model, numbers = self._pruned(model, cell)
                 found |= numbers
             if self.train_fn is not None:
-                torch.manual_seed(cell.seed)
+                seed_all(cell.seed)
                 found |= numbers_of(self.train_fn(model, cell.seed))
         return found
 

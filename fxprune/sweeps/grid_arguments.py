@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fxprune.arguments import check_flags, takes
 from fxprune.capture.errors import check_module
+from fxprune.capture.tracer.isolation import restore_rng, rng_state, seed_rng
 from fxprune.methods import Method
 from fxprune.search import ask
 from fxprune.whole_files import check_file_name
@@ -78,10 +80,10 @@ def check_entries(
             first.setdefault(cell.method, cell)
     if not first:
         return
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    seed = next(iter(first.values())).seed
+    with forked_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        seed = next(iter(first.values())).seed
-        torch.manual_seed(seed)
+        seed_all(seed)
         model = model_fn()
         check_module(model, "model_fn()")
         given = data(seed) if callable(data) else data
@@ -93,6 +95,23 @@ def check_entries(
             except (TypeError, ValueError) as error:
                 name = method if isinstance(method, str) else method.name
                 raise type(error)(f"{error}" if label == name else f"{label!r}: {error}") from error
+
+
+@contextmanager
+def forked_rng() -> Iterator[None]:
+    """Put the random generators of PyTorch, Python and NumPy back afterwards."""
+    before = rng_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            restore_rng(before)
+
+
+def seed_all(seed: int) -> None:
+    """Seed the random generators of PyTorch, Python and NumPy."""
+    torch.manual_seed(seed)
+    seed_rng(seed % 2**32)  # NumPy takes no other
 
 
 def check_folder(given: Any) -> Path:

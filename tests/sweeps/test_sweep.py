@@ -1,12 +1,14 @@
 """Every cell of a sweep is done once, by any number of processes, and after any kill."""
 
 import json
+import random
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -233,3 +235,22 @@ def test_large_numbers_of_a_table_are_written_without_an_exponent() -> None:
         for seed, weights in enumerate((61700.0, 64300.0))
     ]
     assert "| 63000 ± 1838 |" in str(Results(rows))
+
+
+def test_random_numbers_of_every_kind_follow_the_seed_of_a_cell(tmp_path: Path) -> None:
+    """So a cell has the same result whichever process does it, and the caller's generators are as before."""
+
+    def train(model: nn.Module, seed: int) -> dict[str, float]:
+        return {"python": random.random(), "numpy": float(np.random.rand()), "torch": float(torch.rand(()))}
+
+    def rows(folder: str, sparsities: list[float]) -> Any:
+        before = random.getstate(), np.random.get_state()[1].tolist()
+        found = fxprune.sweep(net, ["magnitude"], sparsities, seeds=[0, 1], train_fn=train,
+                              folder=tmp_path / folder, example_inputs=torch.ones(1, 6))  # fmt: skip
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+        keys = ("python", "numpy", "torch")
+        return {(row["sparsity"], row["seed"]): [row[key] for key in keys] for row in found.rows}
+
+    both, one = rows("both", [0.5, 0.9]), rows("one", [0.9])
+    assert all(both[cell] == numbers for cell, numbers in one.items() if cell[0] == 0.9)
+    assert both[0.9, 0] != both[0.9, 1]
