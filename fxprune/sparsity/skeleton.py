@@ -31,7 +31,7 @@ UNSURE = 0.02
 LEAST = 1e-9
 """What is left of an edge that has no share, seen from the largest of its layer."""
 TRIES = 16
-"""The number of entries that are tried one by one before all are chosen."""
+"""The number of entries that are tried one by one before several are chosen together."""
 
 
 class PathModel(Protocol):
@@ -276,10 +276,11 @@ class Skeleton:
     def _choose_entry(self, layer: str, through: str, hard: set[str]) -> None:
         """Choose the entry of ``layer`` that lies on the best paths through the layer ``through``.
 
-        The best few are tried in turn. If none of them alone leaves a path, all entries are chosen.
+        The best few are tried in turn. None of them alone leaves a path where the layer makes both factors of
+        a product, as that of queries and keys: then as few are chosen together as are found.
         """
         share = self._share_of_paths(layer, through, hard)
-        is_open = self.hard[layer].view(-1) == 0
+        is_open = (self.hard[layer].view(-1) == 0) & (self.soft[layer].view(-1) > 0)
         for index in share.topk(min(TRIES, share.numel())).indices:
             if not is_open[index]:
                 continue
@@ -287,8 +288,38 @@ class Skeleton:
             if self._has_path(through, hard | {layer}):
                 return
             self._set_chosen(layer, index, False)
-        rest = (self.soft[layer].view(-1) > 0) & is_open
-        self._set_chosen(layer, rest.nonzero().flatten(), True)
+        self._choose_several(layer, through, hard, share * is_open)
+
+    def _choose_several(self, layer: str, through: str, hard: set[str], share: torch.Tensor) -> None:
+        """Choose entries of ``layer`` that leave a path together, and of these only what it needs.
+
+        Those with the largest ``share`` and those on the best paths anywhere are taken, twice as many each
+        time: other factors are seldom on paths through ``through``.
+        """
+        edges = self._edges(hard)
+        anywhere = (self.paths.slopes(edges)[layer].cpu() * edges[layer]).flatten()
+        is_open = (self.hard[layer].view(-1) == 0) & (self.soft[layer].view(-1) > 0)
+        orders = [values.masked_fill(~is_open, -1.0).argsort(descending=True) for values in (share, anywhere)]
+        number, chosen = 2, orders[0][:0]
+        while number < 2 * len(share):
+            found = torch.unique(torch.cat([order[:number] for order in orders]))
+            chosen = found[is_open[found]]
+            self._set_chosen(layer, chosen, True)
+            if self._has_path(through, hard | {layer}):
+                break
+            self._set_chosen(layer, chosen, False)
+            number *= 2
+        else:
+            self._set_chosen(layer, chosen, True)
+            return
+        size = len(chosen)
+        while size > 1:
+            size = (size + 1) // 2
+            for part in chosen.split(size):
+                self._set_chosen(layer, part, False)
+                if not self._has_path(through, hard | {layer}):
+                    self._set_chosen(layer, part, True)
+            chosen = chosen[self.hard[layer].view(-1)[chosen] > 0]
 
     def _share_of_paths(self, layer: str, through: str, hard: set[str]) -> torch.Tensor:
         """Return the share that each entry of ``layer`` has in the paths through the layer ``through``."""

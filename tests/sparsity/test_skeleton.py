@@ -118,3 +118,29 @@ def test_equal_weights_leave_one_path_not_all(kind: str) -> None:
     }
     _, chosen = searched("one-dimensional", kind, sizes)
     assert [int(mask.sum()) for mask in chosen.values()] == [1, 1]
+
+
+class LinearAttention(nn.Module):
+    """One layer makes all factors of a product: no weight of it alone leaves a path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.joint = nn.Linear(6, 8, bias=False), nn.Linear(8, 48, bias=False)
+        self.last = nn.Linear(16, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.joint(self.first(x)).chunk(3, -1)
+        out: Tensor = self.last(q.relu() @ (k.relu().transpose(1, 2) @ v))
+        return out
+
+
+NETS["linear attention"] = (LinearAttention, torch.ones(1, 5, 6))
+
+
+@pytest.mark.parametrize("kind", ["weights", "kernels"])
+def test_factors_that_one_layer_makes_are_chosen_together(kind: str) -> None:
+    torch.manual_seed(0)
+    _, chosen = searched("linear attention", kind)
+    numbers = {name: int(mask.sum()) for name, mask in chosen.items()}
+    assert numbers["joint.weight"] == 3
+    assert sum(numbers.values()) <= 8
