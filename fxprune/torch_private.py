@@ -50,6 +50,7 @@ __all__ = [
     "global_forward_pre_hooks",
     "global_hooks_always_called",
     "global_hooks_with_kwargs",
+    "load_module_state",
     "nn_functions",
     "pack_padded_sequence",
     "pad_packed_sequence",
@@ -75,6 +76,8 @@ fused_adam_ = torch._fused_adam_
 """One step of Adam on lists of tensors, in place."""
 all_true, any_true = torch._is_all_true, torch._is_any_true
 """Whether all, or any, of the entries are true: what ``torch.distributions`` asks for."""
+load_module_state = torch.nn.Module._load_from_state_dict
+"""How a module reads its own entries of a state dict, if its class does not say otherwise."""
 pack_padded_sequence = torch._VF._pack_padded_sequence
 pad_packed_sequence = torch._VF._pad_packed_sequence
 """Parts of the functions of ``torch.nn.utils.rnn`` that are no code of Python."""

@@ -208,3 +208,8 @@ def test_transforms_open_levels_and_wrap_tensors() -> None:
         torch.func.jvp(torch.sin, (x,), (x,))
     assert set(levels) == {name for _, name in private.transform_levels}
     assert set(wrapped) == {name for _, name in private.transform_wrappers}
+
+
+def test_layers_of_torch_read_their_state_as_modules_do_unless_they_say_otherwise() -> None:
+    assert nn.Linear._load_from_state_dict is private.load_module_state
+    assert nn.BatchNorm2d._load_from_state_dict is not private.load_module_state

@@ -67,7 +67,7 @@ def _network(model: str, form: str | None, origin: dict[str, Any]) -> tuple[nn.M
 
 def _form_of(network: nn.Module) -> str:
     """Return the form of a network that was built from a name or read from a file."""
-    if "compaction" in getattr(network, "meta", {}).get("fxprune", {}):
+    if getattr(network, "meta", {}).get("fxprune", {}).get("recipes"):
         return "compact"
     return "masked" if fxprune.masks(network) else "dense"
 

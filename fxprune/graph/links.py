@@ -92,8 +92,11 @@ def _shared_axes(op: AnyOp) -> Iterator[tuple[Value, int, Value, int]]:
             x = op.inputs[0]
             left = [axis for axis in range(len(x.shape)) if axis not in op.dims]
             yield from ((x, axis, out, axis if op.keepdim else place) for place, axis in enumerate(left))
-        case Kernel():  # all axes before the channels
-            yield from ((op.inputs[0], axis, out, axis) for axis in range(_channel_axis(op)))
+        case Kernel():  # all axes before the channels, and those behind where positions stay apart
+            channels, last = _channel_axis(op), len(out.shape)
+            behind = op.window is not None and op.window.keeps_positions
+            axes = [axis for axis in range(last if behind else channels) if axis != channels]
+            yield from ((op.inputs[0], axis, out, axis) for axis in axes)
         case Source() | Opaque() | Sink() | Gather():
             return
         case _:

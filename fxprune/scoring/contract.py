@@ -268,7 +268,7 @@ def prune_in_rounds(
 
 
 def _versions(weights: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """How often each weight was written to; tensors of inference mode do not count that."""
+    """Tell how often each weight was written to; tensors of inference mode do not count that."""
     return {name: 0 if weight.is_inference() else weight._version for name, weight in weights.items()}
 
 

@@ -141,7 +141,7 @@ def sweep(
     Raises ``TypeError`` or ``ValueError`` before the first cell: arguments that do not fit, those of a method
     included; a folder of another sweep. Later errors of cells are named in ``failed``, and in a warning.
 
-    >>> import tempfile
+    >>> import tempfile, torch
     >>> def net(): return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     found = sweep(net, ["magnitude"], [0.5, 0.75], folder=folder, example_inputs=torch.ones(1, 4))

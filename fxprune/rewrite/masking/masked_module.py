@@ -23,6 +23,7 @@ from fxprune.rewrite.masking.sharded import plain_class
 from fxprune.rewrite.masking.state_dict import adapt
 from fxprune.rewrite.masking.storage import SUFFIX, clean
 from fxprune.rewrite.masking.weight_functions import KERNELS, weight_operand, with_weight_operand
+from fxprune.torch_private import load_module_state
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -218,7 +219,7 @@ def _load_from_state_dict(
 ) -> None:
     adapt(self, state_dict, prefix, rest[-1])
     self.dense_class._load_from_state_dict(self, state_dict, prefix, local_metadata, *rest)
-    if self.dense_class._load_from_state_dict is not nn.Module._load_from_state_dict:
+    if self.dense_class._load_from_state_dict is not load_module_state:
         # A layer that reads its state by itself knows nothing of masks.
         for name, buffer in self._buffers.items():
             given = state_dict.get(prefix + name) if name.endswith(SUFFIX) else None
