@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fxprune.rewrite.files.tickets import centroids, negative_signs, neutralise, set_centroids, whole
-from fxprune.rewrite.masking.computed import computed_weights, mask_of_computed, masks_of_computed
+from fxprune.rewrite.masking.computed import computed_weights, mask_of_computed
 from fxprune.rewrite.masking.parameters import mask_at, masked_places, parameter_at, unwrap
 from fxprune.rewrite.masking.storage import zero
 from fxprune.sharded_types import is_dtensor
@@ -52,8 +52,5 @@ def to_centroids(model: nn.Module) -> None:
 
     Raises ``ValueError`` for a masked weight that is computed from other parameters.
     """
-    name = next(iter(masks_of_computed(unwrap(model))), None)
-    if name is not None:
-        raise ValueError(f"start='centroids': {name!r} is computed from other parameters, and cannot be set")
     set_centroids(model, centroids(model), negative_signs(model))
     neutralise(model)

@@ -202,7 +202,7 @@ def test_rewound_weights_keep_the_masks_of_computed_ones() -> None:
     assert all(torch.equal(mask, masks[name]) for name, mask in pruner.masks.items())
     for name, value in pruner.model.named_parameters():
         assert torch.equal(value, start[name] * masks[name] if name in masks else start[name])
-    with pytest.raises(ValueError, match=r"start='centroids': '.*weight' is computed"):
+    with pytest.raises(ValueError, match=r"model: its weight '.*weight' is computed"):
         pruner.reinitialize("centroids")
 
 

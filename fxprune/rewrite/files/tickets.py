@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from fxprune.rewrite.files.packing import pack, unpack
+from fxprune.rewrite.masking.computed import masks_of_computed
 from fxprune.rewrite.masking.parameters import join, mask_at, masked_places, parameter_at, unwrap
 from fxprune.rewrite.masking.storage import zero
 from fxprune.sharded_types import is_dtensor
@@ -32,6 +33,9 @@ def centroids(model: nn.Module) -> dict[str, tuple[float, float]]:
     Returns:
         Parameter name -> (negative, positive); tied ones once.
 
+    Raises:
+        ValueError: a masked weight is computed from other parameters, and cannot be set to a centroid.
+
     >>> from fxprune.rewrite import install
     >>> layer = nn.Linear(5, 1)
     >>> layer.weight.data = torch.tensor([[-2.0, -1.0, 0.0, 1.0, 3.0]])
@@ -39,6 +43,12 @@ def centroids(model: nn.Module) -> dict[str, tuple[float, float]]:
     >>> centroids(layer)
     {'weight': (-1.5, 2.0)}
     """
+    computed = next(iter(masks_of_computed(unwrap(model))), None)
+    if computed is not None:
+        raise ValueError(
+            f"model: its weight {computed!r} is computed by a parametrization, and cannot start from"
+            " centroids; save with form='masks', or remove the parametrization before pruning"
+        )
     return {name: _means(kept_values(parameter, mask)) for name, parameter, mask in masked_parameters(model)}
 
 

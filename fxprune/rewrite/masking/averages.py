@@ -112,12 +112,22 @@ def foreign_masks(module: nn.Module, living: Iterable[nn.Module]) -> Iterator[st
 
 
 def _give(original: nn.Module, copy: nn.Module) -> None:
-    wanted = {attribute: mask for attribute, _, mask in masked_attributes(original)}
-    for attribute, _, mask in masked_attributes(copy):
+    wanted = {attribute: mask for attribute, _, mask in watched(original)}
+    for attribute, _, mask in watched(copy):
         if attribute in wanted:
             mask.copy_(wanted[attribute])
     clean(copy)
     note(copy)
+
+
+def watched(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Tensor]]:
+    """Yield what an average writes to: an attribute, a parameter, and the mask of it or of what it makes.
+
+    A mask of a weight that is computed lies behind the parameters of another module, its ``masked_sources``.
+    """
+    yield from masked_attributes(module)
+    for number, source in enumerate(getattr(module, "masked_sources", ())):
+        yield f"mask {number}", source, module.mask  # type: ignore[misc]
 
 
 def _is_changed(copy: nn.Module, seen: _CopyState) -> bool:
@@ -130,7 +140,7 @@ def _is_changed(copy: nn.Module, seen: _CopyState) -> bool:
 
 
 def _versions(module: nn.Module) -> tuple[Versions, Versions]:
-    found = list(masked_attributes(module))
+    found = list(watched(module))
     return (
         {attribute: _version(parameter) for attribute, parameter, _ in found},
         {attribute: _version(mask) for attribute, _, mask in found},
@@ -145,7 +155,7 @@ def _version(tensor: torch.Tensor) -> tuple[int, int]:
 def _sums(module: nn.Module) -> dict[str, torch.Tensor]:
     """Sums of the bits of the parameters; without those that have no values of their own."""
     found = {}
-    for attribute, parameter, _ in masked_attributes(module):
+    for attribute, parameter, _ in watched(module):
         data = parameter.data.to_local() if is_dtensor(parameter.data) else parameter.data
         if type(data) is torch.Tensor and not data.is_meta:
             found[attribute] = _sum_of_bits(data)

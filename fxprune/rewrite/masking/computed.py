@@ -7,15 +7,17 @@ Parameters that the weight is computed from are not touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fxprune.rewrite.masking.averages import identify, note, watch
 from fxprune.rewrite.masking.copying import duplicate
 from fxprune.rewrite.masking.masked_module import form_of, masked_class, original_class
+from fxprune.rewrite.masking.optimizer_hook import enrol
 from fxprune.rewrite.masking.storage import SUFFIX
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -24,13 +26,25 @@ Computed = tuple[nn.Module, str]
 
 
 class WeightMask(nn.Module):
-    """The last step of a computed weight: zeros where the mask has them."""
+    """The last step of a computed weight: zeros where the mask has them.
+
+    ``masked_sources``: the parameters that the weight is computed from. They belong to another module, and
+    tell of a copy whether it is an average.
+    """
 
     mask: Tensor
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, sources: Iterable[nn.Parameter] = ()) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
+        self.masked_sources = list(sources)
+        identify(self)
+        enrol(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        enrol(self)
+        watch(self)
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask
@@ -42,6 +56,7 @@ class WeightMask(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         state_dict.setdefault(prefix + "mask", self.mask)  # a dense checkpoint: the model keeps its mask
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        note(self)
 
 
 class MaskHook:
@@ -132,10 +147,13 @@ def put_computed(module: nn.Module, name: str, mask: Tensor) -> None:
     present = mask_of_computed(module, name)
     if present is not None:
         present.copy_(mask)
+        if parametrize.is_parametrized(module, name):
+            note(list(module.parametrizations[name])[-1])  # type: ignore[index]
         return
     own = mask.detach().to(value_of(module, name).device, copy=True)
     if parametrize.is_parametrized(module, name):
-        module.parametrizations[name].append(WeightMask(own))  # type: ignore[index,union-attr]
+        last = WeightMask(own, computed_from(module, name))
+        module.parametrizations[name].append(last)  # type: ignore[index,union-attr]
         return
     module.register_buffer(name + SUFFIX, own)
     module.register_forward_pre_hook(MaskHook(name))
@@ -235,7 +253,7 @@ def settled(model: Model) -> Model:
     """
     if not computed_weights(model):
         return model
-    copy = duplicate(model, [*model.parameters(), *model.buffers()])
-    for module, name in computed_weights(copy).values():
+    twin = duplicate(model, [*model.parameters(), *model.buffers()])
+    for module, name in computed_weights(twin).values():
         settle(module, name)
-    return copy
+    return twin

@@ -50,6 +50,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 zero(parameter, mask)
                 _clean_state(optimizer, parameter, mask)
                 trained.append(module)
+        if any(id(source) in owned for source in getattr(module, "masked_sources", ())):
+            trained.append(module)
     for module in trained:
         forget(module)
     mask_averages(trained)

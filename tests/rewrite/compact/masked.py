@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,22 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import fxprune
+
+Cases = dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]]
+"""By name, a function that makes a network, and one that makes its inputs."""
+
+
+def adder(cases: Cases) -> Callable[[Callable[[], Any]], Callable[[type[nn.Module]], type[nn.Module]]]:
+    """Return a decorator that adds a class of networks to ``cases``, with a function that makes its inputs."""
+
+    def case(inputs: Callable[[], Any]) -> Callable[[type[nn.Module]], type[nn.Module]]:
+        def add(cls: type[nn.Module]) -> type[nn.Module]:
+            cases[cls.__name__] = cls, inputs
+            return cls
+
+        return add
+
+    return case
 
 
 def redrawn(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -13,19 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from rewrite.compact.masked import assert_compacts, assert_same, outputs, redrawn
+from rewrite.compact.masked import Cases, adder, assert_compacts, assert_same, outputs, redrawn
 
-CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {}
-
-
-def case(inputs: Callable[[], Any]) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Add a class of networks to the cases, with a function that makes its inputs."""
-
-    def add(cls: type[nn.Module]) -> type[nn.Module]:
-        CASES[cls.__name__] = cls, inputs
-        return cls
-
-    return add
+CASES: Cases = {}
+case = adder(CASES)
 
 
 @case(lambda: torch.randn(2, 3, 8, 8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,19 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from rewrite.compact.masked import assert_compacts, redrawn
+from rewrite.compact.masked import Cases, adder, assert_compacts, redrawn
 
-CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {}
-
-
-def case(inputs: Callable[[], Any]) -> Callable[[type[nn.Module]], type[nn.Module]]:
-    """Add a class of networks to the cases, with a function that makes its inputs."""
-
-    def add(cls: type[nn.Module]) -> type[nn.Module]:
-        CASES[cls.__name__] = cls, inputs
-        return cls
-
-    return add
+CASES: Cases = {}
+case = adder(CASES)
 
 
 @case(lambda: torch.randn(2, 3, 2, 6, 6))

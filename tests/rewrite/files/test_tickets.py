@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import nn
 
@@ -42,3 +45,14 @@ def test_a_tied_parameter_is_listed_once() -> None:
 def test_values_are_read_under_the_mask_and_not_from_the_storage() -> None:
     weight, mask = torch.tensor([[1.0, -2.0], [3.0, -4.0]]), torch.tensor([[True, False], [False, True]])
     assert kept_values(weight, mask).tolist() == [[1.0, 0.0], [0.0, -4.0]]
+
+
+def test_a_weight_that_is_computed_has_no_ticket(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.Linear(6, 2))
+    pruned = fxprune.apply(net, "magnitude", 0.5, example_inputs=torch.ones(1, 4), progress=False)
+    with pytest.raises(ValueError, match=r"'0.weight' is computed .*; save with form='masks'"):
+        fxprune.save(pruned, tmp_path / "t.safetensors", form="ticket")
+    assert not any(tmp_path.iterdir())
+    fxprune.save(pruned, tmp_path / "m.safetensors", form="masks")
+    assert fxprune.load_masks(tmp_path / "m.safetensors").keys() == fxprune.masks(pruned).keys()

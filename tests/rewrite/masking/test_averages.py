@@ -153,3 +153,25 @@ def test_finalize_trusts_masks_and_not_the_storage():
     assert nets.raw_zero(final, masks)
     assert torch.equal(final(x), model(x))
     assert not nets.raw_zero(model, masks), "the caller's storage is left alone"
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_an_average_gets_the_masks_of_weights_that_are_computed(kind):
+    torch.manual_seed(0)
+    first = nn.utils.parametrizations.weight_norm(nn.Linear(8, 16))
+    model = nn.Sequential(first, nn.ReLU(), nn.Linear(16, 4))
+    shapes = {"0.weight": (16, 8), "2.weight": (4, 16)}
+    chances = {name: torch.rand(shape) for name, shape in shapes.items()}
+    set_masks(model, {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    average, snapshot = AVERAGES[kind](model), copy.deepcopy(model)
+    for turn in range(8):
+        step(model, optimizer)
+        if turn < 3:
+            set_masks(model, {name: chance < 0.7 - 0.2 * turn for name, chance in chances.items()})
+        average.update(model)
+    masks, weights = read(model), dict(finalize(average.module).named_parameters())
+    for name, mask in masks.items():
+        assert torch.equal(read(average.module)[name], mask)
+        assert torch.equal(weights[name] != 0, mask), "and all that is kept is there"
+        assert read(snapshot)[name].all(), "nobody wrote to it"
