@@ -17,7 +17,7 @@ Cases = dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]]
 
 
 def adder(cases: Cases) -> Callable[[Callable[[], Any]], Callable[[type[nn.Module]], type[nn.Module]]]:
-    """Return a decorator that adds a class of networks to ``cases``, with a function that makes its inputs."""
+    """Return a decorator that adds a class of networks to ``cases``, with a function that makes inputs."""
 
     def case(inputs: Callable[[], Any]) -> Callable[[type[nn.Module]], type[nn.Module]]:
         def add(cls: type[nn.Module]) -> type[nn.Module]:
