@@ -36,15 +36,20 @@ class Meeting(TorchFunctionMode):
         self.parameters = parameters
         self.stack: list[nn.Module] = []
         self.met: dict[str, bool] = {}  # whether another module than its owner read it
+        # Memory that an assignment to ``.data`` gives back would soon be that of another tensor: it is kept.
+        self.kept = [tensor.untyped_storage() for tensor in parameters.tensors.values()]
         self.homes = {_storage(tensor): name for name, tensor in parameters.tensors.items()}
 
     def __torch_function__(self, func: Any, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in CONTRACTIONS:
             for leaf in pytree.tree_leaves((args, kwargs or {})):
-                name = self.homes.get(_storage(leaf)) if isinstance(leaf, Tensor) else None
-                if name is not None and name in self.parameters.prunable:
-                    own = bool(self.stack) and self.stack[-1] is self.parameters.owners[name][1]
-                    self.met[name] = self.met.get(name, False) or not own
+                if not isinstance(leaf, Tensor):
+                    continue
+                # By itself, and by its memory: what it was assigned may be another parameter.
+                for name in {self.parameters.names.get(id(leaf)), self.homes.get(_storage(leaf))}:
+                    if name in self.parameters.prunable:
+                        own = bool(self.stack) and self.stack[-1] is self.parameters.owners[name][1]
+                        self.met[name] = self.met.get(name, False) or not own
         return func(*args, **(kwargs or {}))
 
     def enter(self, module: nn.Module, inputs: Any) -> None:
@@ -106,9 +111,10 @@ def graph_of_run(model: nn.Module, args: Any, kwargs: Any, reason: str) -> ir.Ch
     try:
         with torch.no_grad(), meeting:
             numbers = pytree.tree_map_only(Tensor, _Numbers(model), (args, kwargs))
-            before = {name: parameters.tensors[name].clone() for name in parameters.prunable}
+            tensors = parameters.tensors.items()
+            before = {name: tensor.clone() for name, tensor in tensors if name in parameters.prunable}
             model(*numbers[0], **numbers[1])
-            changed = [name for name in meeting.met if _differ(name, before, parameters)]
+            changed = [name for name in before if _differ(name, before, parameters)]
             overwritten = _overwritten(changed, parameters, lambda: model(*numbers[0], **numbers[1]))
     finally:
         for hook in hooks:

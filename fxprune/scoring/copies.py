@@ -92,6 +92,8 @@ class Copies:
     """Knows the weights by their storages, and the copies that were made of them while these are alive."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        # Kept, for memory that is given back is used again by other tensors.
+        self.kept = [weight.untyped_storage() for weight in weights.values()]
         self.names = {weight.untyped_storage().data_ptr(): name for name, weight in weights.items()}
         self.copies: dict[int, tuple[StorageWeakRef, str, tuple[Step, ...]]] = {}
 

@@ -151,6 +151,7 @@ class NamedLikeOperations(nn.Module):
 
 @pytest.mark.parametrize("kind", ["assigned", "written"])
 def test_parameters_may_be_called_as_operations_are(kind: str) -> None:
+    torch.manual_seed(0)
     model, x = NamedLikeOperations(kind), torch.randn(3, 4)
     overwritten = "layer.weight" if kind == "assigned" else "detach"
     # One has no graph, the other one has.
@@ -159,3 +160,27 @@ def test_parameters_may_be_called_as_operations_are(kind: str) -> None:
         pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, returns="module", progress=False)
     assert overwritten not in fxprune.masks(pruned)
     assert "data" in fxprune.masks(pruned) or kind == "written"
+
+
+class GivesBackMemory(nn.Module):
+    """Halves a parameter that nothing is multiplied with, and makes tensors where the old numbers were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.unused = nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.unused.data = self.unused.data / 2
+        results = [x]
+        for _ in range(4):
+            results.append(self.layer(results[-1]))
+        return results[-1] if x.sum() > 0 else results[0]  # no graph
+
+
+def test_tensors_in_memory_that_was_given_back_are_no_weights() -> None:
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="pruned without a graph"):
+        pruned = fxprune.apply(
+            GivesBackMemory(), "magnitude", 0.5, example_inputs=torch.randn(4, 4), returns="module", progress=False
+        )
+    assert list(fxprune.masks(pruned)) == ["layer.weight"]
