@@ -181,6 +181,11 @@ def test_tensors_in_memory_that_was_given_back_are_no_weights() -> None:
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="pruned without a graph"):
         pruned = fxprune.apply(
-            GivesBackMemory(), "magnitude", 0.5, example_inputs=torch.randn(4, 4), returns="module", progress=False
+            GivesBackMemory(),
+            "magnitude",
+            0.5,
+            example_inputs=torch.randn(4, 4),
+            returns="module",
+            progress=False,
         )
     assert list(fxprune.masks(pruned)) == ["layer.weight"]
