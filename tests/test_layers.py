@@ -7,7 +7,7 @@ braces never import each other.
 
 import ast
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -110,8 +110,9 @@ def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
-def each_file() -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def findings(rule: Callable[[Path], Iterator[str]], files: Sequence[Path] = FILES) -> list[str]:
+    """All that a rule finds in files, each with the file's name before it."""
+    return [f"{path.relative_to(ROOT)}{found}" for path in files for found in rule(path)]
 
 
 def test_there_is_something_to_check() -> None:
@@ -119,14 +120,18 @@ def test_there_is_something_to_check() -> None:
     assert {"fxprune.sparsity.select", "fxprune.methods", "fxprune"} <= set(MODULES)
 
 
-@each_file()
-def test_imports_go_down_the_ladder(path: Path) -> None:
-    own = room(module_name(path))
-    assert own in RANKS, f"{own} has no place in the ladder"
-    for name in internal(parse(path)):
-        other = room(name)
-        down = other == own or RANKS[other] < RANKS[own]
-        assert down, f"{path.name} imports {name}: {own} may not import {other}"
+def test_imports_go_down_the_ladder() -> None:
+    def rule(path: Path) -> Iterator[str]:
+        own = room(module_name(path))
+        if own not in RANKS:
+            yield f": {own} has no place in the ladder"
+            return
+        for name in internal(parse(path)):
+            other = room(name)
+            if not (other == own or RANKS[other] < RANKS[own]):
+                yield f" imports {name}: {own} may not import {other}"
+
+    assert findings(rule) == []
 
 
 def test_there_are_no_cycles() -> None:
@@ -138,30 +143,31 @@ def test_there_are_no_cycles() -> None:
         pytest.fail(f"import cycle: {' -> '.join(error.args[1])}")
 
 
-@each_file()
-def test_imports_stand_at_the_top(path: Path) -> None:
-    tree = parse(path)
-    at_top = {id(node) for node in tree.body}
-    for_types = {id(node) for block in type_checking_blocks(tree) for node in block.body}
-    light = module_name(path) in LIGHT
-    for node, name in imports(tree):
-        if id(node) not in at_top | for_types:
-            top = name.split(".")[0]
+def test_imports_stand_at_the_top() -> None:
+    def rule(path: Path) -> Iterator[str]:
+        tree = parse(path)
+        at_top = {id(node) for node in tree.body}
+        for_types = {id(node) for block in type_checking_blocks(tree) for node in block.body}
+        light = module_name(path) in LIGHT
+        for node, name in imports(tree):
             later = light and name.startswith((*HEAVY, "fxprune."))
-            assert top in OPTIONAL or slow(name) is not None or later, (
-                f"{path.name}:{node.lineno} imports {name} inside a function or a condition"
-            )
+            allowed = name.split(".")[0] in OPTIONAL or slow(name) is not None or later
+            if id(node) not in at_top | for_types and not allowed:
+                yield f":{node.lineno} imports {name} inside a function or a condition"
+
+    assert findings(rule) == []
 
 
-@each_file()
-def test_slow_packages_are_imported_where_they_are_used(path: Path) -> None:
-    tree = parse(path)
-    at_top = {id(node) for node in tree.body}
-    for node, name in imports(tree):
-        package = slow(name)
-        assert package is None or id(node) not in at_top or room(module_name(path)) in SLOW[package], (
-            f"{path.name}:{node.lineno} imports {package} with the module; import it in the function"
-        )
+def test_slow_packages_are_imported_where_they_are_used() -> None:
+    def rule(path: Path) -> Iterator[str]:
+        tree = parse(path)
+        at_top = {id(node) for node in tree.body}
+        for node, name in imports(tree):
+            package = slow(name)
+            if package is not None and id(node) in at_top and room(module_name(path)) not in SLOW[package]:
+                yield f":{node.lineno} imports {package} with the module; import it in the function"
+
+    assert findings(rule) == []
 
 
 def test_help_is_shown_without_torch() -> None:
@@ -177,43 +183,49 @@ def test_help_is_shown_without_torch() -> None:
     assert "fxprune.option_notes" in seen
 
 
-@each_file()
-def test_imports_are_absolute_and_by_name(path: Path) -> None:
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path.name}:{node.lineno} is a relative import"
-            assert all(alias.name != "*" for alias in node.names), (
-                f"{path.name}:{node.lineno} is a star import"
-            )
+def test_imports_are_absolute_and_by_name() -> None:
+    def rule(path: Path) -> Iterator[str]:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ImportFrom):
+                if node.level:
+                    yield f":{node.lineno} is a relative import"
+                if any(alias.name == "*" for alias in node.names):
+                    yield f":{node.lineno} is a star import"
+
+    assert findings(rule) == []
 
 
-@each_file()
-def test_files_have_names_that_say_something(path: Path) -> None:
-    assert path.stem.strip("_") not in VAGUE
+def test_files_have_names_that_say_something() -> None:
+    assert [str(path) for path in FILES if path.stem.strip("_") in VAGUE] == []
 
 
-@each_file()
-def test_files_and_functions_stay_readable(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
-    for node in ast.walk(parse(path)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno is not None
-            length = node.end_lineno - node.lineno + 1
-            assert length <= 60, f"{path.name}: {node.name} has {length} lines"
+def test_files_and_functions_stay_readable() -> None:
+    def rule(path: Path) -> Iterator[str]:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        if lines > 400:
+            yield f" has {lines} lines"
+        for node in ast.walk(parse(path)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                if length > 60:
+                    yield f": {node.name} has {length} lines"
+
+    assert findings(rule) == []
 
 
-@each_file()
-def test_nothing_is_swallowed_or_left_open(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    for node in ast.walk(parse(path)):
-        if isinstance(node, ast.ExceptHandler):
-            caught = ast.unparse(node.type) if node.type else "everything"
-            where = f"{path.name}:{node.lineno}"
-            assert caught not in ("everything", "Exception", "BaseException"), f"{where} catches {caught}"
-        if isinstance(node, ast.Raise) and node.exc:
-            assert "NotImplemented" not in ast.unparse(node.exc), f"{path.name}:{node.lineno} is left open"
-    for word in ("TO" + "DO", "FIX" + "ME"):
-        assert word not in text, f"{path.name} contains {word}"
+def test_nothing_is_swallowed_or_left_open() -> None:
+    def rule(path: Path) -> Iterator[str]:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ExceptHandler):
+                caught = ast.unparse(node.type) if node.type else "everything"
+                if caught in ("everything", "Exception", "BaseException"):
+                    yield f":{node.lineno} catches {caught}"
+            if isinstance(node, ast.Raise) and node.exc and "NotImplemented" in ast.unparse(node.exc):
+                yield f":{node.lineno} is left open"
+        text = path.read_text(encoding="utf-8")
+        yield from (f" contains {word}" for word in ("TO" + "DO", "FIX" + "ME") if word in text)
+
+    assert findings(rule) == []
 
 
 def documented(tree: ast.AST) -> Iterator[tuple[str, str]]:
@@ -236,17 +248,23 @@ def private_imports(tree: ast.AST, own: str) -> Iterator[tuple[int, str]]:
                     yield node.lineno, ".".join(path)
 
 
-@pytest.mark.parametrize("path", [*FILES, *OTHERS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_docstrings_open_with_an_action(path: Path) -> None:
-    for name, line in documented(parse(path)):
-        assert line.split()[0].rstrip(",:") not in OPENINGS, f"{path.name}: {name} opens with {line!r}"
+def test_docstrings_open_with_an_action() -> None:
+    def rule(path: Path) -> Iterator[str]:
+        for name, line in documented(parse(path)):
+            if line.split()[0].rstrip(",:") in OPENINGS:
+                yield f": {name} opens with {line!r}"
+
+    assert findings(rule, [*FILES, *OTHERS]) == []
 
 
-@pytest.mark.parametrize("path", [*FILES, *OTHERS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_private_names_stay_in_their_room(path: Path) -> None:
+def test_private_names_stay_in_their_room() -> None:
     """Tests, benchmarks and examples have no room of the package: they import no private name."""
-    own = room(module_name(path)) if path in FILES else ""
-    assert not list(private_imports(parse(path), own))
+
+    def rule(path: Path) -> Iterator[str]:
+        own = room(module_name(path)) if path in FILES else ""
+        yield from (f":{line} imports {name}" for line, name in private_imports(parse(path), own))
+
+    assert findings(rule, [*FILES, *OTHERS]) == []
 
 
 def test_the_rules_about_words_and_names_find_what_they_forbid() -> None:
