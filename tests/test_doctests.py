@@ -17,6 +17,7 @@ LIBRARIES = {"fxprune.plot": "matplotlib"} | {
 """Modules whose examples need a library that is optional."""
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
     "name",
     [

@@ -41,6 +41,7 @@ def shrunk(code: str) -> str:
     return code
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in PAGES]
 )

@@ -1,9 +1,10 @@
 """The part of a table that the default run takes."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
-from thinning import mark_slow_cases, one_in
+from thinning import MOST, mark_slow_cases, one_in
 
 
 def test_one_in_so_many_and_every_entry_is_among_them() -> None:
@@ -41,3 +42,12 @@ def test_one_in_so_many_cases_of_a_thinned_test_is_quick() -> None:
         "b[0]",
         "b[1]",
     ]
+
+
+def test_of_many_cases_a_few_are_quick() -> None:
+    many, few = [Case(f"a[{index}]") for index in range(50)], [Case(f"b[{index}]") for index in range(MOST)]
+    all_of_them = [Case(f"c[{index}]", every_case=()) for index in range(50)]
+    items: Any = [*many, *few, *all_of_them]
+    mark_slow_cases(items)
+    quick = Counter(case.nodeid[0] for case in items if "slow" not in case.marks)
+    assert quick == {"a": MOST, "b": MOST, "c": 50}

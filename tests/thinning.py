@@ -1,6 +1,7 @@
 """Large tables of test cases: a part of them in the default run, all of them under ``slow``."""
 
-from collections import Counter
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import product
 from typing import Any
@@ -22,14 +23,27 @@ def one_in(count: int, *axes: Iterable[Any]) -> list[Any]:
     return cases
 
 
-def mark_slow_cases(items: list[pytest.Item]) -> None:
-    """Mark the cases of tests that are ``thinned(count)`` as slow, but for one in ``count``."""
+MOST = 8
+"""Cases of one test that the default run takes."""
+
+
+def mark_slow_cases(items: Iterable[pytest.Item]) -> None:
+    """Mark as slow what the default run leaves out of tests with many cases.
+
+    Of a test that is ``thinned(count)`` one in ``count`` stays; of any test ``MOST`` cases stay, drawn by
+    their names, unless it is marked ``every_case``.
+    """
+    quick: defaultdict[str, list[pytest.Item]] = defaultdict(list)
     seen: Counter[str] = Counter()
     for item in items:
-        mark = item.get_closest_marker("thinned")
-        if mark is None or item.get_closest_marker("slow") or item.get_closest_marker("zoo"):
+        if item.get_closest_marker("slow") or item.get_closest_marker("zoo"):
             continue
-        test = item.nodeid.partition("[")[0]
-        if seen[test] % mark.args[0]:
+        test, mark = item.nodeid.partition("[")[0], item.get_closest_marker("thinned")
+        if mark is not None and seen[test] % mark.args[0]:
             item.add_marker("slow")
+        elif not item.get_closest_marker("every_case"):
+            quick[test].append(item)
         seen[test] += 1
+    for cases in quick.values():
+        for item in sorted(cases, key=lambda item: zlib.crc32(item.nodeid.encode()))[MOST:]:
+            item.add_marker("slow")
