@@ -49,6 +49,8 @@ LIGHT = {
 HEAVY = ("torch", "safetensors.torch", "numpy")
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc"}
 
+DRAWS = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "normal", "random", "shuffle"}
+
 OPENINGS = ("What", "Where", "Which", "How", "Whatever")
 """Words that no docstring opens with: its first line is an action with its object, or what is true."""
 
@@ -265,6 +267,30 @@ def test_private_names_stay_in_their_room() -> None:
         yield from (f":{line} imports {name}" for line, name in private_imports(parse(path), own))
 
     assert findings(rule, [*FILES, *OTHERS]) == []
+
+
+def drawn_at_import(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Calls outside of functions that draw random numbers without a generator: no test has seeded those."""
+    waiting: list[ast.AST] = list(tree.body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            waiting += [*node.decorator_list, *node.args.defaults]
+        elif not isinstance(node, ast.Lambda):
+            if isinstance(node, ast.Call) and not any(word.arg == "generator" for word in node.keywords):
+                name = ast.unparse(node.func).rpartition(".")[2]
+                if name in DRAWS:
+                    yield node.lineno, name
+            waiting += ast.iter_child_nodes(node)
+
+
+def test_no_numbers_are_drawn_when_a_file_of_tests_is_imported() -> None:
+    def rule(path: Path) -> Iterator[str]:
+        yield from (f":{line} calls {name}" for line, name in drawn_at_import(parse(path)))
+
+    assert findings(rule, sorted((ROOT / "tests").rglob("*.py"))) == []
+    one = ast.parse("x = torch.randn(3)\ny = torch.rand(3, generator=g)\ndef f():\n    return torch.rand(3)")
+    assert list(drawn_at_import(one)) == [(1, "randn")]
 
 
 def test_the_rules_about_words_and_names_find_what_they_forbid() -> None:

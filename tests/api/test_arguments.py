@@ -19,8 +19,8 @@ from fxprune.keywords import MEANT, TRAINING_METHODS
 from fxprune.request import ARGUMENTS as APPLY
 from fxprune.training.methods import ARGUMENTS, METHODS
 
-X, Y = torch.randn(8, 4), torch.arange(8) % 2
-IMAGES = torch.randn(4, 3, 8, 8)
+X, Y = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 2
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def net() -> nn.Module:
@@ -49,7 +49,11 @@ def words_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor
     return nn.functional.cross_entropy(model(batch["ids"], batch["mask"]), batch["y"])
 
 
-WORDS = {"ids": torch.randint(10, (8, 5)), "mask": torch.ones(8, 5), "y": Y}
+WORDS = {
+    "ids": torch.randint(10, (8, 5), generator=torch.Generator().manual_seed(0)),
+    "mask": torch.ones(8, 5),
+    "y": Y,
+}
 
 
 def stream() -> Iterator[Any]:

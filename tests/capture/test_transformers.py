@@ -16,7 +16,7 @@ from fxprune.paths.count import reach
 transformers = pytest.importorskip("transformers")
 
 SMALL = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
-IMAGE = torch.rand(2, 3, 32, 32)
+IMAGE = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 WORDS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 
 

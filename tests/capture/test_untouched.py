@@ -38,7 +38,10 @@ IDS = {"input_ids": WORDS}
 BOTH = {"input_ids": WORDS, "decoder_input_ids": WORDS[:, :5]}
 SMALL = {"pixel_values": IMAGES[..., :32, :32]}
 SOUND = {"input_values": torch.randn(2, 400, generator=torch.Generator().manual_seed(0))}
-SPECTRUM = {"input_features": torch.randn(2, 8, 40), "decoder_input_ids": WORDS[:, :5]}
+SPECTRUM = {
+    "input_features": torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0)),
+    "decoder_input_ids": WORDS[:, :5],
+}
 
 CLASSES: dict[str, tuple[dict[str, Any], dict[str, torch.Tensor]]] = {
     "AlbertModel": ({**TEXT, "embedding_size": 8}, IDS),

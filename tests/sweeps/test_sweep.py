@@ -17,7 +17,7 @@ import fxprune
 from fxprune.cli import run
 from fxprune.sweeps import Results, read_results
 
-X, Y = torch.randn(16, 6), torch.arange(16) % 3
+X, Y = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
 
 
 def net() -> nn.Module:

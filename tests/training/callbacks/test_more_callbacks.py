@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
 
-X = torch.randn(32, 6)
+X = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
 DATA = TensorDataset(X, X[:, :3].argmax(1))
 
 
