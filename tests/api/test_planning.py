@@ -66,7 +66,7 @@ def test_a_plan_does_what_apply_does(method: str, options: dict[str, Any], tmp_p
     assert same(fxprune.apply(model, again, example_inputs=X, returns="module", progress=False), applied)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "multi_head" if "multi_head" in NETS else "encoder"])
 def test_whole_heads(kind: str) -> None:
     torch.manual_seed(0)

@@ -68,7 +68,7 @@ def test_channels_last() -> None:
         assert last.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), [("test_vit", {"dynamic_img_size": True}), ("test_nfnet", {})])
 def test_images_of_other_sizes_where_the_model_takes_them(name: str, options: dict[str, Any]) -> None:
     model = timm.create_model(name, **options).eval()

@@ -124,6 +124,7 @@ def test_a_known_form_takes_its_trace_with_parameters_of_its_own() -> None:
         assert torch.equal(gm(X), part(X))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", one_in(2, ["mobilenetv3_small_050", "regnety_002"]))
 def test_a_network_lowers_to_the_same_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = timm.create_model(name).eval()

@@ -51,6 +51,7 @@ QUESTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:capture")
 @pytest.mark.parametrize("name", one_in(4, QUESTIONS))
 def test_experts_that_may_have_nothing_to_do_are_prunable(name: str) -> None:

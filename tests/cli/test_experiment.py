@@ -212,7 +212,7 @@ def test_a_finished_run_says_so_and_can_be_made_longer(tmp_path: Path, capsys: A
     assert {len(curve) for curve in longer["curves"].values()} == {4}
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -69,6 +69,7 @@ CASES: dict[str, tuple[Any, list[str], dict[str, int]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama-width", "bert", "gpt2"))],

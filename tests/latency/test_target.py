@@ -59,7 +59,7 @@ def test_a_target_between_coarse_channels_is_said_to_be_missed() -> None:
     assert masks == 0.6
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [{"sparsity": 0.5}, {"at_most": 5}])
 def test_the_result_carries_predicted_and_measured_times(
     target: dict[str, Any], invented: list[Layer], monkeypatch: pytest.MonkeyPatch

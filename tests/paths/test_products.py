@@ -71,7 +71,7 @@ def test_shares_stay_finite_over_hundreds_of_products() -> None:
     assert [found[f"{i}.v"] for i in range(40)] == pytest.approx([0.5] * 40)
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:layer collapse")
 @pytest.mark.parametrize("method", ["synflow", "synflow-l2", "logsynflow", "npb-synflow"])
 def test_a_pruned_vision_transformer_still_sees_its_input(method: str) -> None:

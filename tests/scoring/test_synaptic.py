@@ -225,7 +225,7 @@ def test_flow_that_float32_cannot_hold(variant: str) -> None:
     assert agree(found_by(question, variant, "channel"), naive(question, variant, "channel"))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "factor"), one_in(2, VARIANTS, [1e-4, 1e4]))
 def test_flow_beyond_every_float(variant: str, factor: float) -> None:
     torch.manual_seed(0)

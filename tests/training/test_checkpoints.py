@@ -52,7 +52,7 @@ class Stop(RuntimeError):
     pass
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", loops.LOOPS)
 def test_stopped_at_every_step(kind: str, tmp_path: Path) -> None:
     """The same within one process: after each step the run breaks off and starts anew."""

@@ -87,7 +87,7 @@ def test_budgets_by_layer_stay() -> None:
     assert masked.sparsity <= small.sparsity < masked.sparsity + 0.05
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("returns", ["graph", "module"])
 def test_a_killed_run_goes_on_with_the_small_network(tmp_path: Path, returns: Any) -> None:
     def run(folder: str, until: int) -> Pruner:
@@ -115,7 +115,7 @@ def test_a_killed_run_goes_on_with_the_small_network(tmp_path: Path, returns: An
     assert torch.equal(loaded.eval()(X), again.model.eval()(X))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", ["between", "behind"])
 def test_compact_behind_step_and_behind_resume_goes_on_to_the_same_bits(tmp_path: Path, stop: str) -> None:
     """Nobody sets modes here: the network that a run goes on with is one that trains, dropout included."""

@@ -178,7 +178,7 @@ def test_unbatched() -> None:
     compare(Unbatched(), torch.randn(5, 8), counts=False)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_encoder_layer(norm_first: bool) -> None:
     torch.manual_seed(0)
@@ -195,7 +195,7 @@ def test_encoder() -> None:
     compare(Called(encoder, lambda m, x: m(x)), torch.randn(2, 5, 8))
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_decoder_layer(norm_first: bool) -> None:
     torch.manual_seed(0)

@@ -13,9 +13,8 @@ from methods.balance.networks import figures, small
 from methods.problems import asked
 
 
-@pytest.mark.parametrize(
-    ("alpha", "beta"), [(0.0, 0.0), *(pytest.param(1.0, beta, marks=pytest.mark.slow) for beta in (0.0, 1.0))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)])
 def test_not_below_dpai_in_any_figure(alpha: float, beta: float) -> None:
     torch.manual_seed(0)
     net, inputs = small()
@@ -45,7 +44,7 @@ def test_resnet20_at_865_weights() -> None:
     assert len({len(column) for column in question.history.values()}) == 1
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "alpha"),
     one_in(

@@ -30,6 +30,7 @@ def image_norm(x: np.ndarray, level) -> float:
     return max(float(np.linalg.norm(y)), level.k * float(max(parts)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stride", "before", "after"),
     [

@@ -110,6 +110,7 @@ def test_another_budget_half_way(device: str) -> None:
     assert same(there.masks(), here.masks())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_first_path_is_looked_for(device: str) -> None:
     deep = nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(10)))

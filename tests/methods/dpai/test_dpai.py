@@ -172,7 +172,7 @@ def test_it_stops_when_nothing_changes() -> None:
     assert steps[0.0] == 700
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("is_listed", [False, True])
 def test_a_first_path_is_found_where_the_random_masks_have_none(
     is_listed: bool, monkeypatch: pytest.MonkeyPatch

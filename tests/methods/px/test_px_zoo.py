@@ -131,7 +131,8 @@ def on_active_paths(asked: Problem, masks: Masks) -> Masks:
 
 @ZOO
 # A hundred rounds take ten seconds and more: each is compared with the weights on active paths.
-@pytest.mark.parametrize("number", [5, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [5, 100])
 def test_rounds(
     make: Callable[[], nn.Module], size: int, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,7 +123,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
         torch.testing.assert_close(value, other[name], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:capture")
 @pytest.mark.parametrize("kind", [Head, WritesInEvaluation])
 def test_layers_of_a_module_that_stays_whole_get_smaller_and_it_still_trains(
@@ -153,7 +153,7 @@ def test_layers_of_a_module_that_stays_whole_get_smaller_and_it_still_trains(
     assert all(small.get_parameter(name).grad is not None for name in trained)
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:capture")
 @pytest.mark.parametrize("kind", [Head, WritesInEvaluation])
 def test_a_module_that_has_its_table_for_the_examples_already_gets_smaller(kind: type[Head]) -> None:
@@ -170,7 +170,7 @@ def test_a_module_that_has_its_table_for_the_examples_already_gets_smaller(kind:
             assert_equal(masked(x), small(x))
 
 
-@pytest.mark.thinned(4)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:capture")
 @pytest.mark.parametrize("head", [CountsInTraining, WiderInTraining, MeanInTraining, Gated])
 def test_layers_stay_where_training_or_other_numbers_may_need_their_width(head: type[Head]) -> None:

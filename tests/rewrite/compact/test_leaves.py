@@ -192,6 +192,7 @@ class Around(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", one_in(3, [LayerDrop, Positions, Filled]))
 def test_channels_go_in_a_module_that_no_graph_does_in_training(
     inner: type[nn.Module], tmp_path: Path

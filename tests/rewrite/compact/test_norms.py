@@ -81,7 +81,7 @@ STREAMS = {
 }
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.slow
 @pytest.mark.parametrize("captured", [True, False])
 @pytest.mark.parametrize("kind", STREAMS)
 def test_a_norm_that_lost_channels_loses_more(kind: str, captured: bool) -> None:

@@ -128,7 +128,7 @@ class Started(nn.Module):
         return self.after(y[:, 0]) + self.after(last[-1])
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("how", ["code", "parameter", "layer"])
 def test_first_states_lose_the_units_too(how: str, layers: int) -> None:
@@ -154,7 +154,7 @@ class Packed(nn.Module):
         return self.after(pad_packed_sequence(y, batch_first=True)[0]), h[-1].sum(-1)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"num_layers": 2}])
 def test_packed_sequences(options: dict[str, Any]) -> None:
     inputs = torch.randint(0, 11, (3, 5)), torch.tensor([5, 2, 3])

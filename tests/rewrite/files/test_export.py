@@ -28,6 +28,7 @@ def compacted(kind: str) -> tuple[nn.Module, Any]:
     return fxprune.compact(masked), inputs
 
 
+@pytest.mark.slow
 @needs_onnx
 @pytest.mark.parametrize(
     "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("residual", "vit")), "two_inputs"]

@@ -48,7 +48,7 @@ def test_copies_and_pickles_compute_the_same_and_can_be_saved(kind: str, tmp_pat
             assert torch.equal(small(x), fxprune.load(tmp_path / "file", fresh)(x))
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
 def test_trained_loaded_and_pruned_again(kind: str, make: Any, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_graph_finalized(name, traced):
     assert nets.raw_zero(final, masks)
 
 
-@pytest.mark.thinned(5)
+@pytest.mark.slow
 @every_net
 def test_graph_compiled_and_exported(name, traced):
     model, gm, x, masks = traced(name)
