@@ -7,7 +7,7 @@ which they did different things, and the constants in which they differ though t
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import SequenceMatcher
 from typing import Any
@@ -154,19 +154,30 @@ def _align_entries(a: Scope, b: Scope) -> Iterator[tuple[list[Any], list[Any]]]:
 
 
 def align_calls(a: Scope, b: Scope) -> Iterator[tuple[list[Any], list[Any]]]:
-    """The same, calls of modules first, and what is between them then; the members that are picked count.
+    """The same, calls of modules first, then what makes tensors, and last of all the numbers between them.
 
-    Two modes that differ pick other members of the same results.
+    The members that are picked count: two modes that differ pick other members of the same results.
     """
-    mine, other = ([entry for entry in one.entries if _is_call(entry)] for one in (a, b))
+    yield from _aligned_in_steps(a.entries, b.entries, ((_is_call, _key), (_makes_tensors, _key_with_member)))
+
+
+def _aligned_in_steps(
+    first: list[Any], second: list[Any], steps: Sequence[tuple[Callable[[Any], bool], Callable[[Any], Any]]]
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Align the entries that the first step picks by its key, and what is between them in the other steps."""
+    if not steps or list(map(_key_with_member, first)) == list(map(_key_with_member, second)):
+        yield from _aligned(first, second, _key_with_member)
+        return
+    (is_picked, key), *others = steps
+    mine, other = ([entry for entry in entries if is_picked(entry)] for entries in (first, second))
     i = k = 0
-    for first, second in _aligned(mine, other, _key):
-        if first and second:
-            j, m = _place(a.entries, first[0], i), _place(b.entries, second[0], k)
-            yield from _aligned(a.entries[i:j], b.entries[k:m], _key_with_member)
-            yield first, second
+    for one, two in _aligned(mine, other, key):
+        if one and two:
+            j, m = _place(first, one[0], i), _place(second, two[0], k)
+            yield from _aligned_in_steps(first[i:j], second[k:m], others)
+            yield one, two
             i, k = j + 1, m + 1
-    yield from _aligned(a.entries[i:], b.entries[k:], _key_with_member)
+    yield from _aligned_in_steps(first[i:], second[k:], others)
 
 
 def _place(entries: list[Any], entry: Any, start: int) -> int:
@@ -279,6 +290,10 @@ def _key_with_member(entry: Any) -> Any:
     picks = not isinstance(entry, Scope) and entry.target is operator.getitem
     member = (entry.args[1],) if picks and isinstance(entry.args[1], (str, int)) else ()
     return (*_key(entry), *member)
+
+
+def _makes_tensors(entry: Any) -> bool:
+    return _is_call(entry) or any(isinstance(x, Tensor) for x in pytree.tree_leaves(entry.meta.get("val")))
 
 
 def _is_call(entry: Any) -> bool:

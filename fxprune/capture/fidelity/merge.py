@@ -47,6 +47,7 @@ class _Merge:
         self.back: dict[fx.Node, fx.Node] = {}
         self.added: set[fx.Node] = set()
         self.absent: set[fx.Node] = set()
+        self.nothing: set[fx.Node] = set()  # in training
         self.last = next(iter(self.graph.nodes))
         self.attributes = {node.target: node for node in self.graph.nodes if node.op == "get_attr"}
         alone = [node for node in _in_the_first_alone(base.scope, training.scope) if changes_input(node)]
@@ -76,12 +77,23 @@ class _Merge:
             return type(a)([self.joined(x, y) for x, y in zip(a, b, strict=True)])
         if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
             return {key: self.joined(a[key], b[key]) for key in a}
+        if isinstance(b, DtypeOf) and _is_type(a):
+            return self.followed(a, b)
         other = self.translated(b)
         if isinstance(a, fx.Node) or isinstance(other, fx.Node):
             same = a is other
         else:
             same = type(a) is type(other) and a == other
         return a if same else self.switches.choose(self.graph, "", other, a)
+
+    def followed(self, a: fx.Node, b: DtypeOf) -> Any:
+        """The type that evaluation reads off a tensor, off one that both modes have."""
+        for source in (a.args[0], self.twin.get(b.source)):
+            if isinstance(source, fx.Node) and (source in self.back or source.op == "get_attr"):
+                made = a if source is a.args[0] else self.graph.call_function(getattr, (source, "dtype"))
+                made.meta["val"] = a.meta["val"]
+                return made
+        return self.switches.choose(self.graph, "", b.dtype, a)
 
     def translated(self, value: Any) -> Any:
         """Arguments of the training trace in terms of the merged graph."""
@@ -110,15 +122,14 @@ class _Merge:
 
     # -- what one of them does ------------------------------------------------------------------------------
     def only_evaluation(self, nodes: list[fx.Node]) -> None:
+        nodes = _with_types(nodes)
         harmless = all(
             _still(self.model.get_submodule(str(node.target))) if node.op == "call_module" else is_pure(node)
             for node in nodes
         )
-        fits = all(
-            _same_shape(operand, self.back[operand])
-            for node in nodes
-            for operand in node.all_input_nodes
-            if operand in self.back
+        operands = [operand for node in nodes for operand in node.all_input_nodes]
+        fits = self.nothing.isdisjoint(operands) and all(
+            _same_shape(operand, self.back[operand]) for operand in operands if operand in self.back
         )
         self.last = nodes[-1]
         if harmless and fits:
@@ -128,6 +139,7 @@ class _Merge:
         for node, part in zip(outputs, made, strict=True):
             node.replace_all_uses_with(part, lambda user: user not in nodes)
             part.meta.update(node.meta)
+        self.nothing.update(made)
         for node in reversed(nodes):
             self.graph.erase_node(node)
 
@@ -215,6 +227,20 @@ def _subgraph(nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[Any]) -
     result = graph.output(tuple(None if node is None else copies[node] for node in outputs))
     result.meta["val"] = tuple(None if node is None else node.meta["val"] for node in outputs)
     return graph
+
+
+def _is_type(value: Any) -> bool:
+    """Whether a node reads the type of a tensor."""
+    return isinstance(value, fx.Node) and value.target is getattr and value.args[1:] == ("dtype",)
+
+
+def _with_types(nodes: list[fx.Node]) -> list[fx.Node]:
+    """Nodes with those before them that read a type for them alone."""
+    found: dict[fx.Node, None] = {}
+    for node in nodes:
+        types = [x for x in node.all_input_nodes if _is_type(x) and all(user in nodes for user in x.users)]
+        found |= dict.fromkeys([*types, node])
+    return list(found)
 
 
 def _in_the_first_alone(a: Scope, b: Scope) -> Iterator[fx.Node]:

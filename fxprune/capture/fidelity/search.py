@@ -86,6 +86,8 @@ class _Search:
     part: bool
     before: Inputs | None = None
     whole: set[str] = field(default_factory=set)
+    apart: set[str] = field(default_factory=set)
+    joined: set[str] = field(default_factory=set)
     notes: dict[str, str] = field(default_factory=dict)
     known: dict[Any, Any] = field(default_factory=dict)
     refusal: str = ""
@@ -113,6 +115,8 @@ class _Search:
         while True:
             base = self.attempt(strict=True)
             assert base is not None
+            if self.join_again(base.reasons):
+                continue
             self.forget_memos(base)
             if self.keep_whole({**base.reasons, **writers(base)}):
                 continue
@@ -161,7 +165,8 @@ class _Search:
             self.no_training(base, switches)
         elif self.keep_whole({**training.reasons, **writers(training, messages.IN_TRAINING)}):
             return None
-        elif self.keep_whole(dict.fromkeys(modes.modules - {""}, "")):
+        elif self.keep_whole(dict.fromkeys(modes.modules - self.joined - {""}, "")):
+            self.apart |= modes.modules - self.joined - {""}
             return None
         if not modes.modules and modes.constants == together.constants and not together.modules:
             # The mode alone explains all of it: the other changes changed nothing.
@@ -325,6 +330,18 @@ class _Search:
             {path: reason for path, reason in reasons.items() if reason and path not in self.notes}
         )
         return bool(new)
+
+    def join_again(self, reasons: Mapping[str, str]) -> bool:
+        """Whether modules that were kept whole for their training are so no more, as those around them fail.
+
+        Such a module takes an object that it changes, a cache, which one call cannot: what it does in either
+        mode is merged where it is.
+        """
+        failing = {path for path in self.apart if any(inside(path, [around]) for around in reasons)}
+        self.whole -= failing
+        self.apart -= failing
+        self.joined |= failing
+        return bool(failing)
 
     def attempt(
         self,
