@@ -22,7 +22,6 @@ from fxprune.capture.fidelity.carried_over import carried_over, larger_inputs
 from fxprune.capture.fidelity.compare import (
     Differences,
     compare,
-    computes_same,
     computes_same_apart_from_order,
     same_but_for_numbers,
     take_regions,
@@ -31,9 +30,10 @@ from fxprune.capture.fidelity.faithful import Faithful
 from fxprune.capture.fidelity.followed_types import resolve_types
 from fxprune.capture.fidelity.guards import guard_constants, guard_decisions, guard_sizes, guarded_sizes
 from fxprune.capture.fidelity.merge import merge
+from fxprune.capture.fidelity.observers import find_observers
 from fxprune.capture.fidelity.other_inputs import OTHER_TYPE, Inputs, extent, plain_values
 from fxprune.capture.fidelity.places import inside, related, writers
-from fxprune.capture.hooks import Hook, keeps_hooks, similar_hooks
+from fxprune.capture.hooks import Hook, keeps_hooks
 from fxprune.capture.leaves import is_leaf
 from fxprune.capture.modes import Switches, evaluation_only
 from fxprune.capture.module import CapturedModule
@@ -111,11 +111,10 @@ class _Search:
         emptied = self.attempt() if self.caches else None
         if emptied is None or not emptied.refilled:
             self.caches = []  # not computed by this run, or otherwise by now than what was kept
-        self.find_observers()
+        self.observers, self.records = find_observers(self.model, self.paths, self.attempt)
         while True:
-            base = self.attempt(strict=True)
-            assert base is not None
-            if self.join_again(base.reasons):
+            base = self.attempt(strict=not self.apart)
+            if self.join_again(base.reasons if base else {"": ""}) or base is None:
                 continue
             self.forget_memos(base)
             if self.keep_whole({**base.reasons, **writers(base)}):
@@ -187,17 +186,27 @@ class _Search:
                 self.notes.setdefault("", "it does something else in other types; the graph holds for these")
             resolve_types(base, types)
         if training and modes.modules:
-            try:
-                merge(self.model, base, training, switches)
-            except CaptureError as error:
-                if not self.part:
-                    raise
-                self.unmerged = first_line(error)
-                return None  # with a new trace: the graph has changed
+            if not self.merged(base, training, switches):
+                return None
         else:
             for constant in modes.constants:
                 switches.insert(constant.node, constant.path, constant.key, constant.second, constant.first)
         return self.finish(base, switches, together, others)
+
+    def merged(self, base: Trace, training: Trace, switches: Switches) -> bool:
+        """Whether the graph is that of both modes now; else all starts again, for this one has changed."""
+        try:
+            merge(self.model, base, training, switches)
+        except CaptureError as error:
+            if self.joined:
+                self.whole |= self.joined
+            elif self.part:
+                self.unmerged = first_line(error)
+            else:
+                raise
+            self.joined.clear()
+            return False
+        return True
 
     def follows_fractions(self, base: Trace) -> bool:
         """Whether ``int()`` of fractions is followed by now; else the graph holds for one batch size."""
@@ -225,11 +234,8 @@ class _Search:
         for guard in evaluation_only(self.model):  # the graph of a graph that was captured so
             switches.refuse_training(base.graph, guard.refusal)
             return
-        untraced = self.untraced or self.unmerged
-        fails = (
-            "cannot be traced in training mode" if untraced else "fails in training mode with these inputs"
-        )
-        reason = f"its forward {fails} ({self.unmerged or self.refusal})"
+        untraced = bool(self.untraced or self.unmerged)
+        reason = messages.no_training(untraced, self.unmerged or self.refusal)
         self.notes[""] = f"{reason}; the graph is that of evaluation"
         if not self.untraced or self.part:
             return
@@ -238,19 +244,6 @@ class _Search:
         switches.refuse_training(
             base.graph, f"{name}: {reason}, this graph is for evaluation: {messages.INSTEAD}"
         )
-
-    def find_observers(self) -> None:
-        """Find the hooks without which both traces are the same; hooks of the same code count together."""
-        groups = similar_hooks(self.model)
-        traces = [self.attempt(training=mode, strict=not mode) for mode in (False, True)] if groups else []
-        for group in groups:
-            without = [self.attempt(training=mode, left_out=frozenset(group)) for mode in (False, True)]
-            if all(a is None or (b and computes_same(a, b)) for a, b in zip(traces, without, strict=True)):
-                self.observers |= group
-        observed = {self.paths[id(module)] for module in self.observers.values()}
-        for found in traces:
-            writes = found.hook_writes if found else {}
-            self.records.update({path: writes[path] for path in writes.keys() & observed})
 
     def left_out(self) -> frozenset[Hook]:
         """The hooks that run with the graph and not in it: observers on what the graph calls."""
@@ -290,10 +283,7 @@ class _Search:
         places = compare(base, again).places | again.reasons.keys() if again else {""}
         others = [place for place in places if not any(related(place, path) for path in base.changed)]
         for path in own_writes if others else ():
-            raise HookError(
-                f"module {path!r}: its hook {base.hook_writes[path]} hands something on from one call of the "
-                "model to the next, which a graph cannot; remove it (handle.remove()) before the capture"
-            )
+            raise HookError(messages.hands_on(path, base.hook_writes[path]))
         for path in list(base.changed):
             if not any(related(place, path) for place in places):
                 del base.changed[path]
@@ -332,12 +322,11 @@ class _Search:
         return bool(new)
 
     def join_again(self, reasons: Mapping[str, str]) -> bool:
-        """Whether modules that were kept whole for their training are so no more, as those around them fail.
+        """Whether modules are whole no more, for their training, as what is around them cannot be traced so.
 
-        Such a module takes an object that it changes, a cache, which one call cannot: what it does in either
-        mode is merged where it is.
+        They take an object that they change, a cache: what they do in either mode is merged where it is.
         """
-        failing = {path for path in self.apart if any(inside(path, [around]) for around in reasons)}
+        failing = {path for path in self.apart if "" in reasons or inside(path, set(reasons))}
         self.whole -= failing
         self.apart -= failing
         self.joined |= failing
@@ -403,13 +392,7 @@ class _Search:
         guard_sizes(base.graph, self.fixed_dims, name)
         used = {str(node.target) for node in base.graph.nodes if node.op == "get_attr"}
         constants = {name: value for name, value in base.constants.items() if name in used}
-        called = {str(node.target) for node in base.graph.nodes if node.op == "call_module"}
-        for path in base.changed.keys() - called:
-            written = f"its attribute {base.changed[path]!r} is written by the model"
-            self.notes[path] = f"{written}; the graph does not"
-        for path in self.records.keys() - called - {""}:
-            self.notes.setdefault(path, f"its hook {self.records[path]} {messages.NOT_RUN}")
-        notes = {path: reason for path, reason in self.notes.items() if not inside(path, called)}
+        notes = messages.final_notes(self.notes, base, self.records)
         sizes = {"batch": self.one_batch_size, "image": self.one_image_size}
         fixed = next((f"its graph holds for one {kind} size" for kind, one in sizes.items() if one), "")
         extra = {**switches.modules, **constants}

@@ -326,3 +326,103 @@ def test_what_evaluation_writes_into_is_not_read_by_what_training_does() -> None
         assert torch.equal(pairs[0][0], pairs[1][0])
         if training:  # in evaluation the model's own write forbids the backward pass
             assert torch.equal(*(torch.autograd.grad(one.sum(), net.first.weight)[0] for one, net in pairs))
+
+
+class Memory:
+    """Keeps the last steps of a sequence, for a call that goes on with it."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, Tensor] = {}
+
+    def keep(self, x: Tensor) -> None:
+        batch, channels, _ = x.shape
+        self.steps["last"] = torch.zeros(batch, channels, 3, dtype=x.dtype, device=x.device)
+        self.steps["last"].copy_(x[..., -3:])
+
+
+class Mixes(nn.Module):
+    """Convolves a sequence, channel by channel, with a weight that it reads as a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 6)
+        self.conv = nn.Conv1d(8, 8, 4, groups=8)
+        self.scale = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor, memory: Memory | None) -> Tensor:
+        y = self.first(x).transpose(1, 2)
+        if self.training:
+            self.scale.float()  # for a kernel that is not there
+        if memory is not None:
+            memory.keep(y)
+        _, channels, length = y.shape
+        matrix = self.conv.weight.squeeze(1)
+        y = F.conv1d(y.to(matrix.dtype), matrix.unsqueeze(1), self.conv.bias, padding=3, groups=channels)
+        return self.last((F.silu(y[..., :length]).transpose(1, 2) * self.scale).to(x.dtype))
+
+
+class RemembersInEvaluation(nn.Module):
+    """Hands a memory on from layer to layer, and out, in evaluation."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(6), Mixes()) for _ in range(depth))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Memory] | None]:
+        memories = None if self.training else [Memory() for _ in self.layers]
+        for index, layer in enumerate(self.layers):
+            x = x + layer[1](layer[0](x), memories[index] if memories else None)
+        return x, memories
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = RemembersInEvaluation(2), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Memory] | None]:
+        y, memories = self.body(x)
+        return self.head(y), memories
+
+
+@pytest.mark.filterwarnings("error:capture")  # nothing stays whole
+@pytest.mark.parametrize("make", [lambda: RemembersInEvaluation(2), Inner])
+def test_layers_that_are_handed_a_memory_in_evaluation_alone(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(2, 5, 6)
+    gm = capture(model, x)
+    for batch in (x, torch.randn(3, 7, 6)):
+        for training in (True, False):
+            (found, kept), (wanted, expected) = gm.train(training)(batch), model.train(training)(batch)
+            assert torch.equal(found, wanted)
+            assert (kept is None) is (expected is None) is training
+            for one, other in zip(kept or (), expected or (), strict=True):
+                assert torch.equal(one.steps["last"], other.steps["last"])
+    pruned = apply(model, "synflow", 0.5, example_inputs=x, rounds=2, progress=False)
+    prefix = "body." if isinstance(model, Inner) else ""
+    assert masks(pruned).keys() >= {f"{prefix}layers.0.1.conv.weight", f"{prefix}layers.1.1.last.weight"}
+
+
+class CastsAndTrainsOtherwise(nn.Module):
+    """Computes in single precision, gives the inputs' own, and has another head in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.other = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = self.body(x)
+        y = F.layer_norm(y.float(), (4,)).to(y.dtype)
+        return (self.head(y), self.other(y)) if self.training else self.head(y)
+
+
+def test_types_follow_the_inputs_in_both_modes() -> None:
+    torch.manual_seed(0)
+    model, x = CastsAndTrainsOtherwise(), torch.randn(2, 4)
+    gm = capture(model, x).bfloat16()
+    half = copy.deepcopy(model).bfloat16()
+    for training in (True, False):
+        found, wanted = (net.train(training)(x.bfloat16()) for net in (gm, half))
+        for one, other in zip(pytree.tree_leaves(found), pytree.tree_leaves(wanted), strict=True):
+            assert one.dtype == other.dtype == torch.bfloat16
+            assert torch.equal(one, other)
