@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -77,6 +78,9 @@ class Recorder(TorchFunctionMode):
             return self._read(func, name, args, kwargs)
         if func in APART:
             return self._apart(func, args, kwargs)
+        if func in (torch.tensor, torch.as_tensor) and isinstance(args[0] if args else None, np.ndarray):
+            # Its numbers are those of the code, in memory of their own.
+            func, args, kwargs = torch.asarray, (torch.from_numpy(args[0].copy()),), {**kwargs, "copy": True}
         if not self.recording:
             return self._unrecorded(func, args, kwargs)
         if name == "unbind" and 0 in (*args[1:2], kwargs.get("dim")) and not self.tape.values.reached:

@@ -28,7 +28,7 @@ _NAMES = """
     sinh cosh asin acos atan erf erfc sign round floor ceil trunc frac clamp clip clamp_min clamp_max
     nan_to_num logit sigmoid_ relu_ relu6_ tanh_ exp_ sqrt_ neg_ abs_ clamp_ clamp_min_ clamp_max_ clip_
     leaky_relu_ hardtanh_ elu_ gelu_ silu_ hardswish_ hardsigmoid_ round_ floor_ dropout_ reciprocal_
-    contiguous clone detach to float double half bfloat16 type type_as cpu cuda requires_grad_
+    as_tensor contiguous clone detach to float double half bfloat16 type type_as cpu cuda requires_grad_
     conj real imag alias
     eq ne lt le gt ge greater greater_equal less less_equal not_equal
     fake_quantize_per_tensor_affine fake_quantize_per_channel_affine
@@ -83,7 +83,7 @@ def has_floor(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 MOVES_TYPE = {
-    "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu",
+    "as_tensor", "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type", "type_as", "cpu",
     "cuda", "requires_grad_", "alias", torch.clone, torch.detach,
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
     nn.FeatureAlphaDropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,

@@ -192,3 +192,33 @@ def test_functions_of_numpy_follow_the_batch(way: str) -> None:
         for batch in (1, 3, 4, 6, 9, 17):
             x = torch.randn(batch, 4)
             assert torch.equal(gm(x), model(x))
+
+
+class PlansByNumpy(nn.Module):
+    """Orders and weighs channels by arrays of NumPy, and changes what it makes of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = np.stack([np.arange(4)[::-1]])
+        y = torch.as_tensor(self.first(x))[:, torch.tensor(order, device=x.device)[0]]
+        weights = torch.as_tensor(np.linspace(0, 1, 4), dtype=x.dtype, device=x.device)
+        weights += 1
+        z: Tensor = self.last(y * weights)
+        return z
+
+
+@pytest.mark.filterwarnings("error:capture")
+def test_arrays_of_numpy_are_numbers_of_the_code() -> None:
+    torch.manual_seed(0)
+    model, x = PlansByNumpy(), torch.randn(3, 4)
+    gm = capture(model, x)
+    for _ in range(2):  # what is written into is made anew
+        assert torch.equal(gm(x), model(x))
+    half = copy.deepcopy(model).bfloat16()
+    assert torch.equal(gm.bfloat16()(x.bfloat16()), half(x.bfloat16()))
+    graph = lower(gm)
+    assert not graph.opaque
+    assert list(graph.kernels) == ["first.weight", "last.weight"]
