@@ -72,16 +72,16 @@ def hidden_layers(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, tuple
     # What ops read may be buffers.
     read = {use.name for op in graph.opaque for use in op.params} & parameters.tensors.keys()
     layers = {name for name in read if _is_of_layer(name, parameters.owners[name][1])}
-    layers |= _multiplied_inside(gm, graph, parameters)
     scaled = _scaled(graph)
-    multiplied = {
+    met = {
         name
         for name in _met(graph, products=True)
         if name in parameters.tensors
-        and (name in scaled or _is_moved_alone(gm, name))
         and not isinstance(parameters.owners[name][1], (*TABLES, *NORMS))
-        if sum(size > 1 for size in parameters.tensors[name].shape) > 1
+        and sum(size > 1 for size in parameters.tensors[name].shape) > 1
     }
+    multiplied = {name for name in met if name in scaled or _is_moved_alone(gm, name)}
+    layers |= _multiplied_inside(gm, graph, parameters, met - multiplied)
     return {
         name: tuple(parameters.aliases[name])
         for name in parameters.tensors
@@ -101,17 +101,23 @@ def _is_of_layer(name: str, owner: nn.Module) -> bool:
     return isinstance(owner, LAYERS) and name.rpartition(".")[2] not in parts
 
 
-def _multiplied_inside(gm: fx.GraphModule, graph: ir.ChannelGraph, parameters: Parameters) -> set[str]:
-    """Parameters of modules that stay whole and have weights of their own, which a run on made-up numbers
-    multiplies with data. What cannot be run has none.
+def _multiplied_inside(
+    gm: fx.GraphModule, graph: ir.ChannelGraph, parameters: Parameters, others: set[str]
+) -> set[str]:
+    """Parameters of modules that stay whole, which a run on made-up numbers multiplies with.
+
+    These are modules that no rule knows and that have weights of their own, and those in which some of
+    ``others`` are. What cannot be run has none.
     """
     unknown = {op.node for op in graph.opaque}
     found: set[str] = set()
     for node in gm.graph.nodes:
-        if node.op != "call_module" or node.name not in unknown:
+        if node.op != "call_module":
             continue
         module = gm.get_submodule(str(node.target))
-        if not any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        own = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+        asked = {name for name in others if name.startswith(f"{node.target}.")}
+        if not (own and node.name in unknown) and not asked:
             continue
         args, kwargs = (fx.node.map_arg(x, lambda n: n.meta["val"]) for x in (node.args, node.kwargs))
         before = rng_state()
@@ -123,7 +129,7 @@ def _multiplied_inside(gm: fx.GraphModule, graph: ir.ChannelGraph, parameters: P
             restore_rng(before)
         tensors = dict(module.named_parameters())
         met = (parameters.names.get(id(tensors[name])) for name in inside.kernels)
-        found |= {name for name in met if name is not None}
+        found |= {name for name in met if name is not None and (name in asked or node.name in unknown)}
     return found
 
 

@@ -244,3 +244,36 @@ def test_own_weights_of_a_module_that_stays_whole_are_pruned() -> None:
         pruned.get_parameter(name).data += 3.0 * ~mask
     assert "1.weight" in masks
     torch.testing.assert_close(pruned(x), zeroed(x))
+
+
+class TurnedPositions(nn.Module):
+    """Attends to positions that a weight of its own turns: a product of constants with a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.turn = nn.Parameter(torch.randn(6, 6))
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1  # stays whole
+        places = torch.linspace(-1, 1, x.shape[1] * 6).view(x.shape[1], 6)
+        keys = torch.einsum("kc,cd->kd", places.type(self.turn.dtype), self.turn)
+        y: Tensor = (self.query(x) @ keys.t()).softmax(-1) @ self.value(x)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+@pytest.mark.parametrize("inside", [False, True])
+def test_weights_that_turn_constants_are_pruned(inside: bool) -> None:
+    torch.manual_seed(0)
+    model, x = TurnedPositions(), torch.randn(2, 5, 6)
+    whole = nn.Sequential(model, nn.Linear(6, 3)) if inside else model
+    pruned = fxprune.apply(whole, "magnitude", 0.5, example_inputs=x, progress=False)
+    masks, masked = fxprune.masks(pruned), copy.deepcopy(whole)
+    name = "0.turn" if inside else "turn"
+    assert 0 < int(masks[name].sum()) < 36
+    with torch.no_grad():
+        for name, mask in masks.items():
+            masked.get_parameter(name).mul_(mask)
+    assert torch.allclose(masked(x), pruned(x))

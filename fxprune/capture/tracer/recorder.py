@@ -64,7 +64,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        func, args, kwargs = _without_arrays(func, args, kwargs or {})
         name = getattr(func, "__name__", "")
         if self.transformed:
             return self._under_transform(func, name, args, kwargs)
@@ -78,9 +78,6 @@ class Recorder(TorchFunctionMode):
             return self._read(func, name, args, kwargs)
         if func in APART:
             return self._apart(func, args, kwargs)
-        if func in (torch.tensor, torch.as_tensor) and isinstance(args[0] if args else None, np.ndarray):
-            # Its numbers are those of the code, in memory of their own.
-            func, args, kwargs = torch.asarray, (torch.from_numpy(args[0].copy()),), {**kwargs, "copy": True}
         if not self.recording:
             return self._unrecorded(func, args, kwargs)
         if name == "unbind" and 0 in (*args[1:2], kwargs.get("dim")) and not self.tape.values.reached:
@@ -349,6 +346,18 @@ class Recorder(TorchFunctionMode):
             return function(*given, **options)
         finally:
             self.tape.shadows = shadows
+
+
+def _without_arrays(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, Any, dict[str, Any]]:
+    """A call that makes a tensor of an array of NumPy, as one on a constant; other calls as they are.
+
+    The numbers of the array are those of the code; the tensor has memory of its own.
+    """
+    if func not in (torch.tensor, torch.as_tensor) or not isinstance(args[0] if args else None, np.ndarray):
+        return func, args, kwargs
+    return torch.asarray, (torch.from_numpy(args[0].copy()),), {**kwargs, "copy": True}
 
 
 def _assignment(setter: Any, node: fx.Node | None) -> Any:
