@@ -28,8 +28,8 @@ __all__ = ["Memory", "written"]
 
 # These give their input itself where it is already as asked for, or a copy.
 AS_ASKED = {
-    "as_tensor", "contiguous", "detach", "detach_", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu",
-    "cuda", "requires_grad_", nn.Identity,
+    "as_tensor", "contiguous", "detach", "detach_", "to", "type", "type_as", "float", "double", "half",
+    "bfloat16", "cpu", "cuda", "requires_grad_", nn.Identity,
 }  # fmt: skip
 # These change how a name sees its memory, and nothing in it.
 RESHAPE_IN_PLACE = {

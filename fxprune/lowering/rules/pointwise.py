@@ -83,8 +83,8 @@ def has_floor(context: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 MOVES_TYPE = {
-    "as_tensor", "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type", "type_as",
-    "cpu", "cuda", "requires_grad_", "alias", torch.clone, torch.detach,
+    "as_tensor", "contiguous", "clone", "detach", "to", "float", "double", "half", "bfloat16", "type",
+    "type_as", "cpu", "cuda", "requires_grad_", "alias", torch.clone, torch.detach,
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
     nn.FeatureAlphaDropout, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout,
     F.feature_alpha_dropout, torch.dropout, "conj", "real", "imag", torch.conj, torch.real, torch.imag,
