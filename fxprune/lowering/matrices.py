@@ -106,8 +106,8 @@ def _multiplied_inside(
 ) -> set[str]:
     """Parameters of modules that stay whole, which a run on made-up numbers multiplies with.
 
-    These are modules that no rule knows and that have weights of their own, and those in which some of
-    ``others`` are. What cannot be run has none.
+    These are modules that no rule knows and that have weights other than those of PyTorch's layers, and
+    those in which some of ``others`` are. What cannot be run has none.
     """
     unknown = {op.node for op in graph.opaque}
     found: set[str] = set()
@@ -115,7 +115,12 @@ def _multiplied_inside(
         if node.op != "call_module":
             continue
         module = gm.get_submodule(str(node.target))
-        own = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+        own = any(
+            parameter.dim() > 1
+            for part in module.modules()
+            if not isinstance(part, (*LAYERS, *TABLES, *NORMS))
+            for parameter in part.parameters(recurse=False)
+        )
         asked = {name for name in others if name.startswith(f"{node.target}.")}
         if not (own and node.name in unknown) and not asked:
             continue
