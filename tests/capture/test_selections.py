@@ -128,3 +128,34 @@ def test_a_part_that_draws_in_training_stays_whole_and_leaves_the_rest() -> None
                 torch.manual_seed(seed), random.seed(seed)
                 results.append(network(x))
             assert torch.equal(*results)
+
+
+class OwnLoops(nn.Module):
+    """Drops edges from a node to itself, adds one for each, and weighs these more, as ClusterGCN does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        kept = edges[:, edges[0] != edges[1]]
+        loops = torch.arange(len(x), device=kept.device)
+        both = torch.cat([kept, torch.stack([loops, loops])], 1)
+        row, col = both[0], both[1]
+        degree = torch.zeros(len(x)).index_add(0, col, torch.ones(col.shape)).reciprocal()
+        weights = degree[col]
+        weights[row == col] += 0.5 * degree
+        y = torch.zeros(len(x), 6).index_add(0, col, self.first(x)[row] * weights[:, None])
+        result: Tensor = self.last(y.relu())
+        return result
+
+
+@pytest.mark.filterwarnings("error:capture")
+def test_sizes_of_what_is_picked_from_the_example_are_those_of_the_example() -> None:
+    torch.manual_seed(0)
+    model, edges = OwnLoops(), torch.tensor([[0, 1, 2, 2, 3], [1, 1, 0, 3, 3]])
+    gm = capture(model, (torch.randn(4, 4), edges))
+    assert not lower(gm).opaque
+    for nodes, given in ((4, edges), (4, edges[:, :4]), (5, torch.tensor([[4, 2, 0], [0, 2, 0]]))):
+        x = torch.randn(nodes, 4)
+        assert torch.equal(gm(x, given), model(x, given))

@@ -247,6 +247,8 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
         raise Unknown("memory seen as another type")
     if context.target is getattr and args[1] in ("real", "imag", "data"):
         return build.affine(build.materialise(args[0]))
+    if context.target == "expand_as" and not getattr(args[0], "live", False):
+        context, args = replace(context, target="expand"), (args[0], tuple(context.shape))  # stays a constant
     operands = [x for x in tensors_in((args, kwargs)) if is_data(x)]
     if any(isinstance(x, ir.Value) for x in tensors_in(_indices(context.target, args, kwargs))):
         return _chosen(context, args, kwargs)

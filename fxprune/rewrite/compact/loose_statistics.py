@@ -80,7 +80,9 @@ def _left(graph: ChannelGraph, node: fx.Node) -> ir.Value | None:
         return None  # it reads the shape alone
     if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(node.meta.get("val"))):
         return None
-    read = [graph.results.get(source.name) for source in node.all_input_nodes]
+    # Of the second tensor of ``expand_as`` the shape alone is read.
+    sources = node.all_input_nodes[: 1 if name_of(node).endswith("_as") else None]
+    read = [graph.results.get(source.name) for source in sources]
     return next((value for value in read if isinstance(value, ir.Value) and value.live), None)
 
 

@@ -171,6 +171,20 @@ class Autoregressive(nn.Module):
         return F.linear(x, self.last.weight.mul(self.three), self.last.bias)
 
 
+@case(lambda: (torch.randn(2, 5, 6), (torch.rand(2, 5) < 0.7).long()))
+class MeanOfWords(nn.Module):
+    """A mean over the words that a mask of integers names, spread as the states are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        states = self.first(x).relu()
+        spread = mask.unsqueeze(-1).expand_as(states).float()
+        return self.last((states * spread).sum(1) / spread.sum(1).clamp(min=1e-9))
+
+
 @pytest.mark.thinned(4)
 @pytest.mark.parametrize("share", [0.3, 0.6])
 @pytest.mark.parametrize("kind", sorted(CASES))
