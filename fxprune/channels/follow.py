@@ -147,7 +147,7 @@ class _Follower:
             if summed and len(summed) < len(factor.axes):
                 self.labels.tie(factor.labels, factor.labels.amax(summed, keepdim=True))
             elif summed:
-                self.labels.fix(factor.labels, self._because("a softmax over channels"))
+                self.labels.fix(factor.labels, self._because("computed from all channels, as by a softmax"))
 
     def _norm(self, op: ir.Norm) -> None:
         """Ask for equal numbers of channels in each part of a group norm; others go with what was there."""

@@ -178,8 +178,8 @@ class Values:
         if node.op == "get_attr":
             return tape.constants.get(str(node.target), tape.integers.get(str(node.target)))
         if _is_size(node):
-            unknown = node.args[0] in tape.unsized and node.args[1:] not in (("device",), ("dtype",), ("ndim",))
-            return None if unknown else node.meta["val"]
+            asks = node.args[0] in tape.unsized and node.args[1:] not in (("device",), ("dtype",), ("ndim",))
+            return None if asks else node.meta["val"]
         if not is_pure(node):
             return None
         known = dict(values)

@@ -28,7 +28,8 @@ def _transform(axes: int | None) -> Callable[..., ir.Value]:
         dims = range(-axes, 0) if dim is None and axes else range(rank) if dim is None else dim
         dims = [dims % rank] if isinstance(dims, int) else [d % rank for d in dims]
         shape = [1 if d in dims else size for d, size in enumerate(value.shape)]
-        return build.affine(build.reduce(value, "sum", dims, True, shape), context.shape)
+        whole = build.map(value, floor=False, axes=dims)  # a channel of zeros has its place, too
+        return build.affine(build.reduce(whole, "sum", dims, True, shape), context.shape)
 
     return transform
 
