@@ -253,12 +253,21 @@ def faults(row: dict[str, Any]) -> list[str]:
     if row.get("held") and not rightly_held(row):
         lines.append(f"channel: {row['held']}")
     lines += [f"opaque: {reason}" for reason in row.get("opaque", ())]
-    lines += [f"in part: {note}" for note in row.get("notes", {}).get("captured", ()) if "kept whole" in note]
     if row.get("share", 1) < PRUNABLE:
         lines.append(
             f"{row['share']:.0%} of the matrix weights prunable, without {', '.join(row['outside'])[:150]}"
         )
-    return [re.sub(r"[^\s(]*/site-packages/", "", line.replace("\n", " "))[:240] for line in lines]
+    return [_short(line) for line in lines]
+
+
+def calls(row: dict[str, Any]) -> list[str]:
+    """Say which parts of a model stay one call of their module, in one line each."""
+    notes = row.get("notes", {}).get("captured", ())
+    return [_short(note.removeprefix("capture: ")) for note in notes if "kept whole" in note]
+
+
+def _short(line: str) -> str:
+    return re.sub(r"[^\s(]*/site-packages/", "", line.replace("\n", " "))[:240]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -272,11 +281,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         "channels removed, compacted, equal outputs; *none may go*: nets of which no channel can go (all are",
         "inputs or outputs, say), which is no fault. *Refuses to train*: the graph of a model that decides",
         "by random numbers is that of evaluation and says so; its own class was pruned and trained.",
+        "*One call*: a part of the model stays a call of its module; what is inside is lowered as all else is,",
+        "and counts in the other columns. *Clean*: nothing is missing in any other column.",
         "Written by `benchmarks/coverage_more.py`.",
         "",
         "| library | models | captured | exact eval | exact train | nothing opaque | prunable >= 97 % "
-        "| refuses to train | magnitude | training step | SynFlow | channel | none may go | clean |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| refuses to train | magnitude | training step | SynFlow | channel | none may go | one call | clean |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for library in [*libraries, "all"]:
         own = [row for row in rows if library in ("all", row["name"].partition(":")[0])]
@@ -287,11 +298,14 @@ def table(rows: list[dict[str, Any]]) -> str:
         refused = sum("refused" in row for row in own)
         numbers = [len(own), *(good[check] for check in CHECKS[:2]), good["train"] - refused, plain, most]
         numbers += [refused, *(good[check] for check in ("magnitude", "step", "synflow", "channel"))]
-        numbers.append(sum(rightly_held(row) for row in own))
+        numbers += [sum(rightly_held(row) for row in own), sum(bool(calls(row)) for row in own)]
         lines.append(f"| {library} {version(library)} | {' | '.join(map(str, numbers))} | {clean} |")
     lines += ["", "## What is left", ""]
     for row in rows:
         lines += [f"* `{row['name']}`: {fault}" for fault in faults(row)]
+    lines += ["", "## One call", ""]
+    for row in rows:
+        lines += [f"* `{row['name']}`: {call}" for call in calls(row)]
     lines += ["", "## No channel may go", ""]
     lines += [
         f"* `{row['name']}`: {row['held'].partition(': ')[2][:200]}" for row in rows if rightly_held(row)
