@@ -281,12 +281,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         "channels removed, compacted, equal outputs; *none may go*: nets of which no channel can go (all are",
         "inputs or outputs, say), which is no fault. *Refuses to train*: the graph of a model that decides",
         "by random numbers is that of evaluation and says so; its own class was pruned and trained.",
-        "*One call*: a part of the model stays a call of its module; what is inside is lowered as all else is,",
-        "and counts in the other columns. *Clean*: nothing is missing in any other column.",
+        "*One call*: a part of the model stays a call of its module; what is inside is lowered as all else",
+        "is, and counts in the other columns. *Clean*: nothing is missing in any other column.",
         "Written by `benchmarks/coverage_more.py`.",
         "",
         "| library | models | captured | exact eval | exact train | nothing opaque | prunable >= 97 % "
-        "| refuses to train | magnitude | training step | SynFlow | channel | none may go | one call | clean |",
+        "| refuses to train | magnitude | training step | SynFlow | channel | none may go | one call "
+        "| clean |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for library in [*libraries, "all"]:
