@@ -6,19 +6,31 @@ here about which channels go: the result is the relation that channel groups and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
+from types import NoneType
 
 import torch
 from torch import Tensor
 
 from fxprune.channels.constants import POINTWISE, Constants, sums_up
 from fxprune.channels.contractions import contraction
-from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, Lines, Sides, aligned, along_axis, thin
+from fxprune.channels.labels import (
+    FILLED,
+    FIXED,
+    Factor,
+    Labels,
+    Lines,
+    Sides,
+    aligned,
+    along_axis,
+    distinct,
+    thin,
+)
 from fxprune.channels.merging import merged
 from fxprune.channels.pooling import pooled
+from fxprune.channels.repeats import Repeats
 from fxprune.channels.shared import tie_shared
-from fxprune.channels.sides import keep_read_tables, sides_of, table_factors
+from fxprune.channels.sides import ask_for_boxes, keep_read_tables, sides_of, table_factors
 from fxprune.channels.units import tie_units
 from fxprune.channels.wholes import Whole, settle
 from fxprune.graph import ChannelGraph, ir
@@ -43,23 +55,15 @@ class _Follower:
             self.labels.rows[name] = self.labels.count
             self.labels.columns[name] = self.labels.count + kernels.outputs
             self.labels.count += kernels.outputs + kernels.inputs
-            self._ask_for_boxes(kernels)
+            ask_for_boxes(self.labels, kernels)
             if name in fixed:
                 first = self.labels.rows[name]
                 self.labels.fix(torch.arange(first, first + kernels.outputs), f"{name} is excluded")
         self.place = ""
-        self.constants = Constants(graph)
+        self.constants, self.repeats = Constants(graph), Repeats(graph)
         self.wholes: list[Whole] = []
         self.looked_up: list[Tensor] = []  # the labels of what tables give
         self.read = {value.index for op in graph.ops for value in op.inputs}
-
-    def _ask_for_boxes(self, kernels: ir.KernelSet) -> None:
-        """Let a parameter with several axes for one side lose whole slices of each."""
-        for axes, first in zip(kernels.axes or (), (self.labels.rows, self.labels.columns), strict=False):
-            if len(axes) > 1:
-                sizes = [kernels.shape[axis] for axis in axes]
-                labels = first[kernels.name] + torch.arange(math.prod(sizes)).view(sizes)
-                self.labels.lines.append(Lines(labels, -1, kernels.name, box=True))
 
     def run(self) -> Labels:
         for number, op in enumerate(self.graph.ops):
@@ -69,6 +73,7 @@ class _Follower:
             self.constants.note(op)
             if op.output.live or (factors and self.constants.are_followed(op.output)):
                 self.labels.values[op.output.index] = tuple(factors)
+            self.repeats.note(op, factors)
         for value in self.graph.training_outputs:
             for factor in self._of(value):
                 self.labels.fix(factor.labels, "an output of the network in training")
@@ -104,7 +109,7 @@ class _Follower:
                     return self._hold(op, "a product that no rule describes")
                 operands = [(value, self._of(value)) for value in op.inputs]
                 wholes = None if self.whole_heads else self.wholes
-                return _distinct(contraction(self.labels, op, operands, self.place, wholes))
+                return distinct(contraction(self.labels, op, operands, self.place, wholes))
             case ir.Pool():
                 return pooled(
                     self.labels, op, self._of(op.inputs[0]), op.output.index in self.read, self._because
@@ -167,7 +172,7 @@ class _Follower:
         rank = len(shape)
         followed = [value for value in inputs if self._is_followed(value)]
         sides = [(value, aligned(self._of(value), len(value.shape), rank)) for value in followed]
-        sizes = [(1,) * (rank - len(value.shape)) + value.shape for value, _ in sides]
+        sizes = [(1,) * (rank - len(value.shape)) + self.repeats.shape(value) for value, _ in sides]
         found: list[Factor] = []
         for place, (_, factors) in enumerate(sides):
             for factor in factors:
@@ -181,7 +186,7 @@ class _Follower:
                 ]
                 if all(free):
                     found.append(factor)
-        for factor in (found := _distinct(found)):
+        for factor in (found := distinct(found)):
             for value in followed:
                 axis = len(value.shape) - rank + factor.axes[0]
                 if len(factor.axes) == 1 and axis >= 0 and value.shape[axis] == factor.labels.numel():
@@ -189,7 +194,20 @@ class _Follower:
         for value in inputs if followed else ():  # what is computed of constants waits for who reads it
             if not self._is_followed(value):
                 self._label_constant(value, found, rank)
+            elif self.repeats.of(value):
+                self._label_repeats(value, found, rank)
         return found
+
+    def _label_repeats(self, value: ir.Value, factors: Sequence[Factor], rank: int) -> None:
+        """Let the entries of a value that repeats one of them go with the entries that they meet."""
+        own = self.repeats.along(value, factors, rank)
+        self.labels.values[value.index] = (*self._of(value), *own)
+        maker = self.graph.op_of(value)
+        for each in maker.inputs if own and not isinstance(maker, (ir.Gather, NoneType)) else ():
+            if self.repeats.of(each):
+                self._label_repeats(each, own, len(value.shape))
+            elif not self._is_followed(each):
+                self._label_constant(each, own, len(value.shape))
 
     def _label_constant(self, value: ir.Value, factors: Sequence[Factor], rank: int) -> None:
         """Let the entries of a constant go with the entries that it is combined with."""
@@ -279,7 +297,7 @@ class _Follower:
                 labels[entries.flatten()] = factor.labels.expand(entries.shape).flatten()
                 own.append(thin(labels[1:].view(value.shape)))
             if any(factor is not None for factor in own):
-                self._set_constant(value, _distinct([factor for factor in own if factor is not None]))
+                self._set_constant(value, distinct([factor for factor in own if factor is not None]))
 
     def _full(self, value: ir.Value, axes: tuple[int, ...]) -> Tensor:
         """Labels of a value's full shape, as floats: those of its factor along ``axes``, or fixed ones."""
@@ -296,8 +314,7 @@ class _Follower:
 
     # -- contractions with parameters -------------------------------------------------------------------
     def _kernel(self, op: ir.Kernel) -> Sequence[Factor]:
-        value = op.inputs[0]
-        windows = 0 if op.window is None else len(op.window.kernel)
+        value, windows = op.inputs[0], 0 if op.window is None else len(op.window.kernel)
         axis = len(value.shape) - 1 - windows
         spatial = set(range(axis + 1, len(value.shape)))
         passed, along = [], []
@@ -381,18 +398,3 @@ class _Follower:
         outputs, inputs = rows.view(op.groups, -1), columns.view(op.groups, -1)
         for own, partner, value in ((outputs, inputs, op.output), (inputs, outputs, op.inputs[0])):
             self.labels.lines.append(Lines(own, value.index, self.place, partner=partner))
-
-
-def _distinct(factors: Sequence[Factor]) -> list[Factor]:
-    """Drop factors whose axes include those of another: they are tied, and the narrower one tells all.
-
-    Entries that one of two factors along the same axes fills in have the label of the other.
-    """
-    found: dict[tuple[int, ...], Factor] = {}
-    for factor in sorted(factors, key=lambda factor: len(factor.axes)):
-        if factor.axes in found:
-            known = found[factor.axes].labels
-            found[factor.axes] = Factor(factor.axes, factor.labels.where(known == FILLED, known))
-        elif not any(set(axes) <= set(factor.axes) for axes in found):
-            found[factor.axes] = factor
-    return list(found.values())

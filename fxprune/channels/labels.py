@@ -19,7 +19,7 @@ from fxprune.channels.components import components
 
 __all__ = [
     "FILLED", "FIRST", "FIXED", "Factor", "Heads", "Labels", "Lines", "Sides", "aligned", "along_axis",
-    "thin",
+    "distinct", "thin",
 ]  # fmt: skip
 
 FILLED = 0
@@ -204,3 +204,18 @@ def thin(labels: Tensor) -> Factor | None:
             shape = [-1 if axis == axes[-1] else 1 for axis in range(labels.dim())]
             labels = labels.where(~empty, first.view(shape))
     return Factor(tuple(axes), labels) if axes else None
+
+
+def distinct(factors: Sequence[Factor]) -> list[Factor]:
+    """Drop factors whose axes include those of another: they are tied, and the narrower one tells all.
+
+    Entries that one of two factors along the same axes fills in have the label of the other.
+    """
+    found: dict[tuple[int, ...], Factor] = {}
+    for factor in sorted(factors, key=lambda factor: len(factor.axes)):
+        if factor.axes in found:
+            known = found[factor.axes].labels
+            found[factor.axes] = Factor(factor.axes, factor.labels.where(known == FILLED, known))
+        elif not any(set(axes) <= set(factor.axes) for axes in found):
+            found[factor.axes] = factor
+    return list(found.values())

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fxprune.channels.by_channel import labels_by_weight
-from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, along_axis
+from fxprune.channels.labels import FILLED, FIXED, Factor, Labels, Lines, along_axis
 from fxprune.channels.orientation import swap_orientation
 from fxprune.graph import KernelSet, ir
 
-__all__ = ["keep_read_tables", "sides_of", "table_factors"]
+__all__ = ["ask_for_boxes", "keep_read_tables", "sides_of", "table_factors"]
 
 Because = Callable[[str], str]
 """Adds the place to a reason."""
@@ -144,3 +144,12 @@ def _hold(labels: Labels, one: KernelSet, because: Because, *, inputs: bool = Tr
     labels.fix(labels.rows[one.name] + torch.arange(one.outputs), reason)
     if inputs:
         labels.fix(labels.columns[one.name] + torch.arange(one.inputs), reason)
+
+
+def ask_for_boxes(labels: Labels, kernels: ir.KernelSet) -> None:
+    """Let a parameter with several axes for one side lose whole slices of each."""
+    for axes, first in zip(kernels.axes or (), (labels.rows, labels.columns), strict=False):
+        if len(axes) > 1:
+            sizes = [kernels.shape[axis] for axis in axes]
+            entries = first[kernels.name] + torch.arange(math.prod(sizes)).view(sizes)
+            labels.lines.append(Lines(entries, -1, kernels.name, box=True))

@@ -19,6 +19,7 @@ from fxprune.rewrite.compact.kept import Slices
 from fxprune.rewrite.compact.means import scale_means
 from fxprune.rewrite.compact.norm_nodes import NormNodes
 from fxprune.rewrite.compact.parameter_views import KeptByNode, kept_of_parameters
+from fxprune.rewrite.compact.spread import LIKE, REPEATS, set_counts, set_sizes
 
 __all__ = ["Rewriter", "is_shape"]
 
@@ -48,6 +49,7 @@ class Rewriter:
         self.slices = slices
         self.constants: KeptByNode = {}
         self.norms = NormNodes(gm, cut, removed_sums)
+        self.read = {value.index for op in graph.ops for value in op.inputs}
         self.kernels: dict[str, list[ir.Kernel]] = {}
         for op in graph.ops:
             if isinstance(op, ir.Kernel):
@@ -60,6 +62,7 @@ class Rewriter:
             self._freeze_size(node)
         for node in list(self.gm.graph.nodes):
             self._rewrite(node)
+            self._spread(node)
         scale_means(self.graph, self.gm, self.cut)
         self.gm.graph.lint()
         self.gm.recompile()
@@ -125,6 +128,20 @@ class Rewriter:
             self._pad(node, source, value)
         elif node.target in _CONVOLUTIONS:
             self._convolution(node)
+
+    def _spread(self, node: fx.Node) -> None:
+        """Set how often a node repeats entries, or its sizes, if it goes by those of another tensor.
+
+        Conditions, which no op reads, go on following the other tensor.
+        """
+        name, value = called(node), self._value(node)
+        if value is None or node.op not in ("call_function", "call_method"):
+            return
+        if name in REPEATS and self.cut.shrinks(value):
+            set_counts(node, value, self._value(node.args[0]), self.cut)
+        other = self._value(node.args[1]) if name in LIKE else None
+        if other is not None and value.index in self.read:
+            set_sizes(node, value, other, self.cut)
 
     def _sizes(self, node: fx.Node, value: ir.Value) -> None:
         """Set the sizes of the axes that shrink; all others stay as they are."""
