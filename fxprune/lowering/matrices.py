@@ -182,6 +182,7 @@ def _met(graph: ir.ChannelGraph, *, products: bool = False) -> set[str]:
     ``products``: only those that are an operand of a product of values.
     """
     carried: dict[int, frozenset[str]] = {}
+    solved: dict[int, frozenset[str]] = {}  # all entries of a matrix reach each of the result
     met: set[str] = set()
     for op in graph.ops:
         own = frozenset(use.name for use in op.params)
@@ -195,6 +196,12 @@ def _met(graph: ir.ChannelGraph, *, products: bool = False) -> set[str]:
                 met |= set() if products else own
             case _ if not op.output.live:
                 carried[op.output.index] = own | inside
+                taken = frozenset().union(*(solved.get(value.index, frozenset()) for value in op.inputs))
+                whole = inside if isinstance(op, ir.Map) and len(op.axes) > 1 else frozenset()
+                solved[op.output.index] = taken | whole
+            case ir.Sum() if not products:
+                for value in op.inputs:
+                    met |= solved.get(value.index, frozenset())
             case ir.Affine() if not op.bias and _brings_axes(op):
                 carried[op.output.index] = own | inside
             case ir.Affine() | ir.Map() | ir.Norm() | ir.Gather():

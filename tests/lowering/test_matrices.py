@@ -277,3 +277,23 @@ def test_weights_that_turn_constants_are_pruned(inside: bool) -> None:
         for name, mask in masks.items():
             masked.get_parameter(name).mul_(mask)
     assert torch.allclose(masked(x), pruned(x))
+
+
+class Solves(nn.Module):
+    """Multiplies with the inverse of a parameter, which it never makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.matrix, self.offset = nn.Parameter(torch.eye(8) * 4), nn.Parameter(torch.ones(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.last(torch.linalg.solve(self.matrix, self.first(x).t() + self.offset).t())
+        return y
+
+
+def test_matrices_of_equations_are_named() -> None:
+    gm = fxprune.capture(Solves(), torch.randn(5, 6))
+    assert matrices_outside(gm, lower(gm)) == {"matrix": 64}
+    with pytest.warns(UserWarning, match=r"47% of the 136 matrix weights cannot be pruned.*matrix \(64\)"):
+        fxprune.apply(Solves(), "magnitude", 0.5, example_inputs=torch.randn(5, 6), progress=False)

@@ -11,6 +11,8 @@ from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.trial import NodeFailure
 
+MOVING = (ir.Gate, ir.Gather, ir.Mix, ir.Pool, ir.Sum)
+
 __all__ = ["give_back_before", "give_back_node", "give_back_users"]
 
 
@@ -27,16 +29,29 @@ def give_back_users(graph: ChannelGraph, cut: Cut, name: str, reason: str) -> bo
 def give_back_node(graph: ChannelGraph, cut: Cut, nodes: dict[str, fx.Node], error: NodeFailure) -> bool:
     """Give back what a node that failed reads and makes, or else what the nodes before or behind it do.
 
-    A node between parameters alone makes no channels: what reads these parameters gives its own back.
+    A node between parameters alone makes no channels: what reads these parameters gives its own back. Of what
+    is inside of a node, channels that only layers and functions of single entries see go on trial once more.
     """
     name = error.node.removeprefix("narrowed_")
     if name not in nodes:
         return False
     reason = f"{error.node}: {str(error.__cause__)[:80]}"
+    if _give_back_moved(graph, cut, name, reason):
+        return True
     return give_back_before(graph, cut, nodes[name], reason) or (
         _give_back_near(graph, cut, nodes[name], reason, lambda node: list(node.users))
         or any(give_back_users(graph, cut, read, reason) for read in _parameters_before(nodes[name]))
     )
+
+
+def _give_back_moved(graph: ChannelGraph, cut: Cut, name: str, reason: str) -> bool:
+    """Give back what code inside of a node moves, adds up or multiplies; False if there is none."""
+    found = False
+    for op in graph.ops:
+        if op.node == name and op.inner and isinstance(op, MOVING):
+            for value in (*op.inputs, op.output):
+                found |= cut.give_back(cut.labels_of(value), reason)
+    return found
 
 
 def _parameters_before(node: fx.Node) -> list[str]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.capture import CaptureError, CarriedOver, capture_leaf, capture_part
+from fxprune.capture.attributes import Attributes
 from fxprune.capture.errors import users_level
 from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.leaves import is_leaf
@@ -49,7 +50,9 @@ class StaysWhole(Exception):
 
 
 class StaysModule(StaysWhole):
-    """Raised for a module whose calls must stay: it goes on from an earlier call, or is given sizes."""
+    """Raised for a module whose calls must stay: it goes on from an earlier call, is given sizes, or decides
+    by numbers.
+    """
 
 
 def first_held(
@@ -136,17 +139,32 @@ def _own_code(gm: fx.GraphModule, node: fx.Node, module: nn.Module) -> OpenGraph
     except CarriedOver as error:
         raise StaysModule(str(error)) from error
     except CaptureError as error:
-        raise StaysWhole(str(error)) from error
+        is_seen = _is_seen(module, args, kwargs, leaf_attributes(gm, node))
+        raise (StaysModule if is_seen else StaysWhole)(str(error)) from error
     given = [leaf for source in node.all_input_nodes for leaf in pytree.tree_leaves(source.meta["val"])]
     if any(map(_is_number, given)):  # such as sizes: its own graph would hold for these alone
-        called = (str(one.target) for one in inner.graph.nodes if one.op == "call_module")
-        if all(is_leaf(inner.get_submodule(path)) for path in called):
-            raise StaysModule(GIVEN_SIZES)
-        raise StaysWhole(GIVEN_SIZES)
+        raise (StaysModule if _has_layers_alone(inner) else StaysWhole)(GIVEN_SIZES)
     if note:
         told = f"compact: {type(module).__name__} was kept whole, and is a graph now: {note}"
         warnings.warn(told, stacklevel=users_level())
     return inner
+
+
+def _is_seen(module: nn.Module, args: Any, kwargs: Any, attributes: Mapping[str, Attributes]) -> bool:
+    """Whether all of a module can be looked at that only asks whether there is something to do.
+
+    Then channels inside of it are known to go, for whatever numbers it is given.
+    """
+    try:
+        return _has_layers_alone(capture_leaf(module, args, kwargs, attributes))
+    except CaptureError:
+        return False
+
+
+def _has_layers_alone(inner: OpenGraph) -> bool:
+    """Whether a graph calls no module that stays whole but PyTorch's layers."""
+    called = (str(one.target) for one in inner.graph.nodes if one.op == "call_module")
+    return all(is_leaf(inner.get_submodule(path)) for path in called)
 
 
 def _is_number(value: Any) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fxprune
 from rewrite.compact.masked import redrawn
@@ -205,3 +206,48 @@ def test_layers_get_smaller_where_training_draws_random_numbers() -> None:
     small = fxprune.compact(masked, X)
     assert small.get_submodule("head.stem").out_channels < 8
     assert_equal(masked(X), small(X))
+
+
+class NoisyExperts(nn.Module):
+    """Gates with noise as in Shazeer et al. 2017, and calls an expert where a row asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.noise = nn.Linear(8, 3, bias=False), nn.Linear(8, 3, bias=False)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.gate(x)
+        if self.training:
+            logits = logits + torch.randn_like(logits) * F.softplus(self.noise(x))
+        top, chosen = logits.topk(2, -1)
+        weights = torch.full_like(logits, float("-inf")).scatter(-1, chosen, top).softmax(-1)
+        result = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            hit = (chosen == number).any(-1)
+            if hit.any():
+                result[hit] += weights[hit, number : number + 1] * expert(x[hit])
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:capture")
+def test_layers_get_smaller_in_code_that_decides_by_numbers() -> None:
+    """What is hidden in an expert goes; what code adds up, in a tensor as wide as its input, is given back."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), NoisyExperts(), nn.Linear(8, 3)), torch.randn(7, 6)
+    options = {"granularity": "channel", "example_inputs": x, "progress": False}
+    pruned = fxprune.apply(model, "magnitude", 0.4, **options).eval()
+    small = fxprune.compact(pruned, x)
+    experts = small.get_submodule("1").experts
+    assert {len(expert[2].weight) for expert in experts} == {8}
+    masks = fxprune.masks(pruned)
+    left = [int(masks[f"1.experts.{number}.0.weight"].any(1).sum()) for number in range(3)]
+    assert [len(expert[0].weight) for expert in experts] == left
+    assert sum(left) < 48
+    for batch in (1, 4, 30):
+        x = torch.randn(batch, 6)
+        assert torch.allclose(small(x), pruned(x), atol=1e-6)
+    small.train()(x).sum().backward()
+    assert experts[0][0].weight.grad is not None
