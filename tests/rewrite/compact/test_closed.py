@@ -234,7 +234,7 @@ class NoisyExperts(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:capture")
 def test_layers_get_smaller_in_code_that_decides_by_numbers() -> None:
-    """What is hidden in an expert goes; what code adds up, in a tensor as wide as its input, is given back."""
+    """Units that an expert hides go; what code adds up, in a tensor as wide as its input, is given back."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(6, 8), NoisyExperts(), nn.Linear(8, 3)), torch.randn(7, 6)
     options = {"granularity": "channel", "example_inputs": x, "progress": False}
