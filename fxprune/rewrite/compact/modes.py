@@ -6,12 +6,13 @@ in place of it must not go either, and must have the same channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fxprune.capture import ModeSwitch
 from fxprune.capture.modes import ModeBranch
@@ -20,7 +21,7 @@ from fxprune.rewrite.compact.trial import RUN_ERRORS, NodeFailure, difference, f
 from fxprune.rewrite.compact.unchecked import Unchecked
 from fxprune.torch_private import pytree
 
-__all__ = ["check_training", "of_both_modes"]
+__all__ = ["buffers_kept", "check_training", "of_both_modes"]
 
 TOLERANCE = 1e-4
 """Of the largest entry, in the numbers' own type; entries of other channels differ by more."""
@@ -55,23 +56,38 @@ def check_training(
     """
     if not any(_is_choice(node, gm) for node in gm.graph.nodes):
         return
+    with buffers_kept(gm, small), torch.no_grad():
+        _check_training(gm, small, inputs, numbers)
+
+
+@contextmanager
+def buffers_kept(*networks: nn.Module) -> Iterator[None]:
+    """Give buffers their numbers back on leaving: code of training alone may write into them."""
+    kept = [(buffer, buffer.clone()) for network in networks for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, numbers in kept:
+                if not torch.equal(buffer, numbers):
+                    buffer.copy_(numbers)
+
+
+def _check_training(gm: fx.GraphModule, small: fx.GraphModule, inputs: Sequence[Any], numbers: bool) -> None:
     before = _InTraining(gm)
     try:
-        with torch.no_grad():
-            old = before.run(*inputs)
+        old = before.run(*inputs)
     except NodeFailure:
         return  # it does not train as it is
     after = _InTraining(small)
-    with torch.no_grad():
-        new = after.run(*inputs)
+    new = after.run(*inputs)
     if _sizes(old) != _sizes(new):
         raise _failure(_returned(small), "sizes")
     if numbers and not difference(old, new) <= TOLERANCE:
         again = _InTraining(gm, seed=1)
-        with torch.no_grad():
-            if difference(old, again.run(*inputs)) <= TOLERANCE:
-                node = first_difference(before.found, after.found, TOLERANCE) or _returned(small)
-                raise _failure(node, "numbers")
+        if difference(old, again.run(*inputs)) <= TOLERANCE:
+            node = first_difference(before.found, after.found, TOLERANCE) or _returned(small)
+            raise _failure(node, "numbers")
 
 
 def _failure(node: str, others: str) -> NodeFailure:

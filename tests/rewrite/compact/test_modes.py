@@ -136,3 +136,31 @@ def test_groups_hold_the_channels_of_both_modes() -> None:
     first = next(group for group in groups if group.removable)
     members = {(member.parameter, member.axis) for member in first.members}
     assert {("first.weight", "out"), ("second.weight", "out"), ("between.weight", "in")} <= members
+
+
+class FollowsItsMean(nn.Module):
+    """Subtracts a mean that training alone writes into a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.register_buffer("mean", torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(y.mean(0), alpha=0.1)
+        result: Tensor = self.last((y - self.mean).relu())
+        return result
+
+
+def test_buffers_that_training_writes_are_what_they_were() -> None:
+    torch.manual_seed(0)
+    model, x = FollowsItsMean().eval(), torch.randn(5, 6)
+    pruned = fxprune.apply(
+        model, "magnitude", 0.3, granularity="channel", example_inputs=x, progress=False
+    ).eval()
+    small = fxprune.compact(pruned, x)
+    assert torch.allclose(small(x), pruned(x), atol=1e-6)
+    assert not any(bool(network.get_buffer("mean").any()) for network in (pruned, small))
