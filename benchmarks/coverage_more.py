@@ -1,6 +1,6 @@
 """Models of other libraries and nets of single operations: captured, exact, prunable, smaller?
 
-Each model is built small, from a configuration, with random weights (`more_models.py`, `more_nets.py`), and
+Each model is built small, from a configuration, with random weights (`more_models.py`, `more_libraries.py`, `more_nets.py`), and
 is run in a process of its own. It runs once in eager mode before it is captured; what it gave is compared. A
 line per model goes to a file next to this script as it is done, so that a run goes on where it was stopped:
 
@@ -29,6 +29,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import more_libraries
 import more_models
 import more_nets
 import torch
@@ -52,7 +53,11 @@ def without_folders(text: str) -> str:
 LIMIT_S = 240
 QUICK = False
 """Capture and lower only, for a first look."""
-MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {**more_models.MODELS, **more_nets.MODELS}
+MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    **more_models.MODELS,
+    **more_libraries.LIBRARIES,
+    **more_nets.MODELS,
+}
 CHECKS = ("captured", "eval", "train", "lowered", "magnitude", "step", "synflow", "channel")
 PACKAGES = {"torch_geometric": "torch-geometric"}
 SHARED = (

@@ -82,6 +82,17 @@ class Network:
         return [name for name, kernels in self.graph.kernels.items() if kernels.direct]
 
     @property
+    def read_by_code(self) -> list[str]:
+        """The computed weights that the graph to return computes itself, from their parameters: unmasked."""
+        nodes = [] if self.form is None else [node for node in self.form.graph.nodes if node.op == "get_attr"]
+        paths = [str(node.target) for node in nodes]
+        return [
+            name
+            for name in (computed_weights(self.source) if paths else ())
+            if any(path.startswith(_parts_of(name)) for path in paths)
+        ]
+
+    @property
     def scored(self) -> nn.Module:
         """The model whose parameters are the weights of ``graph``, with their values."""
         if self.settled is None or self.settled is self.source:
@@ -120,7 +131,20 @@ def captured(
         graph = lower(gm, rules=wish.rules)
     hidden = _layers_without_paths(gm, graph, wish, asker.needs)
     _warn_of_rest(gm, graph, hidden)
-    return Network(given, source, gm, graph, before, flat, form, hidden)
+    network = Network(given, source, gm, graph, before, flat, form, hidden)
+    if dense := network.read_by_code:
+        names = ", ".join(map(repr, dense))
+        why = f"{names}: code reads what a parametrization computes, and the graph computes it by itself"
+        if isinstance(wish.granularity, Channel):
+            raise ValueError(f"model: {why}; no channels go there: take returns='module'")
+        warnings.warn(f"{why}; not pruned: returns='module' prunes it", stacklevel=users_level())
+    return network
+
+
+def _parts_of(name: str) -> tuple[str, ...]:
+    """How the names of the parameters begin from which a weight is computed, in PyTorch's two ways."""
+    path, _, weight = name.rpartition(".")
+    return f"{path}.parametrizations.{weight}.", f"{path}.{weight}_v", f"{path}.{weight}_orig"
 
 
 def _layers_without_paths(
@@ -165,6 +189,8 @@ def build_problem(
     """
     _demand_values(network.scored, network.graph)
     names = {name: kernels.aliases for name, kernels in network.graph.kernels.items()} | dict(network.hidden)
+    for name in (dense := network.read_by_code):
+        names.pop(name, None)
     prunable = [name for name, others in names.items() if not wish.excludes(network.scored, (name, *others))]
     if wish.method.updates:
         _demand_plain(network.source, prunable, wish.method.name)
@@ -202,7 +228,7 @@ def build_problem(
         progress=progress,
         micro_batch=wish.micro_batch,
         group=group,
-        fixed=tuple(excluded_parameters(wish.exclude, network.scored, network.graph)),
+        fixed=(*excluded_parameters(wish.exclude, network.scored, network.graph), *dense),
     )
     if wish.budget == "owl":
         problem = replace(problem, budget=outlier_budget(problem))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
@@ -227,3 +227,32 @@ def test_layers_inside_of_what_stays_whole_are_pruned_by_weights() -> None:
     assert set(report.outside) == layers
     everything = sum(mask.numel() for mask in masks.values())
     assert report.matrix_sparsity == sum(int((~m).sum()) for m in masks.values()) / everything
+
+
+class ReadsWhatIsComputed(nn.Module):
+    """Adds rows of a weight that a parametrization computes, which its layer never multiplies with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.places = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        result: Tensor = self.last((y @ self.places.weight + self.places.weight[: y.shape[1]]).relu())
+        return result
+
+
+def test_a_computed_weight_that_code_reads_is_pruned_where_masks_reach_it() -> None:
+    torch.manual_seed(0)
+    model, x = ReadsWhatIsComputed().eval(), torch.randn(2, 5, 6)
+    with pytest.warns(UserWarning, match="'places.weight': code reads .*returns='module' prunes it"):
+        graph = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, progress=False)
+    assert sorted(fxprune.masks(graph)) == ["first.weight", "last.weight"]
+    assert torch.allclose(fxprune.finalize(graph)(x), graph(x))
+    module = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, progress=False, returns="module")
+    mask = fxprune.masks(module)["places.weight"]
+    assert torch.equal(module.places.weight != 0, mask)
+    assert torch.allclose(fxprune.finalize(module)(x), module(x))
+    with pytest.raises(ValueError, match="no channels go there: take returns='module'"):
+        fxprune.apply(model, "magnitude", 0.5, granularity="channel", example_inputs=x, progress=False)
