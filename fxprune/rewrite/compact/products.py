@@ -142,7 +142,8 @@ def _numbers(
         return zero_in_parts(graph, cut, value, recorded), zero
     runs = recorded.get(node_of(graph, parts[0])) if parts else None
     value = parts[0] if parts else value
-    if runs is None or runs[0].shape != torch.Size(value.shape):
+    # How many entries a mask picks depends on the numbers of a run.
+    if runs is None or any(run.shape != torch.Size(value.shape) for run in runs):
         return zero, zero.clone()
     even = zero.clone()
     both = torch.stack(runs)
