@@ -149,3 +149,28 @@ def test_a_channel_of_a_head_that_is_left_counts() -> None:
     small = fxprune.compact(model, x)
     new = torch.randn(3, 5, 8)
     assert torch.allclose(small(new), model(new), atol=1e-5)
+
+
+class AttendsToSome(nn.Module):
+    """Attention among the rows that a mask picks: each run has another number of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.value, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)[x[:, 0] > 0]
+        result: Tensor = self.last((h @ h.t()).softmax(-1) @ self.value(h)).sum(0)
+        return result
+
+
+def test_products_of_rows_that_a_mask_picks() -> None:
+    torch.manual_seed(0)
+    model, x = AttendsToSome().eval(), torch.randn(9, 6)
+    pruned = fxprune.apply(
+        model, "magnitude", 0.4, granularity="channel", example_inputs=x, progress=False
+    ).eval()
+    small = fxprune.compact(pruned, x)
+    assert len(small.get_parameter("value.weight")) < 8
+    for rows in (x, torch.randn(30, 6)):
+        assert torch.allclose(small(rows), pruned(rows), atol=1e-5)
