@@ -152,15 +152,17 @@ def test_a_channel_of_a_head_that_is_left_counts() -> None:
 
 
 class AttendsToSome(nn.Module):
-    """Attention among the rows that a mask picks: each run has another number of them."""
+    """Scores the rows that a mask picks by products of two layers: each run has another number of them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.value, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.first, self.second, self.value = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 8)
+        self.last = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.first(x)[x[:, 0] > 0]
-        result: Tensor = self.last((h @ h.t()).softmax(-1) @ self.value(h)).sum(0)
+        x = x[x[:, 0] > 0]
+        scores = (self.first(x) * self.second(x)).sum(-1, keepdim=True).softmax(0)
+        result: Tensor = self.last(self.value(x) * scores).sum(0)
         return result
 
 
