@@ -1,4 +1,4 @@
-"""More models of vit_pytorch, torch_geometric, monai and segmentation_models_pytorch, for `coverage_more.py`."""
+"""More models of vit_pytorch, torch_geometric, monai and segmentation_models_pytorch."""
 
 from __future__ import annotations
 
@@ -162,7 +162,8 @@ LIBRARIES: dict[str, Build] = {
     },
     **{
         f"segmentation_models_pytorch:{name.lower()}": _net(
-            "segmentation_models_pytorch", name, _image(64), "resnet18", encoder_weights=None, classes=2, **own
+            "segmentation_models_pytorch", name, _image(64), "resnet18",
+            encoder_weights=None, classes=2, **own
         )
         for name, own in (
             ("PSPNet", {"psp_out_channels": 16}),
@@ -173,8 +174,10 @@ LIBRARIES: dict[str, Build] = {
     **{
         f"monai:{name.lower()}": _net("monai.networks.nets", name, inputs, **own)
         for name, inputs, own in (
-            ("SegResNetDS", torch.randn(1, 1, 16, 16), {"spatial_dims": 2, "init_filters": 8, "blocks_down": (1, 1)}),
-            ("ResNetFeatures", torch.randn(1, 1, 16, 16, 16), {"model_name": "resnet10", "pretrained": False}),
+            ("SegResNetDS", torch.randn(1, 1, 16, 16), {"spatial_dims": 2, "init_filters": 8,
+                                                        "blocks_down": (1, 1)}),
+            ("ResNetFeatures", torch.randn(1, 1, 16, 16, 16), {"model_name": "resnet10",
+                                                               "pretrained": False}),
             ("FlexibleUNet", _image(64), {"in_channels": 3, "out_channels": 2, "backbone": "resnet18",
                                           "decoder_channels": (16, 8, 8, 8, 8), "spatial_dims": 2}),
             ("BasicUNetPlusPlus", _image(32, 1), {"spatial_dims": 2, "features": (8, 8, 8, 8, 8, 8)}),

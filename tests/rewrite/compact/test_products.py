@@ -159,8 +159,8 @@ class AttendsToSome(nn.Module):
         self.first, self.second, self.value = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 8)
         self.last = nn.Linear(8, 3)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[x[:, 0] > 0]
+    def forward(self, x: Tensor, chosen: Tensor) -> Tensor:
+        x = x[chosen > 0]
         scores = (self.first(x) * self.second(x)).sum(-1, keepdim=True).softmax(0)
         result: Tensor = self.last(self.value(x) * scores).sum(0)
         return result
@@ -168,11 +168,11 @@ class AttendsToSome(nn.Module):
 
 def test_products_of_rows_that_a_mask_picks() -> None:
     torch.manual_seed(0)
-    model, x = AttendsToSome().eval(), torch.randn(9, 6)
+    model, inputs = AttendsToSome().eval(), (torch.randn(9, 6), torch.tensor([0, 1, 3, 0, 1, 0, 1, 5, 0]))
     pruned = fxprune.apply(
-        model, "magnitude", 0.4, granularity="channel", example_inputs=x, progress=False
+        model, "magnitude", 0.4, granularity="channel", example_inputs=inputs, progress=False
     ).eval()
-    small = fxprune.compact(pruned, x)
+    small = fxprune.compact(pruned, inputs)
     assert len(small.get_parameter("value.weight")) < 8
-    for rows in (x, torch.randn(30, 6)):
-        assert torch.allclose(small(rows), pruned(rows), atol=1e-5)
+    for rows in (inputs, (torch.randn(30, 6), torch.arange(30) % 3)):
+        assert torch.allclose(small(*rows), pruned(*rows), atol=1e-5)
