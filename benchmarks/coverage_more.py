@@ -2,7 +2,8 @@
 
 Each model is built small, from a configuration, with random weights (`more_models.py`, `more_libraries.py`,
 `more_nets.py`), and is run in a process of its own. It runs once in eager mode before it is captured; what it
-gave is compared. A line per model goes to a file next to this script as it is done, so that a run goes on where it was stopped:
+gave is compared. A line per model goes to a file next to this script as it is done, so that a run goes on
+where it was stopped:
 
     python benchmarks/coverage_more.py              # all
     python benchmarks/coverage_more.py bert nets    # names that contain one of these, again
