@@ -142,7 +142,7 @@ def captured(
 
 
 def _parts_of(name: str) -> tuple[str, ...]:
-    """How the names of the parameters begin from which a weight is computed, in PyTorch's two ways."""
+    """The beginnings of the names of parameters from which a weight is computed, in PyTorch's two ways."""
     path, _, weight = name.rpartition(".")
     return f"{path}.parametrizations.{weight}.", f"{path}.{weight}_v", f"{path}.{weight}_orig"
 

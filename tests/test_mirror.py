@@ -58,6 +58,7 @@ FRONTS = {
     "plans.py": "api/test_planning.py",
     "request.py": "api/test_arguments.py",
     "rewrite/compact/cut.py": "rewrite/compact/test_compaction.py",
+    "rewrite/compact/giving_back.py": "rewrite/compact/test_closed.py",
     "rewrite/compact/norm_nodes.py": "rewrite/compact/test_norms.py",
     "rewrite/compact/plain_values.py": "rewrite/files/test_network.py",
     "rewrite/compact/recipe.py": "rewrite/files/test_network.py",
