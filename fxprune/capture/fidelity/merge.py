@@ -93,7 +93,7 @@ class _Merge:
                 made = a if source is a.args[0] else self.graph.call_function(getattr, (source, "dtype"))
                 made.meta["val"] = a.meta["val"]
                 return made
-        return self.switches.choose(self.graph, "", b.dtype, a)
+        return b.dtype if a.args[0] in self.nothing else self.switches.choose(self.graph, "", b.dtype, a)
 
     def translated(self, value: Any) -> Any:
         """Arguments of the training trace in terms of the merged graph."""
