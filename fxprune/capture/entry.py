@@ -6,6 +6,7 @@ like the model in training and in evaluation, at any batch size.
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Hashable, Mapping
@@ -99,6 +100,7 @@ def capture(model: nn.Module, example_inputs: Any = None, **others: NoReturn) ->
     _check(model)
     args, kwargs = example_inputs_for(model, example_inputs)
     examples: dict[int, Tensor] = {}
+    given = args, kwargs
     args, kwargs = _shapes(args, examples), _shapes(kwargs, examples)
     try:
         with collector_paused(), replaced_calls():
@@ -106,7 +108,7 @@ def capture(model: nn.Module, example_inputs: Any = None, **others: NoReturn) ->
     except HookError:
         raise
     except TRACE_ERRORS as error:
-        raise _explained(model, args, kwargs, error) from error
+        raise _explained(model, args, kwargs, error, given) from error
     whole = {str(node.target) for node in found.graph.nodes if node.op == "call_module"}
     for note in _notes(model, found.notes, whole):
         warnings.warn(f"capture: {note}", stacklevel=users_level())
@@ -300,15 +302,19 @@ def _shapes(value: Any, examples: dict[int, Tensor] | None = None) -> Any:
 
 
 def _explained(
-    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: BaseException
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    error: BaseException,
+    given: tuple[tuple[Any, ...], Mapping[str, Any]],
 ) -> ValueError | CaptureError:
-    """Is it the inputs or the model? The inputs, if their shapes fail without a trace, too."""
+    """Is it the inputs or the model? The inputs, if their shapes fail without a trace, and they themselves."""
     name = type(model).__name__
     if not isinstance(error, CaptureError):
         try:
             shapes_only(model, args, kwargs)
         except TRACE_ERRORS as own:
-            if needs_numbers(own):
+            if needs_numbers(own) or _runs(model, *given):
                 return _refusal(model, error)
             shapes = map_structure(lambda x: list(x.shape) if isinstance(x, Tensor) else x, kwargs or args)
             return InputError(
@@ -316,6 +322,24 @@ def _explained(
                 "pass inputs that it runs on"
             )
     return _refusal(model, error)
+
+
+def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a copy of the model runs on these inputs in evaluation, though it does not on their shapes."""
+    tensors = [*model.parameters(), *model.buffers()]
+    map_structure(lambda x: tensors.append(x) if isinstance(x, Tensor) else None, (args, dict(kwargs)))
+    if any(tensor.is_meta for tensor in tensors):
+        return False
+    before = rng_state()
+    try:
+        with torch.no_grad():
+            copied = copy.deepcopy(model).eval()
+            copied(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs)))
+    except Exception:  # whatever it says, it does not run
+        return False
+    finally:
+        restore_rng(before)
+    return True
 
 
 def _refusal(model: nn.Module, error: BaseException) -> CaptureError:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from fxprune.capture.errors import CaptureError
+
 __all__ = ["AutogradCall", "MethodCall", "ObjectOf", "ScriptedCall"]
 
 
@@ -77,7 +79,10 @@ class ObjectOf:
         self.__module__ = kind.__module__
 
     def __call__(self, **attributes: Any) -> Any:
-        made: Any = object.__new__(self.kind)
+        try:
+            made: Any = object.__new__(self.kind)
+        except TypeError as error:  # made in C, such as the storage of a tensor
+            raise CaptureError(f"it keeps a {self.kind.__name__}, which a graph cannot") from error
         vars(made).update(attributes)
         return made
 

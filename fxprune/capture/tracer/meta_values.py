@@ -333,6 +333,8 @@ def _frozen(value: Any) -> Any:
 def meta_like(tensor: Tensor, dtypes: Mapping[Any, torch.dtype] | None = None) -> Tensor:
     """A meta tensor with the metadata of ``tensor``; packed or sparse ones count as dense."""
     dtype = (dtypes or {}).get(tensor.dtype, tensor.dtype)
+    if tensor.is_nested:
+        raise CaptureError("a nested tensor has rows of several lengths, which no shape says")
     with torch.no_grad():
         if tensor.layout is not torch.strided or type(tensor) not in PLAIN:
             return torch.empty(tensor.shape, dtype=dtype, device=META)

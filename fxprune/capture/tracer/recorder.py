@@ -297,9 +297,10 @@ class Recorder(TorchFunctionMode):
                 options = {key: map_structure(plain_number, item) for key, item in kwargs.items()}
                 out = module.forward(*[map_structure(plain_number, item) for item in args], **options)
             except TRACE_ERRORS as error:
-                if not needs_numbers(error):
-                    raise
-                return self._made_up("call_module", path, module.forward, args, kwargs)
+                try:
+                    return self._made_up("call_module", path, module.forward, args, kwargs)
+                except TRACE_ERRORS:
+                    raise error from None
         writes = bool(getattr(module, "inplace", False))
         with DisableTorchFunction():
             return self.tape.record("call_module", path, args, kwargs, out, writes)
