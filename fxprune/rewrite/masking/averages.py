@@ -131,6 +131,9 @@ def watched(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, torch.Tensor
 
 
 def _is_changed(copy: nn.Module, seen: _CopyState) -> bool:
+    if not seen.weights:  # there were none yet when its watch began
+        note(copy)
+        return False
     if _versions(copy)[0] != seen.weights:
         return True
     if not seen.looks:

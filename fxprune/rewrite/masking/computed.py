@@ -59,14 +59,45 @@ class WeightMask(nn.Module):
         note(self)
 
 
+class HookedMask(nn.Module):
+    """The mask of a weight that an older hook computes, as averages know it; no part of its module.
+
+    ``owner`` is the module, in a tuple, which registers nothing.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__()
+        self.owner, self.name = (module,), name
+        identify(self)
+        enrol(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        enrol(self)
+        watch(self)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """None while a copy of the module is being made."""
+        return vars(self.owner[0]).get("_buffers", {}).get(self.name + SUFFIX)
+
+    @property
+    def masked_sources(self) -> list[nn.Parameter]:
+        return computed_from(self.owner[0], self.name) if self.mask is not None else []
+
+
 class MaskHook:
     """Multiply a weight that an earlier hook has computed, before the module runs."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.name, self.hooked = name, HookedMask(module, name)
 
     def __call__(self, module: nn.Module, inputs: Any) -> None:
         setattr(module, self.name, getattr(module, self.name) * module._buffers[self.name + SUFFIX])
+
+    def loaded(self, module: nn.Module, keys: Any) -> None:
+        """Take what was loaded into the module as seen."""
+        note(self.hooked)
 
 
 def computed_weights(model: nn.Module) -> dict[str, Computed]:
@@ -149,6 +180,9 @@ def put_computed(module: nn.Module, name: str, mask: Tensor) -> None:
         present.copy_(mask)
         if parametrize.is_parametrized(module, name):
             note(list(module.parametrizations[name])[-1])  # type: ignore[index]
+        for hook in _hooks(module):
+            if isinstance(hook, MaskHook) and hook.name == name:
+                note(hook.hooked)
         return
     own = mask.detach().to(value_of(module, name).device, copy=True)
     if parametrize.is_parametrized(module, name):
@@ -156,7 +190,9 @@ def put_computed(module: nn.Module, name: str, mask: Tensor) -> None:
         module.parametrizations[name].append(last)  # type: ignore[index,union-attr]
         return
     module.register_buffer(name + SUFFIX, own)
-    module.register_forward_pre_hook(MaskHook(name))
+    hook = MaskHook(module, name)
+    module.register_forward_pre_hook(hook)
+    module.register_load_state_dict_post_hook(hook.loaded)
     setattr(module, name, value_of(module, name) * own)
 
 
@@ -186,9 +222,16 @@ def unmask_computed(model: nn.Module) -> None:
             module.parametrizations[attribute].pop(-1)  # type: ignore[index,union-attr]
             continue
         module._buffers.pop(attribute + SUFFIX)
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, MaskHook) and hook.name == attribute:
-                del module._forward_pre_hooks[key]
+        _drop_hooks(module, attribute)
+
+
+def _drop_hooks(module: nn.Module, name: str) -> None:
+    """Take out the hooks that mask a weight."""
+    for table in (module._forward_pre_hooks, module._load_state_dict_post_hooks):
+        for key, hook in list(table.items()):
+            own = getattr(hook, "__self__", hook)
+            if isinstance(own, MaskHook) and own.name == name:
+                del table[key]
 
 
 def settle(module: nn.Module, name: str) -> None:
@@ -229,6 +272,7 @@ def _settle_hooked(module: nn.Module, name: str) -> None:
     for hook in hooks:
         hook(module, None)
     value = getattr(module, name).detach().clone()
+    _drop_hooks(module, name)
     for table in (module._forward_pre_hooks, module._state_dict_hooks, module._load_state_dict_pre_hooks):
         for key, hook in list(table.items()):
             inner = getattr(hook, "hook", hook)

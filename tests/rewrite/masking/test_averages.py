@@ -155,18 +155,28 @@ def test_finalize_trusts_masks_and_not_the_storage():
     assert not nets.raw_zero(model, masks), "the caller's storage is left alone"
 
 
+COMPUTED = {
+    "parametrized": nn.utils.parametrizations.weight_norm,
+    "hooked": nn.utils.weight_norm,
+    "hooked, spectral": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("kind", AVERAGES)
-def test_an_average_gets_the_masks_of_weights_that_are_computed(kind):
+@pytest.mark.parametrize("form", COMPUTED)
+def test_an_average_gets_the_masks_of_weights_that_are_computed(kind, form):
     torch.manual_seed(0)
-    first = nn.utils.parametrizations.weight_norm(nn.Linear(8, 16))
+    first = COMPUTED[form](nn.Linear(8, 16))
     model = nn.Sequential(first, nn.ReLU(), nn.Linear(16, 4))
     shapes = {"0.weight": (16, 8), "2.weight": (4, 16)}
     chances = {name: torch.rand(shape) for name, shape in shapes.items()}
     set_masks(model, {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    average, snapshot = AVERAGES[kind](model), copy.deepcopy(model)
+    average, snapshot, loaded = AVERAGES[kind](model), copy.deepcopy(model), copy.deepcopy(model)
     for turn in range(8):
         step(model, optimizer)
+        loaded.load_state_dict(snapshot.state_dict())
         if turn < 3:
             set_masks(model, {name: chance < 0.7 - 0.2 * turn for name, chance in chances.items()})
         average.update(model)
@@ -175,3 +185,4 @@ def test_an_average_gets_the_masks_of_weights_that_are_computed(kind):
         assert torch.equal(read(average.module)[name], mask)
         assert torch.equal(weights[name] != 0, mask), "and all that is kept is there"
         assert read(snapshot)[name].all(), "nobody wrote to it"
+        assert read(loaded)[name].all(), "its weights were loaded"
