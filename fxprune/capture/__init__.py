@@ -3,11 +3,12 @@
 from fxprune.capture.entry import capture, capture_leaf, capture_part
 from fxprune.capture.errors import CaptureError, CarriedOver, Overwritten
 from fxprune.capture.inputs import example_inputs_for
-from fxprune.capture.modes import ModeSwitch, evaluation_only
+from fxprune.capture.modes import ModeBranch, ModeSwitch, evaluation_only
 
 __all__ = [
     "CaptureError",
     "CarriedOver",
+    "ModeBranch",
     "ModeSwitch",
     "Overwritten",
     "capture",

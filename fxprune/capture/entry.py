@@ -308,7 +308,7 @@ def _explained(
     error: BaseException,
     given: tuple[tuple[Any, ...], Mapping[str, Any]],
 ) -> ValueError | CaptureError:
-    """Is it the inputs or the model? The inputs, if their shapes fail without a trace, and they themselves."""
+    """Is it the inputs or the model? The inputs, if they and their shapes fail without a trace."""
     name = type(model).__name__
     if not isinstance(error, CaptureError):
         try:

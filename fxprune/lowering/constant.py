@@ -13,7 +13,12 @@ from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
 from fxprune.lowering.reads import Reads
 
-__all__ = ["Constant", "Joined"]
+__all__ = ["Constant", "Joined", "unknown_numbers", "without_numbers"]
+
+
+def unknown_numbers() -> Any:
+    """Raise ``RuntimeError``: for constants of which nothing but their presence is known."""
+    raise RuntimeError("these numbers are others in each run")
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Constant:
         return self.moved(TensorFunction.of("select", PREVIOUS, axis, 0), shape)
 
     def numbers(self) -> Tensor | None:
-        """The numbers, or ``None`` where they cannot be had (on the meta device, in memory without any)."""
+        """The numbers, or ``None`` where they cannot be had (on the meta device, in memory without any, and
+        where they are others in each run)."""
         if self.is_empty:
             return None
         try:
@@ -72,3 +78,8 @@ class Constant:
         except RuntimeError:
             return None
         return None if not isinstance(result, Tensor) or result.device.type == "meta" else result.cpu()
+
+
+def without_numbers(x: Any) -> Any:
+    """Return a constant of which nothing but its presence is known; all else as it is."""
+    return Constant(x.shape, x.dtype, unknown_numbers, reads=x.reads) if isinstance(x, Constant) else x

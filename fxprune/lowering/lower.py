@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxprune.capture import CaptureError, Overwritten, capture_leaf
+from fxprune.capture import CaptureError, ModeBranch, Overwritten, capture_leaf
 from fxprune.capture.collector import collector_paused
 from fxprune.capture.function_body import FunctionBody
 from fxprune.capture.leaves import dense_class
@@ -27,12 +27,13 @@ from fxprune.capture.tracer.call_targets import AutogradCall
 from fxprune.capture.tracer.calls_replaced import replaced_calls
 from fxprune.capture.tracer.contents import is_record
 from fxprune.capture.tracer.meta_values import map_structure
+from fxprune.capture.tracer.spelling import DRAWS, called
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import TensorFunction
 from fxprune.keywords import refuse_unknown
 from fxprune.lowering.aliases import Memory, written
 from fxprune.lowering.builder import Builder
-from fxprune.lowering.constant import Constant
+from fxprune.lowering.constant import Constant, unknown_numbers, without_numbers
 from fxprune.lowering.folding import as_constants, changed, reads_after_write
 from fxprune.lowering.follow import reads_of_result
 from fxprune.lowering.joined import joined_weights
@@ -48,6 +49,7 @@ from fxprune.lowering.rules.table import (
     Rules,
     Unknown,
     describe,
+    described,
     find_rule,
     own_rules,
     positional,
@@ -225,7 +227,7 @@ class _Walk:
         except (Unknown, *FAILURES) as error:
             if self.build.strict:
                 raise
-            reason = f"lowering {describe(node.target)} raised {_described(error)}"
+            reason = f"lowering {describe(node.target)} raised {described(error)}"
         self.build.restore(before)
         operands = list(tensors_in(self._read((node.args, node.kwargs))))
         if node.target is operator.setitem:
@@ -244,7 +246,7 @@ class _Walk:
         except FAILURES as error:
             if self.build.strict:
                 raise
-            reason = f"following what {describe(node.target)} writes raised {_described(error)}"
+            reason = f"following what {describe(node.target)} writes raised {described(error)}"
         self.build.restore(before)
         for name in self.memory.names(node):
             operands = list(tensors_in((env[name], env[node])))
@@ -295,7 +297,7 @@ class _Walk:
             except FAILURES as error:
                 if self.build.strict:
                     raise
-                reason = f"rule {rule.__name__} raised {_described(error)}"
+                reason = f"rule {rule.__name__} raised {described(error)}"
             self.build.restore(before)
         return self._opaque(operands, result if in_place else val, reason, module)
 
@@ -318,6 +320,8 @@ class _Walk:
                 known = x.evaluate() if isinstance(x, Constant) else x
                 return known.clone() if writes and isinstance(known, Tensor) else known
 
+            if called(node) in DRAWS or isinstance(module, ModeBranch):  # training has other numbers
+                unknown_numbers()
             found = run(substitute(args, numbers), substitute(kwargs, numbers))
             return found.zero_() if node.target in EMPTY else found
 
@@ -373,7 +377,7 @@ class _Walk:
         place = self.build.node, self.build.inner
         result = _Walk(inner, self.build, None, layer, module).run(inputs)
         self.build.node, self.build.inner = place
-        return result
+        return map_structure(without_numbers, result) if isinstance(module, ModeBranch) else result
 
     def _opaque(self, operands: list[Any], val: Any, reason: str, module: nn.Module | None = None) -> Any:
         values = [x for x in operands if isinstance(x, ir.Value)]
@@ -394,7 +398,3 @@ class _Walk:
             return output
 
         return map_structure(build, val)
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -17,13 +17,14 @@ from torch.fx.node import map_aggregate, map_arg
 
 from fxprune.capture.errors import CaptureError
 from fxprune.capture.fidelity.compare import align_calls, equal_tensors
+from fxprune.capture.fidelity.stand_ins import memories, not_in_place, stand_in, without_draws
 from fxprune.capture.modes import ModeBranch, Switches
 from fxprune.capture.module import assemble
 from fxprune.capture.tracer.contents import is_record
 from fxprune.capture.tracer.entries import DtypeOf, Scope
 from fxprune.capture.tracer.spelling import changes_input, is_pure
 from fxprune.capture.tracer.trace import Trace
-from fxprune.torch_private import DropoutNd, NormBase, pytree
+from fxprune.torch_private import DropoutNd, NormBase
 
 __all__ = ["merge"]
 
@@ -51,7 +52,7 @@ class _Merge:
         self.last = next(iter(self.graph.nodes))
         self.attributes = {node.target: node for node in self.graph.nodes if node.op == "get_attr"}
         alone = [node for node in _in_the_first_alone(base.scope, training.scope) if changes_input(node)]
-        self.written = {memory for node in alone for memory in _memories(node.args[:1])}
+        self.written = {memory for node in alone for memory in memories(node.args[:1])}
 
     def scopes(self, a: Scope, b: Scope) -> None:
         for mine, other in align_calls(a, b):
@@ -146,17 +147,36 @@ class _Merge:
     def only_training(self, nodes: list[fx.Node]) -> None:
         if all(self.runs_in_evaluation(node, nodes) for node in nodes):
             for node in nodes:
+                args, kwargs = self.still(node)
                 with self.graph.inserting_after(self.last):
-                    args, kwargs = self.translated(node.args), self.translated(node.kwargs)
                     made = self.graph.create_node(node.op, node.target, args, kwargs, node.name)
                 made.meta.update(node.meta)
                 self.twin[node] = self.last = made
                 self.added.add(node)
             return
+        if any(node.op == "call_module" for node in nodes) and len(nodes) > 1:
+            # What evaluation may run it runs, with something in place of the rest: the graph calls modules.
+            for node in nodes:
+                if form := not_in_place(node):
+                    node.op, node.target, node.kwargs = form
+                self.only_training([node])
+            return
         outputs = [node for node in nodes if any(user not in nodes for user in node.users)]
         parts = self.branch(nodes, outputs, lambda node: self.translated(node), training=True)
         self.twin.update(zip(outputs, parts, strict=True))
-        self.absent.update(outputs)
+        self.absent.update(node for node, part in zip(outputs, parts, strict=True) if not _value(part))
+
+    def still(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a node of training with which it draws nothing in evaluation."""
+        args, kwargs = list(self.translated(node.args)), dict(self.translated(node.kwargs))
+        if found := without_draws(node):
+            table: Any = kwargs if isinstance(found[0], str) else args
+            if table[found[0]] != found[1]:
+                with self.graph.inserting_after(self.last):
+                    self.last = self.switches.choose(self.graph, "", table[found[0]], found[1])
+                self.last.meta["val"] = found[1]
+                table[found[0]] = self.last
+        return tuple(args), kwargs
 
     def runs_in_evaluation(self, node: fx.Node, block: list[fx.Node]) -> bool:
         """Whether evaluation may run a node of training without any effect: neither harm nor failure."""
@@ -164,9 +184,10 @@ class _Merge:
             shared = operand not in block and operand not in self.added and operand.op != "get_attr"
             if operand in self.absent or (shared and not _same_shape(operand, self.twin[operand])):
                 return False
-            if shared and not self.written.isdisjoint(_memories(self.twin[operand])):
+            if shared and not self.written.isdisjoint(memories(self.twin[operand])):
                 return False  # autograd refuses some views of what is written into
-        if node.op == "call_module" or is_pure(node):
+        switched = without_draws(node) is not None and not changes_input(node)
+        if node.op == "call_module" or is_pure(node) or switched:
             return True
         # Writing into a tensor that a module of training's own has just made harms nobody.
         first = node.args[0] if node.args else None
@@ -189,15 +210,16 @@ class _Merge:
                     "without changing its result"
                 )
         inputs = list(dict.fromkeys(x for node in nodes for x in node.all_input_nodes if x not in nodes))
+        instead = stand_in(nodes[0], inputs) if training and nodes == outputs and len(nodes) == 1 else None
         graphs = {
             True: _subgraph(nodes, inputs, outputs),
-            False: _subgraph([], inputs, [None] * len(outputs)),
+            False: instead or _subgraph([], inputs, [None] * len(outputs)),
         }
         parts = [assemble(nn.Module(), graphs[runs], {}) for runs in (training, not training)]
         name = self.switches.add(ModeBranch(*parts).train(self.model.training))
         with self.graph.inserting_after(self.last):
             call = self.graph.create_node("call_module", name, tuple(outer(node) for node in inputs))
-        call.meta["val"] = tuple(None if training else node.meta["val"] for node in outputs)
+        call.meta["val"] = tuple(None if training and not instead else node.meta["val"] for node in outputs)
         made = []
         self.last = call
         for index, val in enumerate(call.meta["val"]):
@@ -229,6 +251,11 @@ def _subgraph(nodes: list[fx.Node], inputs: list[fx.Node], outputs: list[Any]) -
     return graph
 
 
+def _value(node: fx.Node) -> bool:
+    """Whether a node has a value in evaluation."""
+    return node.meta["val"] is not None
+
+
 def _is_type(value: Any) -> bool:
     """Whether a node reads the type of a tensor."""
     return isinstance(value, fx.Node) and value.target is getattr and value.args[1:] == ("dtype",)
@@ -250,14 +277,6 @@ def _in_the_first_alone(a: Scope, b: Scope) -> Iterator[fx.Node]:
             yield from _in_the_first_alone(mine[0], other[0])
         elif mine and not other:
             yield from _flat(mine)
-
-
-def _memories(nodes: Any) -> Iterator[int]:
-    """Name the memory of the values of nodes; a view has that of its base."""
-    for node in pytree.tree_leaves(nodes):
-        for value in pytree.tree_leaves(node.meta.get("val")) if isinstance(node, fx.Node) else ():
-            if isinstance(value, Tensor):
-                yield value.untyped_storage()._cdata
 
 
 def _constant_types(value: Any) -> Any:

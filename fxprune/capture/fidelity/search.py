@@ -200,10 +200,8 @@ class _Search:
         except CaptureError as error:
             if self.joined:
                 self.whole |= self.joined
-            elif self.part:
-                self.unmerged = first_line(error)
             else:
-                raise
+                self.unmerged = first_line(error)
             self.joined.clear()
             return False
         return True
@@ -237,7 +235,7 @@ class _Search:
         untraced = bool(self.untraced or self.unmerged)
         reason = messages.no_training(untraced, self.unmerged or self.refusal)
         self.notes[""] = f"{reason}; the graph is that of evaluation"
-        if not self.untraced or self.part:
+        if not untraced or self.part:
             return
         self.notes[""] += f", and does not run in training: {messages.INSTEAD}"
         name = type(self.model).__name__

@@ -23,6 +23,8 @@ from fxprune.torch_private import device_constructors
 
 __all__ = [
     "CONSTRUCTORS",
+    "DRAWN_INTO",
+    "DRAWS",
     "RANDOM",
     "RESHAPING",
     "VALUE_READERS",
@@ -150,6 +152,15 @@ RANDOM = frozenset(
         "randn_like", "randperm", "rrelu", "scaled_dot_product_attention",
     )
 )  # fmt: skip
+DRAWN_INTO = frozenset(
+    ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "random_", "uniform_")
+)
+"""Methods that write random numbers into their tensor."""
+DRAWS = DRAWN_INTO | {
+    "bernoulli", "multinomial", "normal", "poisson", "rand", "rand_like", "randint", "randint_like", "randn",
+    "randn_like", "randperm",
+}  # fmt: skip
+"""What gives random numbers whatever it is told."""
 EFFECTFUL = frozenset(
     (
         "_assert", "_assert_async", "_enter_autocast", "_exit_autocast", "_set_grad_enabled", "manual_seed",

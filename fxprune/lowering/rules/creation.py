@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from fxprune.capture.tracer.spelling import DRAWN_INTO
 from fxprune.graph import ir
-from fxprune.lowering.constant import Constant
+from fxprune.lowering.constant import Constant, unknown_numbers
 from fxprune.lowering.rules.table import Context, RuleTable
 
 __all__ = ["table"]
@@ -36,8 +37,14 @@ def zeros(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
     return Constant(shape, dtype, lambda: torch.zeros(shape, dtype=dtype), zero=True)
 
 
-@table.rule("new_ones", "new_full", "new_tensor", torch.ones_like, torch.full_like)
-@table.rule(torch.rand_like, torch.randn_like, "fill_")
+@table.rule(torch.rand_like, torch.randn_like, torch.randint_like, torch.bernoulli, "bernoulli")
+@table.rule(*sorted(DRAWN_INTO))
+def random(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
+    """Random numbers: present everywhere, on no path."""
+    return Constant(context.shape, context.result.dtype, unknown_numbers)
+
+
+@table.rule("new_ones", "new_full", "new_tensor", "fill_", torch.ones_like, torch.full_like)
 def constants(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
     """Present everywhere, on no path."""
     shape, dtype = context.shape, context.result.dtype

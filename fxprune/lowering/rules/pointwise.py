@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxprune.graph import ir
 from fxprune.graph.tensor_function import PREVIOUS, TensorFunction
-from fxprune.lowering.constant import Constant
+from fxprune.lowering.constant import Constant, unknown_numbers
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, substitute, tensors_in
 from fxprune.torch_private import nn_functions
 
@@ -308,12 +308,12 @@ def rsqrt(context: Context, x: Any) -> Constant:
 
 def present(shape: tuple[int, ...]) -> Constant:
     """A constant that is nowhere Zero."""
-    return Constant(shape, torch.float32, lambda: torch.ones(shape))
+    return Constant(shape, torch.float32, unknown_numbers)
 
 
 def statistic(shape: tuple[int, ...]) -> Constant:
     """A variance or a length of the input: a norm divides by it, so that it counts as a constant."""
-    return Constant(shape, torch.float32, lambda: torch.ones(shape), statistic=frozenset())
+    return Constant(shape, torch.float32, unknown_numbers, statistic=frozenset())
 
 
 @table.rule(operator.pow, operator.ipow, torch.pow, "pow", "pow_", "__pow__", "__rpow__", torch.float_power)
@@ -387,9 +387,3 @@ def gumbel_softmax(
 ) -> ir.Value:
     """A softmax of noisy numbers; entries that are Zero are seldom chosen."""
     return context.build.map(context.build.materialise(logits), axes=(dim,))
-
-
-@table.rule("normal_", "uniform_", "bernoulli_", "random_", torch.bernoulli, "bernoulli")
-def noise(context: Context, x: Any, *args: Any, **kwargs: Any) -> Constant:
-    """Noise replaces what was there: a constant."""
-    return present(context.shape)

@@ -26,6 +26,7 @@ __all__ = [
     "Rules",
     "Unknown",
     "describe",
+    "described",
     "find_rule",
     "merge",
     "own_rules",
@@ -127,6 +128,11 @@ def find_rule(rules: Mapping[Any, Rule], target: Any) -> Rule | None:
 def is_operator(target: Any) -> bool:
     """Whether a target is an operator that a library has registered with torch."""
     return isinstance(target, OpOverloadPacket)
+
+
+def described(error: Exception) -> str:
+    """Name an error by its type and its text, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def describe(target: Any) -> str:

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.capture import ModeSwitch
-from fxprune.capture.modes import ModeBranch
+from fxprune.capture import ModeBranch, ModeSwitch
 from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.trial import RUN_ERRORS, NodeFailure, difference, first_difference
 from fxprune.rewrite.compact.unchecked import Unchecked

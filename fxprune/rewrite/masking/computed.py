@@ -79,7 +79,8 @@ class HookedMask(nn.Module):
     @property
     def mask(self) -> Tensor | None:
         """None while a copy of the module is being made."""
-        return vars(self.owner[0]).get("_buffers", {}).get(self.name + SUFFIX)
+        found: Tensor | None = vars(self.owner[0]).get("_buffers", {}).get(self.name + SUFFIX)
+        return found
 
     @property
     def masked_sources(self) -> list[nn.Parameter]:
@@ -192,7 +193,7 @@ def put_computed(module: nn.Module, name: str, mask: Tensor) -> None:
     module.register_buffer(name + SUFFIX, own)
     hook = MaskHook(module, name)
     module.register_forward_pre_hook(hook)
-    module.register_load_state_dict_post_hook(hook.loaded)
+    module.register_load_state_dict_post_hook(hook.loaded)  # type: ignore[no-untyped-call]
     setattr(module, name, value_of(module, name) * own)
 
 

@@ -126,9 +126,14 @@ class TrainsAnotherPath(nn.Module):
         return x if self.training else self.norm(x)
 
 
-def test_a_branch_that_would_do_harm_is_refused() -> None:
-    with pytest.raises(CaptureError, match="calls norm in evaluation only"):
-        capture(TrainsAnotherPath(), torch.empty(2, 4))
+def test_a_branch_that_would_do_harm_leaves_the_graph_of_evaluation() -> None:
+    model = TrainsAnotherPath().eval()
+    with pytest.warns(UserWarning, match="calls norm in evaluation only"):
+        gm = capture(model, torch.empty(2, 4))
+    x = torch.randn(2, 4)
+    assert torch.equal(gm(x), model(x))
+    with pytest.raises(AssertionError, match="returns='module'"):
+        gm.train()(x)
     gm = assert_faithful(nn.Sequential(nn.Linear(4, 4), TrainsAnotherPath()), (4,))
     assert kinds(gm) == ["Linear", "TrainsAnotherPath"]
 

@@ -63,9 +63,7 @@ def test_a_model_that_runs_on_numbers_alone_is_pruned_without_a_graph() -> None:
     with pytest.raises(CaptureError, match="returns='module'"):
         fxprune.apply(model, "magnitude", 0.5, example_inputs=ROWS, progress=False)
     with pytest.warns(UserWarning, match="pruned without a graph"):
-        pruned = fxprune.apply(
-            model, "magnitude", 0.5, example_inputs=ROWS, returns="module", progress=False
-        )
+        pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=ROWS, returns="module", progress=False)
     assert set(fxprune.masks(pruned)) == {"one.weight", "two.weight"}
     assert torch.equal(torch.random.get_rng_state(), state)
     with pytest.raises(ValueError, match="does not accept"):
