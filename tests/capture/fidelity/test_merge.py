@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from capture.faithful import assert_faithful
 from fxprune import apply, masks
-from fxprune.capture import CaptureError, ModeSwitch, capture
+from fxprune.capture import ModeSwitch, capture
 
 
 def kinds(gm: nn.Module) -> list[str]:
