@@ -31,7 +31,8 @@ class ParamUse:
     """One parameter or buffer that an op reads, with one entry of ``axes`` per axis of the tensor.
 
     ``None`` stands for an axis that runs along no axis of a value: the taps of a convolution, an axis of size
-    one, or one that other operations have mixed. ``groups`` is that of a grouped convolution.
+    one, or one that other operations have mixed. ``groups`` is that of a grouped convolution. ``constant``: it
+    is a buffer, which no mask reaches.
 
     Example:
         >>> import torch, fxprune
@@ -39,12 +40,13 @@ class ParamUse:
         >>> weight, bias = graph.ops[1].params
         >>> weight
         ParamUse(name='weight', axes=(AxisUse(value=1, axes=(1,), index=None), AxisUse(value=0, axes=(1,), \
-index=None)), groups=1)
+index=None)), groups=1, constant=False)
     """
 
     name: str
     axes: tuple[AxisUse | None, ...]
     groups: int = 1
+    constant: bool = False
 
 
 Place = tuple[int, int]

@@ -235,7 +235,7 @@ class Builder:
                     labels = labels.tile([full // n for full, n in zip(sizes, labels.shape, strict=True)])
                 unknown = (None,) * len(shape)
                 found = unknown if labels is None else axes_of_labels(labels, shape, places)
-            uses.append(ir.ParamUse(name, found, groups))
+            uses.append(ir.ParamUse(name, found, groups, name not in self.parameters.owners))
         assert self.ops[-1].output.index == value.index
         self.ops[-1] = replace(self.ops[-1], params=(*self.ops[-1].params, *uses))
 

@@ -17,7 +17,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from fxprune.capture.errors import CaptureError
 from fxprune.capture.fidelity.compare import align_calls, equal_tensors
-from fxprune.capture.fidelity.stand_ins import memories, not_in_place, stand_in, without_draws
+from fxprune.capture.fidelity.stand_ins import memories, not_in_place, stand_in, with_argument, without_draws
 from fxprune.capture.modes import ModeBranch, Switches
 from fxprune.capture.module import assemble
 from fxprune.capture.tracer.contents import is_record
@@ -168,15 +168,16 @@ class _Merge:
 
     def still(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a node of training with which it draws nothing in evaluation."""
-        args, kwargs = list(self.translated(node.args)), dict(self.translated(node.kwargs))
+        args, kwargs = self.translated(node.args), self.translated(node.kwargs)
         if found := without_draws(node):
-            table: Any = kwargs if isinstance(found[0], str) else args
-            if table[found[0]] != found[1]:
+            key, off = found
+            on = kwargs[key] if isinstance(key, str) else args[key]
+            if on != off:
                 with self.graph.inserting_after(self.last):
-                    self.last = self.switches.choose(self.graph, "", table[found[0]], found[1])
-                self.last.meta["val"] = found[1]
-                table[found[0]] = self.last
-        return tuple(args), kwargs
+                    self.last = self.switches.choose(self.graph, "", on, off)
+                self.last.meta["val"] = off
+                return with_argument(args, kwargs, key, self.last)
+        return args, kwargs
 
     def runs_in_evaluation(self, node: fx.Node, block: list[fx.Node]) -> bool:
         """Whether evaluation may run a node of training without any effect: neither harm nor failure."""

@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 from fxprune.capture.tracer.spelling import DRAWN_INTO, IN_PLACE_OPERATORS, called, changes_input
 from fxprune.torch_private import pytree
 
-__all__ = ["memories", "not_in_place", "stand_in", "without_draws"]
+__all__ = ["memories", "not_in_place", "stand_in", "with_argument", "without_draws"]
 
 SHAPED_LIKE_FIRST = frozenset(
     ("bernoulli", "gumbel_softmax", "native_dropout", "poisson", "rand_like", "randint_like", "randn_like")
@@ -84,6 +84,19 @@ def without_draws(node: fx.Node) -> tuple[int | str, Any] | None:
     if name in node.kwargs:
         return name, off
     return (place, off) if len(node.args) > place else None
+
+
+def with_argument(
+    args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str, value: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with another value at a place or by a name.
+
+    >>> with_argument((1, 2), {"p": 0.5}, 1, "two"), with_argument((1, 2), {"p": 0.5}, "p", 0.0)
+    (((1, 'two'), {'p': 0.5}), ((1, 2), {'p': 0.0}))
+    """
+    if isinstance(key, str):
+        return args, {**kwargs, key: value}
+    return (*args[:key], value, *args[key + 1 :]), kwargs
 
 
 def not_in_place(node: fx.Node) -> tuple[str, Any, dict[str, Any]] | None:

@@ -114,7 +114,10 @@ class _InTraining(Unchecked):
     def _chosen(self, n: fx.Node) -> Any:
         args, _ = self.fetch_args_kwargs_from_env(n)
         module: Any = self.module.get_submodule(str(n.target))
-        return args[0] if isinstance(module, ModeSwitch) else module.when_training(*args)
+        if isinstance(module, ModeSwitch):
+            return args[0]
+        seed = int(torch.randint(2**31, (), generator=self.draws))
+        return Unchecked(module.when_training, seed).run(*args)
 
 
 def _is_choice(node: fx.Node, gm: torch.nn.Module) -> bool:

@@ -3,7 +3,9 @@
 A run draws the same random numbers whenever it has the same seed, and leaves the generators as they were.
 It leaves users' modules that are called as a whole as they were, too, for such modules may keep what they
 compute.
-Packed sequences are all as long as the longest one was in the capture, as the graph's shapes say.
+Random numbers of one call are all the same, and always-on dropout drops nothing, so that a network with
+fewer channels is given the same ones. Packed sequences are all as long as the longest one was in the
+capture, as the graph's shapes say.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.capture.fidelity.stand_ins import with_argument, without_draws
 from fxprune.capture.runner import NodeRunner
 from fxprune.capture.tracer.isolation import ModelState, restore_rng, rng_state, seed_rng
+from fxprune.capture.tracer.spelling import DRAWS
 from fxprune.torch_private import check_number, pack_padded_sequence
 
 __all__ = ["Unchecked"]
@@ -36,8 +40,10 @@ class Unchecked(NodeRunner):
     def __init__(self, gm: fx.GraphModule, seed: int = 0) -> None:
         super().__init__(gm)
         self.seed = seed
+        self.draws = torch.Generator()
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
+        self.draws.manual_seed(self.seed)
         devices = {p.device.index for p in self.module.parameters() if p.is_cuda}
         with _seeded(self.seed, sorted(devices)), _state_kept(self.module):
             return super().run(*args, **kwargs)
@@ -47,10 +53,23 @@ class Unchecked(NodeRunner):
         if n.target is pack_padded_sequence and "val" in n.meta:
             padded, lengths, *rest = args
             args = (padded, torch.full_like(lengths, n.meta["val"][1].shape[0]), *rest)
+        if switched := without_draws(n):
+            args, kwargs = with_argument(args, kwargs, *switched)
         return args, kwargs
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return None if target is check_number else super().call_function(target, args, kwargs)
+        if target is check_number:
+            return None
+        return self._one_number(getattr(target, "__name__", ""), super().call_function(target, args, kwargs))
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._one_number(target, super().call_method(target, args, kwargs))
+
+    def _one_number(self, name: str, result: Any) -> Any:
+        """The result of a call; one number throughout if it is drawn, of which whole ones stay."""
+        if name not in DRAWS or not isinstance(result, torch.Tensor) or not result.is_floating_point():
+            return result
+        return result.fill_(float(torch.rand((), generator=self.draws)))
 
 
 @contextmanager
