@@ -31,8 +31,8 @@ class ParamUse:
     """One parameter or buffer that an op reads, with one entry of ``axes`` per axis of the tensor.
 
     ``None`` stands for an axis that runs along no axis of a value: the taps of a convolution, an axis of size
-    one, or one that other operations have mixed. ``groups`` is that of a grouped convolution. ``constant``: it
-    is a buffer, which no mask reaches.
+    one, or one that other operations have mixed. ``groups`` is that of a grouped convolution. ``constant``:
+    it is a buffer, which no mask reaches.
 
     Example:
         >>> import torch, fxprune
