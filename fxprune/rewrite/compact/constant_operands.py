@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.capture.tracer.spelling import called
 from fxprune.graph import ChannelGraph, ir
+from fxprune.rewrite.compact.constants import read_node
 from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.kept import Slices
 from fxprune.rewrite.compact.literals import is_shape
@@ -45,9 +46,14 @@ def cut_constants(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut, slices: Sli
     others = {op.node for op in graph.ops if not isinstance(op, POINTWISE)}
     changed = _changed(graph, gm, cut, slices)
     reads: dict[str, list[ir.Value]] = {}
+    layers: dict[str, list[ir.Kernel]] = {}
     for op in graph.ops:
         reads.setdefault(op.node, []).extend(op.inputs)
+        if isinstance(op, ir.Kernel) and not op.inputs[0].live:
+            layers.setdefault(op.node, []).append(op)
     for node in list(gm.graph.nodes):
+        for op in layers.get(node.name, ()):
+            _cut_input(node, op, cut, changed)
         if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), RECURRENT):
             _cut_states(graph, node, cut, changed, reads.get(node.name, ()))
         value = graph.results.get(node.name)
@@ -101,6 +107,26 @@ def _cut_states(
         own = None if source in changed else _read_constant(graph, reads, source)
         if own is not None and cut.touches(own):
             _read_picked(node, source, _picked(node, source, own, cut), changed)
+
+
+def _cut_input(node: fx.Node, op: ir.Kernel, cut: Cut, changed: set[fx.Node]) -> None:
+    """Index what code has made for a layer to read, such as the first state of a loop, by what stays."""
+    value, columns = op.inputs[0], cut.sides_of(op).columns
+    source, gone = read_node(cut.graph, node, value), cut.is_gone(columns)
+    if not isinstance(source, fx.Node) or source in changed or not bool(gone.any()):
+        return
+    axis, val = len(value.shape) - 1 - (0 if op.window is None else len(op.window.kernel)), source.meta["val"]
+    if (
+        op.groups > 1
+        or not isinstance(val, Tensor)
+        or val.shape != value.shape
+        or len(columns) != val.shape[axis]
+    ):
+        return
+    index = (*(slice(None),) * axis, (~gone).nonzero().flatten().tolist())
+    with node.graph.inserting_before(node):
+        picked = node.graph.call_function(operator.getitem, (source, index))
+    _read_picked(node, source, picked, changed)
 
 
 def _read_constant(graph: ChannelGraph, reads: Sequence[ir.Value], source: fx.Node) -> ir.Value | None:

@@ -129,3 +129,40 @@ def test_the_rows_of_a_table_that_is_a_layer_too_stay_and_its_columns_go() -> No
     assert table.shape[1] < 12
     reasons = {group.reason for group in fxprune.channel_groups(model, x) if group.reason}
     assert any("a table is read whole" in reason for reason in reasons)
+
+
+class Loop(nn.Module):
+    """Iterates a layer from zeros, to a fixed point."""
+
+    def __init__(self, start: Callable[[Tensor], Tensor], image: bool) -> None:
+        super().__init__()
+        layer = (lambda n, m: nn.Conv2d(n, m, 3, padding=1)) if image else nn.Linear
+        self.around, self.into, self.last = layer(16, 16), layer(6, 16), layer(16, 3)
+        self.start = start
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, given = self.start(x), self.into(x)
+        for _ in range(3):
+            state = torch.tanh(self.around(state) + given)
+        return self.last(state)
+
+
+@pytest.mark.parametrize(
+    ("start", "image"),
+    [
+        (lambda x: torch.zeros(x.shape[0], 16), False),
+        (lambda x: x.new_zeros((4, 16)), False),
+        (lambda x: torch.zeros(x.shape[0], 16, *x.shape[2:]), True),
+    ],
+)
+def test_the_first_state_of_a_loop_goes_with_its_channels(
+    start: Callable[[Tensor], Tensor], image: bool
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, 5, 5) if image else torch.randn(4, 6)
+    model = Loop(start, image).eval()
+    pruned = fxprune.apply(model, "magnitude", 0.4, granularity="channel", example_inputs=x, progress=False)
+    small = fxprune.compact(pruned)
+    assert not small.meta["fxprune"]["compaction"].given_back
+    assert small.get_parameter("around.weight").shape[1] < 16
+    torch.testing.assert_close(small(x), fxprune.finalize(pruned)(x))
