@@ -123,9 +123,9 @@ def _cut_input(node: fx.Node, op: ir.Kernel, cut: Cut, changed: set[fx.Node]) ->
         or len(columns) != val.shape[axis]
     ):
         return
-    index = (*(slice(None),) * axis, (~gone).nonzero().flatten().tolist())
+    index: Any = (*(slice(None),) * axis, (~gone).nonzero().flatten().tolist())
     with node.graph.inserting_before(node):
-        picked = node.graph.call_function(operator.getitem, (source, index))
+        picked = node.graph.create_node("call_function", operator.getitem, (source, index))
     _read_picked(node, source, picked, changed)
 
 
