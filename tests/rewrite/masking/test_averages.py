@@ -43,6 +43,9 @@ AVERAGES = {
     "state_dict": ByStateDict,
     "AveragedModel": lambda model: Torchs(model, multi_avg_fn=get_ema_multi_avg_fn(0.9)),
     "buffers": lambda model: Torchs(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True),
+    "buffers, plainly": lambda model: Torchs(
+        model, avg_fn=lambda average, now, n: (average * n + now) / (n + 1), use_buffers=True
+    ),
     "ModelEmaV2": lambda model: ModelEmaV2(model, decay=0.9),
     "ModelEmaV3": lambda model: ModelEmaV3(model, decay=0.9),
 }
