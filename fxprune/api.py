@@ -9,8 +9,9 @@ from typing import Any, Literal, NoReturn, cast
 import torch
 from torch import fx, nn
 
-from fxprune.capture import capture
+from fxprune.capture import capture, in_shell, is_in_shell, renamed
 from fxprune.capture.errors import check_module
+from fxprune.capture.shell import Shell
 from fxprune.keywords import refuse_unknown
 from fxprune.latency import LatencyTarget
 from fxprune.lowering import Rules, lower, matrices_outside
@@ -140,20 +141,19 @@ def analyze(
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         masks = read(gm)
         source = settled(plain(gm))
-        if example_inputs is None and _has_shapes(source):
-            network = cast(fx.GraphModule, source)
-        else:
-            network = capture(source, example_inputs)
+        known = example_inputs is None and _has_shapes(source)
+        network = cast(fx.GraphModule, source) if known else capture(source, example_inputs)
+        if is_in_shell(network) and not isinstance(source, fx.GraphModule):
+            source, masks = in_shell(source), renamed(masks)
         graph = lower(network, rules=rules)
         zeros = {
             name: mask
             for name, mask in nonzeros(source, graph.kernels).items()
             if name not in masks and not is_full(mask)
         }
-        known = known_masks(graph, {**masks, **zeros})
         outside = matrices_outside(network, graph)
         removed = sum(int((~masks[name]).sum()) for name in outside if name in masks)
-        report = measure(graph, known, resolution, outside, removed)
+        report = measure(graph, known_masks(graph, {**masks, **zeros}), resolution, outside, removed)
     noted = provenance(gm)
     return replace(report, asked=noted["sparsity"]) if noted.get("default") == "sparsity" else report
 
@@ -172,6 +172,7 @@ def _finished(
 ) -> fx.GraphModule:
     """Rewrite the model under its masks, and note where they come from."""
     pruned = rewrite(network, problem, masks, wish, weights)
+    pruned = pruned.model if isinstance(pruned, Shell) else pruned
     facts = {} if wish.asked else {"default": "sparsity"}
     sparsity = wish.sparsity
     if getattr(wish.granularity, "at_most", None) is not None and problem.budget.asked is not None:

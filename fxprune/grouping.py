@@ -9,8 +9,9 @@ import torch
 from torch import fx, nn
 
 from fxprune.arguments import check_flags
-from fxprune.capture import capture
+from fxprune.capture import capture, in_shell, is_in_shell
 from fxprune.capture.errors import check_module
+from fxprune.capture.shell import PREFIX
 from fxprune.channels.groups import group_channels
 from fxprune.channels.listing import GroupTable, list_groups
 from fxprune.keywords import refuse_unknown
@@ -73,6 +74,9 @@ an output of the network
         )
         known = source if isinstance(source, fx.GraphModule) and has_shapes else None
         gm = known if known is not None and example_inputs is None else capture(source, example_inputs)
+        if is_in_shell(gm) and not isinstance(source, fx.GraphModule):
+            source = in_shell(source)
+            entries = tuple(PREFIX + entry if isinstance(entry, str) else entry for entry in entries)
         graph = lower(gm, rules=rules)
         fixed = excluded_parameters(entries, source, graph)
         groups = group_channels(graph, fixed=fixed, whole_heads=whole_heads)

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
-from fxprune.capture import CaptureError, capture
+from fxprune.capture import CaptureError, capture_own
 from fxprune.capture.errors import users_level
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.graph import ChannelGraph
@@ -121,9 +121,9 @@ def captured(
     before = read(inside(given))
     with display.step("capture"):
         try:
-            gm = capture(flat, example_inputs)
+            gm = capture_own(flat, example_inputs)
             again = flat is not source and wish.returns == "graph"
-            form = duplicate(capture(source, example_inputs)) if again else None
+            form = duplicate(capture_own(source, example_inputs)) if again else None
         except CaptureError as error:
             graph = _graph_without_capture(flat, example_inputs, wish, asker, error)
             return Network(given, source, duplicate(flat), graph, before, flat, is_lowered=False)

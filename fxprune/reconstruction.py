@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 
 from fxprune.arguments import check_flags, check_loss
-from fxprune.capture import CaptureError, capture
+from fxprune.capture import CaptureError, capture_own
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.graph import ChannelGraph
 from fxprune.keywords import refuse_unknown
@@ -221,7 +221,7 @@ def _captured(source: nn.Module, example_inputs: Any) -> tuple[nn.Module, Channe
             gm: fx.GraphModule = source
             graph = lower(gm)
         else:
-            gm = capture(source, example_inputs)
+            gm = capture_own(source, example_inputs)
             graph = lower(gm)
         return duplicate(gm), graph
     except CaptureError as error:

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from fxprune.arguments import check_flags, check_loss
 from fxprune.capture.errors import InputError, check_module
 from fxprune.capture.module import CapturedModule
+from fxprune.capture.shell import PREFIX, renamed
 from fxprune.graph import ChannelGraph, ir
 from fxprune.keywords import TRAINING_METHODS, unknown_argument
 from fxprune.lowering import Rules
@@ -125,6 +126,16 @@ class Request:
                                        ("budget", self.budget, "global")):  # fmt: skip
             if value != usual:
                 raise ValueError(f"at_most: it says what may stay, and {argument}={value!r} too; give one")
+
+    def in_shell(self) -> Request:
+        """Return the request for the model in a shell, in which its parts have other names."""
+        exclude = tuple(PREFIX + one if isinstance(one, str) else one for one in self.exclude)
+        budget = renamed(self.budget) if isinstance(self.budget, Mapping) else self.budget
+        grain, options = self.granularity, ("round_to", "min_channels", "max_sparsity")
+        by_layer = {name: getattr(grain, name, None) for name in options}
+        named = {name: renamed(value) for name, value in by_layer.items() if isinstance(value, Mapping)}
+        grain = replace(grain, **named) if named else grain  # type: ignore[type-var]
+        return replace(self, exclude=exclude, budget=budget, granularity=grain)
 
     def excludes(self, model: nn.Module, names: Iterable[str]) -> bool:
         """Whether a parameter, known by any of ``names``, is not to be pruned."""

@@ -24,7 +24,6 @@ from fxprune.network import (
     Network,
     adopted,
     build_problem,
-    captured,
     checked,
     inside,
 )
@@ -50,6 +49,7 @@ from fxprune.sparsity.group_selection import ChannelGroups, Choice
 from fxprune.sparsity.masks import Masks, is_full
 from fxprune.sparsity.schedule import DensityFunction, Schedule
 from fxprune.timed import find_in_time, is_timed
+from fxprune.whole_models import captured_or_called
 
 __all__ = ["Found", "ask", "known_masks", "search"]
 
@@ -108,7 +108,7 @@ def search(
     inputs, wish = with_shapes(model, example_inputs, wish)
     with blamed_on_data(model, example_inputs, wish):
         asker = Asker(wish.method.name, wish.method.needs)
-        network = captured(given, plain(model), inputs, wish, asker, display)
+        network, wish = captured_or_called(given, plain(model), inputs, wish, asker, display)
     warn_of_strange_parameters(model, "look for what made them so, before anything is pruned", stacklevel=3)
     before = network.before
     asked = build_problem(network, wish, display, everybody())

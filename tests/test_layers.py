@@ -21,7 +21,7 @@ RANKS = {
     "channels": 3, "sparsity": 4, "scoring": 5, "methods": 6, "rewrite": 6, "metrics": 6, "request": 7,
     "latency": 7, "network": 8, "sharding": 8, "timed": 8.5, "plans": 6.5, "search": 8.7, "api": 9,
     "grouping": 9, "reconstruction": 9, "evaluation": 9,
-    "planning": 9.5, "training": 10,
+    "whole_models": 8.5, "planning": 9.5, "training": 10,
     "sweeps": 11, "__init__": 12, "cli": 13, "__main__": 14,
 }  # fmt: skip
 OPTIONAL = {

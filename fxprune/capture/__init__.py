@@ -1,9 +1,10 @@
 """Capture: a model goes in, a faithful ``torch.fx.GraphModule`` with shapes comes out."""
 
-from fxprune.capture.entry import capture, capture_leaf, capture_part
+from fxprune.capture.entry import capture, capture_leaf, capture_own, capture_part, warn_of_shell
 from fxprune.capture.errors import CaptureError, CarriedOver, Overwritten
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.modes import ModeBranch, ModeSwitch, evaluation_only
+from fxprune.capture.shell import in_shell, is_in_shell, renamed
 
 __all__ = [
     "CaptureError",
@@ -13,7 +14,12 @@ __all__ = [
     "Overwritten",
     "capture",
     "capture_leaf",
+    "capture_own",
     "capture_part",
     "evaluation_only",
     "example_inputs_for",
+    "in_shell",
+    "is_in_shell",
+    "renamed",
+    "warn_of_shell",
 ]

@@ -41,6 +41,7 @@ from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaf_forms import leaf_form
 from fxprune.capture.leaves import is_compiled, is_leaf
 from fxprune.capture.module import LeafGraph, assemble, assemble_leaf, reserved_names
+from fxprune.capture.shell import PREFIX, Shell, in_shell
 from fxprune.capture.tracer.calls_replaced import replaced_calls
 from fxprune.capture.tracer.isolation import restore_rng, rng_state, seed_rng
 from fxprune.capture.tracer.meta_values import map_structure, meta_like
@@ -52,14 +53,18 @@ from fxprune.keywords import refuse_unknown
 from fxprune.sharded_types import is_dtensor
 from fxprune.torch_private import check_number
 
-__all__ = ["capture", "capture_leaf", "capture_part"]
+__all__ = ["capture", "capture_leaf", "capture_own", "capture_part", "warn_of_shell"]
 
+REMEDY = "; move that part into a submodule, which then stays whole"
 TRIALS = 6
 """Traces with other random numbers, of a part that draws some: all of them have to be the same."""
 
 
 def capture(model: nn.Module, example_inputs: Any = None, **others: NoReturn) -> fx.GraphModule:
     """Capture a model as a graph that trains and evaluates as the model does.
+
+    If the model's own forward cannot be traced, the graph calls the model as a whole, with a warning that
+    says why; the names of its parts then begin with ``model.``.
 
     Args:
         model: any module; it is not changed, and need not hold weights (``torch.device("meta")`` will do).
@@ -77,8 +82,8 @@ def capture(model: nn.Module, example_inputs: Any = None, **others: NoReturn) ->
         TypeError: ``model`` is no module.
         ValueError: the model does not accept the example inputs (its own error is chained), or there are
         none.
-        CaptureError: the model's own ``forward``, or a forward hook, cannot be traced; the message names the
-        line.
+        CaptureError: neither the model's own ``forward`` nor a call of it can be traced, or a forward hook
+        cannot; the message names the line.
 
     Code that checks numbers (``if not torch.isfinite(x).all(): raise ...``) is traced as if they passed; the
     graph raises ``AssertionError`` with the line of that code where they do not. Where both ways are open the
@@ -97,6 +102,20 @@ def capture(model: nn.Module, example_inputs: Any = None, **others: NoReturn) ->
         ['input', '0', '1', '2', 'output']
     """
     refuse_unknown(capture, others)
+    try:
+        return capture_own(model, example_inputs)
+    except HookError:
+        raise
+    except CaptureError as refusal:
+        found = capture_whole(model, example_inputs)
+        if found is None:
+            raise
+        warn_of_shell(refusal)
+        return found
+
+
+def capture_own(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
+    """Capture a model as :func:`capture` does, or raise ``CaptureError`` if its own forward has no graph."""
     _check(model)
     args, kwargs = example_inputs_for(model, example_inputs)
     examples: dict[int, Tensor] = {}
@@ -113,6 +132,30 @@ def capture(model: nn.Module, example_inputs: Any = None, **others: NoReturn) ->
     for note in _notes(model, found.notes, whole):
         warnings.warn(f"capture: {note}", stacklevel=users_level())
     return assemble(model, found.graph, found.extra, found.kept_hooks)
+
+
+def warn_of_shell(refusal: CaptureError) -> None:
+    """Say that a graph calls its model as a whole, why, and how the parts of the model are called in it."""
+    warnings.warn(
+        f"capture: {first_line(refusal).split(REMEDY)[0]}; the graph calls it as a whole, and its parts are"
+        f" called {PREFIX}…",
+        stacklevel=users_level(),
+    )
+
+
+def capture_whole(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule | None:
+    """Capture a call of a model, see :class:`.Shell`; None if that cannot be done either."""
+    if isinstance(model, (fx.GraphModule, Shell)):
+        return None
+    args, kwargs = example_inputs_for(model, example_inputs)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "capture: model ")  # said of the model itself
+            found = capture_own(in_shell(model), kwargs or args)
+    except (CaptureError, InputError):
+        return None
+    found.in_shell = True  # type: ignore[assignment]
+    return found
 
 
 def capture_leaf(
@@ -335,7 +378,7 @@ def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         with torch.no_grad():
             copied = copy.deepcopy(model).eval()
             copied(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs)))
-    except Exception:  # whatever it says, it does not run
+    except TRACE_ERRORS:
         return False
     finally:
         restore_rng(before)
@@ -344,6 +387,5 @@ def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 def _refusal(model: nn.Module, error: BaseException) -> CaptureError:
     return CaptureError(
-        f"{type(model).__name__} cannot be captured: {first_line(error)} ({where(error, model)}); "
-        "move that part into a submodule, which then stays whole"
+        f"{type(model).__name__} cannot be captured: {first_line(error)} ({where(error, model)}){REMEDY}"
     )

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxprune.finite import warn_of_strange_parameters
 from fxprune.latency import check_runtime
 from fxprune.methods import Problem
-from fxprune.network import Asker, adopted, build_problem, captured, rewrite
+from fxprune.network import Asker, adopted, build_problem, rewrite
 from fxprune.progress import Display
 from fxprune.request import Request, blamed_on_data, tables, with_shapes
 from fxprune.rewrite import bare, read
@@ -24,6 +24,7 @@ from fxprune.scoring.distributed import everybody
 from fxprune.sparsity.granularity import CHANNEL_OPTIONS, Channel, Granularity, in_unit, resolve
 from fxprune.sparsity.group_selection import ChannelGroups
 from fxprune.training.contract import TrainingMethod
+from fxprune.whole_models import captured_or_called
 
 Returns = Literal["graph", "module", "inplace"]
 
@@ -138,7 +139,7 @@ def _prepared(model: nn.Module, example_inputs: Any, wish: Request, asker: Asker
         with blamed_on_data(model, example_inputs, wish):
             # Not `plain`: capture refuses a model that fully_shard has split, as it should here.
             source = bare(model) if read(model) else model
-            network = captured(model, source, inputs, wish, asker, Display(enabled=False))
+            network, wish = captured_or_called(model, source, inputs, wish, asker, Display(enabled=False))
         warn_of_strange_parameters(model, "look for what made them so, before it trains on", stacklevel=4)
         # Processes score data of their own together; without data they have nothing to tell each other.
         problem = build_problem(network, wish, silent, None if wish.data is None else everybody())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.arguments import check_flags
-from fxprune.capture import capture
+from fxprune.capture import capture_own
 from fxprune.capture.errors import check_module
 from fxprune.channels.entries import entry_groups
 from fxprune.channels.groups import Groups, group_channels
@@ -168,7 +168,7 @@ def _groups(
     check_exclude(exclude, model)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         source = plain(model)
-        graph = lower(capture(source, example_inputs))
+        graph = lower(capture_own(source, example_inputs))
         fixed = excluded_parameters(exclude, source, graph)
         groups = group_channels(graph, fixed=fixed, whole_heads=whole_heads)
     if not groups.count:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx, nn
 from torch.optim import Optimizer
 
-from fxprune.capture import capture
+from fxprune.capture import capture_own
 from fxprune.rewrite import bare, put_masks, read
 from fxprune.rewrite.compact import compact
 from fxprune.rewrite.compact.kept import Kept, Slices
@@ -57,6 +57,11 @@ def compacted(model: nn.Module, example_inputs: Any) -> tuple[fx.GraphModule, Sl
     small = compact(model, example_inputs, progress=False)
     kept: Slices = small.meta["fxprune"]["compaction"].kept
     values = dict(small.named_parameters())
+    if masks and masks.keys().isdisjoint(values):
+        raise ValueError(
+            "model: its own forward has no graph; its parts have other names in the smaller network; go on"
+            " with small = fxprune.compact(pruner.model), and a Pruner of that"
+        )
     left = {}
     for name, mask in masks.items():
         if name in values:
@@ -73,7 +78,7 @@ def followed(model: nn.Module, example_inputs: Any, recipes: Iterable[Mapping[st
     """
     modes = {name: module.training for name, module in model.named_modules()}
     original = settled(bare(model))
-    given = original if isinstance(original, fx.GraphModule) else capture(original, example_inputs)
+    given = original if isinstance(original, fx.GraphModule) else capture_own(original, example_inputs)
     small = follow_recipes(given, [Recipe(**recipe) for recipe in recipes], original)
     for name, module in small.named_modules():
         module.training = modes.get(name, modes[""])  # a cut network evaluates

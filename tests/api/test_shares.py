@@ -194,7 +194,6 @@ def test_a_model_without_a_graph_is_pruned_all_the_same(method: str) -> None:
 def test_what_needs_a_graph_says_so() -> None:
     model, x = Steered(), torch.randn(4, 6)
     for options, text in (
-        ({}, "or returns='module', which prunes without a graph"),
         (
             {"method": "synflow", "returns": "module"},
             "'synflow' asks about paths, which need the graph",
@@ -203,6 +202,9 @@ def test_what_needs_a_graph_says_so() -> None:
     ):
         with pytest.raises(RuntimeError, match=text):
             fxprune.apply(model, **{"method": "random", "example_inputs": x, **options})
+    with pytest.warns(UserWarning, match="its parts are called model"):
+        pruned = fxprune.apply(model, "random", 0.5, example_inputs=x)
+    assert torch.equal(pruned(x), fxprune.finalize(pruned)(x))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.capture import CaptureError, capture
+from fxprune.capture import CaptureError, capture, capture_own
 from fxprune.lowering import lower
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -174,7 +174,7 @@ def test_what_differs_between_inputs_keeps_its_module_whole(step: Step) -> None:
     for x in (batch([3])[0], -batch([3])[0].abs(), torch.full((1, 3, 4), torch.nan)):
         assert torch.allclose(gm(x, LENGTHS[:1]), model(x, LENGTHS[:1]), equal_nan=True)
     with pytest.raises(CaptureError, match="asks for the numbers"):
-        capture(Net(_doubled), batch([7, 5, 2]))
+        capture_own(Net(_doubled), batch([7, 5, 2]))
 
 
 def test_printing_on_the_way_to_an_error_stays_untold(capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +247,7 @@ def test_plain_numbers_hold_for_the_example_alone(step: Step) -> None:
     with pytest.raises(AssertionError, match=r"Net: test_checks\.py:\d+ .*captured with.*capture it"):
         gm(*batch([4, 3]))
     with pytest.raises(CaptureError):  # no numbers to tell what they are
-        capture(model, tuple(x.to("meta") for x in batch([7, 5, 2])))
+        capture_own(model, tuple(x.to("meta") for x in batch([7, 5, 2])))
 
 
 @pytest.mark.parametrize("step", [_looped, _table, _plain, _branched])

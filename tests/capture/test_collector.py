@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxprune.capture import CaptureError, capture
+from fxprune.capture import CaptureError, capture, capture_own
 
 
 class Asks(nn.Module):
@@ -33,7 +33,7 @@ def test_it_rests_and_is_left_as_it_was(
     try:
         if fails:
             with pytest.raises(CaptureError):
-                capture(Asks(True), torch.ones(1, 2))
+                capture_own(Asks(True), torch.ones(1, 2))
         else:
             capture(Asks(False), torch.ones(1, 2))
         assert gc.isenabled() == enabled

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxprune.capture import CaptureError, capture
+from fxprune.capture import CaptureError, capture, capture_own
 
 
 def targets(gm: fx.GraphModule) -> list[Any]:
@@ -263,4 +263,4 @@ def test_a_model_that_looks_at_its_data_is_refused_with_the_line() -> None:
     with pytest.raises(
         CaptureError, match=r"Branching cannot be captured: bool\(\) asks .*test_graph.py:\d+"
     ):
-        capture(Branching(), torch.empty(2, 3))
+        capture_own(Branching(), torch.empty(2, 3))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 
 from capture.faithful import assert_close, assert_faithful, tensors
-from fxprune.capture import CaptureError, capture
+from fxprune.capture import CaptureError, capture, capture_own
 
 FAMILIES = ["test_resnet", "test_convnext", "test_vit", "test_mambaout"]
 
@@ -134,7 +134,7 @@ def test_modules_called_with_other_parameters() -> None:
     hooked = Borrows()
     hooked.fc.register_full_backward_hook(lambda module, inputs, outputs: None)
     with pytest.raises(CaptureError, match="lends fc other parameters, but that has to stay whole"):
-        capture(hooked, torch.empty(2, 4))
+        capture_own(hooked, torch.empty(2, 4))
 
 
 class Tracks(nn.Module):
@@ -259,7 +259,7 @@ def test_draws_outside_pytorch_are_no_part_of_a_graph() -> None:
     with pytest.raises(
         CaptureError, match=r"draws random numbers outside PyTorch.*test_in_use.py:\d+\); move"
     ):
-        capture(Gambles(), torch.empty(2, 4))
+        capture_own(Gambles(), torch.empty(2, 4))
 
 
 # -- what a size or a type decides

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.capture import CaptureError, ModeSwitch, capture
+from fxprune.capture import CaptureError, ModeSwitch, capture, capture_own
 from fxprune.capture.module import reserved_names
 
 
@@ -213,7 +213,9 @@ def test_a_part_with_the_name_of_an_attribute_of_graph_modules(name: str, part: 
     """No module of torch.fx can hold it; inside of another module it may have the name."""
     model, x = Named(name, part()), torch.rand(2, 3)
     with pytest.raises(CaptureError, match=f"cannot be captured: '{name}' is one of its parts"):
-        fxprune.capture(model, x)
+        capture_own(model, x)
+    with pytest.warns(UserWarning, match="its parts are called model"):
+        assert torch.equal(fxprune.capture(model, x)(x), model(x))
     whole = nn.Sequential(model)
     gm = fxprune.capture(whole, x)
     assert torch.equal(gm(x), whole(x))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxprune
 from capture.faithful import assert_same_training
-from fxprune.capture import CaptureError
+from fxprune.capture import CaptureError, capture_own
 
 
 class Experts(nn.Module):
@@ -179,4 +179,4 @@ class Assigning(nn.Module):
 
 def test_other_data_that_is_assigned_is_refused() -> None:
     with pytest.raises(CaptureError, match=r"assigns the \.data"):
-        fxprune.capture(Assigning(), torch.randn(2, 8))
+        capture_own(Assigning(), torch.randn(2, 8))

@@ -1,4 +1,4 @@
-"""What evaluation computes in place of a call that training alone may make.
+"""Replace a call that training alone may make by one for evaluation.
 
 In: a node of the trace in training that draws random numbers, or writes into a tensor. Out: a graph that
 gives a value of the same shape without doing so, or a call that makes a new tensor. Code behind it runs in
@@ -75,7 +75,7 @@ def without_draws(node: fx.Node) -> tuple[int | str, Any] | None:
     """Return the argument that makes a call draw random numbers, by place or name, and its other value.
 
     >>> graph = fx.Graph()
-    >>> without_draws(graph.call_function(nn.functional.dropout, (graph.placeholder("x"), 0.5, True)))
+    >>> without_draws(graph.call_function(torch.nn.functional.dropout, (graph.placeholder("x"), 0.5, True)))
     (2, False)
     """
     if node.op != "call_function" or called(node) not in SWITCHED:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.arguments import check_flags
-from fxprune.capture import capture
+from fxprune.capture import capture, is_in_shell, renamed
 from fxprune.capture.errors import InputError, check_module, first_line
 from fxprune.channels.follow import follow
 from fxprune.finite import warn_of_strange_parameters
@@ -136,6 +136,8 @@ def _compact(
     written = written_parameters(gm)
     gm = (duplicate(gm) if written else gm).eval()  # trials change what they run
     known = read(model)
+    if is_in_shell(gm) and not isinstance(plain, fx.GraphModule):
+        known, modes = renamed(known), {"": model.training, **renamed(modes)}
     runs = two_runs(gm, example_inputs)
     source, whole, closed, opened = gm, dict[str, str](), set[str](), list[str]()
     while True:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from capture.untouched import assert_untouched, random_states
-from fxprune.capture import CaptureError, capture
+from fxprune.capture import CaptureError, capture, capture_own
 from fxprune.capture.tracer.isolation import ModelState
 from fxprune.capture.tracer.reachable import Reachable
 
@@ -171,7 +171,7 @@ class Draws(nn.Module):
 def test_random_generators_are_given_back() -> None:
     state = random_states()
     with pytest.raises(CaptureError):
-        capture(Draws(), torch.ones(2))
+        capture_own(Draws(), torch.ones(2))
     assert random_states() == state
     capture(nn.Sequential(Draws()), torch.ones(2))
     assert random_states() == state

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.capture import CaptureError, capture
+from fxprune.capture import capture
 
 ROWS = ([torch.ones(3, 8), torch.full((2, 8), -1.0)],)
 
@@ -60,8 +60,10 @@ def test_a_module_that_nests_tensors_stays_whole(layout: torch.layout) -> None:
 def test_a_model_that_runs_on_numbers_alone_is_pruned_without_a_graph() -> None:
     model = Nested(torch.jagged)
     state = torch.random.get_rng_state()
-    with pytest.raises(CaptureError, match="returns='module'"):
-        fxprune.apply(model, "magnitude", 0.5, example_inputs=ROWS, progress=False)
+    with pytest.warns(UserWarning, match="a nested tensor has rows of several lengths"):
+        graph = fxprune.apply(model, "magnitude", 0.5, example_inputs=ROWS, progress=False)
+    assert set(fxprune.masks(graph)) == {"model.one.weight", "model.two.weight"}
+    assert torch.equal(graph(*ROWS), fxprune.finalize(graph)(*ROWS))
     with pytest.warns(UserWarning, match="pruned without a graph"):
         pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=ROWS, returns="module", progress=False)
     assert set(fxprune.masks(pruned)) == {"one.weight", "two.weight"}

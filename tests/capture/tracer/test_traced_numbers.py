@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import get_model
 
-from fxprune.capture import CaptureError, capture
+from fxprune.capture import CaptureError, capture, capture_own
 from fxprune.lowering import lower
 from fxprune.paths.count import reach
 
@@ -79,7 +79,7 @@ def test_a_method_that_is_a_node_is_named() -> None:
 
 def test_a_length_that_depends_on_numbers_is_not_taken_for_a_constant() -> None:
     with pytest.raises(CaptureError, match="they decide its length"):
-        capture(LoopsInForward(), torch.ones(2, 4))
+        capture_own(LoopsInForward(), torch.ones(2, 4))
 
 
 class SelectsNothing(Selects):
