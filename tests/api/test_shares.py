@@ -191,6 +191,7 @@ def test_a_model_without_a_graph_is_pruned_all_the_same(method: str) -> None:
     fxprune.verify(result)
 
 
+@pytest.mark.filterwarnings("ignore:capture", "ignore:100% of")
 def test_what_needs_a_graph_says_so() -> None:
     model, x = Steered(), torch.randn(4, 6)
     for options, text in (

@@ -44,7 +44,12 @@ def model() -> Experts:
     return Experts().eval()
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:capture. model", "ignore:method .wanda.. the inputs of")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Experts cannot be captured",
+    "ignore:capture",
+    "ignore:method .wanda.. the inputs of",
+    "ignore:100% of",
+)
 
 
 def names(model: nn.Module, prefix: str = "") -> set[str]:

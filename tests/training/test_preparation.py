@@ -86,6 +86,7 @@ def test_masks_are_those_of_apply() -> None:
     assert all(torch.equal(mask, pruner.masks[name]) for name, mask in fxprune.masks(found).items())
 
 
+@pytest.mark.filterwarnings("ignore:100% of")
 def test_a_criterion_that_asks_for_paths_leaves_them_out() -> None:
     with pytest.warns(UserWarning, match=r"cannot be pruned.*1\.layer\.weight \(64\)"):
         pruner = made(with_a_part(), criterion="synflow")

@@ -44,7 +44,7 @@ class MadeUp(Shadows):
         self._generator = torch.Generator().manual_seed(0)
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Small positive numbers, or zeros for whole ones: they are valid indices."""
+        """Small positive numbers, or zeros for whole ones that nobody knows: they are valid indices."""
         if tensor.is_nested:
             return tensor  # made in this run: those of different lengths have no other form
         found = self._twins.get(id(tensor))
@@ -52,6 +52,8 @@ class MadeUp(Shadows):
             known = self._example(tensor)
             if isinstance(known, Tensor):
                 made = known.clone()
+            elif not tensor.is_meta and _is_whole(tensor):
+                made = tensor.detach().cpu()  # a buffer, or what code makes of Python's numbers
             elif tensor.is_floating_point():
                 made = torch.rand(tensor.shape, generator=self._generator).to(tensor.dtype)
             else:
@@ -86,3 +88,7 @@ class MadeUp(Shadows):
         if isinstance(value, Tensor):
             self._twins[id(value)] = value, value
         return value
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)

@@ -92,3 +92,24 @@ def test_a_module_that_reads_memory_stays_whole() -> None:
     with pytest.warns(UserWarning, match="kept whole"):
         gm = capture(model, (x,))
     assert torch.equal(gm(x), wanted)
+
+
+class Halved(nn.Module):
+    """Cuts at a number that PyTorch's older constructor holds, and at one in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(8, 8)
+        self.register_buffer("places", torch.tensor([4, 2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.IntTensor([4])
+        first, second = self.one(x).split([places[0].item(), self.places[0].item()], 1)
+        return first * second.sigmoid() * float(x.detach().numpy().any())
+
+
+def test_whole_numbers_that_code_knows_are_those_of_a_made_up_run() -> None:
+    model, x = Around(Halved()).eval(), torch.ones(2, 8)
+    with pytest.warns(UserWarning, match="kept whole"):
+        gm = capture(model, (x,))
+    assert torch.equal(gm(x), model(x))
