@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.distributed import ProcessGroup
 
 from fxprune.arguments import check_flags, check_loss
-from fxprune.capture import CaptureError, capture_own
+from fxprune.capture import CaptureError, capture_own, renamed
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.graph import ChannelGraph
 from fxprune.keywords import refuse_unknown
@@ -234,6 +234,9 @@ def _with_values(twin: nn.Module, reference: nn.Module) -> nn.Module:
     dense = settled(unwrap(inside(reference)))
     own = dict(dense.named_parameters(remove_duplicate=False))
     buffers = dict(dense.named_buffers(remove_duplicate=False))
+    wanted = [name for name, _ in twin.named_parameters()]
+    if own.keys().isdisjoint(wanted) and renamed(own).keys() >= set(wanted):  # its graph calls it as a whole
+        own, buffers = renamed(own), renamed(buffers)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             if name not in own or own[name].shape != parameter.shape:

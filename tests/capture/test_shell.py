@@ -144,6 +144,16 @@ def test_a_pruner_takes_it(model: Experts) -> None:
         pruner.compact()
 
 
+def test_it_is_fitted_to_the_dense_model(model: Experts) -> None:
+    data = [torch.randn(64, 12, generator=torch.Generator().manual_seed(1))]
+    pruned = fxprune.apply(model, "magnitude", 0.6, example_inputs=X, progress=False)
+    fitted = fxprune.reconstruct(pruned, data, model, progress=False)
+    wanted = model(data[0])
+    errors = [float((one.eval()(data[0]) - wanted).square().mean()) for one in (pruned, fitted)]
+    assert errors[1] < errors[0]
+    assert fxprune.masks(fitted).keys() == fxprune.masks(pruned).keys()
+
+
 class Hopeless(nn.Module):
     """Looks at its data, and at what random numbers of Python say."""
 
