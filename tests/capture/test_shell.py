@@ -145,7 +145,7 @@ def test_a_pruner_takes_it(model: Experts) -> None:
 
 
 def test_it_is_fitted_to_the_dense_model(model: Experts) -> None:
-    data = [torch.randn(64, 12, generator=torch.Generator().manual_seed(1))]
+    data = [torch.randn(512, 12, generator=torch.Generator().manual_seed(1))]
     pruned = fxprune.apply(model, "magnitude", 0.6, example_inputs=X, progress=False)
     fitted = fxprune.reconstruct(pruned, data, model, progress=False)
     wanted = model(data[0])
