@@ -53,7 +53,7 @@ class MadeUp(Shadows):
             if isinstance(known, Tensor):
                 made = known.clone()
             elif not tensor.is_meta and _is_whole(tensor):
-                made = tensor.detach().cpu()  # a buffer, or what code makes of Python's numbers
+                made = tensor.detach().cpu().clone()  # a buffer, or what code makes of numbers
             elif tensor.is_floating_point():
                 made = torch.rand(tensor.shape, generator=self._generator).to(tensor.dtype)
             else:

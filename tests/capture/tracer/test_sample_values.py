@@ -113,3 +113,24 @@ def test_whole_numbers_that_code_knows_are_those_of_a_made_up_run() -> None:
     with pytest.warns(UserWarning, match="kept whole"):
         gm = capture(model, (x,))
     assert torch.equal(gm(x), model(x))
+
+
+class Counts(nn.Module):
+    """Counts its calls in training, in a buffer, and looks at its data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(8, 4)
+        self.register_buffer("calls", torch.tensor([7]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return self.one(x) * float(x.detach().numpy().any())
+
+
+def test_a_made_up_run_counts_nothing() -> None:
+    model = Around(Counts())
+    with pytest.warns(UserWarning, match="kept whole"):
+        capture(model, (torch.ones(2, 8),))
+    assert int(model.inner.calls) == 7
