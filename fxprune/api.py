@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn, cast
 import torch
 from torch import fx, nn
 
-from fxprune.capture import capture, in_shell, is_in_shell, renamed
+from fxprune.capture import calls_whole, capture, in_shell, renamed
 from fxprune.capture.errors import check_module
 from fxprune.capture.shell import Shell
 from fxprune.keywords import refuse_unknown
@@ -143,7 +143,7 @@ def analyze(
         source = settled(plain(gm))
         known = example_inputs is None and _has_shapes(source)
         network = cast(fx.GraphModule, source) if known else capture(source, example_inputs)
-        if is_in_shell(network) and not isinstance(source, fx.GraphModule):
+        if calls_whole(network, source):
             source, masks = in_shell(source), renamed(masks)
         graph = lower(network, rules=rules)
         zeros = {

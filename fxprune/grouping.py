@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.arguments import check_flags
-from fxprune.capture import capture, in_shell, is_in_shell
+from fxprune.capture import calls_whole, capture, in_shell
 from fxprune.capture.errors import check_module
 from fxprune.capture.shell import PREFIX
 from fxprune.channels.groups import group_channels
@@ -74,7 +74,7 @@ an output of the network
         )
         known = source if isinstance(source, fx.GraphModule) and has_shapes else None
         gm = known if known is not None and example_inputs is None else capture(source, example_inputs)
-        if is_in_shell(gm) and not isinstance(source, fx.GraphModule):
+        if calls_whole(gm, source):
             source = in_shell(source)
             entries = tuple(PREFIX + entry if isinstance(entry, str) else entry for entry in entries)
         graph = lower(gm, rules=rules)

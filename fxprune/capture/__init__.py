@@ -4,7 +4,7 @@ from fxprune.capture.entry import capture, capture_leaf, capture_own, capture_pa
 from fxprune.capture.errors import CaptureError, CarriedOver, Overwritten
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.modes import ModeBranch, ModeSwitch, evaluation_only
-from fxprune.capture.shell import in_shell, is_in_shell, renamed
+from fxprune.capture.shell import calls_whole, in_shell, renamed
 
 __all__ = [
     "CaptureError",
@@ -12,6 +12,7 @@ __all__ = [
     "ModeBranch",
     "ModeSwitch",
     "Overwritten",
+    "calls_whole",
     "capture",
     "capture_leaf",
     "capture_own",
@@ -19,7 +20,6 @@ __all__ = [
     "evaluation_only",
     "example_inputs_for",
     "in_shell",
-    "is_in_shell",
     "renamed",
     "warn_of_shell",
 ]

@@ -6,7 +6,6 @@ like the model in training and in evaluation, at any batch size.
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Hashable, Mapping
@@ -40,7 +39,7 @@ from fxprune.capture.hooks import keeps_hooks
 from fxprune.capture.inputs import example_inputs_for
 from fxprune.capture.leaf_forms import leaf_form
 from fxprune.capture.leaves import is_compiled, is_leaf
-from fxprune.capture.module import LeafGraph, assemble, assemble_leaf, reserved_names
+from fxprune.capture.module import CapturedModule, LeafGraph, assemble, assemble_leaf, reserved_names
 from fxprune.capture.shell import PREFIX, Shell, in_shell
 from fxprune.capture.tracer.calls_replaced import replaced_calls
 from fxprune.capture.tracer.isolation import restore_rng, rng_state, seed_rng
@@ -114,12 +113,11 @@ def capture(model: nn.Module, example_inputs: Any = None, **others: NoReturn) ->
         return found
 
 
-def capture_own(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
+def capture_own(model: nn.Module, example_inputs: Any = None) -> CapturedModule:
     """Capture a model as :func:`capture` does, or raise ``CaptureError`` if its own forward has no graph."""
     _check(model)
     args, kwargs = example_inputs_for(model, example_inputs)
     examples: dict[int, Tensor] = {}
-    given = args, kwargs
     args, kwargs = _shapes(args, examples), _shapes(kwargs, examples)
     try:
         with collector_paused(), replaced_calls():
@@ -127,7 +125,7 @@ def capture_own(model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
     except HookError:
         raise
     except TRACE_ERRORS as error:
-        raise _explained(model, args, kwargs, error, given) from error
+        raise _explained(model, args, kwargs, error) from error
     whole = {str(node.target) for node in found.graph.nodes if node.op == "call_module"}
     for note in _notes(model, found.notes, whole):
         warnings.warn(f"capture: {note}", stacklevel=users_level())
@@ -154,7 +152,7 @@ def capture_whole(model: nn.Module, example_inputs: Any = None) -> fx.GraphModul
             found = capture_own(in_shell(model), kwargs or args)
     except (CaptureError, InputError):
         return None
-    found.in_shell = True  # type: ignore[assignment]
+    found.in_shell = True
     return found
 
 
@@ -345,19 +343,15 @@ def _shapes(value: Any, examples: dict[int, Tensor] | None = None) -> Any:
 
 
 def _explained(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    error: BaseException,
-    given: tuple[tuple[Any, ...], Mapping[str, Any]],
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: BaseException
 ) -> ValueError | CaptureError:
-    """Is it the inputs or the model? The inputs, if they and their shapes fail without a trace."""
+    """Is it the inputs or the model? The inputs, if their shapes fail without a trace, too."""
     name = type(model).__name__
     if not isinstance(error, CaptureError):
         try:
             shapes_only(model, args, kwargs)
         except TRACE_ERRORS as own:
-            if needs_numbers(own) or _runs(model, *given):
+            if needs_numbers(own):
                 return _refusal(model, error)
             shapes = map_structure(lambda x: list(x.shape) if isinstance(x, Tensor) else x, kwargs or args)
             return InputError(
@@ -365,24 +359,6 @@ def _explained(
                 "pass inputs that it runs on"
             )
     return _refusal(model, error)
-
-
-def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a copy of the model runs on these inputs in evaluation, though it does not on their shapes."""
-    tensors = [*model.parameters(), *model.buffers()]
-    map_structure(lambda x: tensors.append(x) if isinstance(x, Tensor) else None, (args, dict(kwargs)))
-    if any(tensor.is_meta for tensor in tensors):
-        return False
-    before = rng_state()
-    try:
-        with torch.no_grad():
-            copied = copy.deepcopy(model).eval()
-            copied(*copy.deepcopy(args), **copy.deepcopy(dict(kwargs)))
-    except TRACE_ERRORS:
-        return False
-    finally:
-        restore_rng(before)
-    return True
 
 
 def _refusal(model: nn.Module, error: BaseException) -> CaptureError:

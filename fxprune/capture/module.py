@@ -60,11 +60,13 @@ class CapturedModule(fx.GraphModule):
 
     Copying and pickling keep the graph, ``node.meta["val"]``, tied weights, hooks and non-persistent buffers.
     ``leaf_attributes`` are the attributes, at the time of the capture, of each leaf and of the modules in it.
-    ``left_behind`` are the public names that the model's class has and a graph has not.
+    ``left_behind`` are the public names that the model's class has and a graph has not. ``in_shell``: it
+    calls its model as a whole, see :class:`.Shell`.
     """
 
     leaf_attributes: dict[str, dict[str, Attributes]]
     left_behind: frozenset[str]
+    in_shell: bool = False
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-__all__ = ["PREFIX", "Shell", "in_shell", "is_in_shell", "renamed"]
+__all__ = ["PREFIX", "Shell", "calls_whole", "in_shell", "renamed"]
 
 PREFIX = "model."
 Value = TypeVar("Value")
@@ -56,9 +56,9 @@ def in_shell(model: nn.Module) -> Shell:
     return kind(model)
 
 
-def is_in_shell(network: nn.Module) -> bool:
-    """Whether a graph calls its model as a whole, by the name ``model``."""
-    return isinstance(network, Shell) or bool(vars(network).get("in_shell", False))
+def calls_whole(network: nn.Module, model: nn.Module) -> bool:
+    """Whether the graph that was captured of ``model`` calls it as a whole, by other names."""
+    return network is not model and bool(vars(network).get("in_shell", False))
 
 
 def renamed(names: Mapping[str, Value]) -> dict[str, Value]:

@@ -17,13 +17,16 @@ class Constants:
     """The constants of a graph, noted op by op in its order.
 
     ``made``: the indices of those that layers make of others, whose channels go with those that they meet;
-    ``zeros``: of those that are zero.
+    ``zeros``: of those that are zero. ``offsets``: by index of a value, how many functions that are not zero
+    at zero and constants that no mask reaches are behind the layer that makes it. One keeps a channel from
+    zero; two may make up for each other, as in ``exp(x) - 1``.
     """
 
     def __init__(self, graph: ChannelGraph) -> None:
         self.graph = graph
         self.made: set[int] = set()
         self.zeros: set[int] = set()
+        self.offsets: dict[int, int] = {}
         used: set[int] = set()
         for op in reversed(graph.ops):
             if isinstance(op, ir.Sink) or op.output.index in used:
@@ -37,12 +40,30 @@ class Constants:
         return value.index in self.made or value.index not in self._used
 
     def note(self, op: ir.AnyOp) -> None:
-        """Note what an op gives, if that is no value on a path."""
+        """Note what an op gives: whether it is zero without weights, and if that is no value on a path."""
+        if offsets := self._offsets(op):
+            self.offsets[op.output.index] = min(offsets, 2)
         layer = isinstance(op, ir.Kernel) and op.weight.name is not None
         if not op.output.live and (layer or any(value.index in self.made for value in op.inputs)):
             self.made.add(op.output.index)
         elif self._is_zero(op):
             self.zeros.add(op.output.index)
+
+    def _offsets(self, op: ir.AnyOp) -> int:
+        before = sum(self.offsets.get(value.index, 0) for value in op.inputs)
+        match op:
+            case ir.Map():
+                return before + op.floor
+            case ir.Affine():
+                return before + (op.bias and all(use.constant for use in op.params))
+            case ir.Sum():
+                return before
+            case ir.Source() if not op.output.live:
+                return int(op.pattern is None and all(use.constant for use in op.params))
+            case ir.Gather() if len(op.inputs) == 1:
+                return before
+            case _:
+                return 0
 
     def _is_zero(self, op: ir.AnyOp) -> bool:
         """Whether the output is a constant that is zero."""

@@ -111,7 +111,8 @@ class _Follower:
                 wholes = None if self.whole_heads else self.wholes
                 return distinct(contraction(self.labels, op, operands, self.place, wholes))
             case ir.Pool():
-                return pooled(self.labels, op, self._of(op.inputs[0]), self.graph, self._because)
+                never_zero = self.constants.offsets.get(op.inputs[0].index) == 1
+                return pooled(self.labels, op, self._of(op.inputs[0]), never_zero, self._because)
             case ir.Affine():
                 return [*self._meet(op.inputs, op.output.shape), *self._table(op)]
             case ir.Map():

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 from torch import fx, nn
 
-from fxprune.capture import capture_own
+from fxprune.capture import calls_whole, capture, renamed
 from fxprune.capture.errors import check_module
 from fxprune.keywords import refuse_unknown
 from fxprune.rewrite import bare, install, read, read_ticket
@@ -49,7 +49,10 @@ def load_ticket(
     check_module(model)
     masks, values, signs = read_ticket(path)
     source = bare(model) if read(model) else model
-    network = duplicate(capture_own(source, example_inputs))
+    gm = capture(source, example_inputs)
+    if calls_whole(gm, source) and masks.keys() <= dict(source.named_parameters()).keys():
+        masks, values, signs = renamed(masks), renamed(values), renamed(signs)
+    network = duplicate(gm)
     install(network, masks)
     set_centroids(network, values, signs)
     neutralise(network)

@@ -109,13 +109,15 @@ def not_in_place(node: fx.Node) -> tuple[str, Any, dict[str, Any]] | None:
         return None
     old, kwargs, name = first.meta.get("val"), dict(node.kwargs), called(node)
     same = isinstance(old, Tensor) and old.shape == value.shape
+    operands = [x.meta.get("val") for x in node.all_input_nodes]
+    same = same and all(x.dtype == value.dtype for x in operands if isinstance(x, Tensor) and x.dim())
     if not same or name in DRAWN_INTO or _is_read_again(node, first):
         return None
     if node.target in IN_PLACE_OPERATORS and hasattr(operator, name[1:]):
         return "call_function", getattr(operator, name[1:]), kwargs
     if kwargs.get("inplace") is True:
         return node.op, node.target, {**kwargs, "inplace": False}
-    if node.op == "call_method" and name.endswith("_") and hasattr(Tensor, name[:-1]):
+    if node.op == "call_method" and name.endswith("_") and callable(getattr(Tensor, name[:-1], None)):
         return "call_method", name[:-1], kwargs
     return None
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.arguments import check_flags
-from fxprune.capture import capture, is_in_shell, renamed
+from fxprune.capture import calls_whole, capture, renamed
 from fxprune.capture.errors import InputError, check_module, first_line
 from fxprune.channels.follow import follow
 from fxprune.finite import warn_of_strange_parameters
@@ -133,11 +133,11 @@ def _compact(
     modes = {name: module.training for name, module in plain.named_modules()}
     has_shapes = isinstance(plain, fx.GraphModule) and all("val" in node.meta for node in plain.graph.nodes)
     gm = plain if isinstance(plain, fx.GraphModule) and has_shapes else capture(plain, example_inputs)
+    known = read(model)
+    if calls_whole(gm, plain):
+        known, modes = renamed(known), {"": model.training, **renamed(modes)}
     written = written_parameters(gm)
     gm = (duplicate(gm) if written else gm).eval()  # trials change what they run
-    known = read(model)
-    if is_in_shell(gm) and not isinstance(plain, fx.GraphModule):
-        known, modes = renamed(known), {"": model.training, **renamed(modes)}
     runs = two_runs(gm, example_inputs)
     source, whole, closed, opened = gm, dict[str, str](), set[str](), list[str]()
     while True:

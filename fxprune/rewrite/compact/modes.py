@@ -116,8 +116,7 @@ class _InTraining(Unchecked):
         module: Any = self.module.get_submodule(str(n.target))
         if isinstance(module, ModeSwitch):
             return args[0]
-        seed = int(torch.randint(2**31, (), generator=self.draws))
-        return Unchecked(module.when_training, seed).run(*args)
+        return Unchecked(module.when_training, self.seed).run(*args)
 
 
 def _is_choice(node: fx.Node, gm: torch.nn.Module) -> bool:

@@ -3,9 +3,10 @@
 A run draws the same random numbers whenever it has the same seed, and leaves the generators as they were.
 It leaves users' modules that are called as a whole as they were, too, for such modules may keep what they
 compute.
-Random numbers of one call are all the same, and always-on dropout drops nothing, so that a network with
-fewer channels is given the same ones. Packed sequences are all as long as the longest one was in the
-capture, as the graph's shapes say.
+Random numbers of one call are all the same, so that a network with fewer channels is given the same ones.
+They are large in a run of an even seed and small in one of an odd seed: a comparison with them goes either
+way in two runs, and nothing that they make is a constant. Dropout multiplies by such a number.
+Packed sequences are all as long as the longest one was in the capture, as the graph's shapes say.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import fx, nn
 from fxprune.capture.fidelity.stand_ins import with_argument, without_draws
 from fxprune.capture.runner import NodeRunner
 from fxprune.capture.tracer.isolation import ModelState, restore_rng, rng_state, seed_rng
-from fxprune.capture.tracer.spelling import DRAWS
+from fxprune.capture.tracer.spelling import DRAWS, called, changes_input
 from fxprune.torch_private import check_number, pack_padded_sequence
 
 __all__ = ["Unchecked"]
@@ -58,18 +59,44 @@ class Unchecked(NodeRunner):
         return args, kwargs
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if target is check_number:
-            return None
-        return self._one_number(getattr(target, "__name__", ""), super().call_function(target, args, kwargs))
+        return None if target is check_number else super().call_function(target, args, kwargs)
 
-    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self._one_number(target, super().call_method(target, args, kwargs))
-
-    def _one_number(self, name: str, result: Any) -> Any:
-        """The result of a call; one number throughout if it is drawn, of which whole ones stay."""
-        if name not in DRAWS or not isinstance(result, torch.Tensor) or not result.is_floating_point():
+    def run_node(self, n: fx.Node) -> Any:
+        drops = self._drops(n)
+        result = super().run_node(n)
+        if not isinstance(result, torch.Tensor):
             return result
-        return result.fill_(float(torch.rand((), generator=self.draws)))
+        name = called(n) if n.op in ("call_function", "call_method") else ""
+        if drops:
+            return result.mul_(self._number()) if changes_input(n) else result * self._number()
+        if name in ("randint", "randint_like"):
+            return result.fill_(self._whole_number(n))
+        if name in DRAWS and result.is_floating_point():
+            signed = name.startswith(("normal", "randn"))
+            return result.fill_(self._number(coin=name.startswith("bernoulli"), signed=signed))
+        return result
+
+    def _drops(self, n: fx.Node) -> bool:
+        """Whether a node drops at random, by the argument that it is given in this run."""
+        switched = without_draws(n)
+        if switched is None:
+            return False
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        key, off = switched
+        return bool((kwargs[key] if isinstance(key, str) else args[key]) != off)
+
+    def _number(self, *, coin: bool = False, signed: bool = False) -> float:
+        """A number in place of those that one call draws, at one end of what it may draw."""
+        large = self.seed % 2 == 0
+        if coin:
+            return float(large)
+        near = 0.1 * float(torch.rand((), generator=self.draws))
+        return 1 - near if large else near - 1 if signed else near + 0.001
+
+    def _whole_number(self, n: fx.Node) -> int:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        ends = [x for x in (*args, kwargs.get("low"), kwargs.get("high")) if isinstance(x, int)]
+        return ends[-1] - 1 if self.seed % 2 == 0 else ends[0] if len(ends) > 1 else 0
 
 
 @contextmanager

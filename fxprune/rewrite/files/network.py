@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.capture import capture
 from fxprune.capture.errors import CaptureError, check_module
-from fxprune.capture.shell import PREFIX, in_shell
+from fxprune.capture.shell import in_shell, renamed
 from fxprune.keywords import refuse_unknown
 from fxprune.rewrite.compact.plain_values import Unwritable, decode_tree, encode_tree
 from fxprune.rewrite.compact.recipe import Recipe
@@ -259,11 +259,9 @@ def _rebuilt(
     manifest: _Manifest, original: nn.Module, example_inputs: Any, values: dict[str, Tensor]
 ) -> nn.Module:
     """A network of the shapes in the file; the values of its tensors mean nothing."""
-    if in_names := [name.startswith(PREFIX) for name in manifest.parameters]:
-        inside = isinstance(original, fx.GraphModule) or all(
-            name.startswith(PREFIX) for name, _ in original.named_parameters()
-        )
-        original = original if inside or not all(in_names) else in_shell(original)
+    own, wanted = dict(original.named_parameters(remove_duplicate=False)), manifest.parameters.keys()
+    if not wanted <= own.keys() and wanted <= renamed(own).keys():  # its graph called it as a whole
+        original = in_shell(original)
     _check_parameters(original, manifest.parameters, manifest.tied)
     original = duplicate(original)
     inputs = example_inputs

@@ -25,6 +25,12 @@ Computed = tuple[nn.Module, str]
 """(the module, the name of the weight in it)."""
 
 
+def _set_state(self: nn.Module, state: dict[str, Any]) -> None:
+    nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+    enrol(self)
+    watch(self)
+
+
 class WeightMask(nn.Module):
     """The last step of a computed weight: zeros where the mask has them.
 
@@ -41,10 +47,7 @@ class WeightMask(nn.Module):
         identify(self)
         enrol(self)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        enrol(self)
-        watch(self)
+    __setstate__ = _set_state
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight * self.mask
@@ -71,10 +74,7 @@ class HookedMask(nn.Module):
         identify(self)
         enrol(self)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        enrol(self)
-        watch(self)
+    __setstate__ = _set_state
 
     @property
     def mask(self) -> Tensor | None:
