@@ -45,7 +45,7 @@ def model() -> Experts:
 
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Experts cannot be captured",
+    "ignore:(Experts|Inside) cannot be captured",
     "ignore:capture",
     "ignore:method .wanda.. the inputs of",
     "ignore:100% of",
@@ -109,6 +109,37 @@ def test_it_is_pruned_compacted_and_saved(
     for number, (network, form) in enumerate(((small, "dense"), (pruned, "sparse"))):
         fxprune.save(network, tmp_path / str(number), form=form)
         assert torch.equal(fxprune.load(tmp_path / str(number), Experts()).eval()(X), network.eval()(X))
+
+
+@pytest.mark.parametrize("returns", ["graph", "module"])
+def test_its_ticket_is_loaded(model: Experts, tmp_path: Path, returns: str) -> None:
+    pruned = fxprune.apply(model, "magnitude", 0.4, example_inputs=X, returns=returns, progress=False)
+    fxprune.save(pruned, tmp_path / "ticket", form="ticket")
+    again = fxprune.load_ticket(tmp_path / "ticket", Experts(), example_inputs=X)
+    masks = {name.removeprefix("model."): mask for name, mask in fxprune.masks(pruned).items()}
+    for name, mask in fxprune.masks(again).items():
+        assert torch.equal(mask, masks.pop(name.removeprefix("model.")))
+    assert not masks
+
+
+class Inside(nn.Module):
+    """All of its parts are called ``model.…`` already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.model(x)
+        return y if len(torch.nonzero(y > 100)) == 0 else y * 0.5
+
+
+def test_a_model_with_a_part_called_model_is_loaded(tmp_path: Path) -> None:
+    gm = fxprune.capture(Inside().eval(), X)
+    assert "model.model.0.weight" in gm.state_dict()
+    pruned = fxprune.apply(Inside(), "magnitude", 0.5, example_inputs=X, progress=False)
+    fxprune.save(pruned, tmp_path / "file", form="sparse")
+    assert torch.equal(fxprune.load(tmp_path / "file", Inside()).eval()(X), pruned.eval()(X))
 
 
 def test_names_of_layers_are_those_of_the_model(model: Experts) -> None:
