@@ -34,7 +34,8 @@ def matrices_outside(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, in
 
     A matrix weight is a parameter of two or more axes that are longer than one, which the network multiplies
     with its data in a contraction, as it is or scaled by sample, or of which it is not known what becomes of
-    it; or which it overwrites in each call, or computes such numbers from. Tables that are looked up or added
+    it; or which it overwrites in each call, or computes such numbers from; or that a part which stays whole
+    does not read in evaluation (the size of the noise on a weight). Tables that are looked up or added
     (embeddings, position tables), scales and shifts, and parameters of norms are none.
 
     Args:
@@ -57,6 +58,7 @@ def matrices_outside(gm: fx.GraphModule, graph: ir.ChannelGraph) -> dict[str, in
         and not isinstance(parameters.owners[name][1], (*TABLES, *NORMS))
     }
     met = _met(graph).union(graph.overwritten, *graph.overwritten.values()) if sizes else set()
+    met |= _unread(gm, graph, parameters) if sizes else set()
     met -= _frozen_factors(graph, parameters) if met else set()
     return {name: sizes[name] for name in sorted(sizes, key=lambda name: -sizes[name]) if name in met}
 
@@ -159,6 +161,20 @@ def _is_moved_alone(gm: fx.GraphModule, name: str) -> bool:
             elif called(user) not in PRODUCTS:
                 return False
     return known
+
+
+def _unread(gm: fx.GraphModule, graph: ir.ChannelGraph, parameters: Parameters) -> set[str]:
+    """Parameters of users' modules that stay whole which nothing reads in evaluation."""
+    read = {use.name for op in graph.ops for use in op.params}
+    called_whole = [gm.get_submodule(str(node.target)) for node in gm.graph.nodes if node.op == "call_module"]
+    own = {
+        parameters.names[id(parameter)]
+        for module in called_whole
+        if not type(module).__module__.startswith(("torch.", "fxprune."))
+        for parameter in module.parameters()
+        if id(parameter) in parameters.names
+    }
+    return own - read
 
 
 def _frozen_factors(graph: ir.ChannelGraph, parameters: Parameters) -> set[str]:

@@ -297,3 +297,25 @@ def test_matrices_of_equations_are_named() -> None:
     assert matrices_outside(gm, lower(gm)) == {"matrix": 64}
     with pytest.warns(UserWarning, match=r"47% of the 136 matrix weights cannot be pruned.*matrix \(64\)"):
         fxprune.apply(Solves(), "magnitude", 0.5, example_inputs=torch.randn(5, 6), progress=False)
+
+
+class NoisyLinear(nn.Module):
+    """Adds noise to its weight in training, as large as another parameter says."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.randn(outputs, inputs) * 0.1)
+        self.noise = nn.Parameter(torch.full((outputs, inputs), 0.02))
+        self.register_buffer("drawn", torch.randn(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.mean + self.noise * self.drawn if self.training else self.mean)
+
+
+def test_weights_that_training_alone_reads_are_named() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), NoisyLinear(32, 4)), torch.randn(3, 8)
+    with pytest.warns(UserWarning, match=r"25% of the 512 matrix weights cannot be pruned.*2\.noise \(128\)"):
+        pruned = fxprune.apply(model, "magnitude", 0.5, example_inputs=x, progress=False)
+    assert set(fxprune.masks(pruned)) == {"0.weight", "2.mean"}
+    assert fxprune.analyze(pruned, example_inputs=x).outside == {"2.noise": 128}
