@@ -4,18 +4,21 @@ The smallest model of every family of timm, with weights and biases drawn anew, 
 compacted; outputs are compared in the same run. A line per model and way goes to a file next to this script
 as it is done, so that a run goes on where it was stopped; the table is written to docs/compaction_table.md:
 
-    python benchmarks/compaction.py              # all (about an hour on one core)
-    python benchmarks/compaction.py resnet vit   # names that contain one of these, again
-    python benchmarks/compaction.py --table      # only write the table from what is there
+    python benchmarks/compaction.py               # all, the smallest first (many hours on one core)
+    python benchmarks/compaction.py --limit 420   # give a run up after that many seconds of CPU
+    python benchmarks/compaction.py resnet vit    # names that contain one of these, again
+    python benchmarks/compaction.py --table       # only write the table from what is there
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import signal
 import time
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import timm
@@ -108,11 +111,12 @@ def write_table(rows: list[dict[str, Any]]) -> None:
     lines = [
         "# Compaction, model by model",
         "",
-        f"`python benchmarks/compaction.py`: {len(done)} of {len(rows)} runs compact with equal outputs, of "
-        f"{len({row['model'] for row in rows})} models; all {len(SIZES)} models under {len(WAYS)} kinds of "
-        f"masks are {len(SIZES) * len(WAYS)} runs. Dead channels are output channels without a weight on a "
-        f"path, those of the network's outputs left out. {sum(not row['given_back'] for row in done)} runs "
-        f"give nothing back, {len(most)} more than 5 % of the dead channels; *why* names the reason that "
+        f"`python benchmarks/compaction.py --limit 420`: {len(done)} of {len(rows)} runs compact with equal "
+        f"outputs, of {len({row['model'] for row in rows})} models; all {len(SIZES)} models under "
+        f"{len(WAYS)} kinds of masks are {len(SIZES) * len(WAYS)} runs. Dead channels are output channels "
+        "without a weight on a path, those of the network's outputs left out. "
+        f"{sum(not row['given_back'] for row in done)} runs give nothing back, "
+        f"{len(most)} more than 5 % of the dead channels; *why* names the reason that "
         "holds most of them, and how many "
         "([what they mean](compaction.md#what-stays-and-is-named-in-the-table)). "
         "All biases are drawn, none is zero, so that a pruned channel is a constant: the worst case.",
@@ -146,21 +150,69 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
+class Late(BaseException):
+    """Says that a run took all the seconds that it was given: nothing in it may catch this."""
+
+
+def within(seconds: float, name: str, way: str) -> dict[str, Any] | None:
+    """Measure a run, or give it up after ``seconds`` of CPU (0: never)."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Late
+
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        return measure(name, way)
+    except Late:
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def weights_of(name: str) -> int:
+    """Count the parameters of a model without making them."""
+    with torch.device("meta"):
+        try:
+            model = timm.create_model(name, img_size=SIZES[name])
+        except TypeError:
+            model = timm.create_model(name)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def run(names: list[str], limit: float, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """Measure the runs of models whose name contains one of ``names``, or all that have no row yet."""
+    todo = [name for name in SIZES if not names or any(word in name for word in names)]
+    for name in sorted(todo, key=weights_of):
+        for way in WAYS:
+            if not names and (name, way) in rows:
+                continue
+            row = within(limit, name, way)
+            if row is None:
+                print(f"{name}, {way}: given up after {limit:g} s", flush=True)
+                continue
+            rows[name, way] = row
+            print(json.dumps(row), flush=True)
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", help="measure these again; without any, all that have no row yet")
+    parser.add_argument(
+        "--limit", type=float, default=0, help="seconds of CPU for a run (0: as many as it takes)"
+    )
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
     old = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     rows = {(row["model"], row["way"]): row for row in old}
-    if "--table" not in sys.argv:
-        for name in SIZES:
-            for way in WAYS:
-                wanted = any(word in name for word in words) if words else (name, way) not in rows
-                if wanted:
-                    rows[name, way] = row = measure(name, way)
-                    print(json.dumps(row), flush=True)
-                    with RESULTS.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+    if not options.table:
+        run(options.names, options.limit, rows)
     write_table(list(rows.values()))
 
 

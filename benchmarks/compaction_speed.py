@@ -10,6 +10,7 @@ docs/compaction_speed.md is made:
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import math
@@ -302,11 +303,17 @@ def add(rows: list[dict[str, Any]], part: str, **row: Any) -> None:
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"any of {', '.join(PARTS)}")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"no part: {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-    for part in [] if "--table" in sys.argv else words or PARTS:
+    for part in [] if options.table else options.parts or PARTS:
         rows = [row for row in rows if row["part"] != part]
-
         PARTS[part](partial(add, rows, part))
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     write_table(rows)
