@@ -1,6 +1,7 @@
 """The pruner in a loop: what it does to weights, optimisers, compiled code and other processes."""
 
 import copy
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -362,8 +363,8 @@ def test_a_method_of_ones_own() -> None:
 
 def test_every_method_says_its_options() -> None:
     for name, factory in METHODS.items():
-        doc = factory.__doc__ or ""
-        assert all(f"        {option}: " in doc for option in options(name)), name
+        doc = inspect.getdoc(factory) or ""
+        assert all(f"    {option}: " in doc for option in options(name)), name
     assert options("rigl") == {"frequency": 100, "drop": 0.3, "stop": 0.75, "grown": "zero"}
 
 
