@@ -159,8 +159,8 @@ class _Follower:
             if op.groups > 1 and factor.axes == (1,):
                 parts = factor.labels.flatten().view(op.groups, -1)
                 self.labels.lines.append(Lines(parts, op.inputs[0].index, self.place))
-            elif op.groups > 1 and 1 in factor.axes:
-                self.labels.fix(factor.labels, self._because("a group norm over several axes"))
+            elif (op.groups > 1 and 1 in factor.axes) or set(op.held) & set(factor.axes):
+                self.labels.fix(factor.labels, self._because("a statistic over channels"))
 
     def _because(self, reason: str) -> str:
         return f"{self.place}: {reason}" if self.place else reason

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fxprune.channels.components import components
+from fxprune.channels.components import joined
 
 __all__ = [
     "FILLED", "FIRST", "FIXED", "Factor", "Heads", "Labels", "Lines", "Sides", "aligned", "along_axis",
@@ -119,7 +119,9 @@ class Labels:
     lines: list[Lines] = field(default_factory=list)
     edges: list[Tensor] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
-    _root: Tensor | None = None
+    # The groups by the first of the edges, and how many these are.
+    _root: Tensor = field(default_factory=lambda: torch.arange(0))
+    _joined: int = 0
 
     def tie(self, a: Tensor, b: Tensor) -> None:
         """Let the labels of two tensors (broadcast against each other) go together, entry by entry."""
@@ -129,14 +131,12 @@ class Labels:
             # One number for each edge: to sort pairs takes ten times as long.
             codes = torch.unique(a[differ] * self.count + b[differ])
             self.edges.append(torch.stack([codes // self.count, codes % self.count]))
-            self._root = None
 
     def fix(self, labels: Tensor, reason: str) -> None:
         """Forbid the removal of ``labels``; the first reason given for each stays."""
         some = torch.unique(labels[labels >= FIRST])
         if some.numel():
             self.edges.append(torch.stack([some, torch.full_like(some, FIXED)]))
-            self._root = None
             for label in some.tolist():
                 self.reasons.setdefault(label, reason)
 
@@ -145,7 +145,6 @@ class Labels:
         if name not in self.tables:
             self.tables[name] = torch.arange(self.count, self.count + size)
             self.count += size
-            self._root = None
         return self.tables[name]
 
     def of_heads(self, count: int) -> Tensor:
@@ -153,7 +152,6 @@ class Labels:
         first = self.count
         self.first_heads.append((first, count))
         self.count += count
-        self._root = None
         return torch.arange(first, self.count)
 
     def are_heads(self, labels: Tensor) -> bool:
@@ -164,10 +162,13 @@ class Labels:
     @property
     def root(self) -> Tensor:
         """The group of every label: the smallest label that goes with it, ``FIXED`` for what cannot go."""
-        if self._root is None:
-            edges = torch.cat(self.edges, 1) if self.edges else torch.zeros((2, 0), dtype=torch.int64)
-            self._root = components(self.count, edges)
-        return self._root
+        known = self._root
+        if len(known) < self.count:
+            known = torch.cat([known, torch.arange(len(known), self.count)])
+        if self._joined < len(self.edges):
+            known = joined(known, torch.cat(self.edges[self._joined :], 1))
+        self._root, self._joined = known, len(self.edges)
+        return known
 
 
 def aligned(factors: Sequence[Factor], rank: int, out_rank: int) -> list[Factor]:

@@ -57,7 +57,6 @@ def _hold_heads(labels: Labels) -> None:
         own[first : first + count] = True
     mixed = torch.zeros_like(own)
     mixed[labels.root[~own]] = True
+    root = labels.root  # what is fixed here was mixed before
     for heads in labels.heads:
-        labels.fix(
-            heads.one[mixed[labels.root[heads.one]]], f"{heads.place}: a head that meets other channels"
-        )
+        labels.fix(heads.one[mixed[root[heads.one]]], f"{heads.place}: a head that meets other channels")

@@ -341,13 +341,15 @@ class Norm(Op):
 
     ``axes`` are those of the input along which entries share their statistic: dropping an entry of such an
     axis changes the others. A BatchNorm with running statistics has none; with ``groups`` > 1 axis 1 is split
-    into so many parts with a statistic each. ``eps`` is ``None`` where it is not known.
+    into so many parts with a statistic each. ``eps`` is ``None`` where it is not known. ``held`` are those of
+    the axes along which no entry can be dropped, as no norm is known that makes up for it.
     """
 
     axes: tuple[int, ...] = ()
     groups: int = 1
     bias: bool = False
     eps: float | None = None
+    held: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,6 +37,7 @@ from fxprune.lowering.constant import Constant, unknown_numbers, without_numbers
 from fxprune.lowering.folding import as_constants, changed, reads_after_write
 from fxprune.lowering.follow import reads_of_result
 from fxprune.lowering.joined import joined_weights
+from fxprune.lowering.norm_statistics import hold_unknown_statistics
 from fxprune.lowering.overwritten import attribute_at, overwritten_tensors
 from fxprune.lowering.parameters import Parameters
 from fxprune.lowering.reads import Reads, lost
@@ -110,10 +111,9 @@ def lower(
     name, units, ops = type(gm).__name__, tuple(build.units), tuple(build.ops)
     known = {op.output.index for op in ops}
     twins = {index: x for index, x in build.in_training.items() if index in known and x.index in known}
-    return ir.ChannelGraph(
-        ops, build.kernels, build.samples, name, values, constants, units,
-        training_outputs(gm, values, ops), twins, build.parameters.overwritten,
-    )  # fmt: skip
+    found = training_outputs(gm, values, ops), twins, build.parameters.overwritten
+    graph = ir.ChannelGraph(ops, build.kernels, build.samples, name, values, constants, units, *found)
+    return hold_unknown_statistics(graph, gm)
 
 
 def _samples(gm: fx.GraphModule) -> int:

@@ -18,6 +18,7 @@ from fxprune.finite import warn_of_strange_parameters
 from fxprune.graph import ChannelGraph, ir
 from fxprune.keywords import refuse_unknown
 from fxprune.lowering import lower
+from fxprune.lowering.norm_statistics import counted_nodes, kind_of
 from fxprune.paths.used import used_channels
 from fxprune.progress import Display
 from fxprune.rewrite.compact.closed import check_calls
@@ -45,12 +46,10 @@ from fxprune.rewrite.compact.modules import (
     slices_of,
 )
 from fxprune.rewrite.compact.norm_sums import removed_sums
-from fxprune.rewrite.compact.norms import kind_of
 from fxprune.rewrite.compact.parameter_views import parameters_of_constant
 from fxprune.rewrite.compact.parts import node_of, parts_of
 from fxprune.rewrite.compact.products import keep_what_counts, operand_nodes
 from fxprune.rewrite.compact.recipe import record_recipe
-from fxprune.rewrite.compact.statistics import counted_node, reductions
 from fxprune.rewrite.compact.strides import multiples
 from fxprune.rewrite.compact.table import tabulate
 from fxprune.rewrite.compact.trial import (
@@ -359,6 +358,7 @@ def _constants(
 def _sources(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> set[str]:
     """The nodes whose numbers are asked for: what layers and norms read of channels that may go."""
     wanted = operand_nodes(graph, cut, nodes)
+    order = {node: place for place, node in enumerate(nodes.values())}
     for op in graph.ops:
         if isinstance(op, (ir.Kernel, ir.Norm)) and op.node in nodes and cut.touches(op.inputs[0]):
             source = read_node(graph, nodes[op.node], op.inputs[0])
@@ -367,8 +367,7 @@ def _sources(graph: ChannelGraph, nodes: dict[str, fx.Node], cut: Cut) -> set[st
             wanted |= {node_of(graph, part) for part in parts_of(graph, op.inputs[0])}
             if isinstance(op, ir.Norm) and kind_of(nodes[op.node]) == "":
                 for axis in op.axes:
-                    added = reductions(graph, op, nodes, axis) or ()
-                    counted = [counted_node(node, axis) for node in added]
+                    counted = counted_nodes(graph, op, axis, nodes, order)
                     wanted |= {node.name for node in counted if node is not None}
     return wanted
 

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from fxprune.capture.tracer.spelling import called
 from fxprune.graph import ChannelGraph, ir
+from fxprune.lowering.norm_statistics import GROUP_NORMS, LAYER_NORMS, RMS_NORMS
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.kept import Slices
 from fxprune.rewrite.compact.means import scale_means
@@ -24,9 +25,11 @@ from fxprune.rewrite.compact.spread import LIKE, REPEATS, set_counts, set_sizes
 __all__ = ["Rewriter", "is_shape"]
 
 _SHAPED = {"reshape", "view", "expand", "broadcast_to"}
+_NORMS = LAYER_NORMS + RMS_NORMS + GROUP_NORMS
 _CONVOLUTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 }  # fmt: skip
+_COUNTS = {"numel", "nelement"}
 _SPLITS = {"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"}
 
 
@@ -79,6 +82,9 @@ class Rewriter:
     # -- sizes that are read off tensors ----------------------------------------------------------------
     def _freeze_size(self, node: fx.Node) -> None:
         """Replace the size of an axis that shrinks by the number it had: shapes get their own literals."""
+        if called(node) in _COUNTS and node.args:
+            self._freeze_count(node)
+            return
         if node.op == "call_method" and node.target == "size" and len(node.args) > 1:
             source, index = node.args[0], node.args[1]
         elif node.target is operator.getitem and is_shape(node.args[0]):
@@ -93,6 +99,17 @@ class Rewriter:
         for user in list(node.users):
             user.args = fx.node.map_arg(user.args, lambda n: number if n is node else n)
             user.kwargs = fx.node.map_arg(user.kwargs, lambda n: number if n is node else n)
+
+    def _freeze_count(self, node: fx.Node) -> None:
+        """Let the number of all entries stay what it was, in proportion to the size of the batch."""
+        source = node.args[0]
+        value = self._value(source.args[0] if is_shape(source) else source)  # type: ignore[union-attr]
+        if value is not None and self.cut.shrinks(value):
+            users = list(node.users)
+            with self.gm.graph.inserting_before(node.next):
+                whole = self._in_proportion(node, math.prod(self.cut.shape(value)), math.prod(value.shape))
+            for user in users:
+                user.replace_input_with(node, whole)
 
     # -- nodes ------------------------------------------------------------------------------------------
     def _rewrite(self, node: fx.Node) -> None:
@@ -122,7 +139,7 @@ class Rewriter:
             assert source is not None
             if node.kwargs.get("scale") is None and len(node.args) < 7:
                 node.kwargs = {**node.kwargs, "scale": source.shape[-1] ** -0.5}
-        elif source is not None and node.target in (F.layer_norm, F.rms_norm, F.group_norm):
+        elif source is not None and node.target in _NORMS:
             self.norms.called(node, source)
         elif name == "pad" and self.cut.shrinks(value):
             self._pad(node, source, value)
@@ -168,11 +185,14 @@ class Rewriter:
         """
         if old == new or not isinstance(size, fx.Node):
             return size if old == new else new
-        common = math.gcd(old, new)
-        graph = self.gm.graph
-        with graph.inserting_before(node):
-            more = graph.call_function(operator.mul, (size, new // common))
-            left = graph.call_function(operator.floordiv, (more, old // common))
+        with self.gm.graph.inserting_before(node):
+            return self._in_proportion(size, old, new)
+
+    def _in_proportion(self, number: fx.Node, old: int, new: int) -> fx.Node:
+        """Add the nodes that make of ``old`` entries ``new`` ones, and of multiples of it such multiples."""
+        common, graph = math.gcd(old, new), self.gm.graph
+        more = graph.call_function(operator.mul, (number, new // common))
+        left = graph.call_function(operator.floordiv, (more, old // common))
         more.meta["val"], left.meta["val"] = old * new // common, new
         return left
 

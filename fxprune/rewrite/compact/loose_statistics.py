@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from torch import Tensor, fx
 
 from fxprune.graph import ChannelGraph, ir
-from fxprune.rewrite.compact.constants import Recorded
-from fxprune.rewrite.compact.cut import Cut
-from fxprune.rewrite.compact.norms import kind_of
-from fxprune.rewrite.compact.statistics import (
+from fxprune.lowering.norm_statistics import (
     POINTWISE,
     REDUCTIONS,
     counted_node,
-    give_back_counted,
+    kind_of,
     name_of,
     reduced_axes,
     reductions,
 )
+from fxprune.rewrite.compact.constants import Recorded
+from fxprune.rewrite.compact.cut import Cut
+from fxprune.rewrite.compact.statistics import give_back_counted
 from fxprune.torch_private import pytree
 
 __all__ = ["keep_loose_statistics", "loose_statistics"]
@@ -93,10 +93,11 @@ def _is_live(result: object) -> bool:
 def _held(graph: ChannelGraph, nodes: Mapping[str, fx.Node]) -> set[fx.Node]:
     """The statistics that norms hold."""
     found: set[fx.Node] = set()
+    order = {node: place for place, node in enumerate(nodes.values())}
     for op in graph.ops:
         if isinstance(op, ir.Norm) and op.node in nodes and kind_of(nodes[op.node]) == "":
             for axis in op.axes:
-                found.update(reductions(graph, op, nodes, axis) or ())
+                found.update(reductions(graph, op, axis, nodes, order) or ())
     return found
 
 

@@ -11,11 +11,10 @@ import torch
 from torch import fx
 
 from fxprune.graph import ChannelGraph, ir
+from fxprune.lowering.norm_statistics import kind_of, reductions
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
 from fxprune.rewrite.compact.loose_statistics import loose_statistics
 from fxprune.rewrite.compact.narrow_statistics import narrow_statistic
-from fxprune.rewrite.compact.norms import kind_of
-from fxprune.rewrite.compact.statistics import reductions
 
 __all__ = ["scale_means"]
 
@@ -23,10 +22,11 @@ __all__ = ["scale_means"]
 def scale_means(graph: ChannelGraph, gm: fx.GraphModule, cut: Cut) -> None:
     """Multiply means over fewer entries by the share that is left, and let extremes see a zero, in place."""
     nodes = {node.name: node for node in gm.graph.nodes}
+    order = {node: place for place, node in enumerate(gm.graph.nodes)}
     found: dict[fx.Node, tuple[float, int, int]] = {}  # all are looked for before the first is rewritten
     for op in graph.ops:
         if isinstance(op, ir.Norm) and op.node in nodes and kind_of(nodes[op.node]) == "":
-            found |= _statistics(graph, op, nodes, cut)
+            found |= _statistics(graph, op, nodes, order, cut)
     for node, (value, axis) in loose_statistics(graph, nodes, cut).items():
         if axis is not None:
             found[node] = _share(cut, value, (axis,)), axis, value.shape[axis]
@@ -70,14 +70,14 @@ def _bound(node: fx.Node, extreme: str) -> bool:
 
 
 def _statistics(
-    graph: ChannelGraph, op: ir.Norm, nodes: dict[str, fx.Node], cut: Cut
+    graph: ChannelGraph, op: ir.Norm, nodes: dict[str, fx.Node], order: dict[fx.Node, int], cut: Cut
 ) -> dict[fx.Node, tuple[float, int, int]]:
     """The statistics in a norm that is written by hand: what share is left of which axis, and its size."""
     value, found = op.inputs[0], {}
     for axis in op.axes:
         share = _share(cut, value, (axis,))
         if share != 1.0:
-            for node in reductions(graph, op, nodes, axis) or ():
+            for node in reductions(graph, op, axis, nodes, order) or ():
                 found[node] = share, axis, value.shape[axis]
     return found
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.rewrite.compact.statistics import PAIRS, SPREADS, centre_of, correction_of, dims_of
+from fxprune.lowering.norm_statistics import PAIRS, SPREADS, centre_of, correction_of, dims_of
 
 __all__ = ["narrow_statistic"]
 

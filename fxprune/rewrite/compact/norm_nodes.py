@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.graph import ir
-from fxprune.rewrite.compact.cut import Cut, UnevenCut
+from fxprune.lowering.norm_statistics import GROUP_NORMS, RMS_NORMS
+from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.norms import (
     NARROWED,
     NarrowedGroupNorm,
@@ -35,24 +36,25 @@ class NormNodes:
 
     def called(self, node: fx.Node, source: ir.Value) -> None:
         """Rewrite a call of a norm's function, if it loses channels."""
-        if node.target is F.group_norm and self.cut.shrinks(source, 1):
+        if node.target in GROUP_NORMS and self.cut.shrinks(source, 1):
             self._functional_group_norm(node, source)
-        elif node.target is not F.group_norm and self.cut.shrinks(source, -1):
+        elif node.target not in GROUP_NORMS and self.cut.touches(source):
             self._functional_norm(node, source)
 
     def _functional_norm(self, node: fx.Node, source: ir.Value) -> None:
         names: tuple[str, ...] = ("normalized_shape", "weight", "bias", "eps")
-        if node.target is F.rms_norm:
+        if node.target in RMS_NORMS:
             names = ("normalized_shape", "weight", "eps")
         given: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-        if len(given["normalized_shape"]) != 1:
-            raise UnevenCut("a layer norm over several axes", self.cut.labels_of(source))
         if node.name not in self.removed_sums:
-            given["normalized_shape"] = (self.cut.shape(source)[-1],)
+            given["normalized_shape"] = self._shape_left(source, len(given["normalized_shape"]))
             node.args, node.kwargs = (node.args[0],), given
             return
         operands = [given.get(name) for name in names[1:-1]]
-        self._narrow(node, source, operands, given.get("eps"), rms=node.target is F.rms_norm)
+        if len(given["normalized_shape"]) > 1:
+            self._narrow_whole(node, source, operands, given.get("eps"))
+        else:
+            self._narrow(node, source, operands, given.get("eps"), rms=node.target in RMS_NORMS)
 
     def module(self, node: fx.Node, source: ir.Value | None) -> None:
         """Rewrite a call of a module, if it is a norm that loses channels."""
@@ -62,15 +64,22 @@ class NormNodes:
         if isinstance(module, nn.GroupNorm) and self.cut.shrinks(source, 1):
             assert source is not None
             self._group_norm(node, source, module)
-        if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not self.cut.shrinks(source, -1):
+        if not isinstance(module, (nn.LayerNorm, nn.RMSNorm)) or not self.cut.shrinks(source):
             return
         assert source is not None
+        several = len(module.normalized_shape)
         if node.name not in self.removed_sums:
-            module.normalized_shape = (self.cut.shape(source)[-1],)
+            module.normalized_shape = self._shape_left(source, several)
             return
         rms = isinstance(module, nn.RMSNorm)
         operands = self._operands(node, module, ("weight",) if rms else ("weight", "bias"))
-        self._narrow(node, source, operands, module.eps, rms=rms)
+        if several > 1:
+            self._narrow_whole(node, source, operands, module.eps)
+        else:
+            self._narrow(node, source, operands, module.eps, rms=rms)
+
+    def _shape_left(self, source: ir.Value, axes: int) -> tuple[int, ...]:
+        return tuple(self.cut.shape(source)[-axes:])
 
     def _operands(self, node: fx.Node, module: nn.Module, leaves: Sequence[str]) -> list[Any]:
         """Read the parameters of a module that is not called any more."""
@@ -135,8 +144,24 @@ class NormNodes:
             norm = NarrowedLayerNorm(width, 1e-5 if eps is None else eps, total, squares)
             self._call_instead(node, norm, operands)
 
-    def _call_instead(self, node: fx.Node, module: nn.Module, operands: Sequence[Any]) -> None:
-        """Let a new module take the place of a node."""
+    def _narrow_whole(self, node: fx.Node, source: ir.Value, operands: Sequence[Any], eps: Any) -> None:
+        """Let a group norm of one group take the place of a norm over channels and positions."""
+        norm = NarrowedGroupNorm(source.shape[1], 1e-5 if eps is None else eps, *self.removed_sums[node.name])
+        last = self._call_instead(node, norm, ())
+        for function, operand in zip((operator.mul, operator.add), operands, strict=True):
+            if operand is None:
+                continue
+            users = list(last.users)
+            with self.gm.graph.inserting_after(last):
+                step = self.gm.graph.call_function(function, (last, operand))
+            for user in users:
+                user.replace_input_with(last, step)
+            step.meta = dict(last.meta)
+            self.instead_of[step.name] = self.instead_of[last.name]
+            last = step
+
+    def _call_instead(self, node: fx.Node, module: nn.Module, operands: Sequence[Any]) -> fx.Node:
+        """Let a new module take the place of a node, and return its node."""
         name = f"narrowed_{node.name}"
         self.gm.add_module(name, module)
         with self.gm.graph.inserting_before(node):
@@ -145,3 +170,4 @@ class NormNodes:
         self.instead_of[new.name] = node.name
         node.replace_all_uses_with(new)
         self.gm.graph.erase_node(node)
+        return new

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from fxprune.graph import ChannelGraph, ir
+from fxprune.lowering.norm_statistics import counted_nodes, kind_of
 from fxprune.rewrite.compact.constants import Recorded, constant_entries, is_recorded
 from fxprune.rewrite.compact.cut import Cut
-from fxprune.rewrite.compact.norms import kind_of
-from fxprune.rewrite.compact.statistics import keep_what_statistics_count
+from fxprune.rewrite.compact.statistics import give_back_counted
 
 __all__ = ["removed_sums"]
 
@@ -18,6 +18,7 @@ def removed_sums(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Return the sums of what each norm loses, and of their squares; give back what is no constant."""
     sums = {}
+    order = {node: place for place, node in enumerate(nodes.values())}
     for op in graph.ops:
         if not isinstance(op, ir.Norm) or not op.axes:
             continue
@@ -30,13 +31,15 @@ def removed_sums(
         kind = kind_of(node)
         if kind == "length":
             continue  # `keep_what_counts` asks whether what goes is zero
-        by_hand = kind == "" and len(shrinking) == 1
-        if by_hand and keep_what_statistics_count(graph, op, shrinking[0], nodes, cut, recorded):
-            continue
-        axis = {"layer": len(value.shape) - 1, "group": 1}.get(kind, -1)
+        place = f"{op.layer or op.node}: a statistic over channels"
+        if kind == "" and len(shrinking) == 1:
+            counted = counted_nodes(graph, op, shrinking[0], nodes, order)
+            if counted and give_back_counted(cut, value, shrinking[0], counted, recorded, place):
+                continue
+        axis = {"layer": len(value.shape) - 1, "group": 1, "whole": 1}.get(kind, -1)
         known = is_recorded(graph, source, value, recorded)
-        if shrinking != [axis] or not known or (kind == "layer" and op.axes != (axis,)):
-            cut.give_back(cut.labels_of(value), f"{op.layer or op.node}: a statistic over channels")
+        if shrinking != [axis] or not known or axis in op.held:
+            cut.give_back(cut.labels_of(value), place)
             continue
         assert isinstance(source, fx.Node)
         found = _removed_sum(op, axis, recorded[source.name], cut)

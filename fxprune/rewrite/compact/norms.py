@@ -1,9 +1,8 @@
-"""Tell which nodes are norms that can get narrower, and make one of a norm that did already."""
+"""Make a norm that gets narrower once more of one that did already."""
 
 from __future__ import annotations
 
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from fxprune.capture.narrowed_norms import (
     NARROWED,
@@ -12,31 +11,7 @@ from fxprune.capture.narrowed_norms import (
     NarrowedRMSNorm,
 )
 
-__all__ = ["NARROWED", "NarrowedGroupNorm", "NarrowedLayerNorm", "NarrowedRMSNorm", "kind_of", "narrower"]
-
-
-def kind_of(node: fx.Node) -> str:
-    """Return "layer" (also for RMS norms) or "group" for a node that can be narrowed, "" for any other.
-
-    "length": what a node divides by loses nothing with entries that are zero.
-    """
-    if node.target is F.normalize:
-        p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 2.0)
-        return "length" if isinstance(p, (int, float)) and p > 0 else ""
-    if node.target is F.cosine_similarity:
-        return "length"
-    module: object = node.target
-    if node.op == "call_module" and isinstance(node.graph.owning_module, nn.Module):
-        module = node.graph.owning_module.get_submodule(str(node.target))
-    if isinstance(module, nn.CosineSimilarity):
-        return "length"
-    if isinstance(module, (nn.LayerNorm, nn.RMSNorm, NarrowedLayerNorm, NarrowedRMSNorm)) or module in (
-        F.layer_norm,
-        F.rms_norm,
-    ):
-        return "layer"
-    is_group = isinstance(module, (nn.GroupNorm, NarrowedGroupNorm)) or module is F.group_norm
-    return "group" if is_group else ""
+__all__ = ["NARROWED", "NarrowedGroupNorm", "NarrowedLayerNorm", "NarrowedRMSNorm", "narrower"]
 
 
 def narrower(norm: nn.Module, total: Tensor, squares: Tensor, left: Tensor | None) -> nn.Module:

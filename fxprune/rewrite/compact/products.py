@@ -14,12 +14,11 @@ from torch import Tensor, fx
 from fxprune.channels.labels import Factor
 from fxprune.channels.sums import summed_axes
 from fxprune.graph import ChannelGraph, ir
+from fxprune.lowering.norm_statistics import counted_node, kind_of
 from fxprune.rewrite.compact.constants import Recorded
 from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.loose_statistics import keep_loose_statistics, loose_statistics
-from fxprune.rewrite.compact.norms import kind_of
 from fxprune.rewrite.compact.parts import node_of, parts_of, zero_in_parts
-from fxprune.rewrite.compact.statistics import counted_node
 
 __all__ = ["keep_what_counts", "operand_nodes"]
 

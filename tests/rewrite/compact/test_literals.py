@@ -216,3 +216,33 @@ def test_places_in_a_constant_that_is_picked_later_stay() -> None:
     small = fxprune.compact(net, x, verify=False)
     torch.testing.assert_close(small(x), net(x))
     assert len(small.get_parameter("first.weight")) == 10
+
+
+COUNTS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "divided by": lambda last, h: last(h.relu()) / h.numel(),
+    "divided by, of one sample": lambda last, h: last(h / h[0].numel()),
+    "a size of a view": lambda last, h: last(h.view(h.numel() // 12, 12)),
+    "a size beside one that is left open": lambda last, h: last(h.reshape(-1).view(h.nelement() // 12, -1)),
+}
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("kind", COUNTS)
+def test_numbers_of_entries_stay_what_they_were(kind: str, verify: bool) -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 12, bias=False), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return COUNTS[kind](self.last, self.first(x))
+
+    torch.manual_seed(0)
+    net, x = Counted().eval(), torch.randn(3, 6)
+    pruned = fxprune.apply(net, "magnitude", 0.4, granularity="channel", example_inputs=x, progress=False)
+    small = fxprune.compact(pruned, x, verify=verify)
+    assert small.get_parameter("first.weight").shape == (7, 6)
+    for batch in (3, 5):
+        y = torch.randn(batch, 6)
+        torch.testing.assert_close(small(y), pruned(y), rtol=1e-5, atol=1e-6)
