@@ -26,7 +26,7 @@ from fxprune.channels.labels import (
     distinct,
     thin,
 )
-from fxprune.channels.merging import merged
+from fxprune.channels.merging import merged, moved_labels
 from fxprune.channels.pooling import pooled
 from fxprune.channels.repeats import Repeats
 from fxprune.channels.shared import tie_shared
@@ -268,7 +268,7 @@ class _Follower:
         found: list[Factor] = []
         for axes in families:
             parts = [self._full(value, axes) for value in op.inputs]
-            moved = op.move(*parts)
+            moved = moved_labels(op, parts)
             factor = thin(moved.long())
             if factor is None:
                 self.labels.fix(moved.flatten().long(), self._because("one channel is read alone"))

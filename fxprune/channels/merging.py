@@ -1,12 +1,30 @@
-"""Settle which channels go along an axis of a value that several axes of others were moved into."""
+"""Settle which channels go along the axes of a value that entries of others were moved into."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxprune.channels.labels import FIXED, Factor, Labels
+from torch import Tensor
 
-__all__ = ["merged"]
+from fxprune.channels.labels import FILLED, FIXED, Factor, Labels
+from fxprune.graph import ir
+from fxprune.lowering.rules.movement import set_item
+
+__all__ = ["merged", "moved_labels"]
+
+
+def moved_labels(op: ir.Gather, parts: Sequence[Tensor]) -> Tensor:
+    """Move labels as an op moves entries; constants that are written over channels go with these.
+
+    ``parts``: the labels of each operand, of its full shape.
+    """
+    moved: Tensor = op.move(*parts)
+    writes = bool(op.move.calls) and op.move.calls[-1].target is set_item
+    if not writes or moved.shape != parts[0].shape:
+        return moved
+    # A number that is not zero has the label of what cannot go; what another operand has it may be a path.
+    constant = moved <= FIXED if len(parts) == 1 else moved == FILLED
+    return parts[0].where(constant, moved)
 
 
 def merged(labels: Labels, found: Sequence[Factor], factor: Factor, reason: str) -> list[Factor]:

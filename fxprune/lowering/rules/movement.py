@@ -247,6 +247,9 @@ def move(context: Context, *args: Any, **kwargs: Any) -> Any:
         raise Unknown("memory seen as another type")
     if context.target is getattr and args[1] in ("real", "imag", "data"):
         return build.affine(build.materialise(args[0]))
+    if context.target in SHAPED_LIKE and isinstance(args[0], Constant) and not is_data(args[0]):  # an index
+        like = TensorFunction.of(SHAPED_LIKE[context.target], PREVIOUS, tuple(context.shape))
+        return args[0].moved(like, tuple(context.shape))
     if context.target == "expand_as" and not getattr(args[0], "live", False):
         context, args = replace(context, target="expand"), (args[0], tuple(context.shape))  # stays a constant
     operands = [x for x in tensors_in((args, kwargs)) if is_data(x)]

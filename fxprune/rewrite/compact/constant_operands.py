@@ -17,12 +17,14 @@ from fxprune.graph import ChannelGraph, ir
 from fxprune.rewrite.compact.constants import read_node
 from fxprune.rewrite.compact.cut import Cut
 from fxprune.rewrite.compact.kept import Slices
-from fxprune.rewrite.compact.literals import is_shape
+from fxprune.rewrite.compact.size_arguments import is_shape
 from fxprune.torch_private import pytree
 
 __all__ = ["cut_constants"]
 
-POINTWISE = (ir.Affine, ir.Gate, ir.Map, ir.Sum)
+POINTWISE = (ir.Affine, ir.Gate, ir.Map, ir.Source, ir.Sum)
+"""Ops of one entry beside another; the sources among them are constants, such as where a mask holds."""
+
 SCATTERED = {
     f"{name}{end}"
     for name in ("index_add", "index_copy", "index_reduce", "scatter_add", "scatter_reduce", "scatter")

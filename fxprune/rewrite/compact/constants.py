@@ -6,6 +6,7 @@ inputs give the numbers.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.capture.tracer.spelling import changes_input
 from fxprune.channels.by_channel import labels_by_weight
 from fxprune.channels.labels import Sides
 from fxprune.channels.orientation import swap_orientation
@@ -36,6 +38,8 @@ class _NodeValues(Unchecked):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        if n.name in self.wanted and n.target is operator.setitem and isinstance(n.args[0], fx.Node):
+            result = self.env[n.args[0]]
         if n.name in self.wanted and isinstance(result, Tensor):
             # A copy: operations in place may change it before the next run.
             self.found[n.name] = result.detach().cpu().clone()
@@ -76,8 +80,14 @@ def is_recorded(graph: ChannelGraph, source: Any, value: ir.Value, recorded: Rec
 
 
 def read_node(graph: ChannelGraph, node: fx.Node, value: ir.Value) -> Any:
-    """Return the argument of a node that yields ``value``, wherever it stands: behind an equation, say."""
+    """Return the argument of a node that yields ``value``, wherever it stands: behind an equation, say.
+
+    Where an argument was written into since, the node that wrote ``value`` is returned.
+    """
     given = next((each for each in node.all_input_nodes if _yields(graph, each, value)), None)
+    if given is None and (names := {output.node for output in graph.nodes_of(value) if not output.path}):
+        writers = (each for each in node.graph.nodes if each.name in names and changes_input(each))
+        given = next((each for each in writers if each.args and each.args[0] in node.all_input_nodes), None)
     return given if given is not None or not node.args else node.args[0]
 
 

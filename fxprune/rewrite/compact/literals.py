@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,19 +14,35 @@ from fxprune.capture.tracer.spelling import called
 from fxprune.graph import ChannelGraph, ir
 from fxprune.lowering.norm_statistics import GROUP_NORMS, LAYER_NORMS, RMS_NORMS
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
+from fxprune.rewrite.compact.index_places import (
+    list_places,
+    new_places,
+    pick_by_entry,
+    pick_by_list,
+    write_by_list,
+)
 from fxprune.rewrite.compact.kept import Slices
 from fxprune.rewrite.compact.means import scale_means
 from fxprune.rewrite.compact.norm_nodes import NormNodes
 from fxprune.rewrite.compact.parameter_views import KeptByNode, kept_of_parameters
+from fxprune.rewrite.compact.size_arguments import (
+    counts_of,
+    given_arguments,
+    is_shape,
+    number_of,
+    set_shape,
+)
 from fxprune.rewrite.compact.spread import LIKE, REPEATS, set_counts, set_sizes
 
-__all__ = ["Rewriter", "is_shape"]
+__all__ = ["Rewriter"]
 
 _SHAPED = {"reshape", "view", "expand", "broadcast_to"}
 _NORMS = LAYER_NORMS + RMS_NORMS + GROUP_NORMS
 _CONVOLUTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 }  # fmt: skip
+_PICKS = {"index_select", "gather", "take_along_dim"}
+_FILLS = {"index_fill", "index_fill_"}
 _COUNTS = {"numel", "nelement"}
 _SPLITS = {"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"}
 
@@ -124,15 +138,15 @@ class Rewriter:
             assert value is not None
             self._sizes(node, value)
         elif name in _SHAPED and node in self.constants:
-            _set_shape(node, self.constants[node])
+            set_shape(node, self.constants[node])
         elif name == "unflatten" and self.cut.shrinks(value):
             self._unflatten(node, source, value)
-        elif name in _SPLITS and self.cut.shrinks(source):
-            self._split(node, source)
         elif name in _SPLITS:
-            self._split_parameter(node)
+            self._split(node, source) if self.cut.shrinks(source) else self._split_parameter(node)
         elif name in ("narrow", "select") and self.cut.shrinks(source):
             self._bounds(node, source, name)
+        elif name in _PICKS or name in _FILLS:
+            self._picked(node, source if name in _PICKS else value, name)
         elif node.target in (operator.getitem, operator.setitem):
             self._index(node, source)
         elif node.target is F.scaled_dot_product_attention and self.cut.shrinks(source, -1):
@@ -217,18 +231,18 @@ class Rewriter:
             return
         target: Any = torch.split
         node.target = "split" if node.op == "call_method" else target
-        node.args, node.kwargs = (source, _counts(kept, node, dim)), {"dim": dim}
+        node.args, node.kwargs = (source, counts_of(kept, node, dim)), {"dim": dim}
 
     def _parts(self, node: fx.Node, source: ir.Value, dim: int) -> list[int]:
         """Count the indices that stay in each part, where not every part has a value."""
         kept = self.cut.kept_along(source, dim % len(source.shape))
         kept = torch.ones(source.shape[dim], dtype=torch.bool) if kept is None else kept
-        return _counts(kept, node, dim)
+        return counts_of(kept, node, dim)
 
     def _bounds(self, node: fx.Node, source: ir.Value | None, name: str) -> None:
         assert source is not None
-        given = _given(node, "dim", "index" if name == "select" else "start", "length")
-        dim, start = given["dim"], _number(given["index" if name == "select" else "start"])
+        given = given_arguments(node, "dim", "index" if name == "select" else "start", "length")
+        dim, start = given["dim"], number_of(given["index" if name == "select" else "start"])
         if not isinstance(dim, int) or not isinstance(start, int):
             return
         kept = self.cut.kept_along(source, dim % len(source.shape))
@@ -239,12 +253,12 @@ class Rewriter:
         if name == "select":
             node.args, node.kwargs = (node.args[0], dim, first), {}
         else:
-            length = int(kept[start : start + int(_number(given["length"]))].sum())
+            length = int(kept[start : start + int(number_of(given["length"]))].sum())
             node.args, node.kwargs = (node.args[0], dim, first, length), {}
 
     def _unflatten(self, node: fx.Node, source: ir.Value | None, value: ir.Value | None) -> None:
         assert value is not None
-        given = _given(node, "dim", "sizes")
+        given = given_arguments(node, "dim", "sizes")
         dim = int(given["dim"]) % len(source.shape) if source is not None else 0
         sizes = [
             self._resized(node, size, value.shape[axis], self.cut.shape(value)[axis])
@@ -286,16 +300,19 @@ class Rewriter:
         while made is not None:
             maker = self.graph.op_of(made)
             if maker is None or isinstance(maker, ir.Source):
-                return (
-                    isinstance(maker, ir.Source)
-                    and not made.live
-                    and not maker.params
-                    and not self.cut.touches(made)
-                )
+                own = maker is not None and not made.live and not maker.params
+                return own and not self.cut.touches(made) and not self._is_sized_like(maker)
             writer = next((each for each in node.graph.nodes if each.name == maker.node), None)
             if writer is None or writer.target is not operator.setitem or not maker.inputs:
                 return False
             made = maker.inputs[0]
+        return False
+
+    def _is_sized_like(self, source: ir.AnyOp | None) -> bool:
+        """Whether a constant has the sizes of a value that gets smaller."""
+        for node in self.gm.graph.nodes:
+            if source is not None and node.name == source.node and node.args:
+                return called(node).endswith("_like") and self.cut.shrinks(self._value(node.args[0]))
         return False
 
     def _places(self, node: fx.Node) -> None:
@@ -306,38 +323,56 @@ class Rewriter:
         is_cut = self.cut.shrinks(self._value(made))  # its places are other ones then
         if known is None or is_cut or not all(isinstance(item, slice) for item in items):
             return
-        shape = made.meta["val"].shape
-        items += [slice(None)] * (len(shape) - len(items))
-        marked = [(axis, marks) for axis, marks in enumerate(known) if marks is not None]
-        if len(known) == len(shape) and len(marked) == 1:
-            ((axis, marks),) = marked
-            bounds = [getattr(items[axis], part) for part in ("start", "stop", "step")]
-            places = torch.arange(shape[axis])[slice(*map(_number, bounds))]
-            if len(places) == len(marks):
-                items[axis] = places[marks].tolist()
-                node.args = (made, tuple(items), node.args[2])
+        list_places(node, items, known)
 
     def _index_along(self, node: fx.Node, kept: Tensor | None, item: Any) -> Any:
         if kept is None or item == slice(None):
             return item
         bounded = isinstance(item, slice)
-        item = slice(*(_number(x) for x in (item.start, item.stop, item.step))) if bounded else _number(item)
+        item = (
+            slice(*(number_of(x) for x in (item.start, item.stop, item.step))) if bounded else number_of(item)
+        )
         if isinstance(item, int):
-            return int(kept[: item % len(kept)].sum())
+            place = int(kept[: item % len(kept)].sum())
+            is_lost = node.target is operator.setitem and not kept[item]
+            return slice(place, place) if is_lost else place  # nothing is written
         if isinstance(item, slice) and item.step in (None, 1):
             start, stop, _ = item.indices(len(kept))
             return slice(int(kept[:start].sum()), int(kept[:stop].sum()))
         if isinstance(item, slice):
             places = list(range(*item.indices(len(kept))))
             return [int(kept[:place].sum()) for place in places if kept[place]]
+        if (picked := new_places(self.gm, item, kept)) is not None:
+            return picked
         source = self._value(node.args[0])
         labels = torch.zeros(0, dtype=torch.int64) if source is None else self.cut.labels_of(source)
         raise UnevenCut(f"{node.name}: an index along channels", labels)
 
+    def _picked(self, node: fx.Node, source: ir.Value | None, name: str) -> None:
+        """Move the places that an index of one axis lists, or holds by entry, if the axis shrinks."""
+        if source is None or not self.cut.shrinks(source):
+            return
+        own = ("indices", "dim") if name == "take_along_dim" else ("dim", "index")
+        given = given_arguments(node, *own)
+        dim, index = given.get("dim"), given.get("index", given.get("indices"))
+        dim = dim % len(source.shape) if isinstance(dim, int) else -1
+        if dim < 0 or (kept := self.cut.kept_along(source, dim)) is None:
+            return
+        by_entry = name in ("gather", "take_along_dim")
+        places = None if by_entry else new_places(self.gm, index, kept)
+        if not isinstance(index, fx.Node) or (places is None and not by_entry):
+            raise UnevenCut(f"{node.name}: an index along channels", self.cut.labels_of(source))
+        if places is None:
+            pick_by_entry(node, index, kept)
+        elif name == "index_select":
+            pick_by_list(node, dim, places)
+        else:
+            write_by_list(node, index, places)
+
     def _pad(self, node: fx.Node, source: ir.Value | None, value: ir.Value | None) -> None:
         """Set the number of channels that are filled in, or cropped, before and behind others."""
         assert value is not None
-        given = _given(node, "pad", "mode", "value")
+        given = given_arguments(node, "pad", "mode", "value")
         sizes = list(given["pad"])
         for place in range(0, len(sizes), 2):
             axis = len(value.shape) - 1 - place // 2
@@ -360,41 +395,3 @@ class Rewriter:
                 node.kwargs = {**node.kwargs, "groups": left}
             else:
                 node.args = (*node.args[:6], left, *node.args[7:])
-
-
-def _counts(kept: Tensor, node: fx.Node, dim: int) -> list[int]:
-    """Count the entries that stay in each of the parts that a node gives."""
-    bounds = torch.tensor([0, *(part.shape[dim] for part in node.meta["val"])]).cumsum(0).tolist()
-    return [int(kept[low:high].sum()) for low, high in itertools.pairwise(bounds)]
-
-
-def _set_shape(node: fx.Node, kept: Sequence[Tensor | None]) -> None:
-    """Set the numbers of a shape that are other ones now."""
-    packed = len(node.args) == 2 and isinstance(node.args[1], (list, tuple))
-    sizes: list[Any] = list(node.args[1] if packed else node.args[1:])  # type: ignore[arg-type]
-    if len(sizes) != len(kept):
-        return
-    for axis, marks in enumerate(kept):
-        if marks is not None and sizes[axis] != -1:
-            sizes[axis] = int(marks.sum())
-    node.args = (node.args[0], tuple(sizes)) if packed else (node.args[0], *sizes)
-
-
-def is_shape(x: Any) -> bool:
-    """Whether a node yields the whole shape of a tensor."""
-    if not isinstance(x, fx.Node):
-        return False
-    if x.op == "call_method" and x.target == "size":
-        return len(x.args) == 1 and not x.kwargs
-    return bool(x.target is getattr and len(x.args) == 2 and x.args[1] == "shape")
-
-
-def _number(x: Any) -> Any:
-    """Return the number that a node yields, such as half a size; anything else as it is."""
-    value = x.meta.get("val") if isinstance(x, fx.Node) else None
-    return value if type(value) is int else x
-
-
-def _given(node: fx.Node, *names: str) -> dict[str, Any]:
-    """Return the arguments after the first, by name, however they were written."""
-    return dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
