@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from fxprune.channels.labels import Factor, Heads, Labels, Lines
 from fxprune.channels.wholes import Whole
 from fxprune.graph import ir
 
-__all__ = ["contraction", "shared_axes"]
+__all__ = ["behind_product", "contraction", "shared_axes", "zero_operands"]
 
 Operand = tuple[ir.Value, Sequence[Factor]]
 
@@ -59,6 +59,68 @@ def contraction(
                 index = operands[side][0].index
                 labels.lines.append(Lines(factor.lines(own_letters), index, place))
     return found if whole_heads else [*found, *heads.of_result(found)]
+
+
+def zero_operands(
+    labels: Labels,
+    op: ir.Mix,
+    factors_of: Callable[[ir.Value], Sequence[Factor]],
+    zeros: Collection[int],
+) -> Iterator[tuple[ir.Value, list[Factor]]]:
+    """Yield the operand of a product that is zero, with the factors of what it is multiplied with there.
+
+    Such is the first state of linear attention, whose entries go with the channels of the keys. Along the
+    axes of the result that it has alone, it has labels of its own: what is added to the result ties them.
+    ``zeros``: the indices of the constants that are zero.
+    """
+    inputs, _, out = op.equation.partition("->")
+    letters = inputs.split(",")
+    for side in (0, 1):
+        value, other, own = op.inputs[side], op.inputs[1 - side], letters[side]
+        if value.index not in zeros:
+            continue
+        kept = {axis for axis, letter in enumerate(own) if letter in out and value.shape[axis] > 1}
+        # As many with whole heads as without: a graph has the same labels in both cases.
+        new = labels.more(math.prod(value.shape[axis] for axis in kept))
+        found = _renamed(factors_of(other), letters[1 - side], own, value)
+        alone = {axis for axis in kept if own[axis] not in letters[1 - side]}
+        if found and alone:
+            axes = sorted(alone | (kept & set(found[0].axes)))
+            shape = [size if axis in axes else 1 for axis, size in enumerate(value.shape)]
+            found.append(Factor(tuple(axes), new[: math.prod(shape)].view(shape)))
+        if found:
+            yield value, found
+
+
+def behind_product(
+    op: ir.Mix, factors: Sequence[Factor], is_followed: Callable[[ir.Value], bool]
+) -> Iterator[tuple[ir.Value, list[Factor]]]:
+    """Yield the constants that a product of the ``factors`` takes, with those that they share with it."""
+    inputs, _, out = op.equation.partition("->")
+    for value, own in zip(op.inputs, inputs.split(","), strict=True):
+        found = [] if is_followed(value) else _renamed(factors, out, own, value)
+        if found:
+            yield value, found
+
+
+def _renamed(factors: Sequence[Factor], letters: str, others: str, value: ir.Value) -> list[Factor]:
+    """Return the factors all of whose axes another operand has as well, along its axes.
+
+    ``letters``, ``others``: the names of the axes of the one and of the other, whose value is ``value``.
+    """
+    found = []
+    for factor in factors:
+        names = [letters[axis] for axis in factor.axes]
+        axes = [others.find(name) for name in names]
+        if any(axis < 0 or value.shape[axis] == 1 for axis in axes):
+            continue
+        order = sorted(range(len(axes)), key=axes.__getitem__)
+        labels = factor.labels.reshape([factor.labels.shape[axis] for axis in factor.axes]).permute(order)
+        shape = [1] * len(others)
+        for place in order:
+            shape[axes[place]] = factor.labels.shape[factor.axes[place]]
+        found.append(Factor(tuple(axes[place] for place in order), labels.reshape(shape)))
+    return found
 
 
 def shared_axes(op: ir.Mix) -> list[tuple[int, ...]]:
@@ -171,6 +233,9 @@ def _partner(
     if not summed and len(shared) < len(factor.letters) and not whole_heads:
         return ""
     overlapping = [other for other in others if set(other.letters) & set(shared)]
+    # Of a state with channels of keys and of values by head, the keys' alone are summed over.
+    along = [other for other in overlapping if set(other.letters) & set(summed)]
+    overlapping = along or overlapping
     if not overlapping:
         return "multiplied with entries that cannot be removed"
     for other in overlapping:

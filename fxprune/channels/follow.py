@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fxprune.channels.constants import POINTWISE, Constants, sums_up
-from fxprune.channels.contractions import contraction
+from fxprune.channels.contractions import behind_product, contraction, zero_operands
 from fxprune.channels.labels import (
     FILLED,
     FIXED,
@@ -30,7 +30,14 @@ from fxprune.channels.merging import merged, moved_labels
 from fxprune.channels.pooling import pooled
 from fxprune.channels.repeats import Repeats
 from fxprune.channels.shared import tie_shared
-from fxprune.channels.sides import ask_for_boxes, keep_read_tables, sides_of, table_factors
+from fxprune.channels.sides import (
+    ask_for_boxes,
+    column_of,
+    keep_read_tables,
+    sides_of,
+    table_factors,
+    tie_parts,
+)
 from fxprune.channels.units import tie_units
 from fxprune.channels.wholes import Whole, settle
 from fxprune.graph import ChannelGraph, ir
@@ -107,6 +114,8 @@ class _Follower:
             case ir.Mix():
                 if not op.equation:
                     return self._hold(op, "a product that no rule describes")
+                for value, own in zero_operands(self.labels, op, self._of, self.constants.zeros):
+                    self._set_constant(value, own)
                 operands = [(value, self._of(value)) for value in op.inputs]
                 wholes = None if self.whole_heads else self.wholes
                 return distinct(contraction(self.labels, op, operands, self.place, wholes))
@@ -231,6 +240,9 @@ class _Follower:
         maker = self.graph.op_of(value)
         if isinstance(maker, ir.Gather):
             self._label_moved_constants(maker, own)
+        elif isinstance(maker, ir.Mix):
+            for each, factors in behind_product(maker, own, self._is_followed):
+                self._set_constant(each, factors)
         elif isinstance(maker, ir.Pool) and maker.keepdim and not self._is_followed(maker.inputs[0]):
             rest = [factor for factor in own if not set(factor.axes) & set(maker.dims)]
             self._set_constant(maker.inputs[0], rest)
@@ -319,7 +331,7 @@ class _Follower:
         passed, along = [], []
         for factor in self._of(value):
             if axis in factor.axes:
-                along.append(self._column(factor, axis))
+                along.append(column_of(self.labels, factor, axis))
             elif spatial & set(factor.axes) and not (op.window is not None and op.window.keeps_positions):
                 self.labels.fix(factor.labels, self._because("positions of a convolution"))
             else:
@@ -341,7 +353,7 @@ class _Follower:
             for labels in along:
                 self.labels.fix(labels, self._because("read by weights that are not pruned"))
         if op.groups > 1:
-            self._grouped(op, rows, columns)
+            tie_parts(self.labels, op, rows, columns, self.place)
         self.labels.sides.append(Sides(self.number, op.weight.name, rows, columns))
         if len(rows) == 1 or bool((rows == FIXED).all()):
             self.labels.fix(rows, self._because("the only output channel"))
@@ -380,20 +392,3 @@ class _Follower:
         maker = self.graph.op_of(value)
         if isinstance(maker, ir.Gather):
             self._label_moved_constants(maker, [factor])
-
-    def _column(self, factor: Factor, axis: int) -> Tensor:
-        """The labels along the contracted axis: those of other axes fold into one column."""
-        lines = factor.labels.movedim(axis, -1)
-        lines = lines.reshape(-1, lines.shape[-1])
-        first = lines.amax(0)
-        self.labels.tie(lines, first.expand_as(lines))
-        return first
-
-    def _grouped(self, op: ir.Kernel, rows: Tensor, columns: Tensor) -> None:
-        """Tie the two sides of a depthwise convolution; ask any other for equal numbers in every group."""
-        if len(columns) == op.groups:
-            self.labels.tie(columns[:, None], rows.view(op.groups, -1))
-            return
-        outputs, inputs = rows.view(op.groups, -1), columns.view(op.groups, -1)
-        for own, partner, value in ((outputs, inputs, op.output), (inputs, outputs, op.inputs[0])):
-            self.labels.lines.append(Lines(own, value.index, self.place, partner=partner))

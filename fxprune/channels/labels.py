@@ -149,10 +149,13 @@ class Labels:
 
     def of_heads(self, count: int) -> Tensor:
         """Return new labels for the heads of a product."""
-        first = self.count
-        self.first_heads.append((first, count))
+        self.first_heads.append((self.count, count))
+        return self.more(count)
+
+    def more(self, count: int) -> Tensor:
+        """Return new labels."""
         self.count += count
-        return torch.arange(first, self.count)
+        return torch.arange(self.count - count, self.count)
 
     def are_heads(self, labels: Tensor) -> bool:
         """Whether all labels are those of heads, as `of_heads` gives them."""

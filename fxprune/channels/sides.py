@@ -153,3 +153,22 @@ def ask_for_boxes(labels: Labels, kernels: ir.KernelSet) -> None:
             sizes = [kernels.shape[axis] for axis in axes]
             entries = first[kernels.name] + torch.arange(math.prod(sizes)).view(sizes)
             labels.lines.append(Lines(entries, -1, kernels.name, box=True))
+
+
+def column_of(labels: Labels, factor: Factor, axis: int) -> Tensor:
+    """Return the labels along a contracted axis: those of other axes fold into one column."""
+    lines = factor.labels.movedim(axis, -1)
+    lines = lines.reshape(-1, lines.shape[-1])
+    first = lines.amax(0)
+    labels.tie(lines, first.expand_as(lines))
+    return first
+
+
+def tie_parts(labels: Labels, op: ir.Kernel, rows: Tensor, columns: Tensor, place: str) -> None:
+    """Tie the two sides of a depthwise convolution; ask any other for equal numbers in every group."""
+    if len(columns) == op.groups:
+        labels.tie(columns[:, None], rows.view(op.groups, -1))
+        return
+    outputs, inputs = rows.view(op.groups, -1), columns.view(op.groups, -1)
+    for own, partner, value in ((outputs, inputs, op.output), (inputs, outputs, op.inputs[0])):
+        labels.lines.append(Lines(own, value.index, place, partner=partner))

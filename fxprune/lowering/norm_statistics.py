@@ -172,24 +172,27 @@ def _reductions_of(
             if near not in seen and near is not source and order[near] > order[source]:
                 seen.add(near)
                 waiting.append(near)
-    depends = {source}
+    depends, reduced = {source}, set[fx.Node]()
     found = []
     for each in sorted(between, key=order.__getitem__):
-        if not depends & set(each.all_input_nodes) or _is_size(each):
+        read = depends & set(each.all_input_nodes)
+        if not read or _is_size(each):
             continue
         depends.add(each)
-        name = name_of(each)
-        part = name == "getitem" and name_of(each.all_input_nodes[0]) in PAIRS
-        if each.op == "call_module" or not (name in REDUCTIONS | POINTWISE or part):
+        if read <= reduced:  # whatever is computed of sums alone stays what it is
+            reduced.add(each)
+            continue
+        if each.op == "call_module" or _rank(each.all_input_nodes[0]) != _rank(source):
             return None
-        if _rank(each) != _rank(source):
-            return None
-        if name in REDUCTIONS:
-            summed = counted_node(each, axis)
-            if summed is None:
+        if name_of(each) in REDUCTIONS:
+            if counted_node(each, axis) is None:
                 return None
-            if _tensor(each.all_input_nodes[0]).shape[axis] != _tensor(each).shape[axis]:
+            if axis in reduced_axes(each):
                 found.append(each)
+                reduced.add(each)
+                continue
+        if name_of(each) not in REDUCTIONS | POINTWISE or _rank(each) != _rank(source):
+            return None
     return found
 
 
@@ -274,7 +277,7 @@ def reduced_axes(node: fx.Node) -> set[int]:
     shape, result = _tensor(node.all_input_nodes[0]).shape, _tensor(node).shape
     if len(shape) == len(result):
         return {axis for axis, (a, b) in enumerate(zip(shape, result, strict=True)) if a != b}
-    dims = dims_of(node) if name_of(node) in SPREADS | {"mean"} else None
+    dims = dims_of(node) if name_of(node) in SPREADS | {"mean", "sum"} else None
     if dims is None or dims == () or dims == []:
         return set(range(len(shape)))
     return {dim % len(shape) for dim in ([dims] if isinstance(dims, int) else dims)}

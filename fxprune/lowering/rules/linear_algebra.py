@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ _OF_MATRICES = [
         (
             torch.linalg,
             "cholesky det eigh eigvalsh eigvals inv lstsq matrix_exp matrix_power matrix_rank pinv qr slogdet"
-            " solve solve_triangular svd svdvals",
+            " svd svdvals",
         ),
     )
     for name in names.split()
@@ -34,8 +35,26 @@ _METHODS = ("cholesky", "det", "inverse", "logdet", "matrix_exp", "pinverse", "s
 @table.rule(*dict.fromkeys((*_OF_MATRICES, *_METHODS)))
 def of_matrices(context: Context, *args: Any, **kwargs: Any) -> Any:
     """Every entry of a matrix reaches every entry of the result; one that is zero counts, too."""
-    build = context.build
     operands = [x for x in (*args, *kwargs.values()) if isinstance(x, (ir.Value, Constant))]
+    return _mixed(context, operands, context.result)
+
+
+@table.rule(torch.linalg.solve, torch.linalg.solve_triangular)
+def solve(context: Context, a: Any, b: Any, *, left: bool = True, **kwargs: Any) -> Any:
+    """``X = inverse(A) B``: the columns of B go through it each by itself; the rows, with ``left=False``."""
+    rank = len(context.shape)
+    sizes = tuple(a.shape), tuple(b.shape)
+    if any(len(size) != rank for size in sizes) or rank < 2:
+        return _mixed(context, [a, b], context.result)
+    inverse = _mixed(context, [a], torch.empty(sizes[0], device="meta"))
+    batch = "".join(chr(ord("a") + place) for place in range(rank - 2))
+    first, second = (inverse, context.build.materialise(b))[:: 1 if left else -1]
+    return context.build.mix(f"{batch}xy,{batch}yz->{batch}xz", first, second, context.shape)
+
+
+def _mixed(context: Context, operands: Sequence[Any], result: Any) -> Any:
+    """Let every entry of the operands' matrices reach every entry of a result."""
+    build = context.build
     samples = [_of_sample(context, x) for x in operands]
 
     def entries(result: Tensor) -> ir.Value:
@@ -49,7 +68,6 @@ def of_matrices(context: Context, *args: Any, **kwargs: Any) -> Any:
             parts.append(build.affine(reshaped, shape))
         return parts[0] if len(parts) == 1 else build.sum(parts, shape)
 
-    result = context.result
     return entries(result) if isinstance(result, Tensor) else tuple(entries(part) for part in result)
 
 

@@ -16,7 +16,7 @@ from fxprune.lowering.constant import Constant
 from fxprune.lowering.rules.choices import numbers
 from fxprune.lowering.rules.pointwise import statistic
 from fxprune.lowering.rules.table import Context, RuleTable, Unknown, describe
-from fxprune.lowering.scales import only_scales
+from fxprune.lowering.scales import only_scales, scales_its_source
 from fxprune.lowering.window_sums import (
     Geometry,
     adaptive_sum,
@@ -77,8 +77,10 @@ _SUMS = (
 
 
 @table.rule(*_SUMS)
-def add_up(context: Context, x: Any, *args: Any, keepdim: bool = False, **kwargs: Any) -> ir.Value:
-    """``y = sum of x over some axes``."""
+def add_up(context: Context, x: Any, *args: Any, keepdim: bool = False, **kwargs: Any) -> ir.Value | Constant:
+    """``y = sum of x over some axes``; that of a square that scales what was squared is a scale, no path."""
+    if x.index in context.build.squares and scales_its_source(context.node):
+        return statistic(context.shape)
     dims, keepdim = _axes(args, keepdim, kwargs)
     return _reduce(context, x, "sum", dims, keepdim)
 
