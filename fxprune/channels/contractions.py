@@ -233,15 +233,23 @@ def _partner(
     if not summed and len(shared) < len(factor.letters) and not whole_heads:
         return ""
     overlapping = [other for other in others if set(other.letters) & set(shared)]
-    # Of a state with channels of keys and of values by head, the keys' alone are summed over.
+    # Of a state with channels of keys and of values by head, the keys' alone are summed over; where they go
+    # in whole heads, as behind a softmax over them, the values' go with them.
     along = [other for other in overlapping if set(other.letters) & set(summed)]
-    overlapping = along or overlapping
+    if along and not whole_heads and not all(_go_in_lines(labels, each, summed) for each in [factor, *along]):
+        overlapping = along
     if not overlapping:
         return "multiplied with entries that cannot be removed"
     for other in overlapping:
         order = list(dict.fromkeys((*factor.letters, *other.letters)))
         labels.tie(factor.along(order), other.along(order))
     return ""
+
+
+def _go_in_lines(labels: Labels, factor: _Lettered, summed: Sequence[str]) -> bool:
+    """Whether all entries along the letters that are summed over go together, by the ties that are known."""
+    roots = labels.root[factor.lines([letter for letter in factor.letters if letter in summed])]
+    return bool((roots == roots[..., :1]).all())
 
 
 def _without(labels: Labels, factor: _Lettered, sizes: dict[str, int]) -> _Lettered | None:

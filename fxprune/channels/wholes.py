@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxprune.channels.labels import Labels, Lines
+from fxprune.channels.labels import Heads, Labels, Lines
 
 __all__ = ["Whole", "settle"]
 
@@ -46,6 +46,11 @@ def settle(labels: Labels, wholes: list[Whole]) -> None:
     for whole in waiting:
         more = [axis for axis, size in enumerate(whole.one.shape) if size == 1 < whole.each.shape[axis]]
         lines = whole.each.movedim(more, tuple(range(-len(more), 0))).flatten(-len(more))
+        if labels.are_heads(whole.one):  # as the number that a head of linear attention is divided by
+            one = whole.one.movedim(more, tuple(range(-len(more), 0))).flatten(-len(more))[..., 0]
+            one = one.expand(lines.shape[:-1]).flatten()
+            labels.heads.append(Heads(one, lines.reshape(len(one), -1), whole.place))
+            continue
         labels.fix(whole.one, whole.reason)
         labels.lines.append(Lines(lines.reshape(-1, lines.shape[-1]), -1, whole.place, stay=True))
 
