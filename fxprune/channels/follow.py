@@ -280,7 +280,7 @@ class _Follower:
         found: list[Factor] = []
         for axes in families:
             parts = [self._full(value, axes) for value in op.inputs]
-            moved = moved_labels(op, parts)
+            moved = moved_labels(self.labels, op, parts)
             factor = thin(moved.long())
             if factor is None:
                 self.labels.fix(moved.flatten().long(), self._because("one channel is read alone"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fxprune.channels.labels import FILLED, FIXED, Factor, Labels
@@ -13,12 +14,18 @@ from fxprune.lowering.rules.movement import set_item
 __all__ = ["merged", "moved_labels"]
 
 
-def moved_labels(op: ir.Gather, parts: Sequence[Tensor]) -> Tensor:
+def moved_labels(labels: Labels, op: ir.Gather, parts: Sequence[Tensor]) -> Tensor:
     """Move labels as an op moves entries; constants that are written over channels go with these.
 
-    ``parts``: the labels of each operand, of its full shape.
+    What is stacked must have equal sizes: the same channels of all parts go together. ``parts``: the labels
+    of each operand, of its full shape.
     """
     moved: Tensor = op.move(*parts)
+    last = op.move.calls[-1] if op.move.calls else None
+    if last is not None and last.target is torch.stack:
+        given = last.kwargs.get("dim", last.args[1] if len(last.args) > 1 else 0)
+        stacked = moved.movedim(int(given), 0).long()
+        labels.tie(stacked, stacked[:1])
     writes = bool(op.move.calls) and op.move.calls[-1].target is set_item
     if not writes or moved.shape != parts[0].shape:
         return moved

@@ -32,8 +32,11 @@ def sides_of(
     one = kernels[name]
     rows = labels.rows[name] + torch.arange(one.outputs)
     columns = labels.columns[name] + torch.arange(one.inputs)
-    if op.weight.view is None:
+    turned = (op.window is not None and op.window.transposed) != one.transposed
+    if op.weight.view is None and not (turned and op.window is not None):
         return rows, columns
+    if op.weight.view is None and op.groups == 1:
+        return columns, rows  # a decoder that reads the encoder's weight, the other way round
     by_row, by_column = (_operand(labels, op, own) for own in labels_by_weight(rows, columns, one))
     # A transposed view has the parameter's columns as its rows.
     for across, along in ((by_row, by_column), (by_column, by_row)):

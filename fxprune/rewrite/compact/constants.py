@@ -189,6 +189,8 @@ def _contribution(
     taps = removed.flatten(2).sum(2) if removed.dim() > 2 else removed
     read = removed[rows].flatten(2).any(2).any(0) if removed.dim() > 2 else (removed[rows] != 0).any(0)
     entries, same = constant_entries(recorded[source.name], axis, gone)
+    if not entries.shape[1]:  # no rows in these runs, as for an expert without tokens
+        entries, same = entries.new_zeros(len(entries), 1), ~read
     even = same & (entries == entries[:, :1]).all(1)
     zero = even & (entries[:, 0] == 0)
     padded = (

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from fxprune.capture.tracer.spelling import called
 from fxprune.rewrite.compact.size_arguments import number_of
 
-__all__ = ["list_places", "new_places", "pick_by_entry", "pick_by_list", "write_by_list"]
+__all__ = ["list_places", "new_places", "pick_by_entry", "roll_places", "use_places"]
 
 KNOWN = frozenset(
     """
@@ -47,13 +47,6 @@ def new_places(gm: nn.Module, item: Any, kept: Tensor) -> list[int] | None:
     return [int(kept[:place].sum()) for place in places.tolist() if kept[place]]
 
 
-def pick_by_list(node: fx.Node, dim: int, places: list[int]) -> None:
-    """Let a node index its first argument by a list, instead of ``index_select``."""
-    index: Any = (*(slice(None),) * dim, places)
-    node.op, node.target = "call_function", operator.getitem
-    node.args, node.kwargs = (node.args[0], index), {}
-
-
 def list_places(node: fx.Node, items: list[Any], known: Sequence[Tensor | None]) -> None:
     """List the places where a node writes what is left of a parameter, in a constant that stays as long.
 
@@ -72,8 +65,20 @@ def list_places(node: fx.Node, items: list[Any], known: Sequence[Tensor | None])
             node.args = (made, tuple(items), node.args[2])
 
 
-def write_by_list(node: fx.Node, index: fx.Node, places: list[int]) -> None:
-    """Let a node write at a list of places."""
+def roll_places(node: fx.Node, dim: int, places: list[int]) -> None:
+    """Let a node pick a list of places along an axis, instead of rolling it."""
+    source: Any = node.args[0]
+    if node.op == "call_function":
+        node.target, node.args = operator.getitem, (source, (*(slice(None),) * dim, places))
+    else:
+        with node.graph.inserting_before(node):
+            listed = node.graph.call_method("new_tensor", (source, places), {"dtype": torch.int64})
+        node.target, node.args = "index_select", (source, dim, listed)
+    node.kwargs = {}
+
+
+def use_places(node: fx.Node, index: fx.Node, places: list[int]) -> None:
+    """Let a node pick a list of places, or write there, instead of those of ``index``."""
     with node.graph.inserting_before(node):
         listed = node.graph.call_method("new_tensor", (index, places))
     node.replace_input_with(index, listed)

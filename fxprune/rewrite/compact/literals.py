@@ -10,21 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxprune.capture.tracer.spelling import called
+from fxprune.capture.tracer.spelling import called, changes_input
 from fxprune.graph import ChannelGraph, ir
 from fxprune.lowering.norm_statistics import GROUP_NORMS, LAYER_NORMS, RMS_NORMS
 from fxprune.rewrite.compact.cut import Cut, UnevenCut
-from fxprune.rewrite.compact.index_places import (
-    list_places,
-    new_places,
-    pick_by_entry,
-    pick_by_list,
-    write_by_list,
-)
+from fxprune.rewrite.compact.index_places import list_places, new_places
 from fxprune.rewrite.compact.kept import Slices
 from fxprune.rewrite.compact.means import scale_means
 from fxprune.rewrite.compact.norm_nodes import NormNodes
 from fxprune.rewrite.compact.parameter_views import KeptByNode, kept_of_parameters
+from fxprune.rewrite.compact.picked import FILLS, PICKS, move_places
 from fxprune.rewrite.compact.size_arguments import (
     counts_of,
     given_arguments,
@@ -41,8 +36,6 @@ _NORMS = LAYER_NORMS + RMS_NORMS + GROUP_NORMS
 _CONVOLUTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 }  # fmt: skip
-_PICKS = {"index_select", "gather", "take_along_dim"}
-_FILLS = {"index_fill", "index_fill_"}
 _COUNTS = {"numel", "nelement"}
 _SPLITS = {"split", "chunk", "split_with_sizes", "tensor_split", "unsafe_chunk", "unsafe_split"}
 
@@ -145,8 +138,8 @@ class Rewriter:
             self._split(node, source) if self.cut.shrinks(source) else self._split_parameter(node)
         elif name in ("narrow", "select") and self.cut.shrinks(source):
             self._bounds(node, source, name)
-        elif name in _PICKS or name in _FILLS:
-            self._picked(node, source if name in _PICKS else value, name)
+        elif name in PICKS or name in FILLS:
+            move_places(self.gm, self.cut, node, source if name in PICKS else value, name)
         elif node.target in (operator.getitem, operator.setitem):
             self._index(node, source)
         elif node.target is F.scaled_dot_product_attention and self.cut.shrinks(source, -1):
@@ -279,6 +272,8 @@ class Rewriter:
             self._places(node)
             return
         given = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        if whole is not None and _is_written(node) and not all(_is_view(item) for item in given):
+            raise UnevenCut(f"{node.name}: some channels are written in place", self.cut.labels_of(whole))
         used = sum(1 for item in given if item is not None and item is not Ellipsis)
         axis, new = 0, list[Any]()
         for item in given:
@@ -334,8 +329,9 @@ class Rewriter:
         )
         if isinstance(item, int):
             place = int(kept[: item % len(kept)].sum())
-            is_lost = node.target is operator.setitem and not kept[item]
-            return slice(place, place) if is_lost else place  # nothing is written
+            if kept[item] or not (node.target is operator.setitem or _is_written(node)):
+                return place
+            return slice(place, place)  # nothing is written
         if isinstance(item, slice) and item.step in (None, 1):
             start, stop, _ = item.indices(len(kept))
             return slice(int(kept[:start].sum()), int(kept[:stop].sum()))
@@ -347,27 +343,6 @@ class Rewriter:
         source = self._value(node.args[0])
         labels = torch.zeros(0, dtype=torch.int64) if source is None else self.cut.labels_of(source)
         raise UnevenCut(f"{node.name}: an index along channels", labels)
-
-    def _picked(self, node: fx.Node, source: ir.Value | None, name: str) -> None:
-        """Move the places that an index of one axis lists, or holds by entry, if the axis shrinks."""
-        if source is None or not self.cut.shrinks(source):
-            return
-        own = ("indices", "dim") if name == "take_along_dim" else ("dim", "index")
-        given = given_arguments(node, *own)
-        dim, index = given.get("dim"), given.get("index", given.get("indices"))
-        dim = dim % len(source.shape) if isinstance(dim, int) else -1
-        if dim < 0 or (kept := self.cut.kept_along(source, dim)) is None:
-            return
-        by_entry = name in ("gather", "take_along_dim")
-        places = None if by_entry else new_places(self.gm, index, kept)
-        if not isinstance(index, fx.Node) or (places is None and not by_entry):
-            raise UnevenCut(f"{node.name}: an index along channels", self.cut.labels_of(source))
-        if places is None:
-            pick_by_entry(node, index, kept)
-        elif name == "index_select":
-            pick_by_list(node, dim, places)
-        else:
-            write_by_list(node, index, places)
 
     def _pad(self, node: fx.Node, source: ir.Value | None, value: ir.Value | None) -> None:
         """Set the number of channels that are filled in, or cropped, before and behind others."""
@@ -395,3 +370,13 @@ class Rewriter:
                 node.kwargs = {**node.kwargs, "groups": left}
             else:
                 node.args = (*node.args[:6], left, *node.args[7:])
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether what a node picks is changed in place."""
+    return any(changes_input(user) and user.args[:1] == (node,) for user in node.users)
+
+
+def _is_view(item: Any) -> bool:
+    """Whether an index of one axis picks one entry or a run of them: it stays a view with fewer."""
+    return item is None or item is Ellipsis or not isinstance(item, slice) or item.step in (None, 1)

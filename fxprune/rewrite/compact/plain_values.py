@@ -21,7 +21,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "torch.sqrt": torch.sqrt,
     "torch.var_mean": torch.var_mean,
 }
-METHODS = {"split"}
+METHODS = {"index_select", "new_tensor", "split"}
 """The functions and methods that a rewritten node may call; a file can name no others."""
 
 _NAMED = (torch.dtype, torch.layout, torch.memory_format)

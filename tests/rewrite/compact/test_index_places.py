@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
@@ -57,6 +59,9 @@ BETWEEN: dict[str, Callable[[Between, Tensor], Tensor]] = {
     "gather": lambda m, h: h.gather(1, by_entry(m, h)),
     "two parts": lambda m, h: torch.cat([h[:, m.order[:5]] * 2, h[:, m.order[5:]]], 1),
     "written by an order": lambda m, h: written(torch.zeros_like(h), m.order, h),
+    "rolled": lambda m, h: h.roll(3, 1),
+    "rolled by name": lambda m, h: torch.roll(h, shifts=-2, dims=-3).flip(1).roll(1, 1),
+    "halves side by side": lambda m, h: torch.stack([h[:, :6], h[:, 6:]], 2).flatten(1, 2),
     "zeros over some": lambda m, h: written(h.clone(), slice(0, 5), 0),
     "zeros over a list": lambda m, h: written(h.clone(), [1, 3, 5], 0),
     "a number over one": lambda m, h: written(h.clone(), 3, 1.0),
@@ -88,6 +93,46 @@ def test_channel_masks_become_smaller_layers(kind: str, verify: bool) -> None:
 
 
 @pytest.mark.every_case
+@pytest.mark.parametrize("kind", ["index_select", "gather", "take_along_dim", "index_fill", "rolled"])
+def test_files_hold_them(kind: str, tmp_path: Path) -> None:
+    net, x = made(kind)
+    pruned = fxprune.apply(net, "random", 0.3, granularity="channel", example_inputs=x, progress=False)
+    small = fxprune.compact(pruned, x)
+    fxprune.save(small, tmp_path / "small")
+    loaded = fxprune.load(tmp_path / "small", model=made(kind)[0])
+    with torch.no_grad():
+        assert torch.equal(loaded(x), small(x))
+
+
+WRITTEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "every other": lambda h: h[:, ::2].mul_(2),
+    "twice": lambda h: h[:, 1::2].mul_(2).add_(0.3),
+    "one of pairs": lambda h: h.view(h.shape[0], 6, 2, 6, 6)[:, :, 0].mul_(2).add_(0.3),
+    "one": lambda h: h[:, 3].mul_(2).add_(0.3),
+    "the last": lambda h: h[:, -4:].mul_(2),
+    "scattered": lambda h: h.scatter_(1, torch.tensor([1, 4]).view(1, 2, 1, 1).expand(3, 2, 6, 6), 0.5),
+}
+
+
+@pytest.mark.every_case
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_what_is_written_in_place_is_never_wrong(kind: str, seed: int) -> None:
+    def between(m: Between, h: Tensor) -> Tensor:
+        WRITTEN[kind](h)
+        return h
+
+    torch.manual_seed(0)
+    net, x = Between(between).eval(), torch.randn(3, 3, 6, 6)
+    pruned = fxprune.apply(
+        net, "random", 0.4, granularity="channel", example_inputs=x, progress=False, seed=seed
+    )
+    small = fxprune.compact(pruned, x, verify=False)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), pruned(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.every_case
 @pytest.mark.parametrize("kind", BETWEEN)
 def test_zeros_in_weights_become_smaller_layers(kind: str) -> None:
     net, x = made(kind)
@@ -104,6 +149,53 @@ def test_an_index_that_is_spread_like_the_channels_has_a_rule() -> None:
     net, x = made("gather")
     net.between = lambda m, h: torch.zeros_like(h).scatter(1, m.order.view(1, -1, 1, 1).expand_as(h), h)
     assert not fxprune.lower(fxprune.capture(net, x)).opaque
+
+
+def test_a_decoder_that_reads_the_weight_of_the_encoder_has_groups() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 6, 3, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.second(self.first(x).relu()).relu()
+            h = F.conv_transpose2d(h, self.second.weight, None, 1, 1).relu()
+            return F.conv_transpose2d(h, self.first.weight, None, 2, 1, 1)
+
+    net, x = Tied().eval(), torch.randn(2, 3, 12, 12)
+    pruned = fxprune.apply(net, "magnitude", 0.3, granularity="channel", example_inputs=x, progress=False)
+    small = fxprune.compact(pruned, x)
+    assert small.meta["fxprune"]["compaction"].given_back == 0
+    assert small.get_parameter("second.weight").numel() < net.second.weight.numel()
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), pruned(x), rtol=1e-5, atol=1e-5)
+
+
+def test_an_expert_without_rows_is_compacted() -> None:
+    class Dispatched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.out = nn.Linear(12, 4), nn.Linear(6, 3)
+            self.experts = nn.ModuleList(
+                nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 6)) for _ in range(4)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.reshape(-1, 12)
+            weights, chosen = self.gate(rows).softmax(-1).topk(2, -1)
+            y = rows.new_zeros(rows.shape[0], 6)
+            for number, expert in enumerate(self.experts):
+                row, place = torch.where(chosen == number)
+                y.index_add_(0, row, expert(rows[row]) * weights[row, place, None])
+            out: Tensor = self.out(y).view(x.shape[0], -1, 3)
+            return out
+
+    torch.manual_seed(1)
+    net, x = Dispatched().eval(), torch.randn(2, 7, 12)
+    pruned = fxprune.apply(net, "synflow", 0.9, example_inputs=x, progress=False, rounds=5)
+    small = fxprune.compact(pruned, x, verify=False)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), pruned(x), rtol=1e-5, atol=1e-5)
 
 
 def test_places_of_what_is_left() -> None:
